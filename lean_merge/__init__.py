@@ -1,0 +1,38 @@
+"""Streaming IP-Merging: give a multimodal model the abilities of a text model, without training."""
+
+from lean_merge.api import MergeResult, merge
+from lean_merge.checkpoints import Checkpoint, open_checkpoint
+from lean_merge.engine.run import Event
+from lean_merge.errors import (
+    BudgetError,
+    CheckpointError,
+    CoverageError,
+    DataError,
+    LeanMergeError,
+    OutputError,
+    RecipeError,
+)
+from lean_merge.plan import Plan, Resources, plan
+from lean_merge.recipe import Expert, MergeRecipe
+from lean_merge.version import __version__
+
+__all__ = [
+    "BudgetError",
+    "Checkpoint",
+    "CheckpointError",
+    "CoverageError",
+    "DataError",
+    "Event",
+    "Expert",
+    "LeanMergeError",
+    "MergeRecipe",
+    "MergeResult",
+    "OutputError",
+    "Plan",
+    "RecipeError",
+    "Resources",
+    "__version__",
+    "merge",
+    "open_checkpoint",
+    "plan",
+]

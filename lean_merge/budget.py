@@ -1,0 +1,121 @@
+"""Bytes that a merge allocates, as formulas, and what of a weight may stay resident.
+
+Every formula names the allocation that it counts; docs/memory.md tells the same in words. All
+counts are bytes of anonymous memory, or of device memory where the arithmetic runs on a device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lean_merge.errors import BudgetError
+from lean_merge.sizes import format_size
+
+TILE_ELEMENTS = 1 << 20
+"""Elements of a canonical row tile: the unit of reading, arithmetic and summation order."""
+STRIP_ELEMENTS = 1 << 17
+"""Elements of the row strips in which an update is added and rounded; float32 ones fit a cache."""
+LANES = 4
+"""Partial sums of a pass. Tile t belongs to lane t mod LANES whatever the threads."""
+SLACK = 16 << 20
+"""Small objects, thread stacks and what the allocator rounds up or keeps."""
+CHUNK_ROWS = 2048
+"""Rows that the small float64 Gram products widen at a time."""
+COPY_BUFFER = 4 << 20
+
+
+def tile_rows(in_features: int) -> int:
+    """Rows of a canonical tile of a weight with `in_features` columns."""
+    return max(16, TILE_ELEMENTS // in_features // 16 * 16)
+
+
+def strip_rows(in_features: int) -> int:
+    """Rows of a strip; divides no tile on purpose, tiles are cut into strips from their start."""
+    return max(4, STRIP_ELEMENTS // in_features // 4 * 4)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightShape:
+    """What the formulas need to know of one logical weight."""
+
+    out_features: int
+    in_features: int
+    roles: int
+    """Task vectors: the MLLM's and each expert's."""
+    stored_item: int
+    """Bytes of a number in the widest of the inputs."""
+    task_item: int
+    """Bytes of a number in the task vectors' dtype."""
+    arithmetic_item: int
+    """Bytes of a number in the dtype of products."""
+
+    @property
+    def tile(self) -> int:
+        """Elements of a full tile."""
+        return min(self.out_features, tile_rows(self.in_features)) * self.in_features
+
+    @property
+    def tiles(self) -> int:
+        """Number of tiles."""
+        return -(-self.out_features // tile_rows(self.in_features))
+
+    @property
+    def resident_tile(self) -> int:
+        """Bytes of one tile of all task vectors."""
+        return self.roles * self.tile * self.task_item
+
+
+def worker_bytes(weight: WeightShape, widest: int) -> int:
+    """Buffers of one worker thread during a pass.
+
+    Raw tiles of base and one role; their float32 copies where the task vectors are float32 but the
+    storage is not; a non-resident tile of all task vectors; its copy in the arithmetic dtype; and
+    the product of a tile before it is added to its lane.
+    """
+    tile = weight.tile
+    raw = 2 * tile * weight.stored_item
+    mixed = 2 * tile * 4 if weight.task_item > weight.stored_item else 0
+    scratch = weight.resident_tile
+    converted = tile * weight.arithmetic_item if weight.arithmetic_item != weight.task_item else 0
+    product = weight.in_features * widest * (weight.arithmetic_item + 4)
+    return raw + mixed + scratch + converted + product
+
+
+def apply_bytes(weight: WeightShape) -> int:
+    """Buffers of one worker while it adds and rounds: float32 strips and a raw tile."""
+    strip = min(weight.tile, strip_rows(weight.in_features) * weight.in_features)
+    return 2 * weight.tile * weight.stored_item + 6 * strip * 4
+
+
+def lane_bytes(weight: WeightShape, widest: int) -> int:
+    """Partial sums [in, widest] in float32 of every lane and task vector, and their total."""
+    return (LANES + 1) * weight.roles * weight.in_features * widest * 4
+
+
+def host_bytes(weight: WeightShape, *, widest: int, workspace: int, workers: int) -> int:
+    """All that merging one logical weight holds on the CPU with no tile resident there.
+
+    `workspace` and `widest` are the method's: 0 where the analysis runs on another device.
+    """
+    analysis = workers * worker_bytes(weight, widest) + lane_bytes(weight, widest) + workspace
+    return analysis + workers * apply_bytes(weight) + SLACK
+
+
+def device_bytes(weight: WeightShape, *, widest: int, workspace: int) -> int:
+    """The same on another device: partial sums, the method's workspace, and tiles in transit."""
+    return lane_bytes(weight, widest) + workspace + 3 * weight.tile * 4 + SLACK
+
+
+def resident_tiles(weight: WeightShape, free: int) -> int:
+    """Tiles whose task vectors may stay in `free` bytes."""
+    return max(0, min(weight.tiles, free // weight.resident_tile))
+
+
+def check_fits(needed: int, given: int, *, what: str, flag: str, name: str) -> None:
+    """Raise BudgetError, naming the smallest that works, if `needed` exceeds `given`."""
+    if needed > given:
+        mebibytes = -(-needed // (1 << 20))
+        raise BudgetError(
+            f"{what} of {format_size(given)} is too small for {name}; the smallest that works is "
+            f"{flag} {mebibytes}MiB."
+        )

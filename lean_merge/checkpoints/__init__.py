@@ -1,0 +1,35 @@
+"""Reading checkpoints: headers, folders and hub ids, row-block reads, and whose weight is whose.
+
+What is read is untrusted, so every file is checked before anything is computed from it. Nothing
+here loads a model or runs code that came with one.
+"""
+
+from lean_merge.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from lean_merge.checkpoints.dtypes import FLOATING, ITEM_BITS, safetensors_dtype, torch_dtype
+from lean_merge.checkpoints.header import TensorSpec, read_header
+from lean_merge.checkpoints.names import (
+    Coverage,
+    MappedWeight,
+    RowSlice,
+    language_layout,
+    map_roles,
+)
+from lean_merge.checkpoints.reader import TensorReader, as_bytes
+
+__all__ = [
+    "FLOATING",
+    "ITEM_BITS",
+    "Checkpoint",
+    "Coverage",
+    "MappedWeight",
+    "RowSlice",
+    "TensorReader",
+    "TensorSpec",
+    "as_bytes",
+    "language_layout",
+    "map_roles",
+    "open_checkpoint",
+    "read_header",
+    "safetensors_dtype",
+    "torch_dtype",
+]

@@ -1,0 +1,84 @@
+"""The dtypes of the safetensors format: their names, sizes and torch twins."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+import torch
+
+# In the format's own rank: `save_file` lays tensors out by descending rank.
+_TABLE: tuple[tuple[str, int, torch.dtype | None], ...] = (
+    ("BOOL", 8, torch.bool),
+    # Sub-byte shapes count elements, torch's packed types count bytes: no honest twin.
+    ("F4", 4, None),
+    ("F6_E2M3", 6, None),
+    ("F6_E3M2", 6, None),
+    ("U8", 8, torch.uint8),
+    ("I8", 8, torch.int8),
+    ("F8_E5M2", 8, torch.float8_e5m2),
+    ("F8_E4M3", 8, torch.float8_e4m3fn),
+    ("F8_E8M0", 8, getattr(torch, "float8_e8m0fnu", None)),
+    ("F8_E4M3FNUZ", 8, torch.float8_e4m3fnuz),
+    ("F8_E5M2FNUZ", 8, torch.float8_e5m2fnuz),
+    ("I16", 16, torch.int16),
+    ("U16", 16, torch.uint16),
+    ("F16", 16, torch.float16),
+    ("BF16", 16, torch.bfloat16),
+    ("I32", 32, torch.int32),
+    ("U32", 32, torch.uint32),
+    ("F32", 32, torch.float32),
+    ("C64", 64, torch.complex64),
+    ("F64", 64, torch.float64),
+    ("I64", 64, torch.int64),
+    ("U64", 64, torch.uint64),
+)
+
+ITEM_BITS = MappingProxyType({name: bits for name, bits, _ in _TABLE})
+"""Bits of one element, by safetensors dtype name."""
+
+LAYOUT_RANK = MappingProxyType({row[0]: rank for rank, row in enumerate(_TABLE)})
+"""Rank by which `safetensors.save_file` orders tensors, highest first."""
+
+FLOATING = frozenset({"F16", "BF16", "F32"})
+"""The dtypes whose tensors are merged; every other is only copied."""
+
+_TORCH = {name: dtype for name, _, dtype in _TABLE}
+_NAMES = {dtype: name for name, dtype in _TORCH.items() if dtype is not None}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of the safetensors dtype `name`.
+
+    Raises
+    ------
+    ValueError
+        The format has no such dtype, or torch has no twin for it.
+    """
+    dtype = _TORCH.get(name)
+    if dtype is None:
+        raise ValueError(f"torch has no dtype for the safetensors dtype {name!r}.")
+    return dtype
+
+
+def safetensors_dtype(dtype: torch.dtype) -> str:
+    """The safetensors name of the torch `dtype`. Raises ValueError if the format has none."""
+    try:
+        return _NAMES[dtype]
+    except KeyError:
+        raise ValueError(f"The safetensors format has no dtype for {dtype}.") from None
+
+
+def tensor_nbytes(dtype: str, shape: tuple[int, ...]) -> int | None:
+    """Bytes of a tensor; None if its bits do not fill whole bytes.
+
+    Parameters
+    ----------
+    dtype
+        A safetensors dtype name, a key of `ITEM_BITS`.
+    shape
+        Non-negative lengths.
+    """
+    bits = ITEM_BITS[dtype]
+    for length in shape:
+        bits *= length
+    return None if bits % 8 else bits // 8

@@ -1,0 +1,171 @@
+"""The coverage gate: what stands in the way of a merge, said before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lean_merge.checkpoints.checkpoint import Checkpoint
+from lean_merge.checkpoints.dtypes import FLOATING
+from lean_merge.checkpoints.header import TensorSpec
+from lean_merge.checkpoints.kinship import HEADS, head_counts, sizes
+from lean_merge.checkpoints.structure import Decoder, Key, decoders
+from lean_merge.errors import CoverageError
+
+FAMILY = "pass checkpoints that were all tuned from one base"
+_SHOWN = 8
+
+
+def title(role: str) -> str:
+    """A role's name in a sentence."""
+    return "MLLM" if role == "mllm" else role
+
+
+@dataclass(slots=True)
+class Faults:
+    """Collects what does not map, a line each."""
+
+    lines: list[str] = field(default_factory=list)
+    stacked: bool = False
+
+    def add(self, role: str, key: Key, fault: str) -> None:
+        """Notes that `role` has a `fault` at (layer, rest)."""
+        self.lines.append(f"layers.{key[0]}.{key[1]}: the {title(role)} {fault}")
+
+    def check_decoder(self, role: str, decoder: Decoder, base: Decoder) -> None:
+        """Notes what no weight of the base would reveal: stacked experts and surplus layers."""
+        self.stacked |= bool(decoder.stacked)
+        self.lines += [
+            f"{name}: the {title(role)} stores these experts as one tensor, which is not "
+            "supported yet"
+            for name in decoder.stacked
+        ]
+        if decoder.depth > base.depth:
+            self.lines.append(
+                f"{decoder.prefix}{base.depth}: the {title(role)} has {decoder.depth} layers, "
+                f"the base only {base.depth}"
+            )
+
+    def counterpart(
+        self, role: str, decoder: Decoder, key: Key, base: TensorSpec
+    ) -> TensorSpec | None:
+        """The tensor of `role` that belongs to the base's tensor at `key`; else notes why not."""
+        spec = decoder.find(key)
+        if spec is None:
+            self.add(role, key, "lacks it")
+        elif spec.shape != base.shape:
+            theirs, ours = list(spec.shape), list(base.shape)
+            self.add(role, key, f"has the shape {theirs}, the base {ours}")
+        elif spec.dtype not in FLOATING:
+            self.add(role, key, f"has the dtype {spec.dtype}, which cannot be merged")
+        else:
+            return spec
+        return None
+
+
+def locate(base: Checkpoint, others: Mapping[str, Checkpoint]) -> dict[str, Decoder]:
+    """The language model in each role, "base" first.
+
+    Raises
+    ------
+    CoverageError
+        A role has no layers like the base's, or several that are equally like them.
+    """
+    candidates = decoders(base)
+    if not candidates:
+        raise CoverageError(
+            f"{base.source}: the base has no language model layers (…layers.N.…q_proj.weight and "
+            "the like); pass the text model that the others were tuned from."
+        )
+    found = {role: decoders(other) for role, other in others.items()}
+    fitting = [
+        candidate
+        for candidate in candidates.values()
+        if all(
+            any(d.has_whole_layer_of(candidate) for d in each.values()) for each in found.values()
+        )
+    ]
+    # A base that is itself multimodal has towers too: its decoder has the fullest layers.
+    best = _only_best("base", base, {d.prefix: d.rank() for d in fitting or candidates.values()})
+    chosen = candidates[best]
+    return {"base": chosen} | {
+        role: _like(chosen, role, others[role], each) for role, each in found.items()
+    }
+
+
+def _like(base: Decoder, role: str, source: Checkpoint, found: dict[str, Decoder]) -> Decoder:
+    fitting = {p: d for p, d in found.items() if d.has_whole_layer_of(base)}
+    if not fitting:
+        names = base.one_layer()
+        closest = max(found.values(), key=lambda d: len(names & d.one_layer()), default=None)
+        if closest is None:
+            fault = "has no layers with weights like the base's"
+        else:
+            lacking = sorted(names - closest.one_layer())
+            fault = f"has layers under {closest.prefix!r}, but they lack {', '.join(lacking)}"
+        raise CoverageError(f"{source.source}: the {title(role)} {fault}; {FAMILY}.")
+    # Names count before shapes: a tower may share a width with the base, never its whole layer.
+    scores = {}
+    for prefix, decoder in fitting.items():
+        shared = [key for key in base.weights if key in decoder.weights]
+        equal = [key for key in shared if decoder.weights[key].shape == base.weights[key].shape]
+        scores[prefix] = (len(shared), len(equal))
+    return found[_only_best(role, source, scores)]
+
+
+def _only_best(role: str, source: Checkpoint, scores: Mapping[str, tuple[int, ...]]) -> str:
+    top = max(scores.values())
+    best = [prefix for prefix, score in scores.items() if score == top]
+    if len(best) > 1:
+        raise CoverageError(
+            f"{source.source}: the {title(role)} has several equally likely language models, under "
+            f"{', '.join(map(repr, sorted(best)))}; pass a checkpoint with only one of them."
+        )
+    return best[0]
+
+
+def check_heads(base: Checkpoint, others: Mapping[str, Checkpoint]) -> None:
+    """Raises CoverageError if heads differ, for then equal shapes do not mean equal functions."""
+    ours = head_counts(base)
+    for role, other in others.items():
+        theirs = head_counts(other)
+        for key, words in HEADS.items():
+            if key in ours and key in theirs and ours[key] != theirs[key]:
+                raise CoverageError(
+                    f"{other.source}: the {title(role)} has {theirs[key]} for {words} ({key} in "
+                    f"config.json), the base {ours[key]}, so their weights do not correspond; "
+                    f"{FAMILY}."
+                )
+
+
+def report(
+    faults: Faults,
+    checkpoints: Mapping[str, Checkpoint],
+    found: Mapping[str, Decoder],
+    *,
+    mapped: int,
+) -> str:
+    """The gate's message: which sizes differ, which weights do not map, and the mend."""
+    ours = sizes(checkpoints["base"], found["base"])
+    differences = []
+    for role, checkpoint in checkpoints.items():
+        theirs = sizes(checkpoint, found[role])
+        unequal = [
+            f"{words} {ours[words]} in the base, {theirs[words]} in the {title(role)}"
+            for words in ours
+            if words in theirs and ours[words] != theirs[words]
+        ]
+        if unequal:
+            differences.append(f"{'; '.join(unequal)} ({checkpoint.source})")
+    reason = f" They differ in size: {'; '.join(differences)}." if differences else ""
+    shown = "".join(f"\n  {line}" for line in faults.lines[:_SHOWN])
+    rest = len(faults.lines) - _SHOWN
+    more = f"\n  ... and {rest} more" if rest > 0 else ""
+    mend = "pass a mixture of experts stored expert by expert" if faults.stacked else FAMILY
+    partial = (
+        f", or merge only the {mapped} weights that map with --allow-partial" if mapped else ""
+    )
+    return (
+        f"The models do not map onto each other at {len(faults.lines)} places.{reason}"
+        f"{shown}{more}\n{mend[0].upper()}{mend[1:]}{partial}."
+    )

@@ -1,0 +1,165 @@
+"""What configurations and tokenizers say about whether two models are of one foundation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lean_merge.checkpoints.checkpoint import Checkpoint
+from lean_merge.checkpoints.jsonfile import read_object
+from lean_merge.checkpoints.safepaths import checked_file
+from lean_merge.checkpoints.structure import GATE_UP, INTERLEAVED_QKV, QKV, Decoder
+from lean_merge.errors import CheckpointError
+
+_TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
+_MAX_TOKENIZER = 200_000_000
+HEADS = {
+    "num_attention_heads": "attention heads",
+    "num_key_value_heads": "key/value heads",
+    "head_dim": "head size",
+}
+
+
+def text_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """The part of config.json that describes the language model; empty if there is none."""
+    config = checkpoint.config or {}
+    for key in ("thinker_config", *_TEXT_CONFIGS):
+        inner = config.get(key)
+        if isinstance(inner, dict):
+            config = inner
+    return config
+
+
+def head_counts(checkpoint: Checkpoint) -> dict[str, int]:
+    """What the config states of `HEADS`; a value that it leaves to a default is absent."""
+    config = text_config(checkpoint)
+    stated = {key: config.get(key) for key in HEADS}
+    return {key: value for key, value in stated.items() if type(value) is int and value > 0}
+
+
+def qkv_rows(checkpoint: Checkpoint, rows: int) -> tuple[int, int, int] | None:
+    """Rows of q, k and v in a fused matrix of `rows` rows; None if the config does not tell."""
+    stated = head_counts(checkpoint)
+    heads = stated.get("num_attention_heads")
+    if heads is None:
+        return None
+    size = stated.get("head_dim")
+    if size is None:
+        hidden = text_config(checkpoint).get("hidden_size")
+        if type(hidden) is not int:
+            return None
+        size = hidden // heads
+    pairs = stated.get("num_key_value_heads", heads)
+    split = (heads * size, pairs * size, pairs * size)
+    return split if sum(split) == rows else None
+
+
+def sizes(checkpoint: Checkpoint, decoder: Decoder) -> dict[str, int]:
+    """The language model's sizes in words, from its shapes, and from its config for heads."""
+    result = {"number of layers": decoder.depth}
+    for (_, rest), spec in decoder.weights.items():
+        rows, columns = spec.shape
+        leaf = rest.rsplit(".", 1)[-1]
+        if leaf in {"q_proj", "k_proj", QKV, INTERLEAVED_QKV}:
+            result.setdefault("hidden size", columns)
+        if leaf == "k_proj":
+            result.setdefault("key/value width", rows)
+        if "expert" in rest:
+            continue
+        if leaf in {"gate_proj", "up_proj", "w1", "w3"}:
+            result.setdefault("intermediate size", rows)
+        elif leaf == GATE_UP:
+            result.setdefault("intermediate size", rows // 2)
+    result.update({HEADS[key]: value for key, value in head_counts(checkpoint).items()})
+    return result
+
+
+def config_warnings(base: Checkpoint, other: Checkpoint, role: str) -> list[str]:
+    """Differences that do not forbid a merge but may cost quality."""
+    warnings = []
+    ours, theirs = _rope_theta(base), _rope_theta(other)
+    if ours and theirs and ours != theirs:
+        warnings.append(
+            f"rope_theta is {_plain(ours)} in the base and {_plain(theirs)} in the {role}; the "
+            "merged model keeps the MLLM's."
+        )
+    act, other_act = (text_config(each).get("hidden_act") for each in (base, other))
+    if isinstance(act, str) and isinstance(other_act, str) and act != other_act:
+        warnings.append(f"hidden_act is {act!r} in the base and {other_act!r} in the {role}.")
+    return warnings
+
+
+def _rope_theta(checkpoint: Checkpoint) -> dict[str, float]:
+    """rope_theta by kind of layer; one kind, "", where all layers share it."""
+    config = text_config(checkpoint)
+    parameters = config.get("rope_parameters")
+    places = {"": config}
+    if isinstance(parameters, dict):
+        places = {"": parameters} | {k: v for k, v in parameters.items() if isinstance(v, dict)}
+    found = {kind: place.get("rope_theta") for kind, place in places.items()}
+    found = found if any(found.values()) else {"": config.get("rope_theta")}
+    return {k: float(v) for k, v in found.items() if isinstance(v, (int, float))}
+
+
+def _plain(thetas: dict[str, float]) -> str:
+    return ", ".join(f"{kind} {value:g}".strip() for kind, value in thetas.items())
+
+
+def tokenizer_warnings(base: Checkpoint, others: Mapping[str, Checkpoint]) -> list[str]:
+    """Says for each role how many of the tokens it shares with the base have another id."""
+    text = _tokenizer_bytes(base)
+    if text is None:
+        return []
+    ours: dict[str, int] | None = None
+    warnings = []
+    for role, other in others.items():
+        other_text = _tokenizer_bytes(other)
+        if other_text is None or other_text == text:
+            continue
+        if ours is None:
+            ours = _vocabulary(base)
+        theirs = _vocabulary(other)
+        common = ours.keys() & theirs.keys()
+        moved = sum(ours[token] != theirs[token] for token in common)
+        if moved:
+            warnings.append(
+                f"The tokenizers of base and {role} share {len(common)} tokens, of which {moved} "
+                "have different ids; the merged model keeps the MLLM's tokenizer."
+            )
+    return warnings
+
+
+def _tokenizer_bytes(checkpoint: Checkpoint) -> bytes | None:
+    file = checkpoint.path / "tokenizer.json"
+    if not file.exists() or file.stat().st_size > _MAX_TOKENIZER:
+        return None
+    return checked_file(checkpoint.path, file).read_bytes()
+
+
+def _vocabulary(checkpoint: Checkpoint) -> dict[str, int]:
+    """Token ids by token, as far as tokenizer.json can be understood."""
+    try:
+        content = read_object(
+            checkpoint.path / "tokenizer.json",
+            limit=_MAX_TOKENIZER,
+            what="tokenizer",
+            mend="",
+            unique=False,
+        )
+    except CheckpointError:
+        return {}
+    result: dict[str, int] = {}
+    model = content.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, dict):
+        result.update({k: v for k, v in vocabulary.items() if type(v) is int})
+    elif isinstance(vocabulary, list):
+        for place, item in enumerate(vocabulary):
+            if isinstance(item, list) and item and isinstance(item[0], str):
+                result[item[0]] = place
+    added = content.get("added_tokens")
+    for item in added if isinstance(added, list) else []:
+        if isinstance(item, dict) and isinstance(item.get("content"), str):
+            if type(item.get("id")) is int:
+                result[item["content"]] = item["id"]
+    return result

@@ -1,0 +1,188 @@
+"""Whose weight is whose: maps each in-scope weight of the base to the MLLM and every expert."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from lean_merge.checkpoints.checkpoint import Checkpoint
+from lean_merge.checkpoints.dtypes import FLOATING
+from lean_merge.checkpoints.gate import Faults, check_heads, locate, report, title
+from lean_merge.checkpoints.header import TensorSpec
+from lean_merge.checkpoints.kinship import config_warnings, qkv_rows, tokenizer_warnings
+from lean_merge.checkpoints.structure import (
+    GATE_UP,
+    INTERLEAVED_QKV,
+    QKV,
+    Decoder,
+    Key,
+    language_layout,
+)
+from lean_merge.errors import CoverageError
+
+__all__ = ["Coverage", "MappedWeight", "RowSlice", "language_layout", "map_roles"]
+
+
+@dataclass(frozen=True, slots=True)
+class RowSlice:
+    """One logical matrix inside a stored tensor.
+
+    Attributes
+    ----------
+    canonical
+        Its name on the base's side without prefix and ".weight": "layers.3.self_attn.q_proj".
+    start, stop
+        Its rows in the stored tensor.
+    """
+
+    canonical: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class MappedWeight:
+    """One stored tensor of the MLLM and its counterparts, all of one shape.
+
+    Attributes
+    ----------
+    mllm, base
+        The counterparts.
+    experts
+        One for each expert, in the caller's order.
+    slices
+        The logical matrices in it: one whole, or q, k, v, or gate, up; their rows tile it.
+    """
+
+    mllm: TensorSpec
+    base: TensorSpec
+    experts: tuple[TensorSpec, ...]
+    slices: tuple[RowSlice, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """What will be merged, and what the caller should know about it.
+
+    Attributes
+    ----------
+    weights
+        In the order of the MLLM's tensors.
+    left_out
+        With `allow_partial`, a line for each in-scope weight that could not be mapped.
+    prefixes
+        Where each role's language model was found, by role: "base", "mllm", "expert 1", ...
+    warnings
+        Sentences about what may cost quality.
+    """
+
+    weights: tuple[MappedWeight, ...]
+    left_out: tuple[str, ...]
+    prefixes: Mapping[str, str]
+    warnings: tuple[str, ...]
+
+
+def map_roles(
+    base: Checkpoint,
+    mllm: Checkpoint,
+    experts: Sequence[Checkpoint],
+    *,
+    allow_partial: bool = False,
+) -> Coverage:
+    """Maps every in-scope weight of the base, or says why that cannot be done.
+
+    In scope are the 2-D weights of attention and feed-forward layers, experts of a mixture
+    included; norms, biases, routers, embeddings and everything outside the language model are not.
+
+    Parameters
+    ----------
+    base
+        The language model that the others were tuned from.
+    mllm
+        The multimodal model.
+    experts
+        Language models tuned from `base`.
+    allow_partial
+        Leave out what does not map, instead of raising.
+
+    Raises
+    ------
+    CoverageError
+        A weight has no counterpart of its shape in some role, the roles have different heads, the
+        language model cannot be told from other parts, or nothing maps at all.
+    """
+    others = {"mllm": mllm} | {f"expert {n}": each for n, each in enumerate(experts, start=1)}
+    found = locate(base, others)
+    faults = Faults()
+    for role, decoder in found.items():
+        faults.check_decoder(role, decoder, found["base"])
+    mapped: dict[str, MappedWeight] = {}
+    unsplit: Counter[str] = Counter()
+    for key, spec in found["base"].weights.items():
+        specs = [faults.counterpart(role, found[role], key, spec) for role in others]
+        present = tuple(each for each in specs if each is not None)
+        if spec.dtype not in FLOATING:
+            faults.add("base", key, f"has the dtype {spec.dtype}, which cannot be merged")
+        elif len(present) == len(specs):
+            slices = _slices(key, spec.shape[0], (base, *others.values()), unsplit)
+            mapped[present[0].name] = MappedWeight(present[0], spec, present[1:], slices)
+    if faults.lines and not (allow_partial and mapped):
+        roles = {"base": base, **others}
+        raise CoverageError(report(faults, roles, found, mapped=len(mapped)))
+    check_heads(base, others)
+    warnings = _scope_warnings(found["base"], found["mllm"], unsplit)
+    for role, other in others.items():
+        warnings += config_warnings(base, other, title(role))
+    warnings += tokenizer_warnings(base, {title(role): each for role, each in others.items()})
+    return Coverage(
+        weights=tuple(mapped[name] for name in mllm.tensors if name in mapped),
+        left_out=tuple(faults.lines),
+        prefixes=MappingProxyType({role: each.prefix for role, each in found.items()}),
+        warnings=tuple(warnings),
+    )
+
+
+def _slices(
+    key: Key, rows: int, checkpoints: Sequence[Checkpoint], unsplit: Counter[str]
+) -> tuple[RowSlice, ...]:
+    layer, rest = key
+    parent, _, leaf = f"layers.{layer}.{rest}".rpartition(".")
+    parts: dict[str, int] = {leaf: rows}
+    if leaf == GATE_UP and rows % 2 == 0:
+        parts = {"gate_proj": rows // 2, "up_proj": rows // 2}
+    elif leaf == QKV:
+        splits = (qkv_rows(checkpoint, rows) for checkpoint in checkpoints)
+        split = next((each for each in splits if each is not None), None)
+        if split is not None:
+            parts = dict(zip(("q_proj", "k_proj", "v_proj"), split, strict=True))
+    if leaf in parts and leaf in {GATE_UP, QKV, INTERLEAVED_QKV}:
+        unsplit[leaf] += 1
+    slices, start = [], 0
+    for name, count in parts.items():
+        slices.append(RowSlice(f"{parent}.{name}", start, start + count))
+        start += count
+    return tuple(slices)
+
+
+def _scope_warnings(base: Decoder, mllm: Decoder, unsplit: Counter[str]) -> list[str]:
+    """What is merged as one, and what of the language layers is copied although it might matter."""
+    warnings = [
+        f"{count} fused {leaf} weights are merged as one matrix each, because nothing says which "
+        "of their rows belong to which projection."
+        for leaf, count in unsplit.items()
+    ]
+    unknown = list(mllm.unknown)
+    surplus = [key for key in mllm.weights if key not in base.weights and key[0] < base.depth]
+    for keys, why in (
+        (unknown, "are of a kind that is not merged"),
+        (surplus, "have no counterpart in the base"),
+    ):
+        if keys:
+            layer, rest = keys[0]
+            warnings.append(
+                f"{len(keys)} weight matrices of the MLLM's language layers, such as "
+                f"layers.{layer}.{rest}, {why}; they are copied as they are."
+            )
+    return warnings

@@ -1,0 +1,156 @@
+"""Positional reads of tensors' bytes into buffers that the caller reuses."""
+
+from __future__ import annotations
+
+import os
+import threading
+from types import TracebackType
+
+import torch
+
+from lean_merge.checkpoints.descriptors import DescriptorPool
+from lean_merge.checkpoints.header import TensorSpec
+from lean_merge.checkpoints.jsonfile import shorten
+from lean_merge.errors import CheckpointError
+
+# One read of more than 2 GiB - 4 KiB is cut short by Linux and refused by macOS.
+_LARGEST_READ = 1 << 30
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The writable bytes of `tensor`, without a copy.
+
+    Parameters
+    ----------
+    tensor
+        Contiguous, on the CPU, of any dtype and shape. The view keeps its memory alive.
+
+    Raises
+    ------
+    ValueError
+        The tensor is elsewhere or not contiguous.
+    """
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise ValueError("Only a contiguous tensor on the CPU has bytes to view.")
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+class TensorReader:
+    """Reads row blocks of stored tensors; threads may share one.
+
+    Nothing is mapped, so the process's resident memory is the caller's buffers and no more. At
+    most `max_files` files are held open.
+
+    Attributes
+    ----------
+    bytes_read
+        How many bytes it has read so far.
+    """
+
+    def __init__(self, *, max_files: int = 64) -> None:
+        self._files = DescriptorPool(os.O_RDONLY, limit=max_files)
+        self._lock = threading.Lock()
+        self._seek_lock = threading.Lock()
+        self.bytes_read = 0
+
+    def __enter__(self) -> TensorReader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes its files; it cannot read any more."""
+        self._files.close()
+
+    def read_into(self, spec: TensorSpec, start: int, out: memoryview) -> None:
+        """Fills `out` with the bytes [start, start + len(out)) of a tensor.
+
+        Parameters
+        ----------
+        spec
+            The tensor.
+        start
+            First byte, counted from the tensor's own first.
+        out
+            Writable, contiguous, of bytes; see `as_bytes`.
+
+        Raises
+        ------
+        CheckpointError
+            The file has become shorter or cannot be read.
+        ValueError
+            The range is not inside the tensor.
+        """
+        if start < 0 or start + out.nbytes > spec.nbytes:
+            raise ValueError(
+                f"{spec.name} has {spec.nbytes} bytes, not [{start}, {start + out.nbytes})."
+            )
+        if out.nbytes == 0:
+            return
+        out = out.cast("B")
+        done = 0
+        try:
+            with self._files.use(spec.file) as descriptor:
+                while done < out.nbytes:
+                    part = out[done : done + _LARGEST_READ]
+                    count = self._read(descriptor, part, spec.offset + start + done)
+                    if count == 0:
+                        raise CheckpointError(
+                            f"{spec.file}: truncated while reading tensor {shorten(spec.name)}; "
+                            "the file has changed since its header was read, so restore it."
+                        )
+                    done += count
+        except OSError as error:
+            raise CheckpointError(
+                f"{spec.file}: cannot read tensor {shorten(spec.name)} "
+                f"({error.strerror or error}); check the disk and the path."
+            ) from error
+        finally:
+            with self._lock:
+                self.bytes_read += done
+
+    def _read(self, descriptor: int, out: memoryview, position: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(descriptor, [out], position)
+        if hasattr(os, "pread"):
+            data = os.pread(descriptor, out.nbytes, position)
+        else:
+            with self._seek_lock:
+                os.lseek(descriptor, position, os.SEEK_SET)
+                data = os.read(descriptor, out.nbytes)
+        out[: len(data)] = data
+        return len(data)
+
+    def prefetch(self, spec: TensorSpec, start: int = 0, length: int | None = None) -> None:
+        """Asks the system to read bytes of a tensor ahead; does nothing where it cannot.
+
+        Parameters
+        ----------
+        spec
+            The tensor.
+        start, length
+            The bytes [start, start + length); by default to the tensor's end.
+        """
+        self._advise(spec, start, length, "POSIX_FADV_WILLNEED")
+
+    def drop(self, spec: TensorSpec) -> None:
+        """Asks the system to forget its cached pages of a tensor, as a benchmark needs."""
+        self._advise(spec, 0, None, "POSIX_FADV_DONTNEED")
+
+    def _advise(self, spec: TensorSpec, start: int, length: int | None, advice: str) -> None:
+        count = min(spec.nbytes - start, spec.nbytes if length is None else length)
+        # A length of 0 would mean the rest of the file.
+        if count <= 0 or not hasattr(os, "posix_fadvise"):
+            return
+        try:
+            with self._files.use(spec.file) as descriptor:
+                os.posix_fadvise(descriptor, spec.offset + start, count, getattr(os, advice))
+        except OSError:
+            # Advice only: the read that follows reports what is wrong.
+            return

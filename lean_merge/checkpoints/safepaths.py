@@ -1,0 +1,53 @@
+"""Which links a checkpoint folder may hold: none that lead out of it, but the hub cache's own.
+
+A downloaded folder is untrusted: a link named config.json to a private file would be copied into
+the output that is then published.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lean_merge.errors import CheckpointError
+
+
+def checked_file(folder: Path, file: Path) -> Path:
+    """`file`, after checking that it is a regular file whose bytes belong to `folder`.
+
+    Parameters
+    ----------
+    folder
+        The checkpoint's folder.
+    file
+        A path inside it, perhaps a link. In the Hugging Face cache links go from
+        models--*/snapshots/REVISION/ to models--*/blobs/, and from there to blobs/ of the whole
+        cache; no other may leave `folder`.
+
+    Raises
+    ------
+    CheckpointError
+        The file is absent or no regular file, or a link leads out of the folder.
+    """
+    try:
+        home = folder.resolve(strict=True)
+        target = file.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{file}: is missing or a broken link; download the checkpoint again."
+        ) from error
+    if not target.is_file():
+        raise CheckpointError(f"{file}: is not a regular file; remove it or pass another folder.")
+    if target.is_relative_to(home) or any(map(target.is_relative_to, _blobs(home))):
+        return file
+    raise CheckpointError(
+        f"{file}: is a link out of its folder, to {target}; put a copy of the file there, or pass "
+        "the folder that it points to."
+    )
+
+
+def _blobs(folder: Path) -> list[Path]:
+    for parent in folder.parents:
+        repository = parent.parent
+        if parent.name == "snapshots" and repository.name.startswith("models--"):
+            return [repository / "blobs", repository.parent / "blobs"]
+    return []

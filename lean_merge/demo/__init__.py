@@ -1,0 +1,1 @@
+"""A small trained family (base, expert, MLLM) and the tasks that measure it."""

@@ -1,0 +1,1 @@
+"""The one loop: read row tiles, let the method decide, write the merged rows at their place."""

@@ -1,0 +1,127 @@
+"""Read-ahead and write-behind by the system's page cache, from two quiet threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from types import TracebackType
+
+from lean_merge.checkpoints import TensorReader, TensorSpec
+from lean_merge.output import OutputFolder, Shard
+
+_STEP = 8 << 20
+FLUSH_EVERY = 128 << 20
+
+
+class Prefetcher:
+    """Asks the system for the bytes of coming tasks, at most `ahead` bytes before they are used.
+
+    The bytes wait in the page cache, which is not this program's memory and is given up under
+    pressure; advice that the system ignores costs nothing but the overlap.
+    """
+
+    def __init__(
+        self, reader: TensorReader, tasks: Sequence[Sequence[TensorSpec]], *, ahead: int
+    ) -> None:
+        self._reader = reader
+        self._tasks = tasks
+        self._ahead = ahead
+        self._sizes = [sum(spec.nbytes for spec in specs) for specs in tasks]
+        self._used = 0
+        self._asked = 0
+        self._closed = False
+        self._moved = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
+
+    def _run(self) -> None:
+        for specs in self._tasks:
+            for spec in specs:
+                for start in range(0, spec.nbytes, _STEP):
+                    with self._moved:
+                        self._moved.wait_for(
+                            lambda: self._closed or self._asked - self._used < self._ahead
+                        )
+                        if self._closed:
+                            return
+                    length = min(_STEP, spec.nbytes - start)
+                    self._reader.prefetch(spec, start, length)
+                    self._asked += length
+
+    def used(self, index: int) -> None:
+        """Task `index` is done: its bytes no longer count as ahead."""
+        with self._moved:
+            self._used += self._sizes[index]
+            self._moved.notify_all()
+
+    def __enter__(self) -> Prefetcher:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._moved:
+            self._closed = True
+            self._moved.notify_all()
+        self._thread.join()
+
+
+class Flusher:
+    """Sends written bytes to the disk while more are made, so that the end does not wait for all.
+
+    An error of the disk is raised by the next `wrote`, or on leaving the context.
+    """
+
+    def __init__(self, folder: OutputFolder) -> None:
+        self._folder = folder
+        self._pending = 0
+        self._due: Shard | None = None
+        self._closed = False
+        self._error: Exception | None = None
+        self._moved = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="flush", daemon=True)
+
+    def wrote(self, shard: Shard, count: int) -> None:
+        """`count` bytes more were written to `shard`."""
+        with self._moved:
+            if self._error is not None:
+                raise self._error
+            self._pending += count
+            if self._pending >= FLUSH_EVERY:
+                self._pending, self._due = 0, shard
+                self._moved.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._moved:
+                self._moved.wait_for(lambda: self._closed or self._due is not None)
+                if self._closed:
+                    return
+                shard, self._due = self._due, None
+            assert shard is not None
+            try:
+                self._folder.flush(shard)
+            except Exception as error:
+                with self._moved:
+                    self._error = error
+                return
+
+    def __enter__(self) -> Flusher:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._moved:
+            self._closed = True
+            self._moved.notify_all()
+        self._thread.join()
+        if kind is None and self._error is not None:
+            raise self._error

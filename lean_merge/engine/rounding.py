@@ -1,0 +1,49 @@
+"""From float32 results to the output dtype: nearest, or stochastic so that small updates count."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def rounding_generator(seed: int, name: str, index: int) -> torch.Generator:
+    """A CPU generator for tile `index` of weight `name`: the same in any order, on any device."""
+    digest = hashlib.sha256(f"{seed}\0{name}\0rounding {index}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def round_nearest(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """`values` float32 to the nearest number of `dtype`, ties to even."""
+    return values.to(dtype)
+
+
+def round_stochastic(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Each of `values` (float32, CPU) to one of its two neighbours in `dtype`, right in the mean.
+
+    The farther neighbour is taken with the probability |error of the nearest| / spacing.
+    """
+    nearest = values.to(dtype)
+    if dtype == torch.float32:
+        return nearest
+    error = values - nearest.float()
+    neighbour = _next_towards(nearest, error)
+    spacing = (neighbour.float() - nearest.float()).abs()
+    draw = torch.rand(values.shape, generator=generator)
+    take = (draw * spacing < error.abs()) & torch.isfinite(neighbour)
+    return torch.where(take, neighbour, nearest)
+
+
+def _next_towards(values: Tensor, direction: Tensor) -> Tensor:
+    """The next number of a 16-bit float dtype after `values`, to the side of `direction`'s sign."""
+    bits = values.view(torch.int16).int() & 0xFFFF
+    negative = bits >= 0x8000
+    outward = (direction > 0) != negative
+    stepped = torch.where(outward, bits + 1, bits - 1)
+    at_zero = (bits & 0x7FFF) == 0
+    from_zero = torch.where(direction > 0, 0x0001, 0x8001)
+    stepped = torch.where(at_zero, from_zero.int(), stepped)
+    stepped = torch.where(direction == 0, bits, stepped)
+    signed = torch.where(stepped >= 0x8000, stepped - 0x10000, stepped)
+    return signed.to(torch.int16).view(values.dtype)

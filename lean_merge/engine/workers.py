@@ -1,0 +1,72 @@
+"""A pool of threads with buffers of their own, and a fixed thread count for every kernel call."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Workers:
+    """Runs functions over items in `count` threads; each kernel call uses one thread.
+
+    Results never depend on `count`: items are independent, and sums are ordered by the caller.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._local = threading.local()
+        self._pool = ThreadPoolExecutor(
+            count, thread_name_prefix="worker", initializer=lambda: torch.set_num_threads(1)
+        )
+
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """Results in the order of `items`; the first error is raised after all have ended."""
+        futures = [self._pool.submit(function, item) for item in items]
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        if errors:
+            raise errors[0]
+        return [future.result() for future in futures]
+
+    def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """This thread's reused CPU buffer of that name, as an uninitialised tensor of `shape`."""
+        size = dtype.itemsize
+        for extent in shape:
+            size *= extent
+        buffers: dict[str, Tensor] = self._local.__dict__
+        held = buffers.get(name)
+        if held is None or held.numel() < size:
+            buffers.pop(name, None)
+            held = torch.empty(size, dtype=torch.uint8)
+            buffers[name] = held
+        return held[:size].view(dtype).view(shape)
+
+    def close(self) -> None:
+        """Waits for the threads to end."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def worker_pool(count: int) -> Iterator[Workers]:
+    """Workers, with one kernel thread in the calling thread too; torch's count is restored.
+
+    The small dense problems between passes lose more to waking threads than they gain, and with
+    one thread everywhere no result depends on how many there are.
+    """
+    before = torch.get_num_threads()
+    workers = Workers(count)
+    try:
+        workers.map(lambda _: None, range(count))
+        torch.set_num_threads(1)
+        yield workers
+    finally:
+        workers.close()
+        torch.set_num_threads(before)

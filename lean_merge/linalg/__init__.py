@@ -1,0 +1,31 @@
+"""Pure mathematics on torch tensors: Krylov subspaces, spectra, nuclear norms, similarity.
+
+Nothing here knows of files. A matrix is never held: its owner makes one pass over its rows for
+each `Pass` that is asked for, and hands back the `Products`.
+"""
+
+from lean_merge.linalg.krylov import BlockKrylov
+from lean_merge.linalg.passes import Pass, Products, random_block
+from lean_merge.linalg.similarity import (
+    corresponding_cosines,
+    importance,
+    log_omitted,
+    omitted_share,
+)
+from lean_merge.linalg.sketch import SingularSums, Sketch
+from lean_merge.linalg.spectrum import exact_spectrum, numerical_rank
+
+__all__ = [
+    "BlockKrylov",
+    "Pass",
+    "Products",
+    "SingularSums",
+    "Sketch",
+    "corresponding_cosines",
+    "exact_spectrum",
+    "importance",
+    "log_omitted",
+    "numerical_rank",
+    "omitted_share",
+    "random_block",
+]

@@ -1,0 +1,155 @@
+"""Block Krylov subspaces of B^T B and their Ritz pairs, in few passes over B.
+
+Musco and Musco 2015 (arXiv:1504.05477) for the accuracy of block Krylov; Golub and Kahan 1965 for
+the two sides. The subspace is built with products in a cheap dtype (bfloat16 where it pays); the
+small problems are float64 and use the rounded basis as it is, so that rounding moves the subspace a
+little (second order in every angle) but never the projected matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lean_merge.linalg.passes import Pass, Products, gram64, orthonormalize, remove_components
+
+_INDEPENDENT = 1e-12
+"""Directions of a scaled basis whose squared norm falls below this share are dropped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ritz:
+    """Ritz pairs: `theta` [k] descending approximates sigma^2; `coefficients` [m, k] in a basis."""
+
+    theta: Tensor
+    coefficients: Tensor
+
+
+class BlockKrylov:
+    """The Krylov subspace span{Q, A Q, A^2 Q, ...} of A = B^T B, one block a pass.
+
+    Parameters
+    ----------
+    start : Tensor [in, b], float32
+        Any full-rank start; it is orthonormalised here.
+    dtype : torch.dtype
+        Arithmetic dtype of the products with B.
+    deflate : Tensor [in, c], optional
+        Orthonormal right singular vectors kept out of the subspace.
+
+    Attributes
+    ----------
+    q, y, z : list of Tensor
+        Right blocks Q [in, b], left blocks y = B Q [out, b], and z = B^T y [in, b].
+    qq, yy, zz : Tensor [m, m]
+        Their Gram matrices over all blocks, float64.
+    """
+
+    def __init__(self, start: Tensor, *, dtype: torch.dtype, deflate: Tensor | None = None) -> None:
+        self._dtype = dtype
+        self._deflate = deflate
+        self.q: list[Tensor] = []
+        self.y: list[Tensor] = []
+        self.z: list[Tensor] = []
+        empty = torch.zeros(0, 0, dtype=torch.float64, device=start.device)
+        self.qq, self.yy, self.zz = empty, empty, empty
+        self._next = self._orthonormal(start)
+
+    @property
+    def depth(self) -> int:
+        """Blocks absorbed so far."""
+        return len(self.z)
+
+    def next_pass(self) -> Pass:
+        """The pass that the next `absorb` expects."""
+        return Pass(gram=self._next)
+
+    def absorb(self, products: Products) -> None:
+        """Take in y = B Q and z = B^T y of the pass last asked for, and extend the subspace."""
+        assert products.y is not None and products.z is not None
+        z = products.z
+        if self._deflate is not None:
+            remove_components(z, self._deflate)
+        self.qq = grow_gram(self.qq, self.q, self._next)
+        self.yy = grow_gram(self.yy, self.y, products.y)
+        self.zz = grow_gram(self.zz, self.z, z)
+        self.q.append(self._next)
+        self.y.append(products.y)
+        self.z.append(z)
+        self._next = self._orthonormal(z.clone())
+
+    def _orthonormal(self, block: Tensor) -> Tensor:
+        # The stored basis is rounded, hence orthonormal only to 1e-3: two rounds leave 1e-6.
+        for _ in range(2):
+            if self._deflate is not None:
+                remove_components(block, self._deflate)
+            for q in self.q:
+                remove_components(block, q)
+        return orthonormalize(block).to(self._dtype)
+
+    def right(self) -> Ritz:
+        """Ritz pairs of B^T B on the span of the right blocks `q`."""
+        return generalized_ritz(self.yy, self.qq)
+
+    def left(self) -> Ritz:
+        """Ritz pairs of B B^T on the span of the left blocks `y`: half an iteration further."""
+        return generalized_ritz(self.zz, self.yy)
+
+    def singular_triplets(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """All Ritz singular values [m] float64; V [in, k] float32 and angles [k] of the leading k.
+
+        V comes from the left Ritz vectors, V = B^T U / sigma. The angle is the sine between it and
+        the right Ritz vector of the same rank, one half-iteration older: an error estimate that
+        bounds V's own error from above where the iteration converges.
+        """
+        left, right = self.left(), self.right()
+        count = min(count, left.theta.numel(), right.theta.numel())
+        values = left.theta.sqrt()
+        sigma = values[:count]
+        inverse = torch.where(sigma > 0, 1 / sigma, torch.zeros_like(sigma))
+        weights = (left.coefficients[:, :count] * inverse).float()
+        vectors = combine(self.z, weights)
+        cosines = (right.coefficients[:, :count] * (self.yy @ left.coefficients[:, :count])).sum(0)
+        cosines = (cosines * inverse).abs().clamp(max=1.0)
+        return values, vectors, (1 - cosines**2).sqrt()
+
+
+def generalized_ritz(numerator: Tensor, metric: Tensor) -> Ritz:
+    """Solve N s = theta M s for symmetric N and semidefinite M [m, m] in float64, on M's range."""
+    scale = metric.diagonal().clamp_min(0).sqrt()
+    inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
+    scaled = (metric + metric.T) / 2 * inverse[:, None] * inverse
+    values, vectors = torch.linalg.eigh(scaled)
+    kept = values > _INDEPENDENT * values[-1]
+    whiten = inverse[:, None] * vectors[:, kept] / values[kept].sqrt()
+    theta, small = torch.linalg.eigh(whiten.T @ ((numerator + numerator.T) / 2) @ whiten)
+    return Ritz(theta.flip(0).clamp_min(0), (whiten @ small).flip(1))
+
+
+def combine(blocks: list[Tensor], coefficients: Tensor) -> Tensor:
+    """sum_j blocks[j] @ coefficients[rows of j]: [n, k] float32."""
+    out = torch.zeros(
+        blocks[0].shape[0], coefficients.shape[1], dtype=torch.float32, device=blocks[0].device
+    )
+    row = 0
+    for block in blocks:
+        out.addmm_(block.float(), coefficients[row : row + block.shape[1]].float())
+        row += block.shape[1]
+    return out
+
+
+def grow_gram(gram: Tensor, old: list[Tensor], new: Tensor) -> Tensor:
+    """The Gram matrix of [old..., new], given that of the old blocks."""
+    size, width = gram.shape[0], new.shape[1]
+    grown = gram.new_zeros(size + width, size + width)
+    grown[:size, :size] = gram
+    row = 0
+    for block in old:
+        cross = gram64(block, new)
+        grown[row : row + block.shape[1], size:] = cross
+        grown[size:, row : row + block.shape[1]] = cross.T
+        row += block.shape[1]
+    grown[size:, size:] = gram64(new, new)
+    return grown

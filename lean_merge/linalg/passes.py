@@ -1,0 +1,71 @@
+"""The vocabulary between mathematics and data: what one pass over a matrix's rows computes."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_CHUNK = 2048
+"""Rows widened to float64 at a time, so that the temporaries stay small."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What one trip over the rows of B [out, in] shall compute; None and False ask for nothing.
+
+    gram : Q [in, b]     -> Products.y = B Q [out, b] and Products.z = B^T y [in, b]
+    project : P [out, b] -> Products.projected = B^T P [in, b]
+    times : X [in, r]    -> Products.times = B X [out, r]
+    dense : True         -> Products.dense = B [out, in] in float32
+    """
+
+    gram: Tensor | None = None
+    project: Tensor | None = None
+    times: Tensor | None = None
+    dense: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Products:
+    """What a `Pass` brought back; `y` in the arithmetic dtype, all else float32."""
+
+    y: Tensor | None = None
+    z: Tensor | None = None
+    projected: Tensor | None = None
+    times: Tensor | None = None
+    dense: Tensor | None = None
+
+
+def random_block(rows: int, columns: int, *, seed: int, name: str, role: str) -> Tensor:
+    """Gaussian [rows, columns] in float32 on the CPU, the same on every machine and in any order.
+
+    The generator is seeded by SHA-256 of (seed, name, role): a start shared by two matrices would
+    make unconverged subspaces look aligned.
+    """
+    digest = hashlib.sha256(f"{seed}\0{name}\0{role}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.randn(rows, columns, generator=generator)
+
+
+def gram64(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b [m, n] in float64 for a [k, m] and b [k, n] of any floating dtype."""
+    total = torch.zeros(a.shape[1], b.shape[1], dtype=torch.float64, device=a.device)
+    for start in range(0, a.shape[0], _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        total.addmm_(a[rows].double().T, b[rows].double())
+    return total
+
+
+def remove_components(block: Tensor, basis: Tensor) -> None:
+    """block -= basis (basis^T block), in place, float32; `basis` [in, c] nearly orthonormal."""
+    wide = basis.float()
+    block.addmm_(wide, wide.T @ block, alpha=-1.0)
+
+
+def orthonormalize(block: Tensor) -> Tensor:
+    """Q [n, b] of the thin QR of `block` [n, b], float32."""
+    q: Tensor = torch.linalg.qr(block)[0]
+    return q

@@ -1,0 +1,225 @@
+"""A random sketch of one matrix: its leading singular triplets and the sums of its spectrum.
+
+The sums are deflated stochastic Lanczos quadrature (Ubaru, Chen and Saad 2017; Golub and Meurant
+2010 for the Gauss-Radau rule). Four things make them accurate to a few parts in a thousand with 32
+probes and four passes:
+
+- the probes stand on the smaller side of B, and what is computed already is deflated;
+- they are the start of one block Krylov space, so that all share its nodes;
+- the exact Frobenius norm is a control variate for the random error;
+- a Gauss and a Gauss-Radau rule are averaged 2 : 1. Where the spectrum touches zero, sqrt(theta) is
+  |sigma| with a kink. The Gauss rule has the kink midway between its symmetric nodes, an error of
+  +h^2/12; the Radau rule has it on a node, -h^2/6. Away from zero both converge geometrically.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lean_merge.linalg.krylov import BlockKrylov, Ritz, generalized_ritz, grow_gram
+from lean_merge.linalg.passes import (
+    Pass,
+    Products,
+    gram64,
+    orthonormalize,
+    random_block,
+    remove_components,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SingularSums:
+    """A spectrum as counted values: `values` [k] descending, each standing for `counts` [k]."""
+
+    values: Tensor
+    counts: Tensor
+    nuclear: float
+    """Sum of all singular values."""
+
+    @classmethod
+    def of_spectrum(cls, sigma: Tensor) -> SingularSums:
+        """The sums of a spectrum that is known whole: `sigma` [n] descending."""
+        return cls(values=sigma, counts=torch.ones_like(sigma), nuclear=float(sigma.sum()))
+
+    def leading(self, count: int) -> float:
+        """Sum of the `count` largest singular values."""
+        before = torch.cumsum(self.counts, 0) - self.counts
+        taken = (count - before).clamp_min(0).minimum(self.counts)
+        return float((taken * self.values).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """Quadrature nodes theta [k] and the mass [k] that the probes give them."""
+
+    theta: Tensor
+    mass: Tensor
+
+
+class Sketch:
+    """Random block Krylov sketch of B [out, in], fed by one `Pass` after another.
+
+    Parameters
+    ----------
+    shape : (int, int)
+        out, in.
+    block : int
+        Columns of the start, which are also the probes of the quadrature.
+    dtype, device
+        Arithmetic dtype of the products with B, and where they are made.
+    seed, name, role
+        Seed of the start, see `random_block`.
+    deflate : Tensor [in, c], optional
+        Leading right singular vectors that are known already.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        *,
+        block: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        seed: int,
+        name: str,
+        role: str,
+        deflate: Tensor | None = None,
+    ) -> None:
+        out_features, in_features = shape
+        self._dtype = dtype
+        self._wide = in_features > out_features
+        known = 0 if deflate is None else deflate.shape[1]
+        self._rest = min(shape) - known
+        self._deflate = None if deflate is None else orthonormalize(deflate)
+        self._leading = torch.zeros(0, dtype=torch.float64, device=device)
+        side = out_features if self._wide else in_features
+        probe = random_block(side, min(block, self._rest), seed=seed, name=name, role=role)
+        self._probe = probe.to(device)
+        self._start = self._probe
+        self._krylov: BlockKrylov | None = None
+        if self._wide:
+            self._probe = orthonormalize(self._probe).to(dtype)
+        elif self._deflate is None:
+            self._begin()
+
+    def _begin(self) -> None:
+        self._krylov = BlockKrylov(self._start, dtype=self._dtype, deflate=self._deflate)
+
+    @property
+    def krylov(self) -> BlockKrylov:
+        """The subspace; there once the preliminary pass, if any, is absorbed."""
+        assert self._krylov is not None
+        return self._krylov
+
+    @property
+    def depth(self) -> int:
+        """Krylov blocks absorbed so far."""
+        return 0 if self._krylov is None else self._krylov.depth
+
+    def next_pass(self, times: Tensor | None = None) -> Pass:
+        """The pass that the next `absorb` expects.
+
+        The first of a wide or deflated sketch is preliminary and takes the deflated vectors'
+        products; `times` [in, r] rides along with it, its products last.
+        """
+        if self._krylov is not None:
+            return self._krylov.next_pass()
+        columns = [block.to(self._dtype) for block in (self._deflate, times) if block is not None]
+        return Pass(
+            times=torch.cat(columns, dim=1) if columns else None,
+            project=self._probe if self._wide else None,
+        )
+
+    def absorb(self, products: Products) -> None:
+        """Take in what the pass last asked for brought back."""
+        if self._krylov is not None:
+            self._krylov.absorb(products)
+            return
+        if self._wide:
+            assert products.projected is not None
+            self._start = products.projected
+        if self._deflate is not None:
+            assert products.times is not None
+            self._take_deflated(products.times[:, : self._deflate.shape[1]])
+        self._begin()
+        self._start = self._start.clone()
+
+    def _take_deflated(self, images: Tensor) -> None:
+        """Singular values of B restricted to the deflated vectors, and their share of the start."""
+        assert self._deflate is not None
+        values, vectors = torch.linalg.eigh(gram64(images, images))
+        self._leading = values.flip(0).clamp_min(0).sqrt()
+        remove_components(self._start, self._deflate)
+        if self._wide:
+            # B^T (P - U U^T P) = (I - V V^T) B^T P for singular U, V: no second pass.
+            inverse = torch.where(values > 0, values.rsqrt(), torch.zeros_like(values))
+            probe = self._probe.float()
+            remove_components(probe, images @ (vectors * inverse).float())
+            self._probe = probe
+
+    def sums(self, squared_norm: float) -> SingularSums:
+        """The spectrum's sums, given the exact ||B||_F^2."""
+        remaining = squared_norm - float((self._leading**2).sum())
+        if remaining <= 1e-10 * squared_norm or self._rest <= 0:
+            return SingularSums.of_spectrum(self._leading)
+        gauss, radau, total = self._rules()
+        second_moment = remaining / self._rest
+        above = _mean_root(gauss, total, second_moment)
+        below = _mean_root(radau, total, second_moment)
+        tail = self._rest * max(0.0, (2 * above + below) / 3)
+        nodes, counts = gauss.theta.sqrt(), self._rest * gauss.mass / total
+        nodes = nodes * (tail / max(float((nodes * counts).sum()), 1e-300))
+        values = torch.cat([self._leading, nodes])
+        order = torch.argsort(values, descending=True)
+        return SingularSums(
+            values=values[order],
+            counts=torch.cat([torch.ones_like(self._leading), counts])[order],
+            nuclear=float(self._leading.sum()) + tail,
+        )
+
+    def _rules(self) -> tuple[_Rule, _Rule, float]:
+        """The Gauss and the Gauss-Radau rule, and the probes' whole mass."""
+        krylov = self.krylov
+        right = krylov.right()
+        if not self._wide:
+            probes = krylov.q[0].shape[1]
+            left = krylov.left()
+            gauss = _Rule(right.theta, _mass(krylov.qq[:probes], right))
+            radau = _Rule(left.theta, _mass(krylov.yy[:probes], left) / _positive(left.theta))
+            return gauss, radau, float(krylov.qq[:probes, :probes].trace())
+        # On the left side the Gauss rule's blocks are P, y_1 .. y_(d-1); their images B^T P, z_1 ..
+        metric = numerator = torch.zeros(0, 0, dtype=torch.float64, device=self._probe.device)
+        blocks, images = [self._probe, *krylov.y[:-1]], [self._start, *krylov.z[:-1]]
+        for index, (block, image) in enumerate(zip(blocks, images, strict=True)):
+            metric = grow_gram(metric, blocks[:index], block)
+            numerator = grow_gram(numerator, images[:index], image)
+        probes = self._probe.shape[1]
+        ritz = generalized_ritz(numerator, metric)
+        starts = torch.cat([gram64(self._start, q) for q in krylov.q], dim=1)
+        gauss = _Rule(ritz.theta, _mass(metric[:probes], ritz))
+        radau = _Rule(right.theta, _mass(starts, right) / _positive(right.theta))
+        return gauss, radau, float(metric[:probes, :probes].trace())
+
+
+def _mass(start: Tensor, ritz: Ritz) -> Tensor:
+    return (start @ ritz.coefficients).square().sum(0)
+
+
+def _positive(theta: Tensor) -> Tensor:
+    return theta.clamp_min(1e-300)
+
+
+def _mean_root(rule: _Rule, total: float, second_moment: float) -> float:
+    """Mean of sqrt(theta) under `rule`, corrected by the known mean of theta (control variate)."""
+    theta, mass = rule.theta, rule.mass / total
+    root, mean = float((mass * theta.sqrt()).sum()), float((mass * theta).sum())
+    variance = float((mass * theta**2).sum()) - mean**2
+    covariance = float((mass * theta**1.5).sum()) - root * mean
+    if variance > 1e-12 * mean**2:
+        slope = covariance / variance
+    else:
+        slope = 0.5 * root / mean if mean > 0 else 0.0
+    return root + slope * (second_moment - mean)

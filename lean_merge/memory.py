@@ -1,0 +1,78 @@
+"""What memory the machine has and what this process uses of it."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from types import TracebackType
+
+import psutil
+
+_STATUS = "/proc/self/status"
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Bytes: `anonymous` is what the program allocated, `file_backed` what it has mapped."""
+
+    anonymous: int
+    file_backed: int
+
+
+def usage() -> Usage:
+    """The process's resident memory now.
+
+    Where the system does not split it (not Linux), all of it counts as anonymous.
+    """
+    fields = {}
+    try:
+        with open(_STATUS, encoding="ascii") as status:
+            for line in status:
+                if line.startswith(("RssAnon:", "RssFile:")):
+                    fields[line[:7]] = int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    if "RssAnon" not in fields:
+        return Usage(anonymous=psutil.Process().memory_info().rss, file_backed=0)
+    return Usage(anonymous=fields["RssAnon"], file_backed=fields.get("RssFile", 0))
+
+
+def available() -> int:
+    """Bytes that can be allocated without swapping."""
+    return int(psutil.virtual_memory().available)
+
+
+class PeakSampler:
+    """Samples the process's memory from a thread while the context is open."""
+
+    def __init__(self, interval: float = 0.01) -> None:
+        self._interval = interval
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="memory-sampler", daemon=True)
+        self.peak = usage()
+
+    def sample(self) -> None:
+        """Take one sample now."""
+        now = usage()
+        self.peak = Usage(
+            anonymous=max(self.peak.anonymous, now.anonymous),
+            file_backed=max(self.peak.file_backed, now.file_backed),
+        )
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._interval):
+            self.sample()
+
+    def __enter__(self) -> PeakSampler:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.sample()

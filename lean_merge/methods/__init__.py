@@ -1,0 +1,39 @@
+"""Merge methods, one file each, found by the names they register."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Any
+
+from lean_merge.methods.base import (
+    AnalysisCost,
+    Decision,
+    ExpertRecord,
+    Method,
+    Passes,
+    WeightContext,
+    per_expert,
+)
+from lean_merge.methods.registry import canonical_name, register, registered
+
+__all__ = [
+    "AnalysisCost",
+    "Decision",
+    "ExpertRecord",
+    "Method",
+    "Passes",
+    "WeightContext",
+    "all_methods",
+    "canonical_name",
+    "per_expert",
+    "register",
+]
+
+
+def all_methods() -> Mapping[str, type[Method[Any]]]:
+    """Every method by its canonical name; importing this folder's modules registers them."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return registered()

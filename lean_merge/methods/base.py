@@ -1,0 +1,158 @@
+"""What a merge method is: parameters, an analysis that asks for passes, and a row-local update."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from lean_merge.linalg import Pass, Products
+
+Passes = Generator[Sequence[Pass | None], Sequence[Products | None], "Decision"]
+"""An analysis in progress: it asks each task vector for a pass, and ends in a decision."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightContext:
+    """One logical weight as a method sees it; its numbers come through passes alone.
+
+    The task vectors are, in this order, that of the MLLM and those of the experts, all [out, in].
+    """
+
+    name: str
+    shape: tuple[int, int]
+    seed: int
+    dtype: torch.dtype
+    """Arithmetic dtype of products with the task vectors."""
+    device: torch.device
+    squared_norms: Callable[[], Sequence[float]]
+    """||task vector||_F^2, exact; known once the first pass is done."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertRecord:
+    """What the report says of one weight and one expert; the fields are explained in docs."""
+
+    selected: bool
+    reason: str
+    similarity_first: float | None = None
+    similarity_max: float | None = None
+    lambda_: float | None = None
+    lambda_top_q: float | None = None
+    rank: int | None = None
+    computed_rank: int | None = None
+    angle_error: float | None = None
+    gap: bool | None = None
+    update_norm: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The update of one weight, linear in its task vectors and at most one low-rank product.
+
+    update = sum_j coefficients[j] * task_vector_j + left @ right
+
+    Attributes
+    ----------
+    experts : tuple of ExpertRecord
+        One for each expert.
+    coefficients : tuple of float
+        One for each task vector, or empty.
+    left, right : Tensor [out, r], [r, in], float32, or None
+    """
+
+    experts: tuple[ExpertRecord, ...]
+    coefficients: tuple[float, ...] = ()
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+    @property
+    def merges(self) -> bool:
+        """Whether there is any update; if not, the MLLM's bytes are copied."""
+        return self.left is not None or any(self.coefficients)
+
+    @property
+    def reads_task_vectors(self) -> bool:
+        """Whether the update needs the task vectors' rows again."""
+        return any(self.coefficients)
+
+    def update(self, rows: slice, task_vectors: Sequence[Tensor | None], out: Tensor) -> None:
+        """Write the update of `rows` to `out` [t, in] float32, given their task vectors [t, in]."""
+        if self.left is None or self.right is None:
+            out.zero_()
+        else:
+            torch.mm(self.left[rows], self.right, out=out)
+        for coefficient, task_vector in zip(self.coefficients, task_vectors, strict=False):
+            if coefficient and task_vector is not None:
+                out.add_(task_vector, alpha=coefficient)
+
+
+@dataclass(frozen=True, slots=True)
+class AnalysisCost:
+    """What the analysis of one logical weight costs at most.
+
+    Attributes
+    ----------
+    workspace : int
+        Bytes of sketches, spectra and their temporaries.
+    widest : int
+        Columns of the widest block that one pass multiplies with.
+    passes : int
+        Passes over the rows, 0 for a method that decides without looking.
+    """
+
+    workspace: int = 0
+    widest: int = 0
+    passes: int = 0
+
+
+P = TypeVar("P")
+
+
+def per_expert(default: Any) -> Any:
+    """A parameter that a recipe may give for each expert by itself."""
+    return field(default=default, metadata={"per_expert": True})
+
+
+class Method(abc.ABC, Generic[P]):
+    """A merge method. A new one is a module in this folder with a subclass and `@register`.
+
+    Parameters
+    ----------
+    parameters : sequence of P
+        One for each expert: the common parameters with that expert's own put in.
+    """
+
+    name: ClassVar[str]
+    reference: ClassVar[str]
+    parameters_type: ClassVar[type[Any]]
+
+    def __init__(self, parameters: Sequence[P]) -> None:
+        self.parameters = tuple(parameters)
+
+    @property
+    def common(self) -> P:
+        """The parameters that do not differ between experts."""
+        return self.parameters[0]
+
+    @abc.abstractmethod
+    def analyze(self, weight: WeightContext) -> Passes:
+        """Ask for the passes that the method needs, and return its decision."""
+
+    @abc.abstractmethod
+    def cost(self, shape: tuple[int, int], *, item: int) -> AnalysisCost:
+        """Memory and passes of `analyze` for a weight of `shape`, at `item` bytes a product."""
+
+    def reads_task_vectors(self) -> tuple[bool, ...]:
+        """Which task vectors an update adds whole: the MLLM's, then each expert's."""
+        return (False,) * (len(self.parameters) + 1)
+
+    @classmethod
+    def parameter_fields(cls) -> tuple[dataclasses.Field[Any], ...]:
+        """The fields of the parameters' dataclass, in order."""
+        return dataclasses.fields(cls.parameters_type)

@@ -1,0 +1,21 @@
+"""Writing the output: layout known beforehand, bytes at their offsets, whole or visibly unfinished.
+
+Shards, side files and model card become a checkpoint by one last rename.
+"""
+
+from lean_merge.output.card import license_of, model_card
+from lean_merge.output.folder import OutputFolder
+from lean_merge.output.layout import OutputTensor, Shard, index_json, plan_shards
+from lean_merge.output.sidefiles import copy_side_files, side_files
+
+__all__ = [
+    "OutputFolder",
+    "OutputTensor",
+    "Shard",
+    "copy_side_files",
+    "index_json",
+    "license_of",
+    "model_card",
+    "plan_shards",
+    "side_files",
+]

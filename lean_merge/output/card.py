@@ -1,0 +1,100 @@
+"""The model card: what was merged from what, under which licence, and how to do it again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
+
+from lean_merge.checkpoints.safepaths import checked_file
+from lean_merge.errors import CheckpointError
+
+_LICENSE_FIELDS = ("license", "license_name", "license_link")
+_MAX_FRONT_MATTER = 65_536
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@[\w./-]+)?", re.ASCII)
+
+
+def model_card(
+    *,
+    recipe_yaml: str,
+    base: str,
+    mllm: str,
+    experts: Sequence[str],
+    license_fields: Mapping[str, str],
+    summary: str,
+) -> str:
+    """The content of README.md.
+
+    Parameters
+    ----------
+    recipe_yaml
+        The recipe, as YAML.
+    base, mllm, experts
+        The sources, as the user named them. Of a local folder only its name appears.
+    license_fields
+        From `license_of`.
+    summary
+        Markdown: what was merged, copied and skipped.
+    """
+    named = [_public_name(source) for source in (mllm, base, *experts)]
+    front = {
+        "base_model": list(dict.fromkeys(named)),
+        "library_name": "transformers",
+        "tags": ["merge", "lean-merge"],
+        **{key: license_fields[key] for key in _LICENSE_FIELDS if key in license_fields},
+    }
+    matter = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+    # A fence longer than any in the recipe, so that no line of it ends the block.
+    runs = [len(run) for run in re.findall(r"`+", recipe_yaml)]
+    fence = "`" * max(3, *(run + 1 for run in runs)) if runs else "```"
+    given = ", ".join(named[2:])
+    return (
+        f"---\n{matter}---\n\n"
+        f"# {named[0].rsplit('/', 1)[-1]} merged with {given}\n\n"
+        f"The language model of {named[0]} was merged with {given} by lean-merge, without "
+        f"training. {named[1]} is the base that they were tuned from. Everything else, vision "
+        f"tower and processor included, is {named[0]}'s own.\n\n"
+        f"{summary.strip()}\n\n"
+        f"## Recipe\n\n{fence}yaml\n{recipe_yaml.strip()}\n{fence}\n"
+    )
+
+
+def _public_name(source: str) -> str:
+    """A hub id without its revision, else the last part of the path: paths tell of their owner."""
+    path = Path(source).expanduser()
+    match = _HUB_ID.fullmatch(source)
+    if match and not path.exists():
+        return match[1]
+    return path.resolve().name or source
+
+
+def license_of(mllm_path: Path) -> dict[str, str]:
+    """license, license_name and license_link, as far as the front matter of README.md has them.
+
+    A README that is absent, too long or malformed has none. Raises CheckpointError if it is a link
+    out of the folder.
+    """
+    file = mllm_path / "README.md"
+    if not file.exists():
+        return {}
+    try:
+        with open(checked_file(mllm_path, file), "rb") as stream:
+            text = stream.read(_MAX_FRONT_MATTER).decode("utf-8-sig", errors="ignore")
+    except OSError as error:
+        raise CheckpointError(
+            f"{file}: cannot be read ({error.strerror}); check its rights."
+        ) from error
+    match = re.match(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
+    if match is None:
+        return {}
+    try:
+        # BaseLoader builds strings, lists and dicts only, so "no" stays a word.
+        front = yaml.load(match[1], Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return {}
+    if not isinstance(front, dict):
+        return {}
+    found = {key: front.get(key) for key in _LICENSE_FIELDS}
+    return {key: value for key, value in found.items() if isinstance(value, str) and value}

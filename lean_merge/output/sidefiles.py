@@ -1,0 +1,127 @@
+"""Everything of the MLLM that is not weights: configuration, tokenizer, processor, remote code."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from lean_merge.checkpoints.dtypes import torch_dtype
+from lean_merge.checkpoints.jsonfile import read_object
+from lean_merge.checkpoints.safepaths import checked_file
+from lean_merge.errors import CheckpointError
+from lean_merge.output.folder import OutputFolder
+
+_WEIGHTS = re.compile(
+    r".*\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|onnx|onnx_data|msgpack|h5|keras|ot|npz|npy|pkl"
+    r"|pickle|tflite|pdparams|partial)(\.index(\.\w+)?\.json)?",
+    re.IGNORECASE,
+)
+_OWN = re.compile(r"lean[_-]merge.*", re.IGNORECASE)
+_TEMPLATES = "additional_chat_templates"
+_MAX_CONFIG = 100_000_000
+
+
+def side_files(mllm_path: Path) -> tuple[Path, ...]:
+    """The files that come along with the MLLM's weights, sorted by name.
+
+    Left out are weights of every kind and their indices, the README (the output has its own),
+    hidden files, and what an earlier run of this program wrote.
+
+    Raises
+    ------
+    CheckpointError
+        The folder cannot be listed, or a file is a link out of it.
+    """
+    try:
+        files = [each for each in mllm_path.iterdir() if _comes_along(each)]
+        templates = mllm_path / _TEMPLATES
+        if templates.is_dir():
+            files += [each for each in templates.iterdir() if _comes_along(each)]
+    except OSError as error:
+        raise CheckpointError(
+            f"{mllm_path}: cannot be listed ({error.strerror}); check the path and its rights."
+        ) from error
+    return tuple(checked_file(mllm_path, each) for each in sorted(files))
+
+
+def _comes_along(file: Path) -> bool:
+    name = file.name
+    if name.startswith(".") or name.lower() == "readme.md":
+        return False
+    if _WEIGHTS.fullmatch(name) or _OWN.fullmatch(name):
+        return False
+    return file.is_symlink() or file.is_file()
+
+
+def copy_side_files(
+    mllm_path: Path, folder: OutputFolder, *, out_dtype: str | None
+) -> tuple[str, ...]:
+    """Copies the MLLM's side files into the output, as data.
+
+    Parameters
+    ----------
+    mllm_path
+        The MLLM's folder.
+    folder
+        The output.
+    out_dtype
+        What the weights were converted to, as "BF16" or "bfloat16": config.json then says so. None
+        copies config.json byte for byte.
+
+    Returns
+    -------
+    tuple of str
+        The names, relative to the output.
+
+    Raises
+    ------
+    CheckpointError
+        A file cannot be read or is a link out of the folder.
+    OutputError, BudgetError
+        A file cannot be written.
+    ValueError
+        There is no such `out_dtype`.
+    """
+    names = []
+    for file in side_files(mllm_path):
+        name = file.relative_to(mllm_path).as_posix()
+        try:
+            data = file.read_bytes()
+        except OSError as error:
+            raise CheckpointError(
+                f"{file}: cannot be read ({error.strerror}); check its rights."
+            ) from error
+        if name == "config.json" and out_dtype is not None:
+            data = _with_dtype(file, _config_word(out_dtype))
+        folder.write_file(name, data)
+        names.append(name)
+    return tuple(names)
+
+
+def _config_word(dtype: str) -> str:
+    words = {name: str(torch_dtype(name)).removeprefix("torch.") for name in ("F16", "BF16", "F32")}
+    if dtype in words.values():
+        return dtype
+    if dtype not in words:
+        raise ValueError(f"{dtype!r} is not a dtype of an output; write one of {sorted(words)}.")
+    return words[dtype]
+
+
+def _with_dtype(file: Path, dtype: str) -> bytes:
+    mend = "download or save the checkpoint again"
+    config = read_object(file, limit=_MAX_CONFIG, what="config", mend=mend, unique=False)
+    if not _set_dtype(config, dtype):
+        config["dtype"] = dtype
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
+    """Sets what `config` and its nested configs say of a dtype; whether `config` itself did."""
+    stated = [key for key in ("torch_dtype", "dtype") if key in config]
+    config.update(dict.fromkeys(stated, dtype))
+    for key, value in config.items():
+        if key.endswith("_config") and isinstance(value, dict):
+            _set_dtype(value, dtype)
+    return bool(stated)

@@ -1,0 +1,156 @@
+"""System calls of the output folder, with what stands in for them where they are lacking."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import threading
+from collections.abc import Sequence, Set
+from pathlib import Path, PurePosixPath
+
+from lean_merge.errors import BudgetError, LeanMergeError, OutputError
+from lean_merge.sizes import format_size
+
+_LARGEST_WRITE = 1 << 30
+_SIDE_FOLDERS = frozenset({"", "additional_chat_templates"})
+_FULL = frozenset({errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)})
+_NO_FALLOCATE = frozenset({errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS})
+_seek_lock = threading.Lock()
+
+
+def explain(path: Path, error: OSError) -> LeanMergeError:
+    """The package's error for a failed write: BudgetError if space ran out, else OutputError."""
+    if error.errno in _FULL:
+        return BudgetError(f"{path}: the disk is full or over quota; free space or pass another.")
+    return OutputError(
+        f"{path}: cannot be written ({error.strerror or error}); check the rights and the disk."
+    )
+
+
+def preallocate(descriptor: int, size: int) -> None:
+    """Makes a file `size` bytes long, its space reserved where the file system can. OSError."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+            return
+        except OSError as error:
+            if error.errno not in _NO_FALLOCATE:
+                raise
+    os.ftruncate(descriptor, size)
+
+
+def write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    """Writes `data` at `offset`, without moving any file position that others rely on. OSError."""
+    done = 0
+    while done < data.nbytes:
+        part = data[done : done + _LARGEST_WRITE]
+        if hasattr(os, "pwrite"):
+            done += os.pwrite(descriptor, part, offset + done)
+        else:
+            with _seek_lock:
+                os.lseek(descriptor, offset + done, os.SEEK_SET)
+                done += os.write(descriptor, part)
+
+
+def sync_data(descriptor: int) -> None:
+    """Waits until a file's bytes are on the disk. OSError."""
+    if hasattr(os, "fdatasync"):
+        os.fdatasync(descriptor)
+    else:
+        os.fsync(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until a folder's entries are on the disk, where the system can. OSError."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot sync a folder, and then need not.
+        if error.errno not in _NO_FALLOCATE:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def lock_folder(folder: Path) -> int | None:
+    """Takes the folder for this process until the returned descriptor is closed.
+
+    Returns None where the system has no such locks. Raises OutputError if another process, or
+    another writer in this one, has it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise OutputError(
+            f"{folder}: another lean-merge is writing there; wait for it or choose another folder."
+        ) from None
+    except OSError:
+        # A file system without locks: go on without.
+        pass
+    return descriptor
+
+
+def check_free_space(folder: Path, needed: int, *, freed: int) -> None:
+    """Raises BudgetError unless `folder`'s disk has `needed` bytes free.
+
+    Parameters
+    ----------
+    folder
+        Perhaps not there yet.
+    needed, freed
+        Bytes to be written, and bytes of leftovers that go before.
+    """
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    free = shutil.disk_usage(there).free + freed
+    if needed > free:
+        raise BudgetError(
+            f"{folder}: the output needs {format_size(needed)} and the disk has "
+            f"{format_size(free)} free; free some or choose a folder on another disk."
+        )
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes that the files directly in `folder` occupy; 0 if there is none."""
+    if not folder.is_dir() or folder.is_symlink():
+        return 0
+    return sum(each.lstat().st_size for each in folder.iterdir() if not each.is_symlink())
+
+
+def refuse_inputs(out: Path, inputs: Sequence[Path]) -> None:
+    """Raises OutputError if `out`, resolved, is an input, inside one, or around one."""
+    for each in inputs:
+        source = each.resolve()
+        # Compared by inode too: names alone lie on file systems that fold case.
+        for one, other, where in ((out, source, "inside"), (source, out, "around")):
+            for parent in (one, *one.parents):
+                if parent == other or _same(parent, other):
+                    place = "is" if parent == one else f"lies {where}"
+                    raise OutputError(
+                        f"{out}: {place} the input {each}, which must not change; choose an output "
+                        "folder elsewhere."
+                    )
+
+
+def side_name(name: str, *, taken: Set[str]) -> PurePosixPath:
+    """`name` as a path in the output. Raises OutputError if it leads elsewhere or is `taken`."""
+    parent, _, last = name.replace("\\", "/").rpartition("/")
+    if parent not in _SIDE_FOLDERS or last in {"", ".", ".."} or last in taken:
+        raise OutputError(f"{name!r} cannot be the name of a side file; rename it in the MLLM.")
+    return PurePosixPath(parent, last)
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False

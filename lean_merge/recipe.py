@@ -1,0 +1,206 @@
+"""What the user asked for: a frozen, hashable recipe, to and from YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lean_merge.errors import RecipeError
+from lean_merge.sizes import parse_size
+
+OUT_DTYPES = ("auto", "float32", "bfloat16", "float16")
+ROUNDINGS = ("nearest", "stochastic")
+Parameters = tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """One expert: a folder or hub id, and the parameters that are its own."""
+
+    model: str
+    parameters: Parameters = ()
+
+
+@dataclass(frozen=True, slots=True)
+class MergeRecipe:
+    """Everything that decides the numbers of a merge; memory, device and threads do not.
+
+    Parameters
+    ----------
+    base_model, mllm_model : str
+        Folder, `.safetensors` file or hub id `org/name@revision`.
+    experts : tuple of Expert
+        One or more.
+    merge_method : str
+        Name of a registered method.
+    parameters : tuple of (name, value)
+        The method's parameters, common to all experts.
+    out_dtype : str
+        `auto` keeps each MLLM weight's dtype; else the dtype of the in-scope weights.
+    rounding : str
+        `nearest`, or `stochastic` for out dtypes below float32.
+    seed : int
+        Seed of the random starts and of stochastic rounding.
+    shard_size : int
+        Largest shard in bytes.
+    allow_partial : bool
+        Go on where in-scope weights do not map to every role, leaving them as the MLLM has them.
+
+    Raises
+    ------
+    RecipeError
+        For a value that makes no sense.
+    """
+
+    base_model: str
+    mllm_model: str
+    experts: tuple[Expert, ...]
+    merge_method: str = "ip_merging"
+    parameters: Parameters = ()
+    out_dtype: str = "auto"
+    rounding: str = "nearest"
+    seed: int = 0
+    shard_size: int = 5 * 10**9
+    allow_partial: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.experts:
+            raise RecipeError("A merge needs at least one expert; name it with --expert.")
+        for role, model in [
+            ("base_model", self.base_model),
+            ("mllm_model", self.mllm_model),
+            *(("experts[].model", expert.model) for expert in self.experts),
+        ]:
+            if not isinstance(model, str) or not model:
+                raise RecipeError(f"{role} must name a folder or hub id, not {model!r}.")
+        _one_of("out_dtype", self.out_dtype, OUT_DTYPES)
+        _one_of("rounding", self.rounding, ROUNDINGS)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise RecipeError(f"seed must be a whole number from 0, not {self.seed!r}.")
+        if self.shard_size <= 0:
+            raise RecipeError(f"shard_size must be positive, not {self.shard_size}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe in the words of the field, plain types only."""
+        experts = []
+        for expert in self.experts:
+            entry: dict[str, Any] = {"model": expert.model}
+            if expert.parameters:
+                entry["parameters"] = _plain(expert.parameters)
+            experts.append(entry)
+        recipe: dict[str, Any] = {
+            "merge_method": self.merge_method,
+            "base_model": self.base_model,
+            "mllm_model": self.mllm_model,
+            "experts": experts,
+        }
+        if self.parameters:
+            recipe["parameters"] = _plain(self.parameters)
+        for name in ("out_dtype", "rounding", "seed", "shard_size", "allow_partial"):
+            recipe[name] = getattr(self, name)
+        return recipe
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML that `from_yaml` reads back."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> MergeRecipe:
+        """Build a recipe from plain data; unknown keys are errors that name the nearest."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        reject_unknown(data, known, "recipe")
+        for required in ("base_model", "mllm_model", "experts"):
+            if not data.get(required):
+                raise RecipeError(f"The recipe lacks {required}.")
+        values = dict(data)
+        values["experts"] = tuple(_expert(entry) for entry in _list(data["experts"], "experts"))
+        values["parameters"] = _frozen(data.get("parameters"), "parameters")
+        values["shard_size"] = parse_size(data.get("shard_size", cls.shard_size_default()))
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> MergeRecipe:
+        """Read a recipe from YAML text, loaded safely."""
+        return cls.from_dict(load_yaml(text))
+
+    @staticmethod
+    def shard_size_default() -> int:
+        """5 GB, as transformers wrote for years."""
+        return 5 * 10**9
+
+
+def load_recipe_file(path: Path) -> dict[str, Any]:
+    """The plain data of a recipe file, for flags to override before it is checked."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: the recipe cannot be read ({error}).") from error
+    return load_yaml(text)
+
+
+def load_yaml(text: str) -> dict[str, Any]:
+    """A YAML mapping as plain data. Raises RecipeError."""
+    try:
+        data = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise RecipeError(f"The recipe is not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise RecipeError("The recipe must be a YAML mapping, starting with merge_method: ...")
+    return data
+
+
+def reject_unknown(given: Iterable[Any], known: Iterable[str], where: str) -> None:
+    """Raise RecipeError for the first key of `given` that is not known, naming the nearest."""
+    names = list(known)
+    for key in given:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)
+            hint = f"; the nearest known one is {near[0]!r}" if near else ""
+            raise RecipeError(f"Unknown key {key!r} in {where}{hint}.")
+
+
+def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise RecipeError(f"{name} must be one of {', '.join(choices)}, not {value!r}.")
+
+
+def _list(value: Any, name: str) -> list[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise RecipeError(f"{name} must be a list, not {value!r}.")
+    return list(value)
+
+
+def _expert(entry: Any) -> Expert:
+    if isinstance(entry, Expert):
+        return entry
+    if isinstance(entry, str):
+        return Expert(entry)
+    if not isinstance(entry, Mapping):
+        raise RecipeError(f"An expert must be a mapping with a model, not {entry!r}.")
+    reject_unknown(entry, ("model", "parameters"), "experts[]")
+    if "model" not in entry:
+        raise RecipeError("An expert lacks its model.")
+    return Expert(entry["model"], _frozen(entry.get("parameters"), "experts[].parameters"))
+
+
+def _frozen(parameters: Any, where: str) -> Parameters:
+    if parameters is None:
+        return ()
+    if isinstance(parameters, tuple):
+        parameters = dict(parameters)
+    if not isinstance(parameters, Mapping):
+        raise RecipeError(f"{where} must be a mapping, not {parameters!r}.")
+    return tuple(
+        (str(name), tuple(value) if isinstance(value, list) else value)
+        for name, value in parameters.items()
+    )
+
+
+def _plain(parameters: Parameters) -> dict[str, Any]:
+    return {n: list(v) if isinstance(v, tuple) else v for n, v in parameters}

@@ -1,0 +1,134 @@
+"""What happened, as JSON for scripts and as a summary for the model card."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from lean_merge.engine.run import RunResult, WeightResult
+from lean_merge.memory import Usage
+from lean_merge.plan import Plan
+from lean_merge.version import __version__
+
+REPORT = "lean_merge_report.json"
+REPORT_VERSION = 1
+KEPT_WARNING = 0.9
+"""Below this share of an update that survives rounding, the report warns."""
+
+
+def build_report(
+    plan: Plan, result: RunResult, *, bytes_written: int, peak: Usage, baseline: Usage
+) -> dict[str, Any]:
+    """The content of `lean_merge_report.json`; docs/formats.md explains every field."""
+    rows = [row for weight in result.weights for row in weight_rows(plan, weight)]
+    merged = sum(weight.decision.merges for weight in result.weights)
+    prediction = plan.prediction
+    return {
+        "version": REPORT_VERSION,
+        "lean_merge": __version__,
+        "recipe": plan.recipe.to_dict(),
+        "counts": {
+            "merged": merged,
+            "unchanged": len(result.weights) - merged,
+            "copied": len(plan.copies),
+            "skipped": len(plan.coverage.left_out),
+            "tensors": len(plan.tasks),
+        },
+        "warnings": [*plan.coverage.warnings, *plan.notes, *kept_warnings(result)],
+        "skipped": list(plan.coverage.left_out),
+        "seconds": {phase: round(s, 3) for phase, s in result.seconds.items()},
+        "bytes": {
+            "read": result.bytes_read,
+            "read_predicted": prediction.bytes_read,
+            "read_predicted_exactly": prediction.exact_reads,
+            "written": bytes_written,
+            "written_predicted": prediction.bytes_written,
+        },
+        "memory": {
+            "limit": plan.memory,
+            "predicted_anonymous": prediction.peak_memory,
+            "peak_anonymous": peak.anonymous,
+            "peak_file_backed": peak.file_backed,
+            "start_anonymous": baseline.anonymous,
+            "predicted_vram": prediction.peak_vram,
+            "peak_vram": result.peak_vram,
+        },
+        "device": plan.device,
+        "threads": plan.threads,
+        "weights": rows,
+    }
+
+
+def weight_rows(plan: Plan, weight: WeightResult) -> list[dict[str, Any]]:
+    """One row for each expert of a logical weight."""
+    kept = update_kept(weight)
+    rows = []
+    for expert, (record, square) in enumerate(
+        zip(weight.decision.experts, weight.squared_norms[1:], strict=True)
+    ):
+        rows.append(
+            {
+                "name": weight.name,
+                "weight": weight.canonical,
+                "expert": plan.recipe.experts[expert].model,
+                "selected": record.selected,
+                "reason": record.reason,
+                "similarity_first": record.similarity_first,
+                "similarity_max": record.similarity_max,
+                "lambda": record.lambda_,
+                "lambda_top_q": record.lambda_top_q,
+                "rank": record.rank,
+                "computed_rank": record.computed_rank,
+                "angle_error": record.angle_error,
+                "gap": record.gap,
+                "update_norm": record.update_norm,
+                "update_kept": kept,
+                "mllm_task_vector_norm": _root(weight.squared_norms[0]),
+                "expert_task_vector_norm": _root(square),
+                "passes": weight.passes,
+            }
+        )
+    return rows
+
+
+def update_kept(weight: WeightResult) -> float | None:
+    """<stored change, update> / ||update||^2, or None where there is no update."""
+    if not weight.decision.merges or weight.written.squared == 0.0:
+        return None
+    return weight.written.along / weight.written.squared
+
+
+def kept_warnings(result: RunResult) -> list[str]:
+    """Warnings that rounding to the output dtype lost a good part of the updates."""
+    kept = [share for weight in result.weights if (share := update_kept(weight)) is not None]
+    ways_out = "--rounding stochastic or --out-dtype float32 keep it"
+    if kept and all(share < 0.01 for share in kept):
+        return [f"nothing of any update survives rounding to the output dtype; {ways_out}"]
+    low = [share for share in kept if share < KEPT_WARNING]
+    if not low:
+        return []
+    return [
+        f"rounding to the output dtype keeps less than {KEPT_WARNING:.0%} of the update in "
+        f"{len(low)} of {len(kept)} weights (worst {min(low):.0%}); {ways_out}"
+    ]
+
+
+def to_json(report: dict[str, Any]) -> bytes:
+    """Readable JSON; NaN would not be JSON, so it is an error."""
+    return (json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
+
+
+def summary(report: dict[str, Any]) -> str:
+    """A few sentences for the model card."""
+    counts = report["counts"]
+    return (
+        f"{counts['merged']} weights of the language model were merged, {counts['unchanged']} were "
+        f"in scope but kept as they were, and {counts['copied']} tensors out of scope (vision "
+        f"tower, projector, embeddings, norms) are the MLLM's, byte for byte. `{REPORT}` tells for "
+        "each weight what was decided and why."
+    )
+
+
+def _root(square: float) -> float | None:
+    return None if math.isnan(square) else math.sqrt(square)

@@ -1,0 +1,38 @@
+"""Byte sizes as people write them: 5GB, 5GiB, 500MB, 1048576."""
+
+from __future__ import annotations
+
+import re
+
+from lean_merge.errors import RecipeError
+
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)}
+_UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", start=1)}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes that `text` names; GB is 10^9 and GiB is 2^30. Raises RecipeError."""
+    if isinstance(text, int) and not isinstance(text, bool):
+        size = text
+    else:
+        match = _SIZE.fullmatch(str(text))
+        unit = _UNITS.get(match[2].upper()) if match else None
+        if match is None or unit is None:
+            raise RecipeError(
+                f"{text!r} is not a size; write one like 5GB, 2GiB, 500MB or 1048576."
+            )
+        size = int(float(match[1]) * unit)
+    if size <= 0:
+        raise RecipeError(f"A size must be positive, not {text!r}.")
+    return size
+
+
+def format_size(count: float) -> str:
+    """`count` bytes in binary units, for people: 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

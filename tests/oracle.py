@@ -1,0 +1,81 @@
+"""Naive whole-matrix float64 twins of the methods: the independent reference of the tests.
+
+Written from the formulas of the paper with numpy alone; nothing here is shared with the package.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Matrix = NDArray[np.float64]
+
+
+@dataclass
+class Oracle:
+    """One weight and one expert, by the book."""
+
+    similarity: Matrix
+    selected: bool
+    ratio: float
+    ratio_top_q: float
+    subspace: int
+    gap: bool
+    update: Matrix
+
+
+def ip_merging(
+    base: Matrix,
+    mllm: Matrix,
+    expert: Matrix,
+    *,
+    threshold: float = 0.4,
+    scale: float = 1.0,
+    temperature: float = 32.0,
+    select_by: str = "first",
+    nuclear: str = "full",
+    importance: str = "softmax",
+    similarity_weight: str = "none",
+    stages: tuple[str, ...] = ("select", "rescale", "project"),
+) -> Oracle:
+    """Steps 1 to 7 of the method for W in [out, in] orientation."""
+    task_mllm, task_expert = mllm - base, expert - base
+    _, sigma_v, right_v = np.linalg.svd(task_mllm, full_matrices=False)
+    _, sigma_m, right_m = np.linalg.svd(task_expert, full_matrices=False)
+
+    def rank(sigma: Matrix) -> int:
+        if sigma[0] == 0:
+            return 0
+        eps = np.finfo(np.float32).eps
+        return int((sigma > sigma[0] * max(base.shape) * eps).sum())
+
+    q = min(1024, rank(sigma_v), rank(sigma_m))
+    if q == 0:
+        return Oracle(np.zeros(0), False, np.nan, np.nan, 0, False, np.zeros_like(base))
+    similarity = np.abs(np.einsum("ij,ij->i", right_v[:q], right_m[:q]))
+    if similarity_weight == "sigma":
+        similarity = similarity * np.sqrt(sigma_v[:q] * sigma_m[:q] / (sigma_v[0] * sigma_m[0]))
+    selected = (similarity[0] if select_by == "first" else similarity.max()) >= threshold
+    full = sigma_v.sum() / sigma_m.sum()
+    top_q = sigma_v[:q].sum() / sigma_m[:q].sum()
+    ratio = (full if nuclear == "full" else top_q) if "rescale" in stages else 1.0
+    if importance == "softmax":
+        weights = np.exp(temperature * (similarity - similarity.max()))
+        gamma = weights / weights.sum()
+    else:
+        gamma = np.exp(temperature * (similarity - similarity.max()))
+    update = task_expert
+    if "project" in stages:
+        update = (task_expert @ right_v[:q].T * gamma**2) @ right_v[:q]
+    gaps = [len(s) > 1 and (s[0] - s[1]) / s[0] < 0.05 for s in (sigma_v, sigma_m)]
+    return Oracle(
+        similarity=similarity,
+        selected=bool(selected),
+        ratio=full,
+        ratio_top_q=top_q,
+        subspace=q,
+        gap=any(gaps),
+        update=scale * ratio * update if selected else np.zeros_like(base),
+    )
