@@ -1,0 +1,330 @@
+"""The command line: parse, call the public API, show progress, map errors to exit codes."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import click
+import typer
+from tqdm import tqdm
+
+from lean_merge import describe
+from lean_merge.api import merge as merge_api
+from lean_merge.engine.run import Event
+from lean_merge.errors import LeanMergeError, RecipeError
+from lean_merge.plan import Plan, Resources
+from lean_merge.plan import plan as make_plan
+from lean_merge.recipe import MergeRecipe, load_recipe_file
+from lean_merge.sizes import parse_size
+from lean_merge.version import __version__
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 5
+
+app = typer.Typer(
+    name="lean-merge",
+    help="Merge the abilities of a text model into a multimodal one, by streaming IP-Merging.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeFile = Annotated[
+    Path | None, typer.Argument(metavar="[RECIPE.yml]", help="Recipe; flags override it.")
+]
+Base = Annotated[str | None, typer.Option(help="Base LLM: folder or hub id.")]
+Mllm = Annotated[str | None, typer.Option(help="MLLM that receives: folder or hub id.")]
+Experts = Annotated[
+    list[str] | None,
+    typer.Option("--expert", "--math", help="Expert LLM that gives; may be repeated."),
+]
+MethodName = Annotated[str | None, typer.Option("--method", help="See lean-merge methods.")]
+Threshold = Annotated[float | None, typer.Option(help="S_alpha: select from this similarity.")]
+SelectBy = Annotated[str | None, typer.Option(help="first or max similarity.")]
+Temperature = Annotated[float | None, typer.Option(help="tau of the importance softmax.")]
+Nuclear = Annotated[str | None, typer.Option(help="full or top_q sums of singular values.")]
+Stages = Annotated[str | None, typer.Option(help="select[,rescale][,project].")]
+Scale = Annotated[float | None, typer.Option(help="Factor of the update.")]
+Rank = Annotated[str | None, typer.Option(help="auto, or directions to compute.")]
+Svd = Annotated[str | None, typer.Option(help="randomized or exact.")]
+Importance = Annotated[str | None, typer.Option(help="softmax or relative.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Any other parameter of the method."),
+]
+OutDtype = Annotated[
+    str | None, typer.Option(help="auto, float32, bfloat16 or float16, of in-scope weights.")
+]
+Rounding = Annotated[str | None, typer.Option(help="nearest or stochastic.")]
+ShardSize = Annotated[str | None, typer.Option(help="Largest shard: 5GB, 2GiB, 500MB.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of all random numbers.")]
+AllowPartial = Annotated[
+    bool, typer.Option("--allow-partial", help="Go on where weights do not map; say what is left.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Memory = Annotated[
+    str | None, typer.Option(help="Ceiling on anonymous memory; default half of what is free.")
+]
+Vram = Annotated[str | None, typer.Option(help="Ceiling on device memory.")]
+Threads = Annotated[int | None, typer.Option(help="Worker threads; default all processors.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def _recipe(file: Path | None, given: dict[str, Any], parameters: dict[str, Any]) -> MergeRecipe:
+    """The recipe file's data with the flags that were given put over it."""
+    data = load_recipe_file(file) if file is not None else {}
+    data |= {name: value for name, value in given.items() if value is not None}
+    flags = {name: value for name, value in parameters.items() if value is not None}
+    if flags:
+        common = data.get("parameters") or {}
+        if not isinstance(common, dict):
+            raise RecipeError("parameters must be a mapping in the recipe.")
+        data["parameters"] = common | flags
+        for expert in data.get("experts") or []:
+            if isinstance(expert, dict) and isinstance(expert.get("parameters"), dict):
+                own = expert["parameters"]
+                expert["parameters"] = {n: v for n, v in own.items() if n not in flags}
+    missing = [
+        flag
+        for flag, name in (
+            ("--base", "base_model"),
+            ("--mllm", "mllm_model"),
+            ("--expert", "experts"),
+        )
+        if not data.get(name)
+    ]
+    if missing:
+        raise RecipeError(f"Missing {', '.join(missing)}; give them, or a recipe file.")
+    return MergeRecipe.from_dict(data)
+
+
+def _work(
+    recipe: RecipeFile = None,
+    base: Base = None,
+    mllm: Mllm = None,
+    expert: Experts = None,
+    method: MethodName = None,
+    threshold: Threshold = None,
+    select_by: SelectBy = None,
+    temperature: Temperature = None,
+    nuclear: Nuclear = None,
+    stages: Stages = None,
+    scale: Scale = None,
+    rank: Rank = None,
+    svd: Svd = None,
+    importance: Importance = None,
+    set_: Set = None,
+    out_dtype: OutDtype = None,
+    rounding: Rounding = None,
+    shard_size: ShardSize = None,
+    seed: Seed = None,
+    allow_partial: AllowPartial = False,
+    device: Device = "auto",
+    memory: Memory = None,
+    vram: Vram = None,
+    threads: Threads = None,
+) -> Plan:
+    """The plan that the options shared by `merge` and `plan` ask for."""
+    parameters: dict[str, Any] = {
+        "threshold": threshold,
+        "select_by": select_by,
+        "temperature": temperature,
+        "nuclear": nuclear,
+        "stages": stages,
+        "scale": scale,
+        "rank": int(rank) if rank and rank.lstrip("-").isdigit() else rank,
+        "svd": svd,
+        "importance": importance,
+    }
+    for pair in set_ or []:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise RecipeError(f"--set takes NAME=VALUE, not {pair!r}.")
+        parameters[name] = describe.parse_value(value)
+    wanted = {
+        "base_model": base,
+        "mllm_model": mllm,
+        "experts": list(expert) if expert else None,
+        "merge_method": method,
+        "out_dtype": out_dtype,
+        "rounding": rounding,
+        "shard_size": shard_size,
+        "seed": seed,
+        "allow_partial": allow_partial or None,
+    }
+    resources = Resources(
+        device=device,
+        memory=None if memory is None else parse_size(memory),
+        vram=None if vram is None else parse_size(vram),
+        threads=threads,
+    )
+    return make_plan(_recipe(recipe, wanted, parameters), resources)
+
+
+def _shares_options_of_work(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command `_work`'s parameters before its own; it receives the plan's arguments."""
+    own = inspect.signature(command, eval_str=True).parameters
+    shared = inspect.signature(_work, eval_str=True).parameters
+    listed = [*shared.values(), *(p for name, p in own.items() if name != "work")]
+    order = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in listed]
+
+    def wrapped(**arguments: Any) -> None:
+        work = {name: arguments.pop(name) for name in shared}
+        command(work=work, **arguments)
+
+    wrapped.__signature__ = inspect.Signature(order)  # type: ignore[attr-defined]
+    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
+    wrapped.__annotations__ = {p.name: p.annotation for p in order}
+    return wrapped
+
+
+@app.command("merge")
+@_shares_options_of_work
+def merge_command(
+    work: dict[str, Any],
+    out: Annotated[Path, typer.Option(help="Output folder.")],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output once the new is complete.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Merge, and write a checkpoint that from_pretrained loads."""
+    plan = _work(**work)
+    if not (quiet or as_json):
+        for line in describe.warnings_of(plan):
+            typer.echo(f"warning: {line}", err=True)
+    with _progress(plan, quiet) as on_event:
+        result = merge_api(plan, out, overwrite=overwrite, on_event=on_event)
+    if as_json:
+        typer.echo(json.dumps(result.report))
+    elif not quiet:
+        typer.echo(describe.result_text(result.path, result.report))
+
+
+@app.command("plan")
+@_shares_options_of_work
+def plan_command(work: dict[str, Any], as_json: Json = False, debug: Debug = False) -> None:
+    """Read headers only: what would be merged and copied, memory, disk, bytes."""
+    plan = _work(**work)
+    typer.echo(json.dumps(describe.plan_dict(plan)) if as_json else describe.plan_text(plan))
+
+
+@app.command("methods")
+def methods_command(as_json: Json = False, debug: Debug = False) -> None:
+    """List the methods, their parameters and references."""
+    methods = describe.methods_list()
+    typer.echo(json.dumps(methods) if as_json else describe.methods_text(methods))
+
+
+@app.command("inspect")
+def inspect_command(
+    checkpoint: Annotated[str, typer.Argument(help="Folder, .safetensors file or hub id.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show names, dtypes, shapes, sizes and the language model's layout, from headers alone."""
+    facts = describe.inspect_dict(checkpoint)
+    typer.echo(json.dumps(facts) if as_json else describe.inspect_text(facts))
+
+
+@app.command("demo")
+def demo_command(
+    out: Annotated[
+        Path | None, typer.Option(help="Keep the merged models here; default: a temporary folder.")
+    ] = None,
+    problems: Annotated[int, typer.Option(min=10, help="Held-out problems for each task.")] = 500,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Merge the embedded family, real and trained, and evaluate it on held-out problems."""
+    from lean_merge.demo.run import run_demo, table
+
+    results = run_demo(out, problems=problems, say=lambda line: typer.echo(line, err=True))
+    typer.echo(json.dumps(results) if as_json else table(results))
+
+
+@contextmanager
+def _progress(plan: Plan, quiet: bool) -> Iterator[Callable[[Event], None]]:
+    total = sum(task.tensor.nbytes for task in plan.tasks)
+    with tqdm(
+        total=total,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        disable=quiet or not sys.stderr.isatty(),
+    ) as bar:
+
+        def on_event(event: Event) -> None:
+            bar.set_postfix_str(event.name[-40:], refresh=False)
+            bar.update(event.nbytes)
+
+        yield on_event
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lean-merge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, treated as Ctrl-C is."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: run, and leave with a documented exit code (docs/formats.md)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app(arguments, standalone_mode=False)
+    except click.exceptions.Exit as leave:
+        sys.exit(leave.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(EXIT_USAGE)
+    except LeanMergeError as error:
+        _fail(str(error), error.exit_code, arguments)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted; an output that is not whole has *.partial files", 5, arguments)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_FAILED)
+    except MemoryError:
+        _fail("out of memory; give less with --memory", EXIT_FAILED, arguments)
+    except Exception as error:
+        _fail(f"{type(error).__name__}: {error}", EXIT_FAILED, arguments)
+
+
+def _fail(message: str, code: int, arguments: list[str]) -> None:
+    if "--debug" in arguments:
+        import traceback
+
+        traceback.print_exc()
+    print(f"lean-merge: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,114 @@
+"""The demo: merge the embedded family with the public API, then measure every model."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lean_merge.api import merge
+from lean_merge.demo.evaluate import evaluate
+from lean_merge.demo.tasks import TASKS
+from lean_merge.errors import LeanMergeError
+from lean_merge.recipe import Expert, MergeRecipe
+
+FAMILY = Path(__file__).parent / "family"
+ARITHMETIC_SCALE = 0.5
+"""Task Arithmetic's weight in the table: the middle of the usual range."""
+
+
+def family_recipe(**options: Any) -> MergeRecipe:
+    """A recipe on the embedded checkpoints."""
+    return MergeRecipe(
+        base_model=str(FAMILY / "base"),
+        mllm_model=str(FAMILY / "mllm"),
+        experts=(Expert(str(FAMILY / "expert")),),
+        **options,
+    )
+
+
+def run_demo(out: Path | None, *, problems: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Merge twice, evaluate five models, and return the figures of the table.
+
+    Parameters
+    ----------
+    out
+        Where the merged models stay; None for a temporary folder.
+    problems
+        Held-out problems for each task.
+    say
+        Receives a line for each step.
+
+    Raises
+    ------
+    LeanMergeError
+        transformers or scikit-learn, which only the evaluation needs, are missing.
+    """
+    try:
+        import sklearn  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise LeanMergeError(
+            f"The demo's evaluation needs {error.name}; install it with: "
+            "pip install 'lean-merge[demo]'"
+        ) from error
+    if out is not None:
+        return _run(out, problems, say)
+    with tempfile.TemporaryDirectory(prefix="lean-merge-demo-") as folder:
+        return _run(Path(folder), problems, say)
+
+
+def _run(out: Path, problems: int, say: Callable[[str], None]) -> dict[str, Any]:
+    recipes = {
+        "Task Arithmetic": family_recipe(
+            merge_method="task_arithmetic", parameters=(("scale", ARITHMETIC_SCALE),)
+        ),
+        "IP-Merging": family_recipe(),
+    }
+    models = {name: FAMILY / name for name in ("base", "expert", "mllm")}
+    merges = {}
+    for name, recipe in recipes.items():
+        folder = out / name.lower().replace(" ", "-")
+        report = merge(recipe, folder, overwrite=True).report
+        counts = report["counts"]
+        say(f"merged {name}: {counts['merged']} weights, {counts['copied']} tensors copied")
+        models[name] = folder
+        merges[name] = {"counts": counts, "warnings": report["warnings"]}
+    scores = {}
+    for name, folder in models.items():
+        say(f"evaluating {name} on {problems} held-out problems a task")
+        accuracies = evaluate(folder, problems=problems)
+        scores[name] = {
+            task: {"correct": a.correct, "total": a.total, "low": a.low, "high": a.high}
+            for task, a in accuracies.items()
+        }
+    conditions = json.loads((FAMILY / "training_log.json").read_text()).get("conditions")
+    return {"accuracy": scores, "merges": merges, "conditions": conditions}
+
+
+def table(results: dict[str, Any]) -> str:
+    """The figures of `run_demo` as one table, with 95 % intervals, and the conditions below it."""
+    width = 24
+    head = f"{'model':<18}" + "".join(f"{task.replace('_', ' '):<{width}}" for task in TASKS)
+    lines = [head.rstrip()]
+    for model, scores in results["accuracy"].items():
+        cells = []
+        for task in TASKS:
+            score = scores.get(task)
+            if score is None:
+                cells.append(f"{'-':<{width}}")
+                continue
+            share = score["correct"] / score["total"]
+            interval = f"[{score['low']:.1%}, {score['high']:.1%}]"
+            cells.append(f"{f'{share:.1%} {interval}':<{width}}")
+        lines.append((f"{model:<18}" + "".join(cells)).rstrip())
+    lines.append("")
+    lines.append(f"Task Arithmetic at scale {ARITHMETIC_SCALE}; IP-Merging at its defaults.")
+    for name, merged in results["merges"].items():
+        counts = merged["counts"]
+        in_scope = counts["merged"] + counts["unchanged"]
+        lines.append(f"{name}: {counts['merged']} of {in_scope} in-scope weights merged.")
+        lines += [f"  {warning}" for warning in merged["warnings"]]
+    return "\n".join(lines)

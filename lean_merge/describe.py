@@ -1,0 +1,178 @@
+"""Plans, results, checkpoints and methods in words and as plain data, for the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lean_merge.checkpoints import language_layout, open_checkpoint
+from lean_merge.methods import all_methods
+from lean_merge.plan import Plan
+from lean_merge.report import REPORT
+from lean_merge.sizes import format_size
+
+
+def parse_value(text: str) -> Any:
+    """A parameter's value as YAML would read it."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def warnings_of(plan: Plan) -> list[str]:
+    """What is known to be odd before anything is read."""
+    skipped = [f"left as the MLLM has it: {line}" for line in plan.coverage.left_out]
+    return [*plan.coverage.warnings, *plan.notes, *skipped]
+
+
+def plan_dict(plan: Plan) -> dict[str, Any]:
+    """A plan as plain data; docs/formats.md names the fields."""
+    return {
+        "recipe": plan.recipe.to_dict(),
+        "prefixes": dict(plan.coverage.prefixes),
+        "counts": {
+            "in_scope": len(plan.weights),
+            "copied": len(plan.copies),
+            "skipped": len(plan.coverage.left_out),
+        },
+        "device": plan.device,
+        "threads": plan.threads,
+        "memory_limit": plan.memory,
+        "vram_limit": plan.vram,
+        "predicted": dataclasses.asdict(plan.prediction),
+        "shards": [{"file": shard.file_name, "bytes": shard.size} for shard in plan.shards],
+        "warnings": warnings_of(plan),
+        "weights": [
+            {
+                "name": task.weight.mllm.name,
+                "base": task.weight.base.name,
+                "shape": list(task.weight.mllm.shape),
+                "logical": [rows.canonical for rows in task.weight.slices],
+                "resident_tiles": list(task.resident),
+            }
+            for task in plan.weights
+        ],
+        "copied": [task.tensor.name for task in plan.copies],
+    }
+
+
+def plan_text(plan: Plan) -> str:
+    """A plan for people."""
+    predicted = plan.prediction
+    leaves = Counter(
+        rows.canonical.rsplit(".", 1)[-1] for task in plan.weights for rows in task.weight.slices
+    )
+    copied = Counter(task.tensor.name.split(".", 1)[0] for task in plan.copies)
+    reads = "" if predicted.exact_reads else " at most"
+    lines = [
+        f"method    {plan.recipe.merge_method}",
+        *(f"{role:<9} {prefix}*" for role, prefix in plan.coverage.prefixes.items()),
+        f"in scope  {len(plan.weights)} tensors: {_counted(leaves)}",
+        f"copied    {len(plan.copies)} tensors: {_counted(copied)}",
+        f"skipped   {len(plan.coverage.left_out)}",
+        f"output    {len(plan.shards)} shard(s), {format_size(predicted.bytes_written)} on disk",
+        f"reads    {reads} {format_size(predicted.bytes_read)}",
+        f"memory    {format_size(predicted.peak_memory)} of {format_size(plan.memory)} allowed",
+        f"device    {plan.device}, {plan.threads} thread(s)",
+    ]
+    if predicted.peak_vram:
+        lines.append(f"vram      {format_size(predicted.peak_vram)}")
+    return "\n".join([*lines, *(f"warning: {line}" for line in warnings_of(plan))])
+
+
+def result_text(path: Path, report: dict[str, Any]) -> str:
+    """What a finished merge did, for people."""
+    counts, seconds, used = report["counts"], report["seconds"], report["memory"]
+    lines = [
+        f"{path}: {counts['merged']} weights merged, {counts['unchanged']} in scope unchanged, "
+        f"{counts['copied']} tensors copied, {counts['skipped']} skipped",
+        f"{sum(seconds.values()):.1f} s, {format_size(report['bytes']['read'])} read, "
+        f"{format_size(report['bytes']['written'])} written, peak memory "
+        f"{format_size(used['peak_anonymous'])}; details in {REPORT}",
+    ]
+    return "\n".join([*lines, *(f"warning: {line}" for line in report["warnings"])])
+
+
+def inspect_dict(source: str) -> dict[str, Any]:
+    """A checkpoint's facts from its headers."""
+    checkpoint = open_checkpoint(source)
+    tensors = checkpoint.tensors.values()
+    dtypes = Counter(spec.dtype for spec in tensors)
+    return {
+        "source": checkpoint.source,
+        "model_type": (checkpoint.config or {}).get("model_type"),
+        "files": [file.name for file in checkpoint.files],
+        "bytes": sum(spec.nbytes for spec in tensors),
+        "dtypes": dict(dtypes),
+        "language_model": dict(language_layout(checkpoint)),
+        "tensors": [
+            {
+                "name": spec.name,
+                "dtype": spec.dtype,
+                "shape": list(spec.shape),
+                "file": spec.file.name,
+            }
+            for spec in tensors
+        ],
+    }
+
+
+def inspect_text(facts: dict[str, Any]) -> str:
+    """`inspect_dict` for people."""
+    layout = ", ".join(f"{p}* ({n} layers)" for p, n in facts["language_model"].items())
+    size = f"{format_size(facts['bytes'])} in {len(facts['files'])} file(s)"
+    kind = facts["model_type"] or "no config"
+    count = len(facts["tensors"])
+    lines = [
+        f"{facts['source']}: {kind}, {count} tensors, {size}, {_counted(facts['dtypes'])}",
+        f"language model: {layout or 'none found'}",
+    ]
+    for tensor in facts["tensors"]:
+        lines.append(f"{tensor['dtype']:<8} {tensor['shape']!s:<18} {tensor['name']}")
+    return "\n".join(lines)
+
+
+def methods_list() -> list[dict[str, Any]]:
+    """Every method: name, reference, what it does, parameters with defaults."""
+    return [
+        {
+            "name": name,
+            "reference": method.reference,
+            "summary": (method.__doc__ or "").strip().splitlines()[0],
+            "parameters": [
+                {
+                    "name": field.name,
+                    "default": list(field.default)
+                    if isinstance(field.default, tuple)
+                    else field.default,
+                    "per_expert": bool(field.metadata.get("per_expert")),
+                }
+                for field in method.parameter_fields()
+            ],
+            "help": (method.parameters_type.__doc__ or "").strip(),
+        }
+        for name, method in sorted(all_methods().items())
+    ]
+
+
+def methods_text(methods: list[dict[str, Any]]) -> str:
+    """`methods_list` for people."""
+    blocks = []
+    for method in methods:
+        lines = [f"{method['name']}  ({method['reference']})", f"  {method['summary']}"]
+        for parameter in method["parameters"]:
+            default = parameter["default"]
+            shown = ",".join(default) if isinstance(default, list) else default
+            own = "  (per expert)" if parameter["per_expert"] else ""
+            lines.append(f"    {parameter['name']} = {shown}{own}")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def _counted(counts: Counter[str] | dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"
