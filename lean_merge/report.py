@@ -13,6 +13,8 @@ from lean_merge.version import __version__
 
 REPORT = "lean_merge_report.json"
 REPORT_VERSION = 1
+OMITTED_WARNING = 0.01
+"""Modelled share of an update beyond the computed rank from which the report warns."""
 KEPT_WARNING = 0.9
 """Below this share of an update that survives rounding, the report warns."""
 
@@ -35,7 +37,12 @@ def build_report(
             "skipped": len(plan.coverage.left_out),
             "tensors": len(plan.tasks),
         },
-        "warnings": [*plan.coverage.warnings, *plan.notes, *kept_warnings(result)],
+        "warnings": [
+            *plan.coverage.warnings,
+            *plan.notes,
+            *kept_warnings(result),
+            *omitted_warnings(result),
+        ],
         "skipped": list(plan.coverage.left_out),
         "seconds": {phase: round(s, 3) for phase, s in result.seconds.items()},
         "bytes": {
@@ -80,6 +87,7 @@ def weight_rows(plan: Plan, weight: WeightResult) -> list[dict[str, Any]]:
                 "lambda_top_q": record.lambda_top_q,
                 "rank": record.rank,
                 "computed_rank": record.computed_rank,
+                "omitted_share": record.omitted_share,
                 "angle_error": record.angle_error,
                 "gap": record.gap,
                 "update_norm": record.update_norm,
@@ -111,6 +119,22 @@ def kept_warnings(result: RunResult) -> list[str]:
     return [
         f"rounding to the output dtype keeps less than {KEPT_WARNING:.0%} of the update in "
         f"{len(low)} of {len(kept)} weights (worst {min(low):.0%}); {ways_out}"
+    ]
+
+
+def omitted_warnings(result: RunResult) -> list[str]:
+    """A warning where directions beyond the computed rank may carry a part of the update."""
+    shares = [
+        record.omitted_share
+        for weight in result.weights
+        for record in weight.decision.experts
+        if record.omitted_share is not None and record.omitted_share > OMITTED_WARNING
+    ]
+    if not shares:
+        return []
+    return [
+        f"directions beyond the computed rank may carry up to {max(shares):.0%} of the update in "
+        f"{len(shares)} weights; --rank N computes more, --svd exact all"
     ]
 
 

@@ -60,8 +60,8 @@ def judge(folders: Mapping[str, Path]) -> dict[str, Any]:
         ),
     }
     conditions["met"] = met(abilities, conditions)
-    for name, value in conditions.items():
-        print(f"  {name}: {value}", flush=True)
+    for name in ("task_vector_of_expert", "task_vector_of_mllm", "met"):
+        print(f"  {name}: {conditions[name]}", flush=True)
     merges = {
         "task_arithmetic": along(
             "mllm", "task arithmetic", partial(task_arithmetic, mllm, expert, base), (0.3, 0.5, 1)

@@ -62,6 +62,11 @@ class BlockKrylov:
         """Blocks absorbed so far."""
         return len(self.z)
 
+    @property
+    def columns(self) -> int:
+        """Columns of the subspace so far; fewer Ritz values than these mean a smaller rank."""
+        return self.qq.shape[0]
+
     def next_pass(self) -> Pass:
         """The pass that the next `absorb` expects."""
         return Pass(gram=self._next)

@@ -30,7 +30,11 @@ def log_omitted(similarity: Tensor, *, omitted: int, in_features: int, temperatu
     tail = similarity[-max(1, similarity.numel() // 4) :]
     variance = max(1 / in_features, float((tail**2).mean()))
     spread = temperature * math.sqrt(variance)
-    return math.log(2 * omitted) + spread**2 / 2 + float(log_ndtr(spread))
+    mean = math.log(2) + spread**2 / 2 + float(log_ndtr(spread))
+    if variance > 1 / in_features:
+        # Similarities that are not random do not have the law's far tail.
+        mean = min(mean, temperature * float(tail.max()))
+    return math.log(omitted) + mean
 
 
 def importance(

@@ -46,6 +46,7 @@ class ExpertRecord:
     lambda_top_q: float | None = None
     rank: int | None = None
     computed_rank: int | None = None
+    omitted_share: float | None = None
     angle_error: float | None = None
     gap: bool | None = None
     update_norm: float | None = None

@@ -480,7 +480,8 @@ class IPMerging(Method[IPMergingParameters]):
                     lambda_top_q=top_q,
                     rank=alignment.subspace,
                     computed_rank=alignment.similarity.numel(),
-                    angle_error=alignment.angle_error,
+                    omitted_share=alignment.omitted if alignment.selected else None,
+                    angle_error=alignment.angle_error if alignment.selected else None,
                     gap=not (spectra[0].has_gap and spectra[k + 1].has_gap),
                     update_norm=norms[k] if norms is not None else 0.0,
                 )
@@ -507,7 +508,7 @@ def _spectrum(sketch: Sketch, rank: int, shape: tuple[int, int]) -> _Spectrum:
     """The leading `rank` triplets of a sketch; a rank below the subspace's size is the matrix's."""
     values, vectors, angles = sketch.krylov.singular_triplets(rank)
     found = numerical_rank(values, shape)
-    whole = found if found < values.numel() else min(shape)
+    whole = min(shape) if found == sketch.krylov.columns else found
     return _Spectrum(values[: vectors.shape[1]], vectors, angles, whole)
 
 

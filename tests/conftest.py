@@ -1,0 +1,69 @@
+"""Families of small checkpoints, made once a session and never written to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from families import SKETCHED, SMALL, Triple, save_family, write_triple
+
+from lean_merge import MergeResult
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Triple]:
+    """Families as transformers saves them, by name and options of `save_family`."""
+    made: dict[Any, Triple] = {}
+
+    def get(name: str, **options: Any) -> Triple:
+        key = (name, tuple(options.items()))
+        if key not in made:
+            made[key] = save_family(tmp_path_factory.mktemp("family"), name, **options)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def merged(
+    family: Callable[..., Triple], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[Triple, MergeResult]]:
+    """Merges of families with default parameters, for tests that only look."""
+    made: dict[Any, tuple[Triple, MergeResult]] = {}
+
+    def get(name: str, *, out_dtype: str = "auto", **options: Any) -> tuple[Triple, MergeResult]:
+        key = (name, out_dtype, tuple(options.items()))
+        if key not in made:
+            triple = family(name, **options)
+            out = tmp_path_factory.mktemp("merged") / "out"
+            made[key] = triple, triple.merge(out, out_dtype=out_dtype)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Triple:
+    """A float32 triple by hand of two weights, analysed exactly."""
+    return write_triple(tmp_path_factory.mktemp("small"), SMALL)
+
+
+@pytest.fixture(scope="session")
+def two_experts(tmp_path_factory: pytest.TempPathFactory) -> Triple:
+    """The same in float32 with two experts; the second is aligned on q_proj alone."""
+    return write_triple(tmp_path_factory.mktemp("two"), SMALL, experts=2)
+
+
+@pytest.fixture(scope="session")
+def sketched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[torch.dtype], Triple]:
+    """Triples by hand with weights too large to be decomposed whole, by dtype."""
+    made: dict[torch.dtype, Triple] = {}
+
+    def get(dtype: torch.dtype = torch.float32) -> Triple:
+        if dtype not in made:
+            made[dtype] = write_triple(tmp_path_factory.mktemp("sketched"), SKETCHED, dtype=dtype)
+        return made[dtype]
+
+    return get
