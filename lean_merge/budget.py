@@ -22,6 +22,7 @@ SLACK = 16 << 20
 CHUNK_ROWS = 2048
 """Rows that the small float64 Gram products widen at a time."""
 COPY_BUFFER = 4 << 20
+"""The buffer through which tensors out of scope are copied."""
 
 
 def tile_rows(in_features: int) -> int:
@@ -98,7 +99,7 @@ def host_bytes(weight: WeightShape, *, widest: int, workspace: int, workers: int
     `workspace` and `widest` are the method's: 0 where the analysis runs on another device.
     """
     analysis = workers * worker_bytes(weight, widest) + lane_bytes(weight, widest) + workspace
-    return analysis + workers * apply_bytes(weight) + SLACK
+    return analysis + workers * apply_bytes(weight) + COPY_BUFFER + SLACK
 
 
 def device_bytes(weight: WeightShape, *, widest: int, workspace: int) -> int:

@@ -395,7 +395,7 @@ def _predict(
         read, exact = read + most, exact and known
     written = sum(shard.size for shard in shards)
     return Prediction(
-        peak_memory=memory.usage().anonymous + host + budget.COPY_BUFFER,
+        peak_memory=memory.usage().anonymous + host,
         peak_vram=vram,
         bytes_read=read,
         bytes_written=written,

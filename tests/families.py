@@ -470,13 +470,9 @@ def write_triple(
     return Triple(folder / "base", folder / "mllm", paths, slots)
 
 
-SMALL = {"layers.0.self_attn.q_proj": (96, 64), "layers.0.mlp.down_proj": (64, 80)}
-"""Two shapes, both aligned with expert 1, that are analysed exactly."""
-SKETCHED = {
-    "layers.0.self_attn.q_proj": (576, 576),
-    "layers.0.self_attn.v_proj": (576, 576),
-    "layers.0.mlp.down_proj": (640, 576),
-}
+SMALL = {"layers.0.self_attn.q_proj": (96, 64), "layers.0.mlp.gate_proj": (64, 80)}
+"""Shapes that are analysed exactly; expert 1 is aligned on both, expert 2 on q_proj alone."""
+SKETCHED = {"layers.0.self_attn.q_proj": (528, 560), "layers.0.self_attn.v_proj": (560, 528)}
 """Shapes that take the sketched path; v_proj is not aligned."""
 
 __all__ = [

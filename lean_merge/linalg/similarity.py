@@ -61,24 +61,23 @@ def omitted_share(
     if omitted <= 0:
         return 0.0
 
-    def half_log_moment(power: int) -> float:
-        return 0.5 * log_omitted(
+    def log_moment(power: int) -> float:
+        return log_omitted(
             similarity,
             omitted=omitted,
             in_features=in_features,
             temperature=power * temperature,
         )
 
-    fourth = half_log_moment(4)
     computed = 0.5 * float(torch.logsumexp(4 * temperature * similarity, 0))
-    share = math.exp(min(0.0, fourth - computed))
+    share = math.exp(min(0.0, 0.5 * log_moment(4) - computed))
     if relative:
         return share
     # The tail's share of the denominator is corrected in the mean; its deviation is what is left.
-    deviation = half_log_moment(2)
-    tail = 2 * half_log_moment(1)
+    tail, second = log_moment(1), log_moment(2)
+    spread = -math.expm1(min(0.0, 2 * tail - second - math.log(omitted)))
     total = _log_add(float(torch.logsumexp(temperature * similarity, 0)), tail)
-    return share + 2 * math.exp(deviation - total)
+    return share + 2 * math.exp(0.5 * second - total) * math.sqrt(spread)
 
 
 def _log_add(a: float, b: float) -> float:

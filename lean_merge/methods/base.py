@@ -102,7 +102,7 @@ class AnalysisCost:
     workspace : int
         Bytes of sketches, spectra and their temporaries.
     widest : int
-        Columns of the widest block that one pass multiplies with.
+        Columns of the widest block whose products are summed over the rows, Pass.gram's.
     passes : int
         Passes over the rows, 0 for a method that decides without looking.
     """

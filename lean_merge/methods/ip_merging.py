@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -195,6 +195,10 @@ class IPMerging(Method[IPMergingParameters]):
             return rank
         return min(2 * rank, MAX_SUBSPACE, min(shape) // 4)
 
+    def _depth_limit(self, shape: tuple[int, int], rank: int) -> int:
+        """Krylov blocks at most; a grown rank's wider blocks need, and may hold, fewer."""
+        return MAX_DEPTH if rank == self._start_rank(shape) else MIN_DEPTH + 1
+
     def cost(self, shape: tuple[int, int], *, item: int) -> AnalysisCost:
         """Bytes as the comments name them; passes up to the deepest sketch and the last look."""
         out_features, in_features = shape
@@ -206,10 +210,10 @@ class IPMerging(Method[IPMergingParameters]):
             chunk = 3 * min(2048, max(shape)) * smaller * 8
             vectors = (roles + 1) * in_features * count * 4
             images = roles * out_features * count * 4
-            return AnalysisCost(dense + eigen + chunk + vectors + images, count, roles + 1)
+            return AnalysisCost(dense + eigen + chunk + vectors + images, 0, roles + 1)
         rank = self._largest_rank(shape)
         block = _block(rank)
-        columns = MAX_DEPTH * block
+        columns = self._depth_limit(shape, rank) * block
         # q and y in the arithmetic dtype, z in float32
         krylov = roles * columns * (in_features * (item + 4) + out_features * item)
         # orthonormalisation: the block, its float32 basis block, and QR's copies
@@ -218,7 +222,7 @@ class IPMerging(Method[IPMergingParameters]):
         images = roles * out_features * 2 * rank * 4
         small = 8 * columns**2 * 8
         passes = 2 + MAX_DEPTH + QUADRATURE_DEPTH
-        return AnalysisCost(krylov + temporary + vectors + images + small, 2 * rank, passes)
+        return AnalysisCost(krylov + temporary + vectors + images + small, block, passes)
 
     def reads_task_vectors(self) -> tuple[bool, ...]:
         """The experts' without projection; with it, everything is in the factors."""
@@ -258,6 +262,8 @@ class IPMerging(Method[IPMergingParameters]):
     def _exact(self, weight: WeightContext) -> PassesOf:
         """Whole spectra, one after another so that one float64 Gram matrix lives at a time."""
         count = min(MAX_SUBSPACE, *weight.shape)
+        if self.common.rank != "auto":
+            count = min(count, int(self.common.rank))
         roles = len(self.parameters) + 1
         spectra = []
         for role in range(roles):
@@ -280,6 +286,7 @@ class IPMerging(Method[IPMergingParameters]):
         """Block Krylov sketches of all task vectors in step, until the decision is clear."""
         rank, largest = self._start_rank(weight.shape), self._largest_rank(weight.shape)
         while True:
+            limit = self._depth_limit(weight.shape, rank)
             sketches = [
                 self._sketch(weight, role, block=_block(rank), purpose="directions")
                 for role in range(len(self.parameters) + 1)
@@ -290,15 +297,14 @@ class IPMerging(Method[IPMergingParameters]):
                     continue
                 spectra = [_spectrum(sketch, rank, weight.shape) for sketch in sketches]
                 aligned = [self._align(weight, spectra, k) for k in range(len(spectra) - 1)]
-                if sketches[0].depth >= MAX_DEPTH or all(
-                    self._is_clear(spectra, alignment, k) for k, alignment in enumerate(aligned)
-                ):
+                grows = rank < largest and any(a.selected and a.omitted > OMITTED for a in aligned)
+                if grows or sketches[0].depth >= limit or self._is_clear(spectra, aligned):
                     break
-            if rank >= largest or all(a.omitted <= OMITTED for a in aligned if a.selected):
+            if not grows:
                 norms = weight.squared_norms()
                 return [
-                    _Spectrum(s.sigma, s.vectors, s.angles, s.rank, sketch.sums(norm))
-                    for s, sketch, norm in zip(spectra, sketches, norms, strict=True)
+                    replace(spectrum, sums=sketch.sums(norm))
+                    for spectrum, sketch, norm in zip(spectra, sketches, norms, strict=True)
                 ]
             rank = min(2 * rank, largest)
 
@@ -348,8 +354,8 @@ class IPMerging(Method[IPMergingParameters]):
             yield from _one_pass(sketches)
         norms = weight.squared_norms()
         updated = [
-            _Spectrum(s.sigma, s.vectors, s.angles, s.rank, sketch.sums(norm))
-            for s, sketch, norm in zip(spectra, sketches, norms, strict=True)
+            replace(spectrum, sums=sketch.sums(norm))
+            for spectrum, sketch, norm in zip(spectra, sketches, norms, strict=True)
         ]
         return updated, images
 
@@ -396,17 +402,20 @@ class IPMerging(Method[IPMergingParameters]):
             angle_error=float(angles[gamma**2 >= 0.02 * (gamma**2).max()].max()),
         )
 
-    def _is_clear(self, spectra: list[_Spectrum], alignment: _Alignment, k: int) -> bool:
-        """Whether more passes could still change expert k's selection, or its update much."""
-        if alignment.subspace == 0:
-            return True
-        threshold = self.parameters[k].threshold
-        first = float(max(spectra[0].angles[0], spectra[k + 1].angles[0]))
-        if alignment.compared + first < threshold - CLEAR:
-            return True
-        if _largest_principal_cosine(spectra[0], spectra[k + 1]) < threshold - 5 * CLEAR:
-            return True
-        return alignment.angle_error <= ANGLE and first <= ANGLE
+    def _is_clear(self, spectra: list[_Spectrum], aligned: list[_Alignment]) -> bool:
+        """Whether no more passes could change any expert's selection, or its update much."""
+        for k, alignment in enumerate(aligned):
+            if alignment.subspace == 0:
+                continue
+            below = self.parameters[k].threshold - CLEAR
+            first = float(max(spectra[0].angles[0], spectra[k + 1].angles[0]))
+            if alignment.compared + first < below:
+                continue
+            if _largest_principal_cosine(spectra[0], spectra[k + 1]) < below - 4 * CLEAR:
+                continue
+            if max(alignment.angle_error, first) > ANGLE:
+                return False
+        return True
 
     def _decide(
         self,
