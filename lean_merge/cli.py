@@ -13,7 +13,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
-import click
 import typer
 from tqdm import tqdm
 
@@ -28,6 +27,11 @@ from lean_merge.sizes import parse_size
 from lean_merge.version import __version__
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 5
+_SIGINT_OF_TYPER = 130
+_CommandLineError: type[Any] = next(
+    each for each in typer.BadParameter.__mro__ if each.__name__ == "ClickException"
+)
+"""Of the click that typer uses: newer typers carry their own."""
 
 app = typer.Typer(
     name="lean-merge",
@@ -302,16 +306,20 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        app(arguments, standalone_mode=False)
-    except click.exceptions.Exit as leave:
-        sys.exit(leave.exit_code)
-    except click.ClickException as error:
+        # Commands return None; a number is that of an Exit, which newer typers make of Ctrl-C.
+        code = app(arguments, standalone_mode=False)
+        if code == _SIGINT_OF_TYPER:
+            raise KeyboardInterrupt
+        if code:
+            sys.exit(code)
+    except _CommandLineError as error:
         error.show()
         sys.exit(EXIT_USAGE)
     except LeanMergeError as error:
         _fail(str(error), error.exit_code, arguments)
-    except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted; an output that is not whole has *.partial files", 5, arguments)
+    except (KeyboardInterrupt, typer.Abort):
+        message = "interrupted; an output that is not whole has *.partial files"
+        _fail(message, EXIT_INTERRUPTED, arguments)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_FAILED)

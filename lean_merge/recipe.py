@@ -79,6 +79,10 @@ class MergeRecipe:
         ]:
             if not isinstance(model, str) or not model:
                 raise RecipeError(f"{role} must name a folder or hub id, not {model!r}.")
+        if not isinstance(self.merge_method, str) or not self.merge_method:
+            raise RecipeError(f"merge_method must name a method, not {self.merge_method!r}.")
+        if not isinstance(self.allow_partial, bool):
+            raise RecipeError(f"allow_partial must be true or false, not {self.allow_partial!r}.")
         _one_of("out_dtype", self.out_dtype, OUT_DTYPES)
         _one_of("rounding", self.rounding, ROUNDINGS)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:

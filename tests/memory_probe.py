@@ -29,4 +29,4 @@ def main(folder: Path, memory: int | None, limit: int | None) -> None:
 
 if __name__ == "__main__":
     numbers = [int(argument) for argument in sys.argv[2:]]
-    main(Path(sys.argv[1]), *(numbers + [None, None])[:2])
+    main(Path(sys.argv[1]), *[*numbers, None, None][:2])

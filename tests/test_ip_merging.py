@@ -13,11 +13,8 @@ from drive import drive
 from spectra import NOISE, triple
 
 from lean_merge.errors import RecipeError
-from lean_merge.methods.ip_merging import (
-    EXACT_BELOW,
-    IPMerging,
-    IPMergingParameters,
-)
+from lean_merge.methods.ip_merging import IPMerging, IPMergingParameters
+from lean_merge.methods.spectra import EXACT_BELOW
 
 SHAPES = {"square": (560, 560), "tall": (760, 530), "wide": (530, 760)}
 DTYPES = {

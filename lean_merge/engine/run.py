@@ -15,7 +15,7 @@ from lean_merge.checkpoints import MappedWeight, RowSlice, TensorReader, TensorS
 from lean_merge.engine.prefetch import Flusher, Prefetcher
 from lean_merge.engine.taskvectors import Sources, TaskVectors, task_dtype
 from lean_merge.engine.update import OutputRows, Written, copy_tensor, write_rows
-from lean_merge.engine.workers import Workers, worker_pool
+from lean_merge.engine.workers import Workers, full_float32, worker_pool
 from lean_merge.methods import Decision, WeightContext
 from lean_merge.output import OutputFolder
 from lean_merge.plan import CopyTask, Plan, WeightTask, arithmetic_dtype
@@ -68,6 +68,7 @@ def run(plan: Plan, folder: OutputFolder, on_event: Callable[[Event], None]) -> 
     """Carry out every task of `plan`, writing to `folder`, which stays unsealed."""
     result = RunResult()
     with ExitStack() as stack:
+        stack.enter_context(full_float32())
         reader = stack.enter_context(TensorReader())
         workers = stack.enter_context(worker_pool(plan.workers))
         flusher = stack.enter_context(Flusher(folder))

@@ -55,6 +55,17 @@ class Workers:
 
 
 @contextmanager
+def full_float32() -> Iterator[None]:
+    """Float32 products in full precision on every device; what the caller had set is restored."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
 def worker_pool(count: int) -> Iterator[Workers]:
     """Workers, with one kernel thread in the calling thread too; torch's count is restored.
 

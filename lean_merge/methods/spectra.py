@@ -1,0 +1,287 @@
+"""Spectra of all task vectors of one weight, in step: whole, or sketched until a verdict is clear.
+
+A pass over the rows serves every task vector at once, so their sketches advance together. How far
+they may go is fixed beforehand by `Effort`, and with that what they cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from lean_merge.linalg import (
+    Pass,
+    Products,
+    SingularSums,
+    Sketch,
+    exact_spectrum,
+    numerical_rank,
+)
+from lean_merge.methods.base import AnalysisCost, WeightContext
+
+MAX_SUBSPACE = 1024
+"""The largest subspace size q that the paper uses."""
+EXACT_BELOW = 512
+"""Weights with min(out, in) up to this are decomposed whole: as cheap as a sketch, and exact."""
+MIN_DEPTH, MAX_DEPTH = 4, 10
+"""Krylov blocks before the first look, and the last one allowed."""
+GROWN_DEPTH = MIN_DEPTH + 1
+"""Krylov blocks at most once the rank has grown: its wider blocks need fewer."""
+QUADRATURE_BLOCK, QUADRATURE_DEPTH = 32, 4
+"""Probes, and quadrature nodes of each, for the sums of singular values."""
+ANGLE = 0.03
+"""Sine of the angle error that directions which carry the update may have."""
+GAP = 0.05
+"""Relative distance of sigma_1 and sigma_2 below which the first direction is ill-defined."""
+
+T = TypeVar("T")
+PassesOf = Generator[Sequence[Pass | None], Sequence[Products | None], T]
+"""Asks each task vector for a pass, and returns a T."""
+
+
+class Verdict(Enum):
+    """What a look at the spectra says of the next step."""
+
+    MORE = "more passes"
+    GROW = "more directions"
+    DONE = "done"
+
+
+Judge = Callable[[list["Spectrum"], bool], Verdict]
+"""Judges spectra; the flag says whether the rank may still grow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spectrum:
+    """What is known of one task vector.
+
+    sigma [r] float64 and vectors [in, r] float32 are the leading right singular pairs, angles [r]
+    bounds the sine of the vectors' errors, rank is numerical, and sums those of the whole spectrum.
+    """
+
+    sigma: Tensor
+    vectors: Tensor
+    angles: Tensor
+    rank: int
+    sums: SingularSums | None = None
+    is_whole: bool = False
+
+    @property
+    def has_gap(self) -> bool:
+        """Whether the first direction is well separated from the second."""
+        if self.sigma.numel() < 2 or float(self.sigma[0]) == 0.0:
+            return True
+        return float((self.sigma[0] - self.sigma[1]) / self.sigma[0]) >= GAP
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How hard to look at one weight.
+
+    Attributes
+    ----------
+    shape : (int, int)
+        out, in.
+    roles : int
+        Task vectors.
+    exact : bool
+        Whether whole spectra are computed.
+    start, largest : int
+        Directions to compute at first, and at most.
+    """
+
+    shape: tuple[int, int]
+    roles: int
+    exact: bool
+    start: int
+    largest: int
+
+    @classmethod
+    def of(
+        cls, shape: tuple[int, int], *, roles: int, start: int, forced: bool, whole: bool
+    ) -> Effort:
+        """The effort for `start` directions; more only if not `forced`, all if `whole`."""
+        smaller = min(shape)
+        start = min(start, smaller, MAX_SUBSPACE)
+        exact = whole or smaller <= EXACT_BELOW or 8 * start > 3 * smaller
+        if exact:
+            start = start if forced else min(smaller, MAX_SUBSPACE)
+        largest = start if forced or exact else min(2 * start, MAX_SUBSPACE, smaller // 4)
+        return cls(shape, roles, exact, start, max(start, largest))
+
+    def depth_limit(self, rank: int) -> int:
+        """Krylov blocks at most for sketches of `rank` directions."""
+        return MAX_DEPTH if rank == self.start else GROWN_DEPTH
+
+    def cost(self, *, item: int) -> AnalysisCost:
+        """Bytes as the comments name them; passes up to the deepest sketch and its sums."""
+        out_features, in_features = self.shape
+        if self.exact:
+            smaller, larger = min(self.shape), max(self.shape)
+            dense = out_features * in_features * 4
+            eigen = 5 * smaller**2 * 8  # Gram matrix, eigenvectors, LAPACK's workspace
+            chunk = 3 * min(2048, larger) * smaller * 8
+            vectors = (self.roles + 1) * in_features * self.start * 4
+            images = self.roles * out_features * self.start * 4
+            return AnalysisCost(dense + eigen + chunk + vectors + images, 0, self.roles + 1)
+        rank = self.largest
+        block = _block(rank)
+        columns = max(MAX_DEPTH * _block(self.start), self.depth_limit(rank) * block)
+        # q and y in the arithmetic dtype, z in float32
+        krylov = self.roles * columns * (in_features * (item + 4) + out_features * item)
+        # orthonormalisation: the block, its float32 basis block, and QR's copies
+        temporary = 6 * max(self.shape) * block * 4
+        vectors = 3 * self.roles * in_features * rank * 4
+        images = self.roles * out_features * 2 * rank * 4
+        small = 8 * columns**2 * 8
+        grown = 1 + MIN_DEPTH + 1 + GROWN_DEPTH
+        passes = max(1 + MAX_DEPTH, grown) + 1 + QUADRATURE_DEPTH
+        return AnalysisCost(krylov + temporary + vectors + images + small, block, passes)
+
+
+def find_spectra(weight: WeightContext, effort: Effort, judge: Judge) -> PassesOf[list[Spectrum]]:
+    """Leading directions of every task vector; their sums are rough unless the effort is exact."""
+    if effort.exact:
+        return (yield from _exact(weight, effort))
+    return (yield from _sketched(weight, effort, judge))
+
+
+def sum_spectra(
+    weight: WeightContext, spectra: list[Spectrum], carried: Tensor | None
+) -> PassesOf[tuple[list[Spectrum], list[Tensor]]]:
+    """Spectra with accurate sums, and dM_k X [out, r] for each expert where X is `carried`."""
+    if not all(spectrum.is_whole for spectrum in spectra):
+        return (yield from _deflated_sums(weight, spectra, carried))
+    if carried is None:
+        return spectra, []
+    wanted = Pass(times=carried.to(weight.dtype))
+    got = yield [None, *[wanted] * (len(spectra) - 1)]
+    return spectra, [_times(products) for products in got[1:]]
+
+
+def _exact(weight: WeightContext, effort: Effort) -> PassesOf[list[Spectrum]]:
+    """Whole spectra, one after another so that one float64 Gram matrix lives at a time."""
+    spectra = []
+    for role in range(effort.roles):
+        products = yield [Pass(dense=True) if r == role else None for r in range(effort.roles)]
+        got = products[role]
+        assert got is not None and got.dense is not None
+        sigma, vectors = exact_spectrum(got.dense, effort.start)
+        spectra.append(
+            Spectrum(
+                sigma=sigma[: effort.start],
+                vectors=vectors,
+                angles=torch.zeros(effort.start, dtype=torch.float64),
+                rank=numerical_rank(sigma, weight.shape),
+                sums=SingularSums.of_spectrum(sigma),
+                is_whole=True,
+            )
+        )
+    return spectra
+
+
+def _sketched(weight: WeightContext, effort: Effort, judge: Judge) -> PassesOf[list[Spectrum]]:
+    """Block Krylov sketches of all task vectors in step, until the verdict is clear."""
+    rank = effort.start
+    while True:
+        sketches = [
+            _sketch(weight, role, block=_block(rank), purpose="directions")
+            for role in range(effort.roles)
+        ]
+        verdict = Verdict.MORE
+        while verdict is Verdict.MORE and _depth(sketches) < effort.depth_limit(rank):
+            yield from _one_pass(sketches)
+            if _depth(sketches) >= MIN_DEPTH:
+                spectra = [_spectrum(sketch, rank, weight.shape) for sketch in sketches]
+                verdict = judge(spectra, rank < effort.largest)
+        if verdict is not Verdict.GROW:
+            return _with_sums(weight, spectra, sketches)
+        rank = min(2 * rank, effort.largest)
+
+
+def _deflated_sums(
+    weight: WeightContext, spectra: list[Spectrum], carried: Tensor | None
+) -> PassesOf[tuple[list[Spectrum], list[Tensor]]]:
+    """A second sketch of each task vector, outside the directions that are settled."""
+    sketches = [
+        _sketch(weight, role, block=QUADRATURE_BLOCK, purpose="sums", deflate=_settled(spectrum))
+        for role, spectrum in enumerate(spectra)
+    ]
+    got = yield [
+        sketch.next_pass(times=carried if role else None) for role, sketch in enumerate(sketches)
+    ]
+    images = []
+    for role, (sketch, products) in enumerate(zip(sketches, got, strict=True)):
+        assert products is not None
+        sketch.absorb(products)
+        if role and carried is not None:
+            images.append(_times(products)[:, -carried.shape[1] :])
+    while _depth(sketches) < QUADRATURE_DEPTH:
+        yield from _one_pass(sketches)
+    return _with_sums(weight, spectra, sketches), images
+
+
+def _one_pass(sketches: Sequence[Sketch]) -> PassesOf[None]:
+    """One pass over the rows, shared by all sketches."""
+    got = yield [sketch.next_pass() for sketch in sketches]
+    for sketch, products in zip(sketches, got, strict=True):
+        assert products is not None
+        sketch.absorb(products)
+
+
+def _sketch(
+    weight: WeightContext, role: int, *, block: int, purpose: str, deflate: Tensor | None = None
+) -> Sketch:
+    return Sketch(
+        weight.shape,
+        block=block,
+        dtype=weight.dtype,
+        device=weight.device,
+        seed=weight.seed,
+        name=weight.name,
+        role=f"{'mllm' if role == 0 else f'expert {role}'}: {purpose}",
+        deflate=deflate,
+    )
+
+
+def _block(rank: int) -> int:
+    """Columns of a Krylov block whose first look sees 2 * rank directions."""
+    return max(8, -(-2 * rank // MIN_DEPTH))
+
+
+def _depth(sketches: Sequence[Sketch]) -> int:
+    return min(sketch.depth for sketch in sketches)
+
+
+def _spectrum(sketch: Sketch, rank: int, shape: tuple[int, int]) -> Spectrum:
+    """The leading `rank` triplets of a sketch; a rank below the subspace's size is the matrix's."""
+    values, vectors, angles = sketch.krylov.singular_triplets(rank)
+    found = numerical_rank(values, shape)
+    whole = min(shape) if found == sketch.krylov.columns else found
+    return Spectrum(values[: vectors.shape[1]], vectors, angles, whole)
+
+
+def _with_sums(
+    weight: WeightContext, spectra: list[Spectrum], sketches: list[Sketch]
+) -> list[Spectrum]:
+    norms = weight.squared_norms()
+    return [
+        replace(spectrum, sums=sketch.sums(norm))
+        for spectrum, sketch, norm in zip(spectra, sketches, norms, strict=True)
+    ]
+
+
+def _settled(spectrum: Spectrum) -> Tensor:
+    """Leading right vectors whose angle error is small, for deflation."""
+    good = (spectrum.angles < 5 * ANGLE) & (spectrum.sigma > 1e-5 * spectrum.sigma[0])
+    return spectrum.vectors[:, : int(good.long().cumprod(0).sum())]
+
+
+def _times(products: Products | None) -> Tensor:
+    assert products is not None and products.times is not None
+    return products.times
