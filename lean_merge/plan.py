@@ -181,7 +181,8 @@ def plan(recipe: MergeRecipe, resources: Resources | None = None) -> Plan:
     device, notes = resolve_device(resources.device)
     threads = _threads(resources.threads)
     limits = _limits(resources, device)
-    layout = _Layout(method, device, min(threads, budget.LANES), *limits)
+    held = memory.usage().anonymous
+    layout = _Layout(method, device, min(threads, budget.LANES), *limits, held)
     tasks = _tasks(mllm, coverage, outputs, shards, layout)
     return Plan(
         recipe=recipe,
@@ -285,6 +286,8 @@ class _Layout:
     workers: int
     memory: int
     vram: int
+    held: int
+    """Anonymous bytes of the process before the merge."""
 
     def shape(self, weight: MappedWeight, rows: int) -> budget.WeightShape:
         specs = (weight.base, weight.mllm, *weight.experts)
@@ -319,7 +322,7 @@ class _Layout:
         shape = self.shape(weight, rows)
         cost = self.method.cost((rows, shape.in_features), item=shape.arithmetic_item)
         host, device = self.fixed(shape)
-        host += memory.usage().anonymous
+        host += self.held
         name = f"{weight.mllm.name} {list(weight.mllm.shape)}"
         budget.check_fits(host, self.memory, what="Memory", flag="--memory", name=name)
         if not self.on_cpu and self.vram:
@@ -395,7 +398,7 @@ def _predict(
         read, exact = read + most, exact and known
     written = sum(shard.size for shard in shards)
     return Prediction(
-        peak_memory=memory.usage().anonymous + host,
+        peak_memory=layout.held + host,
         peak_vram=vram,
         bytes_read=read,
         bytes_written=written,

@@ -46,6 +46,7 @@ def drive(
             dtype=dtype,
             device=torch.device("cpu"),
             squared_norms=lambda: norms,
+            parallel=lambda function, items: [function(item) for item in items],
         )
     )
     passes = 0

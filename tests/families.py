@@ -272,6 +272,7 @@ def _logical(number: str, stem: str, weight: Tensor) -> list[tuple[str, slice]]:
 def _text_model(kind: str) -> Any:
     import transformers as tf
 
+    tf.utils.logging.disable_progress_bar()
     classes = {
         "llama": (tf.LlamaForCausalLM, tf.LlamaConfig),
         "qwen2": (tf.Qwen2ForCausalLM, tf.Qwen2Config),

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_files import entry, raw_file, write_index
-from families import SMALL, Triple, contents, load, save_tokenizer, write_triple
+from families import SKETCHED, SMALL, Triple, contents, load, save_tokenizer, write_triple
 from safetensors.torch import load_file, save_file
 
 from lean_merge import CheckpointError, cli, merge, open_checkpoint
@@ -341,9 +341,9 @@ def test_an_argument_that_makes_no_sense_is_refused(
     ("arguments_", "words"),
     [
         (["merge", "--treshold", "0.4", "--out", "o"], ["No such option", "--threshold"]),
-        (["merge", "--threshold", "high", "--out", "o"], ["--threshold", "high"]),
+        (["merge", "--threshold", "high", "--out", "o"], ["--threshold", "number"]),
         (["merge"], ["--out"]),
-        (["inspect"], ["CHECKPOINT"]),
+        (["inspect"], ["Missing argument"]),
         (["mrege"], ["mrege"]),
     ],
 )
@@ -504,7 +504,7 @@ def test_overwriting_switches_only_when_the_new_is_whole(roles: Triple, fails: R
 # --- seen in the data ---------------------------------------------------------------------
 
 
-def assert_unfinished(out: Path, roles: Triple) -> None:
+def assert_unfinished(out: Path) -> None:
     """Only *.partial files, which nothing opens, and a way to go on."""
     names = sorted(contents(out))
     assert names and all(name.endswith(".partial") for name in names)
@@ -528,7 +528,7 @@ def test_a_number_that_is_none_stops_the_merge(
     assert message.startswith(f"{weights(folder)}: ")
     assert GATE in message
     assert "NaN or Inf" in message
-    assert_unfinished(tmp_path / "out", roles)
+    assert_unfinished(tmp_path / "out")
     assert "unfinished lean-merge output" in fails(code=FAILED)
     resave(folder, **{GATE: weight.nan_to_num(0, 0, 0)})
     cli.main(arguments(roles, tmp_path / "out", "--overwrite", "--quiet"))
@@ -556,29 +556,47 @@ def test_an_overflow_of_the_output_stops_the_merge(
     assert message.startswith(f"{weights(roles.mllm)}: ")
     assert f"{GATE} overflows float16" in message
     assert "--out-dtype" in message
-    assert_unfinished(tmp_path / "out", roles)
+    assert_unfinished(tmp_path / "out")
     cli.main(
         arguments(roles, tmp_path / "out", "--overwrite", "--quiet", "--out-dtype", "bfloat16")
     )
 
 
-def test_a_difference_that_overflows_half_precision_is_no_crash(tmp_path: Path, fails: Run):
+@pytest.mark.parametrize("method", ["ip-merging", "task-arithmetic"])
+def test_a_difference_that_overflows_half_precision_stops_the_merge(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
+):
     """Finite float16 numbers whose difference is not."""
 
     def edit(role: str, tensors: dict[str, torch.Tensor]) -> None:
         tensors[Q_PROJ][0, 0] = -60000.0 if role == "base" else 60000.0
 
-    triple = write_triple(tmp_path / "half", SMALL, dtype=torch.float16, edit=edit)
-    flags = ("--base", triple.base, "--mllm", triple.mllm, "--expert", triple.experts[0])
-    command = arguments(triple, tmp_path / "out", "--quiet")
-    try:
-        cli.main(command)
-    except SystemExit:
-        shutil.rmtree(tmp_path / "out")
-        message = fails(*flags, "--set", "svd=exact", code=FAILED)
-        assert Q_PROJ in message
-    else:
-        assert load(tmp_path / "out")[Q_PROJ].isfinite().all()
+    triple = write_triple(tmp_path / "in", SMALL, dtype=torch.float16, edit=edit)
+    with pytest.raises(SystemExit) as left:
+        cli.main(arguments(triple, tmp_path / "out", "--method", method))
+    printed = capsys.readouterr()
+    role = triple.mllm if method == "ip-merging" else triple.experts[0]
+    assert (left.value.code, printed.out) == (FAILED, "")
+    assert f"{weights(role)}: tensor {Q_PROJ} differs" in printed.err
+    assert "more than float16 can hold" in printed.err
+    assert_unfinished(tmp_path / "out")
+
+
+def test_numbers_whose_products_overflow_stop_the_merge(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Finite in float32, but not their squares: no silent `not selected`."""
+
+    def edit(role: str, tensors: dict[str, torch.Tensor]) -> None:
+        tensors[Q_PROJ][0, 0] = 0.0 if role == "base" else 1e30
+
+    triple = write_triple(tmp_path / "in", SKETCHED, dtype=torch.float32, edit=edit)
+    with pytest.raises(SystemExit) as left:
+        cli.main(arguments(triple, tmp_path / "out"))
+    message = capsys.readouterr().err
+    assert left.value.code == FAILED
+    assert f"{weights(triple.mllm)}: the task vector of {Q_PROJ} is so large" in message
+    assert_unfinished(tmp_path / "out")
 
 
 # --- warnings -----------------------------------------------------------------------------
@@ -625,7 +643,7 @@ def test_an_interrupt_leaves_a_visibly_unfinished_output(
 
     monkeypatch.setattr(cli, "tqdm", Bar)
     assert "interrupted" in fails(code=INTERRUPTED)
-    assert_unfinished(tmp_path / "out", roles)
+    assert_unfinished(tmp_path / "out")
 
 
 def test_an_interrupt_of_the_api_is_the_callers(roles: Triple, tmp_path: Path):
@@ -634,7 +652,7 @@ def test_an_interrupt_of_the_api_is_the_callers(roles: Triple, tmp_path: Path):
 
     with pytest.raises(KeyboardInterrupt):
         merge(roles.recipe(), tmp_path / "out", on_event=interrupt)
-    assert_unfinished(tmp_path / "out", roles)
+    assert_unfinished(tmp_path / "out")
 
 
 def test_debug_shows_where_it_went_wrong(

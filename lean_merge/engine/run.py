@@ -150,6 +150,7 @@ class _Engine:
             dtype=vectors.dtype,
             device=self._device,
             squared_norms=vectors.squared_norms,
+            parallel=self._workers.map,
         )
         with self._result.timed("analyze"):
             decision, passes = self._analyze(vectors, context)

@@ -155,8 +155,15 @@ class TaskVectors:
         if math.isfinite(square):
             return square
         self._refuse_non_finite(spec, tile)
-        # Finite numbers whose squares overflow float32.
-        return float(torch.linalg.vector_norm(task_vector, dtype=torch.float64)) ** 2
+        # Finite numbers whose squares overflow float32, or whose difference overflows their dtype.
+        square = float(torch.linalg.vector_norm(task_vector, dtype=torch.float64)) ** 2
+        if not math.isfinite(square):
+            name = str(self.task_dtype).removeprefix("torch.")
+            raise DataError(
+                f"{spec.file}: tensor {spec.name} differs from the base's by more than {name} can "
+                "hold; check both, or convert the checkpoints to float32 first."
+            )
+        return square
 
     def _refuse_non_finite(self, spec: TensorSpec, tile: slice) -> None:
         for suspect in (self.sources.base, spec):
@@ -179,7 +186,15 @@ class TaskVectors:
         else:
             for lane in range(LANES):
                 self._run_lane(lane, sums)
-        return [one.finish() for one in sums]
+        finished = [one.finish() for one in sums]
+        for spec, products in zip(self.sources.others, finished, strict=True):
+            if products is not None and not products.is_finite():
+                raise DataError(
+                    f"{spec.file}: the task vector of {spec.name} is so large that its products "
+                    "overflow float32; compare the tensor with the base's, and restore the wrong "
+                    "one."
+                )
+        return finished
 
     def _run_lane(self, lane: int, sums: list[_Sums]) -> None:
         wanted = [one.request is not None for one in sums]

@@ -38,6 +38,11 @@ class Products:
     times: Tensor | None = None
     dense: Tensor | None = None
 
+    def is_finite(self) -> bool:
+        """Whether no product, summed over all rows, overflowed."""
+        sums = (self.z, self.projected)
+        return all(bool(torch.isfinite(one).all()) for one in sums if one is not None)
+
 
 def random_block(rows: int, columns: int, *, seed: int, name: str, role: str) -> Tensor:
     """Gaussian [rows, columns] in float32 on the CPU, the same on every machine and in any order.

@@ -32,6 +32,8 @@ class WeightContext:
     device: torch.device
     squared_norms: Callable[[], Sequence[float]]
     """||task vector||_F^2, exact; known once the first pass is done."""
+    parallel: Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
+    """map() in worker threads, for the small dense problems of several task vectors."""
 
 
 @dataclass(frozen=True, slots=True)

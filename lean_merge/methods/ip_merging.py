@@ -108,8 +108,8 @@ class IPMergingParameters:
                 )
         if frozenset(self.stages) not in _STAGE_SETS or len(set(self.stages)) != len(self.stages):
             raise RecipeError(
-                f"stages {','.join(map(str, self.stages))!r} is not defined; choose select; select,rescale; "
-                "select,project; or select,rescale,project."
+                f"stages {','.join(map(str, self.stages))!r} is not defined; choose select; "
+                "select,rescale; select,project; or select,rescale,project."
             )
         if self.rank != "auto" and not (type(self.rank) is int and self.rank >= 1):
             raise RecipeError(f"rank must be 'auto' or a whole number from 1, not {self.rank!r}.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -189,15 +190,12 @@ def _sketched(weight: WeightContext, effort: Effort, judge: Judge) -> PassesOf[l
     """Block Krylov sketches of all task vectors in step, until the verdict is clear."""
     rank = effort.start
     while True:
-        sketches = [
-            _sketch(weight, role, block=_block(rank), purpose="directions")
-            for role in range(effort.roles)
-        ]
+        sketches = _sketches(weight, [None] * effort.roles, _block(rank), "directions")
         verdict = Verdict.MORE
         while verdict is Verdict.MORE and _depth(sketches) < effort.depth_limit(rank):
-            yield from _one_pass(sketches)
+            yield from _one_pass(weight, sketches)
             if _depth(sketches) >= MIN_DEPTH:
-                spectra = [_spectrum(sketch, rank, weight.shape) for sketch in sketches]
+                spectra = weight.parallel(partial(_spectrum, rank, weight.shape), sketches)
                 verdict = judge(spectra, rank < effort.largest)
         if verdict is not Verdict.GROW:
             return _with_sums(weight, spectra, sketches)
@@ -208,45 +206,50 @@ def _deflated_sums(
     weight: WeightContext, spectra: list[Spectrum], carried: Tensor | None
 ) -> PassesOf[tuple[list[Spectrum], list[Tensor]]]:
     """A second sketch of each task vector, outside the directions that are settled."""
-    sketches = [
-        _sketch(weight, role, block=QUADRATURE_BLOCK, purpose="sums", deflate=_settled(spectrum))
-        for role, spectrum in enumerate(spectra)
-    ]
+    settled = [_settled(spectrum) for spectrum in spectra]
+    sketches = _sketches(weight, settled, QUADRATURE_BLOCK, "sums")
     got = yield [
         sketch.next_pass(times=carried if role else None) for role, sketch in enumerate(sketches)
     ]
     images = []
-    for role, (sketch, products) in enumerate(zip(sketches, got, strict=True)):
-        assert products is not None
-        sketch.absorb(products)
-        if role and carried is not None:
-            images.append(_times(products)[:, -carried.shape[1] :])
+    if carried is not None:
+        images = [_times(products)[:, -carried.shape[1] :] for products in got[1:]]
+    weight.parallel(_absorb, list(zip(sketches, got, strict=True)))
     while _depth(sketches) < QUADRATURE_DEPTH:
-        yield from _one_pass(sketches)
+        yield from _one_pass(weight, sketches)
     return _with_sums(weight, spectra, sketches), images
 
 
-def _one_pass(sketches: Sequence[Sketch]) -> PassesOf[None]:
+def _one_pass(weight: WeightContext, sketches: Sequence[Sketch]) -> PassesOf[None]:
     """One pass over the rows, shared by all sketches."""
     got = yield [sketch.next_pass() for sketch in sketches]
-    for sketch, products in zip(sketches, got, strict=True):
-        assert products is not None
-        sketch.absorb(products)
+    weight.parallel(_absorb, list(zip(sketches, got, strict=True)))
 
 
-def _sketch(
-    weight: WeightContext, role: int, *, block: int, purpose: str, deflate: Tensor | None = None
-) -> Sketch:
-    return Sketch(
-        weight.shape,
-        block=block,
-        dtype=weight.dtype,
-        device=weight.device,
-        seed=weight.seed,
-        name=weight.name,
-        role=f"{'mllm' if role == 0 else f'expert {role}'}: {purpose}",
-        deflate=deflate,
-    )
+def _absorb(pair: tuple[Sketch, Products | None]) -> None:
+    sketch, products = pair
+    assert products is not None
+    sketch.absorb(products)
+
+
+def _sketches(
+    weight: WeightContext, deflate: Sequence[Tensor | None], block: int, purpose: str
+) -> list[Sketch]:
+    """A fresh sketch of each task vector, kept off the directions in `deflate`."""
+
+    def make(role: int) -> Sketch:
+        return Sketch(
+            weight.shape,
+            block=block,
+            dtype=weight.dtype,
+            device=weight.device,
+            seed=weight.seed,
+            name=weight.name,
+            role=f"{'mllm' if role == 0 else f'expert {role}'}: {purpose}",
+            deflate=deflate[role],
+        )
+
+    return weight.parallel(make, range(len(deflate)))
 
 
 def _block(rank: int) -> int:
@@ -258,7 +261,7 @@ def _depth(sketches: Sequence[Sketch]) -> int:
     return min(sketch.depth for sketch in sketches)
 
 
-def _spectrum(sketch: Sketch, rank: int, shape: tuple[int, int]) -> Spectrum:
+def _spectrum(rank: int, shape: tuple[int, int], sketch: Sketch) -> Spectrum:
     """The leading `rank` triplets of a sketch; a rank below the subspace's size is the matrix's."""
     values, vectors, angles = sketch.krylov.singular_triplets(rank)
     found = numerical_rank(values, shape)
@@ -269,11 +272,11 @@ def _spectrum(sketch: Sketch, rank: int, shape: tuple[int, int]) -> Spectrum:
 def _with_sums(
     weight: WeightContext, spectra: list[Spectrum], sketches: list[Sketch]
 ) -> list[Spectrum]:
+    def with_sums(role: int) -> Spectrum:
+        return replace(spectra[role], sums=sketches[role].sums(norms[role]))
+
     norms = weight.squared_norms()
-    return [
-        replace(spectrum, sums=sketch.sums(norm))
-        for spectrum, sketch, norm in zip(spectra, sketches, norms, strict=True)
-    ]
+    return weight.parallel(with_sums, range(len(spectra)))
 
 
 def _settled(spectrum: Spectrum) -> Tensor:

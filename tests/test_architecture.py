@@ -1,0 +1,211 @@
+"""One direction through the house: who may import whom, read from the source."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import lean_merge
+
+ROOT = Path(lean_merge.__file__).parent
+PACKAGE = "lean_merge"
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def module_name(file: Path) -> str:
+    parts = [PACKAGE, *file.relative_to(ROOT).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(file): file for file in FILES}
+TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in MODULES.items()}
+
+
+def imported(name: str, *, at_import: bool = False) -> Iterator[tuple[str, str]]:
+    """(module, symbol) of every import in a module; the symbol is "" for a whole module.
+
+    `at_import` leaves out those inside functions.
+    """
+    nodes = list(ast.walk(TREES[name]))
+    if at_import:
+        functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+        inner = {id(n) for f in nodes if isinstance(f, functions) for n in ast.walk(f)}
+        nodes = [node for node in nodes if id(node) not in inner]
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} imports relatively"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield (whole, "") if whole in MODULES else (str(node.module), alias.name)
+
+
+def room_of(name: str) -> str:
+    """The second part of a module's name; the package itself is a room of its own."""
+    return [*name.split("."), PACKAGE][1]
+
+
+def rooms(name: str) -> set[str]:
+    """The rooms of ours that a module imports: errors, checkpoints, methods, ..."""
+    return {room_of(module) for module, _ in imported(name) if module.split(".")[0] == PACKAGE}
+
+
+def others(name: str) -> set[str]:
+    """The packages that are not ours, standard library included."""
+    return {module.split(".")[0] for module, _ in imported(name)} - {PACKAGE, "__future__"}
+
+
+def of_room(room: str) -> list[str]:
+    """The modules of a room, which is a folder or a file."""
+    whole = f"{PACKAGE}.{room}"
+    found = [name for name in MODULES if name == whole or name.startswith(f"{whole}.")]
+    assert found, f"there is no room {room}"
+    return found
+
+
+def outside(packages: set[str]) -> set[str]:
+    """Those that the standard library lacks."""
+    return packages - set(sys.stdlib_module_names)
+
+
+MAY_IMPORT = {
+    "errors": set(),
+    "version": set(),
+    "sizes": {"errors"},
+    "recipe": {"errors", "sizes"},
+    "budget": {"errors", "sizes"},
+    "memory": set(),
+    "descriptors": set(),
+    "linalg": {"linalg"},
+    "methods": {"methods", "linalg", "errors"},
+    "checkpoints": {"checkpoints", "descriptors", "errors", "sizes"},
+    "output": {"output", "checkpoints", "descriptors", "errors", "sizes", "version"},
+    "plan": {"recipe", "checkpoints", "budget", "memory", "methods", "output", "errors", "sizes"},
+    "engine": {"engine", "plan", "checkpoints", "budget", "methods", "linalg", "output", "errors"},
+    "report": {"plan", "engine", "memory", "version", "sizes"},
+}
+"""The rooms that each room may see; the architecture page gives the reasons."""
+
+
+@pytest.mark.parametrize("room", sorted(MAY_IMPORT.keys() & {room_of(n) for n in MODULES}))
+def test_a_room_sees_only_what_it_may(room: str):
+    for name in of_room(room):
+        assert rooms(name) <= MAY_IMPORT[room], name
+
+
+def test_every_room_has_a_rule():
+    """A new room must be given a place in this house."""
+    rest = {"lean_merge", "__main__", "api", "cli", "describe", "demo"}
+    found = {room_of(name) for name in MODULES}
+    assert found <= MAY_IMPORT.keys() | rest
+
+
+@pytest.mark.parametrize("room", ["recipe", "budget", "output", "checkpoints", "memory", "sizes"])
+def test_files_and_wishes_know_no_policy(room: str):
+    for name in of_room(room):
+        assert not rooms(name) & {"methods", "plan", "engine", "report", "api", "cli"}, name
+
+
+def test_mathematics_touches_no_files():
+    for name in of_room("linalg"):
+        assert outside(others(name)) <= {"torch", "scipy", "numpy"}, name
+    for name in of_room("methods"):
+        assert outside(others(name)) <= {"torch"}, name
+    files = {"os", "io", "pathlib", "shutil", "tempfile", "mmap", "glob", "subprocess"}
+    for name in [*of_room("linalg"), *of_room("methods")]:
+        assert not others(name) & files, name
+        calls = {
+            node.func.id
+            for node in ast.walk(TREES[name])
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        }
+        assert not calls & {"open", "print", "input", "eval", "exec"}, name
+
+
+def test_a_plan_opens_no_tensor_data():
+    names = {symbol for _, symbol in imported("lean_merge.plan")}
+    modules = {module for module, _ in imported("lean_merge.plan")}
+    assert not names & {"TensorReader", "as_bytes", "OutputFolder"}
+    assert not modules & {"lean_merge.checkpoints.reader", "lean_merge.output.folder"}
+    assert "engine" not in rooms("lean_merge.plan")
+
+
+@pytest.mark.parametrize(
+    ("package", "homes"),
+    [
+        ("typer", {"cli"}),
+        ("click", {"cli"}),
+        ("tqdm", {"cli"}),
+        ("transformers", {"demo"}),
+        ("tokenizers", {"demo"}),
+        ("sklearn", {"demo"}),
+        ("PIL", {"demo"}),
+        ("huggingface_hub", {"checkpoints"}),
+        ("psutil", {"memory"}),
+        ("scipy", {"linalg"}),
+    ],
+)
+def test_a_package_stays_in_its_room(package: str, homes: set[str]):
+    users = {room_of(name) for name in MODULES if package in others(name)}
+    assert users <= homes
+
+
+def test_only_declared_packages_are_imported():
+    known = {"torch", "safetensors", "numpy", "scipy", "psutil", "tqdm", "typer", "yaml"}
+    known |= {"huggingface_hub", "transformers", "tokenizers", "sklearn", "PIL"}
+    for name in MODULES:
+        assert outside(others(name)) <= known, name
+
+
+def test_nothing_but_the_command_line_prints_or_exits():
+    for name, tree in TREES.items():
+        if name in ("lean_merge.cli", "lean_merge.__main__"):
+            continue
+        calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        assert not calls & {"print", "sys.exit", "exit", "input"}, name
+
+
+def test_modules_import_each_other_in_no_circle():
+    graph = {
+        name: {module for module, _ in imported(name, at_import=True) if module in MODULES}
+        for name in MODULES
+    }
+    for name, needed in graph.items():
+        needed.discard(name)
+        # `from lean_merge import memory` in lean_merge.api is the module, not the package.
+        assert PACKAGE not in needed, name
+    list(TopologicalSorter(graph).static_order())
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_says_what_it_is(name: str):
+    text = ast.get_docstring(TREES[name])
+    assert text and text.strip().splitlines()[0].endswith((".", ":", "?"))
+
+
+def test_public_names_exist_and_are_all_that_is_imported():
+    assert len(set(lean_merge.__all__)) == len(lean_merge.__all__)
+    for name in lean_merge.__all__:
+        assert getattr(lean_merge, name) is not None
+    symbols = {symbol for _, symbol in imported(PACKAGE)}
+    assert symbols - {"annotations"} == set(lean_merge.__all__)
+
+
+def test_every_error_is_exported_and_has_its_exit_code():
+    from lean_merge import errors
+
+    raised = {
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, errors.LeanMergeError)
+    }
+    assert raised <= set(lean_merge.__all__)
+    codes = {name: getattr(errors, name).exit_code for name in raised}
+    assert {name for name, code in codes.items() if code != 1} == {"RecipeError", "BudgetError"}
+    assert (codes["RecipeError"], codes["BudgetError"]) == (2, 4)
