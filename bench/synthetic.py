@@ -67,7 +67,7 @@ class Recipe:
     """Share of the weights with planted alignment."""
 
 
-def write_triple(folder: Path, shapes: Shapes, recipe: Recipe = Recipe()) -> dict[str, Path]:  # noqa: B008
+def write_triple(folder: Path, shapes: Shapes, recipe: Recipe = Recipe()) -> dict[str, Path]:
     """Write `base`, `mllm` and `expert` below `folder`; return their folders."""
     roles = {role: folder / role for role in ("base", "mllm", "expert")}
     weights = list(_weights(shapes))

@@ -19,8 +19,6 @@ LANES = 4
 """Partial sums of a pass. Tile t belongs to lane t mod LANES whatever the threads."""
 SLACK = 16 << 20
 """Small objects, thread stacks and what the allocator rounds up or keeps."""
-CHUNK_ROWS = 2048
-"""Rows that the small float64 Gram products widen at a time."""
 COPY_BUFFER = 4 << 20
 """The buffer through which tensors out of scope are copied."""
 

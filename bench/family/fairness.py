@@ -117,8 +117,8 @@ def relative_norms(tuned: Weights, base: Weights) -> dict[str, float]:
 def leading_angles(expert: Weights, mllm: Weights, base: Weights) -> dict[str, Any]:
     """How far the two task vectors' leading singular directions agree, matrix by matrix.
 
-    ``s_1`` is the absolute cosine between the leading left singular vectors, from a plain
-    float64 SVD; ``s_1_right`` is the same on the input side.
+    ``s_1`` is the absolute cosine between the leading right singular vectors, as IP-Merging
+    compares them, from a plain float64 SVD; ``s_1_left`` is the same on the output side.
     """
     left, right = {}, {}
     for name, start in base.items():
@@ -126,7 +126,7 @@ def leading_angles(expert: Weights, mllm: Weights, base: Weights) -> dict[str, A
         mllm_svd = torch.linalg.svd((mllm[name] - start).double(), full_matrices=False)
         left[name] = abs(float(expert_svd.U[:, 0] @ mllm_svd.U[:, 0]))
         right[name] = abs(float(expert_svd.Vh[0] @ mllm_svd.Vh[0]))
-    return {"s_1": _summary(left), "s_1_right": _summary(right), "per_matrix_s_1": left}
+    return {"s_1": _summary(right), "s_1_left": _summary(left), "per_matrix_s_1": right}
 
 
 def flat_cosine(expert: Weights, mllm: Weights, base: Weights) -> float:

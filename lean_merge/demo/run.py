@@ -104,7 +104,7 @@ def table(results: dict[str, Any]) -> str:
             interval = f"[{score['low']:.1%}, {score['high']:.1%}]"
             cells.append(f"{f'{share:.1%} {interval}':<{width}}")
         lines.append((f"{model:<18}" + "".join(cells)).rstrip())
-    lines.append("")
+    lines += ["", *_conditions(results["conditions"]), ""]
     lines.append(f"Task Arithmetic at scale {ARITHMETIC_SCALE}; IP-Merging at its defaults.")
     for name, merged in results["merges"].items():
         counts = merged["counts"]
@@ -112,3 +112,18 @@ def table(results: dict[str, Any]) -> str:
         lines.append(f"{name}: {counts['merged']} of {in_scope} in-scope weights merged.")
         lines += [f"  {warning}" for warning in merged["warnings"]]
     return "\n".join(lines)
+
+
+def _conditions(conditions: dict[str, Any]) -> list[str]:
+    """What decides whether the question is a fair one, as measured after training."""
+    angles = conditions["leading_angles"]["s_1"]
+    line = conditions["line_base_to_expert"]
+    steps = ", ".join(f"{point['text_sums']['share']:.1%}" for point in line.values())
+    norms = {
+        role: conditions[f"task_vector_of_{role}"]["overall_percent"] for role in ("mllm", "expert")
+    }
+    return [
+        f"Task vectors: MLLM {norms['mllm']:.1f} %, expert {norms['expert']:.1f} % of the base's "
+        f"norm; s_1 median {angles['median']:.2f}, largest {angles['largest']:.2f}.",
+        f"Text sums on the straight line from base to expert at {', '.join(line)}: {steps}.",
+    ]

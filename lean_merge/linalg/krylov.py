@@ -44,7 +44,7 @@ class BlockKrylov:
     q, y, z : list of Tensor
         Right blocks Q [in, b], left blocks y = B Q [out, b], and z = B^T y [in, b].
     qq, yy, zz : Tensor [m, m]
-        Their Gram matrices over all blocks, float64.
+        Their Gram matrices over all blocks, float64 on the CPU.
     """
 
     def __init__(self, start: Tensor, *, dtype: torch.dtype, deflate: Tensor | None = None) -> None:
@@ -53,7 +53,7 @@ class BlockKrylov:
         self.q: list[Tensor] = []
         self.y: list[Tensor] = []
         self.z: list[Tensor] = []
-        empty = torch.zeros(0, 0, dtype=torch.float64, device=start.device)
+        empty = torch.zeros(0, 0, dtype=torch.float64)
         self.qq, self.yy, self.zz = empty, empty, empty
         self._next = self._orthonormal(start)
 
@@ -138,9 +138,10 @@ def combine(blocks: list[Tensor], coefficients: Tensor) -> Tensor:
     out = torch.zeros(
         blocks[0].shape[0], coefficients.shape[1], dtype=torch.float32, device=blocks[0].device
     )
+    coefficients = coefficients.float().to(out.device)
     row = 0
     for block in blocks:
-        out.addmm_(block.float(), coefficients[row : row + block.shape[1]].float())
+        out.addmm_(block.float(), coefficients[row : row + block.shape[1]])
         row += block.shape[1]
     return out
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_CHUNK = 2048
+CHUNK = 2048
 """Rows widened to float64 at a time, so that the temporaries stay small."""
 
 
@@ -56,12 +56,23 @@ def random_block(rows: int, columns: int, *, seed: int, name: str, role: str) ->
 
 
 def gram64(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b [m, n] in float64 for a [k, m] and b [k, n] of any floating dtype."""
+    """a^T b [m, n] in float64 for a [k, m] and b [k, n] of any floating dtype.
+
+    The result is on the CPU, where small problems are solved faster than on any device. A device
+    that lacks float64 sends its chunks there too.
+    """
+    if not has_float64(a.device):
+        a, b = a.cpu(), b.cpu()
     total = torch.zeros(a.shape[1], b.shape[1], dtype=torch.float64, device=a.device)
-    for start in range(0, a.shape[0], _CHUNK):
-        rows = slice(start, start + _CHUNK)
+    for start in range(0, a.shape[0], CHUNK):
+        rows = slice(start, start + CHUNK)
         total.addmm_(a[rows].double().T, b[rows].double())
-    return total
+    return total.cpu()
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64; Apple's does not."""
+    return device.type != "mps"
 
 
 def remove_components(block: Tensor, basis: Tensor) -> None:

@@ -12,10 +12,11 @@ from torch import Tensor
 def corresponding_cosines(first: Tensor, second: Tensor) -> Tensor:
     """s_i = |a_i . b_i| [r] float64 for vectors in the columns of a, b [in, r] (step 3)."""
     count = min(first.shape[1], second.shape[1])
-    dots = (first[:, :count] * second[:, :count]).sum(0, dtype=torch.float64)
-    norms = first[:, :count].norm(dim=0).double() * second[:, :count].norm(dim=0).double()
+    first, second = first[:, :count].cpu(), second[:, :count].cpu()
+    dots = (first * second).sum(0, dtype=torch.float64)
+    norms = first.norm(dim=0).double() * second.norm(dim=0).double()
     cosines: Tensor = (dots / norms.clamp_min(1e-300)).abs()
-    return cosines.clamp(max=1.0).cpu()
+    return cosines.clamp(max=1.0)
 
 
 def log_omitted(similarity: Tensor, *, omitted: int, in_features: int, temperature: float) -> float:

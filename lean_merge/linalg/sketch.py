@@ -94,7 +94,7 @@ class Sketch:
         known = 0 if deflate is None else deflate.shape[1]
         self._rest = min(shape) - known
         self._deflate = None if deflate is None else orthonormalize(deflate)
-        self._leading = torch.zeros(0, dtype=torch.float64, device=device)
+        self._leading = torch.zeros(0, dtype=torch.float64)
         side = out_features if self._wide else in_features
         probe = random_block(side, min(block, self._rest), seed=seed, name=name, role=role)
         self._probe = probe.to(device)
@@ -157,7 +157,7 @@ class Sketch:
             # B^T (P - U U^T P) = (I - V V^T) B^T P for singular U, V: no second pass.
             inverse = torch.where(values > 0, values.rsqrt(), torch.zeros_like(values))
             probe = self._probe.float()
-            remove_components(probe, images @ (vectors * inverse).float())
+            remove_components(probe, images @ (vectors * inverse).float().to(images.device))
             self._probe = probe
 
     def sums(self, squared_norm: float) -> SingularSums:
@@ -191,7 +191,7 @@ class Sketch:
             radau = _Rule(left.theta, _mass(krylov.yy[:probes], left) / _positive(left.theta))
             return gauss, radau, float(krylov.qq[:probes, :probes].trace())
         # On the left side the Gauss rule's blocks are P, y_1 .. y_(d-1); their images B^T P, z_1 ..
-        metric = numerator = torch.zeros(0, 0, dtype=torch.float64, device=self._probe.device)
+        metric = numerator = torch.zeros(0, 0, dtype=torch.float64)
         blocks, images = [self._probe, *krylov.y[:-1]], [self._start, *krylov.z[:-1]]
         for index, (block, image) in enumerate(zip(blocks, images, strict=True)):
             metric = grow_gram(metric, blocks[:index], block)

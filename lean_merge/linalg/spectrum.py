@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lean_merge.linalg.passes import gram64
+from lean_merge.linalg.passes import CHUNK, gram64, has_float64
 
 _RANK_EPS = torch.finfo(torch.float32).eps
 
@@ -15,24 +15,28 @@ def exact_spectrum(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
     Eigen-decomposition in float64 of the smaller Gram matrix of `matrix` [out, in]; singular values
     below 1e-8 of the largest are lost in rounding, far below the numerical rank's threshold.
-    Values are float64, vectors float32.
+    Values are float64 on the CPU, vectors float32.
     """
-    out_features, in_features = matrix.shape
-    if in_features <= out_features:
-        values, vectors = torch.linalg.eigh(gram64(matrix, matrix))
-        sigma = values.flip(0).clamp_min(0).sqrt()
-        return sigma, vectors.flip(1)[:, :count].float()
-    transposed = matrix.T
-    values, left = torch.linalg.eigh(gram64(transposed, transposed))
-    sigma = values.flip(0).clamp_min(0).sqrt()
-    leading = sigma[:count]
-    inverse = torch.where(leading > 0, 1 / leading, torch.zeros_like(leading))
-    vectors = torch.empty(in_features, leading.numel(), device=matrix.device)
-    weights = left.flip(1)[:, :count] * inverse
-    for start in range(0, in_features, 2048):
-        rows = slice(start, start + 2048)
-        vectors[rows] = (transposed[rows].double() @ weights).float()
-    return sigma, vectors
+    device = matrix.device
+    work = matrix if has_float64(device) else matrix.cpu()
+    wide = matrix.shape[1] > matrix.shape[0]
+    tall = work.T if wide else work
+    # A large eigenproblem is the device's, if it can.
+    values, vectors = torch.linalg.eigh(gram64(tall, tall).to(work.device))
+    sigma, leading = values.flip(0).clamp_min(0).sqrt(), vectors.flip(1)[:, :count]
+    if wide:
+        leading = _images(tall, leading, sigma[:count])
+    return sigma.cpu(), leading.float().to(device)
+
+
+def _images(matrix: Tensor, vectors: Tensor, sigma: Tensor) -> Tensor:
+    """matrix @ vectors / sigma [n, k] in float32, widened to float64 by chunks."""
+    weights = vectors * torch.where(sigma > 0, 1 / sigma, torch.zeros_like(sigma))
+    images = torch.empty(matrix.shape[0], sigma.numel(), device=matrix.device)
+    for start in range(0, matrix.shape[0], CHUNK):
+        rows = slice(start, start + CHUNK)
+        images[rows] = (matrix[rows].double() @ weights).float()
+    return images
 
 
 def numerical_rank(sigma: Tensor, shape: tuple[int, int]) -> int:

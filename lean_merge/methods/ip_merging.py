@@ -206,10 +206,8 @@ class IPMerging(Method[IPMergingParameters]):
         similarity = corresponding_cosines(mllm.vectors, expert.vectors)[:subspace]
         computed = similarity.numel()
         if self.common.similarity_weight == "sigma":
-            relative = (
-                (mllm.sigma[:computed] * expert.sigma[:computed])
-                / (mllm.sigma[0] * expert.sigma[0])
-            ).cpu()
+            product = mllm.sigma[:computed] * expert.sigma[:computed]
+            relative = product / (mllm.sigma[0] * expert.sigma[0])
             similarity = similarity * relative.sqrt()
         compared = float(similarity[0] if self.common.select_by == "first" else similarity.max())
         relative_importance = self.common.importance == "relative"
@@ -222,7 +220,7 @@ class IPMerging(Method[IPMergingParameters]):
             relative=relative_importance,
             log_tail=tail,
         )
-        angles = torch.maximum(mllm.angles[:computed].cpu(), expert.angles[:computed].cpu())
+        angles = torch.maximum(mllm.angles[:computed], expert.angles[:computed])
         return _Alignment(
             similarity=similarity,
             gamma=gamma,
@@ -280,7 +278,7 @@ class IPMerging(Method[IPMergingParameters]):
                 continue
             gamma = _padded(alignment.gamma, kept)
             part = image * (scale * gamma**2).float().to(weight.device)
-            norms.append(float(part.double().norm()))
+            norms.append(float(part.norm()))
             left += part
         right = spectra[0].vectors[:, kept].T.contiguous()
         return Decision(experts=self._records(spectra, aligned, norms), left=left, right=right)
