@@ -17,8 +17,9 @@ STRIP_ELEMENTS = 1 << 17
 """Elements of the row strips in which an update is added and rounded; float32 ones fit a cache."""
 LANES = 4
 """Partial sums of a pass. Tile t belongs to lane t mod LANES whatever the threads."""
-SLACK = 16 << 20
-"""Small objects, thread stacks and what the allocator rounds up or keeps."""
+SLACK = 40 << 20
+"""Small objects, thread stacks, what the allocator rounds up or keeps, and the kernels and buffers
+that the mathematical libraries make for each shape they meet: these settle at about 30 MiB."""
 COPY_BUFFER = 4 << 20
 """The buffer through which tensors out of scope are copied."""
 

@@ -16,6 +16,7 @@ from lean_merge.engine.prefetch import Flusher, Prefetcher
 from lean_merge.engine.taskvectors import Sources, TaskVectors, task_dtype
 from lean_merge.engine.update import OutputRows, Written, copy_tensor, write_rows
 from lean_merge.engine.workers import Workers, full_float32, worker_pool
+from lean_merge.memory import release_free_memory
 from lean_merge.methods import Decision, WeightContext
 from lean_merge.output import OutputFolder
 from lean_merge.plan import CopyTask, Plan, WeightTask, arithmetic_dtype
@@ -83,6 +84,7 @@ def run(plan: Plan, folder: OutputFolder, on_event: Callable[[Event], None]) -> 
                 merged = False
             else:
                 merged = engine.merge(task)
+                release_free_memory()
             prefetcher.used(index)
             on_event(Event(task.tensor.name, task.tensor.nbytes, merged))
         result.bytes_read = reader.bytes_read

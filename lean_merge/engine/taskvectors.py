@@ -16,6 +16,9 @@ from lean_merge.errors import DataError
 from lean_merge.linalg import Pass, Products
 
 
+_WIDTH = 32
+
+
 def task_dtype(dtypes: Sequence[str]) -> torch.dtype:
     """Dtype of the task vectors of tensors stored in `dtypes`.
 
@@ -226,6 +229,7 @@ class _Sums:
             shape = in_features, like.shape[1]
             return [torch.zeros(shape, device=device) for _ in range(LANES)]
 
+        self._right = None if request.times is None else _padded(request.times)
         self._y = empty(out_features, request.gram, owner.dtype)
         self._times = empty(out_features, request.times, torch.float32)
         self._z = lanes(request.gram)
@@ -247,8 +251,8 @@ class _Sums:
             self._z[lane].add_(tile.T @ y)
         if request.project is not None:
             self._projected[lane].add_(tile.T @ request.project[rows])
-        if request.times is not None and self._times is not None:
-            self._times[rows] = tile @ request.times
+        if self._right is not None and self._times is not None:
+            self._times[rows] = (tile @ self._right)[:, : self._times.shape[1]]
 
     def finish(self) -> Products | None:
         """The lanes summed in order."""
@@ -261,6 +265,15 @@ class _Sums:
             times=self._times,
             dense=self._dense,
         )
+
+
+def _padded(columns: Tensor) -> Tensor:
+    """`columns` [in, r] with zero columns up to a multiple of `_WIDTH`.
+
+    Kernels are compiled for every shape and kept; r differs from weight to weight.
+    """
+    missing = -columns.shape[1] % _WIDTH
+    return torch.nn.functional.pad(columns, (0, missing)) if missing else columns
 
 
 def _ordered_sum(lanes: list[Tensor]) -> Tensor | None:
