@@ -15,8 +15,8 @@ from lean_merge.engine.workers import Workers
 from lean_merge.errors import DataError
 from lean_merge.linalg import Pass, Products
 
-
 _WIDTH = 32
+"""Widths of products are padded to a multiple of this."""
 
 
 def task_dtype(dtypes: Sequence[str]) -> torch.dtype:
