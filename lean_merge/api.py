@@ -9,6 +9,7 @@ from typing import Any
 
 from lean_merge import memory
 from lean_merge.engine.run import Event, run
+from lean_merge.errors import RecipeError
 from lean_merge.output import OutputFolder, copy_side_files, license_of, model_card
 from lean_merge.plan import Plan, Resources
 from lean_merge.plan import plan as make_plan
@@ -54,6 +55,8 @@ def merge(
     LeanMergeError
         One of its subclasses; nothing that existed is lost.
     """
+    if isinstance(work, Plan) and resources is not None:
+        raise RecipeError("A plan has its resources; give others when it is made.")
     with memory.PeakSampler() as sampler:
         baseline = memory.usage()
         plan = work if isinstance(work, Plan) else make_plan(work, resources)

@@ -82,9 +82,12 @@ def worker_bytes(weight: WeightShape, widest: int) -> int:
 
 
 def apply_bytes(weight: WeightShape) -> int:
-    """Buffers of one worker while it adds and rounds: float32 strips and a raw tile."""
+    """Buffers of one worker while it adds and rounds: a raw tile, and strips of 4-byte numbers.
+
+    Update, sum, change and rounded result are four; stochastic rounding holds ten more.
+    """
     strip = min(weight.tile, strip_rows(weight.in_features) * weight.in_features)
-    return 2 * weight.tile * weight.stored_item + 6 * strip * 4
+    return weight.tile * weight.stored_item + 14 * strip * 4
 
 
 def lane_bytes(weight: WeightShape, widest: int) -> int:
@@ -101,9 +104,10 @@ def host_bytes(weight: WeightShape, *, widest: int, workspace: int, workers: int
     return analysis + workers * apply_bytes(weight) + COPY_BUFFER + SLACK
 
 
-def device_bytes(weight: WeightShape, *, widest: int, workspace: int) -> int:
+def device_bytes(weight: WeightShape, *, widest: int, workspace: int, workers: int) -> int:
     """The same on another device: partial sums, the method's workspace, and tiles in transit."""
-    return lane_bytes(weight, widest) + workspace + 3 * weight.tile * 4 + SLACK
+    transit = weight.resident_tile + weight.tile * (weight.arithmetic_item + 8)
+    return lane_bytes(weight, widest) + workspace + workers * transit + SLACK
 
 
 def resident_tiles(weight: WeightShape, free: int) -> int:

@@ -79,7 +79,10 @@ Memory = Annotated[
     str | None, typer.Option(help="Ceiling on anonymous memory; default half of what is free.")
 ]
 Vram = Annotated[str | None, typer.Option(help="Ceiling on device memory.")]
-Threads = Annotated[int | None, typer.Option(help="Worker threads; default all processors.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="Worker threads, of which 4 are used at most; default one a processor."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -95,7 +98,8 @@ def _recipe(file: Path | None, given: dict[str, Any], parameters: dict[str, Any]
         if not isinstance(common, dict):
             raise RecipeError("parameters must be a mapping in the recipe.")
         data["parameters"] = common | flags
-        for expert in data.get("experts") or []:
+        experts = data.get("experts")
+        for expert in experts if isinstance(experts, list) else []:
             if isinstance(expert, dict) and isinstance(expert.get("parameters"), dict):
                 own = expert["parameters"]
                 expert["parameters"] = {n: v for n, v in own.items() if n not in flags}

@@ -7,11 +7,13 @@ import sys
 import threading
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import TracebackType
 
 import psutil
 
 _STATUS = "/proc/self/status"
+_CGROUP = "/sys/fs/cgroup"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +43,16 @@ def usage() -> Usage:
 
 
 def available() -> int:
-    """Bytes that can be allocated without swapping."""
-    return int(psutil.virtual_memory().available)
+    """Bytes that can be allocated without swapping, or without passing a container's limit."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = Path(_CGROUP, "memory.max").read_text(encoding="ascii").strip()
+        held = dict(
+            line.split() for line in Path(_CGROUP, "memory.stat").read_text("ascii").splitlines()
+        )
+        return free if limit == "max" else max(0, min(free, int(limit) - int(held["anon"])))
+    except (OSError, KeyError, ValueError):
+        return free
 
 
 def release_free_memory() -> None:

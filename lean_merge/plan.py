@@ -17,6 +17,7 @@ from lean_merge.checkpoints import (
     Coverage,
     MappedWeight,
     TensorSpec,
+    common_dtype,
     map_roles,
     open_checkpoint,
     safetensors_dtype,
@@ -183,6 +184,7 @@ def plan(recipe: MergeRecipe, resources: Resources | None = None) -> Plan:
     limits = _limits(resources, device)
     held = memory.usage().anonymous
     layout = _Layout(method, device, min(threads, budget.LANES), *limits, held)
+    _check_budget(coverage, layout)
     tasks = _tasks(mllm, coverage, outputs, shards, layout)
     return Plan(
         recipe=recipe,
@@ -205,6 +207,11 @@ def plan(recipe: MergeRecipe, resources: Resources | None = None) -> Plan:
 
 def _check_arithmetic(weight: MappedWeight) -> None:
     for spec in (weight.mllm, weight.base, *weight.experts):
+        if 0 in spec.shape:
+            raise CoverageError(
+                f"{spec.file}: in-scope tensor {spec.name} has shape {list(spec.shape)}, no "
+                "numbers at all; restore the file from its source."
+            )
         if spec.dtype not in FLOATING:
             raise CoverageError(
                 f"{spec.file}: in-scope tensor {spec.name} is stored as {spec.dtype}, which cannot "
@@ -270,7 +277,8 @@ def arithmetic_dtype(task: torch.dtype, device: str) -> torch.dtype:
     if task is not torch.bfloat16:
         return torch.float32
     if torch.device(device).type == "cuda":
-        return task if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+        modern = torch.cuda.get_device_capability(torch.device(device)) >= (8, 0)
+        return task if modern else torch.float32
     if torch.device(device).type == "cpu":
         native = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
         return task if native is not None and native() else torch.float32
@@ -292,7 +300,7 @@ class _Layout:
     def shape(self, weight: MappedWeight, rows: int) -> budget.WeightShape:
         specs = (weight.base, weight.mllm, *weight.experts)
         stored = [torch_dtype(spec.dtype) for spec in specs]
-        task = stored[0] if len(set(stored)) == 1 else torch.float32
+        task = common_dtype(spec.dtype for spec in specs)
         return budget.WeightShape(
             out_features=rows,
             in_features=weight.base.shape[1],
@@ -314,19 +322,23 @@ class _Layout:
                 shape, widest=cost.widest, workspace=cost.workspace, workers=self.workers
             )
             return host, 0
-        host = budget.host_bytes(shape, widest=0, workspace=0, workers=self.workers)
-        return host, budget.device_bytes(shape, widest=cost.widest, workspace=cost.workspace)
+        # The small problems, and copies of vectors for them, are the CPU's on any device.
+        host = budget.host_bytes(shape, widest=0, workspace=cost.workspace, workers=self.workers)
+        device = budget.device_bytes(
+            shape, widest=cost.widest, workspace=cost.workspace, workers=self.workers
+        )
+        return host, device
+
+    def needs(self, weight: MappedWeight, rows: int) -> tuple[int, int]:
+        """Bytes on host and device without which the weight cannot be merged."""
+        host, device = self.fixed(self.shape(weight, rows))
+        return self.held + host, device
 
     def resident(self, weight: MappedWeight, rows: int) -> int:
-        """Tiles to keep; raises BudgetError if not even none would fit."""
+        """Tiles to keep in what the weight's needs leave free."""
         shape = self.shape(weight, rows)
         cost = self.method.cost((rows, shape.in_features), item=shape.arithmetic_item)
-        host, device = self.fixed(shape)
-        host += self.held
-        name = f"{weight.mllm.name} {list(weight.mllm.shape)}"
-        budget.check_fits(host, self.memory, what="Memory", flag="--memory", name=name)
-        if not self.on_cpu and self.vram:
-            budget.check_fits(device, self.vram, what="Device memory", flag="--vram", name=name)
+        host, device = self.needs(weight, rows)
         if cost.passes == 0:
             return 0
         if self.on_cpu:
@@ -356,6 +368,22 @@ class _Layout:
                 total += (item[weight.base] + wanted) * again
                 exact = exact and (cost.passes == 0 or again == 0)
         return total, exact
+
+
+def _check_budget(coverage: Coverage, layout: _Layout) -> None:
+    """Raise BudgetError, with the smallest that works for all weights, if one does not fit."""
+    needs = [
+        (*layout.needs(weight, rows.stop - rows.start), weight.mllm)
+        for weight in coverage.weights
+        for rows in weight.slices
+    ]
+    host, _, largest = max(needs, key=lambda need: need[0])
+    name = f"{largest.name} {list(largest.shape)}"
+    budget.check_fits(host, layout.memory, what="Memory", flag="--memory", name=name)
+    if not layout.on_cpu and layout.vram:
+        _, device, largest = max(needs, key=lambda need: need[1])
+        name = f"{largest.name} {list(largest.shape)}"
+        budget.check_fits(device, layout.vram, what="Device memory", flag="--vram", name=name)
 
 
 def _tasks(

@@ -70,6 +70,11 @@ class MergeRecipe:
     allow_partial: bool = False
 
     def __post_init__(self) -> None:
+        # Lists, mappings and sizes in words are taken too, and made hashable.
+        experts = tuple(_expert(entry) for entry in _list(self.experts, "experts"))
+        object.__setattr__(self, "experts", experts)
+        object.__setattr__(self, "parameters", _frozen(self.parameters, "parameters"))
+        object.__setattr__(self, "shard_size", parse_size(self.shard_size))
         if not self.experts:
             raise RecipeError("A merge needs at least one expert; name it with --expert.")
         for role, model in [
@@ -87,8 +92,6 @@ class MergeRecipe:
         _one_of("rounding", self.rounding, ROUNDINGS)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise RecipeError(f"seed must be a whole number from 0, not {self.seed!r}.")
-        if self.shard_size <= 0:
-            raise RecipeError(f"shard_size must be positive, not {self.shard_size}.")
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe in the words of the field, plain types only."""
@@ -122,21 +125,12 @@ class MergeRecipe:
         for required in ("base_model", "mllm_model", "experts"):
             if not data.get(required):
                 raise RecipeError(f"The recipe lacks {required}.")
-        values = dict(data)
-        values["experts"] = tuple(_expert(entry) for entry in _list(data["experts"], "experts"))
-        values["parameters"] = _frozen(data.get("parameters"), "parameters")
-        values["shard_size"] = parse_size(data.get("shard_size", cls.shard_size_default()))
-        return cls(**values)
+        return cls(**data)
 
     @classmethod
     def from_yaml(cls, text: str) -> MergeRecipe:
         """Read a recipe from YAML text, loaded safely."""
         return cls.from_dict(load_yaml(text))
-
-    @staticmethod
-    def shard_size_default() -> int:
-        """5 GB, as transformers wrote for years."""
-        return 5 * 10**9
 
 
 def load_recipe_file(path: Path) -> dict[str, Any]:
@@ -182,7 +176,7 @@ def _list(value: Any, name: str) -> list[Any]:
 
 def _expert(entry: Any) -> Expert:
     if isinstance(entry, Expert):
-        return entry
+        return Expert(entry.model, _frozen(entry.parameters, "experts[].parameters"))
     if isinstance(entry, str):
         return Expert(entry)
     if not isinstance(entry, Mapping):

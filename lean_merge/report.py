@@ -13,8 +13,10 @@ from lean_merge.version import __version__
 
 REPORT = "lean_merge_report.json"
 REPORT_VERSION = 1
-OMITTED_WARNING = 0.01
+OMITTED_WARNING = 0.025
 """Modelled share of an update beyond the computed rank from which the report warns."""
+ANGLE_WARNING = 0.1
+"""Sine of the error of directions that carry an update from which the report warns."""
 KEPT_WARNING = 0.9
 """Below this share of an update that survives rounding, the report warns."""
 
@@ -24,24 +26,25 @@ def build_report(
 ) -> dict[str, Any]:
     """The content of `lean_merge_report.json`; docs/formats.md explains every field."""
     rows = [row for weight in result.weights for row in weight_rows(plan, weight)]
-    merged = sum(weight.decision.merges for weight in result.weights)
+    merged = {weight.name for weight in result.weights if weight.merged}
     prediction = plan.prediction
     return {
         "version": REPORT_VERSION,
         "lean_merge": __version__,
         "recipe": plan.recipe.to_dict(),
         "counts": {
-            "merged": merged,
-            "unchanged": len(result.weights) - merged,
+            "merged": len(merged),
+            "unchanged": len(plan.weights) - len(merged),
             "copied": len(plan.copies),
             "skipped": len(plan.coverage.left_out),
             "tensors": len(plan.tasks),
+            "logical_weights": len(result.weights),
         },
         "warnings": [
             *plan.coverage.warnings,
             *plan.notes,
             *kept_warnings(result),
-            *omitted_warnings(result),
+            *accuracy_warnings(result),
         ],
         "skipped": list(plan.coverage.left_out),
         "seconds": {phase: round(s, 3) for phase, s in result.seconds.items()},
@@ -63,6 +66,7 @@ def build_report(
         },
         "device": plan.device,
         "threads": plan.threads,
+        "workers": plan.workers,
         "weights": rows,
     }
 
@@ -72,7 +76,7 @@ def weight_rows(plan: Plan, weight: WeightResult) -> list[dict[str, Any]]:
     kept = update_kept(weight)
     rows = []
     for expert, (record, square) in enumerate(
-        zip(weight.decision.experts, weight.squared_norms[1:], strict=True)
+        zip(weight.experts, weight.squared_norms[1:], strict=True)
     ):
         rows.append(
             {
@@ -101,9 +105,11 @@ def weight_rows(plan: Plan, weight: WeightResult) -> list[dict[str, Any]]:
 
 
 def update_kept(weight: WeightResult) -> float | None:
-    """<stored change, update> / ||update||^2, or None where there is no update."""
-    if not weight.decision.merges or weight.written.squared == 0.0:
+    """<stored change, update> / ||update||^2; 0 if the update is zero, None if there is none."""
+    if not weight.merged:
         return None
+    if weight.written.squared == 0.0:
+        return 0.0
     return weight.written.along / weight.written.squared
 
 
@@ -122,25 +128,37 @@ def kept_warnings(result: RunResult) -> list[str]:
     ]
 
 
-def omitted_warnings(result: RunResult) -> list[str]:
-    """A warning where directions beyond the computed rank may carry a part of the update."""
-    shares = [
-        record.omitted_share
-        for weight in result.weights
-        for record in weight.decision.experts
-        if record.omitted_share is not None and record.omitted_share > OMITTED_WARNING
-    ]
-    if not shares:
-        return []
-    return [
-        f"directions beyond the computed rank may carry up to {max(shares):.0%} of the update in "
-        f"{len(shares)} weights; --rank N computes more, --svd exact all"
-    ]
+def accuracy_warnings(result: RunResult) -> list[str]:
+    """Warnings where the sketches did not reach the accuracy that they aim at."""
+    selected = [r for weight in result.weights for r in weight.experts if r.selected]
+    shares = [s for r in selected if (s := r.omitted_share or 0.0) > OMITTED_WARNING]
+    angles = [a for r in selected if (a := r.angle_error or 0.0) > ANGLE_WARNING]
+    warnings = []
+    if shares:
+        warnings.append(
+            f"directions beyond the computed rank may carry up to {max(shares):.0%} of the update "
+            f"in {len(shares)} weights; --rank N computes more, --svd exact all"
+        )
+    if angles:
+        warnings.append(
+            f"directions that carry the update are known to a sine of {max(angles):.2f} only in "
+            f"{len(angles)} weights; --svd exact computes them fully"
+        )
+    return warnings
 
 
 def to_json(report: dict[str, Any]) -> bytes:
-    """Readable JSON; NaN would not be JSON, so it is an error."""
-    return (json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
+    """Readable JSON, in which a number that is none is null."""
+    text = json.dumps(_finite(report), indent=1, allow_nan=False, ensure_ascii=False)
+    return (text + "\n").encode()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def summary(report: dict[str, Any]) -> str:

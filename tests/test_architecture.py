@@ -87,7 +87,17 @@ MAY_IMPORT = {
     "checkpoints": {"checkpoints", "descriptors", "errors", "sizes"},
     "output": {"output", "checkpoints", "descriptors", "errors", "sizes", "version"},
     "plan": {"recipe", "checkpoints", "budget", "memory", "methods", "output", "errors", "sizes"},
-    "engine": {"engine", "plan", "checkpoints", "budget", "methods", "linalg", "output", "errors"},
+    "engine": {
+        "engine",
+        "plan",
+        "checkpoints",
+        "budget",
+        "memory",
+        "methods",
+        "linalg",
+        "output",
+        "errors",
+    },
     "report": {"plan", "engine", "memory", "version", "sizes"},
 }
 """The rooms that each room may see; the architecture page gives the reasons."""

@@ -66,6 +66,7 @@ def test_merge_prints_its_report_as_json(call: Call, small: Triple, tmp_path: Pa
         "unchanged": 0,
         "copied": 1,
         "skipped": 0,
+        "logical_weights": 2,
         "tensors": 3,
     }
 

@@ -1,6 +1,6 @@
 """The documentation says what the code does: commands, options, fields, examples and links.
 
-LEAN_MERGE_WRITE_DOCS=1 python -m pytest tests/test_docs.py    # writes docs/cli.md anew
+LEAN_MERGE_WRITE_DOCS=1 python -m pytest tests/test_docs.py    # writes docs/cli.md and the example of docs/memory.md
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, get_args
 import pytest
 from typer.models import ArgumentInfo, OptionInfo
 
-from lean_merge import MergeRecipe
+from lean_merge import MergeRecipe, budget
 from lean_merge.checkpoints import open_checkpoint
 from lean_merge.cli import app
 from lean_merge.demo.run import FAMILY, family_recipe
@@ -26,6 +26,7 @@ from lean_merge.plan import build_method
 from lean_merge.plan import plan as make_plan
 
 ROOT = Path(__file__).parents[1]
+MIB = 1 << 20
 CLI = ROOT / "docs" / "cli.md"
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("bench/**/*.md")])
 EXIT_CODES = "[formats.md](formats.md#exit-codes)"
@@ -139,6 +140,48 @@ def test_every_option_says_what_it_does():
     for name, callback in commands().items():
         for spelling, _, _, meaning in options(callback):
             assert meaning, f"{name} {spelling}"
+
+
+# --- docs/memory.md -----------------------------------------------------------------------
+
+
+def memory_example() -> str:
+    """The worked example: a 7B down_proj in bfloat16, one expert, two workers."""
+    weight = budget.WeightShape(
+        out_features=4096, in_features=11008, roles=2, stored_item=2, task_item=2, arithmetic_item=2
+    )
+    shape = weight.out_features, weight.in_features
+    cost = build_method(family_recipe()).cost(shape, item=weight.arithmetic_item)
+    least = budget.host_bytes(weight, widest=cost.widest, workspace=cost.workspace, workers=2)
+    tiles = weight.tiles * weight.resident_tile
+    worker, apply = budget.worker_bytes(weight, cost.widest), budget.apply_bytes(weight)
+    lanes = f"lanes: {budget.LANES + 1} x {weight.roles} x {shape[1]} x {cost.widest} x 4 bytes"
+    rows = {
+        f"two workers: 2 x {worker / MIB:.1f}": 2 * worker,
+        lanes: budget.lane_bytes(weight, cost.widest),
+        "workspace: Krylov blocks, vectors, images, small problems": cost.workspace,
+        f"writing: 2 x {apply / MIB:.1f}": 2 * apply,
+        "copy buffer and slack": budget.COPY_BUFFER + budget.SLACK,
+        "**no tile resident: the smallest that works**": least,
+        f"all {weight.tiles} tiles of two task vectors: "
+        f"{weight.tiles} x {weight.resident_tile / MIB:.2f}": tiles,
+        "**all resident: full speed**": least + tiles,
+    }
+    tile = f"{budget.tile_rows(shape[1])} rows a tile, {budget.strip_rows(shape[1])} a strip"
+    lines = [f"| {tile} | MiB |", "|---|---|"]
+    lines += [f"| {what} | {size / MIB:.1f} |" for what, size in rows.items()]
+    return "\n" + "\n".join(lines) + "\n"
+
+
+def test_the_example_of_the_memory_page_is_what_the_formulas_give():
+    page = ROOT / "docs" / "memory.md"
+    head, rest = page.read_text(encoding="utf-8").split("<!-- example -->\n")
+    shown, tail = rest.split("<!-- end of example -->")
+    if os.environ.get("LEAN_MERGE_WRITE_DOCS") == "1":
+        shown = memory_example() + "\n"
+        text = f"{head}<!-- example -->\n{shown}<!-- end of example -->{tail}"
+        page.write_text(text, encoding="utf-8")
+    assert shown.strip() == memory_example().strip(), "write it with LEAN_MERGE_WRITE_DOCS=1"
 
 
 # --- examples -----------------------------------------------------------------------------

@@ -124,7 +124,8 @@ def test_the_output_has_the_mllms_tensors_and_only_weights_in_scope_change(
     assert changed == selected
     counts = result.report["counts"]
     assert counts["copied"] == len(before) - len(in_scope)
-    assert counts["merged"] + counts["unchanged"] == len(triple.slots)
+    assert counts["merged"] + counts["unchanged"] == len(in_scope)
+    assert counts["logical_weights"] == len(triple.slots)
     assert (counts["tensors"], counts["skipped"]) == (len(before), 0)
 
 

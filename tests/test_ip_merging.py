@@ -262,3 +262,78 @@ def test_the_computed_rank_sees_no_direction_beyond_it_and_says_how_far_it_looke
 def test_parameters_that_make_no_sense_are_refused(options: dict, word: str) -> None:
     with pytest.raises(RecipeError, match=word):
         IPMergingParameters(**options)
+
+
+@pytest.mark.parametrize("shape", [(640, 560), (200, 300)], ids=["sketched", "exact"])
+def test_an_expert_that_left_a_weight_alone_does_not_disturb_the_others(
+    shape: tuple[int, int],
+) -> None:
+    base, mllm, expert = triple(shape, "power law", seed=1, dtype=torch.float32)
+    method = IPMerging([IPMergingParameters()] * 2)
+    decision, _ = drive(method, task_vectors(base, mllm, base, expert), dtype=torch.float32)
+    assert [record.selected for record in decision.experts] == [False, True]
+    assert decision.experts[0].reason == "the expert's task vector is zero"
+    expected = oracle.ip_merging(*as_float64(base, mllm, expert))
+    assert relative_error(decision, expected) <= 0.01
+
+
+@pytest.mark.parametrize("index", [10, 30])
+def test_select_by_max_finds_a_direction_behind_the_first(index: int) -> None:
+    cosines = tuple(0.6 if i == index else 0.05 for i in range(index + 1))
+    weights = triple((620, 560), "power law", seed=2, dtype=torch.float32, cosines=cosines)
+    expected = oracle.ip_merging(*as_float64(*weights), select_by="max")
+    assert expected.selected and int(expected.similarity.argmax()) == index
+    method = IPMerging([IPMergingParameters(select_by="max")])
+    decision, _ = drive(method, task_vectors(*weights), dtype=torch.float32)
+    record = decision.experts[0]
+    assert record.selected
+    assert record.similarity_max == pytest.approx(expected.similarity.max(), abs=0.01)
+    assert relative_error(decision, expected) <= 0.03
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_a_small_forced_rank_keeps_the_leading_direction(rank: int) -> None:
+    weights = triple((640, 560), "power law", seed=1, dtype=torch.float32)
+    expected = oracle.ip_merging(*as_float64(*weights))
+    method = IPMerging([IPMergingParameters(rank=rank)])
+    decision, _ = drive(method, task_vectors(*weights), dtype=torch.float32)
+    assert decision.experts[0].computed_rank == rank
+    # With s = .8, .7, ... the first direction carries all but 5 % of the update at tau = 32.
+    assert relative_error(decision, expected) <= 0.1
+
+
+def test_the_gap_is_seen_at_rank_one_too() -> None:
+    task = torch.diag(torch.tensor([1.0, 0.999, *[0.5] * 558]))
+    for options in ({}, {"rank": 1}, {"rank": 1, "svd": "exact"}):
+        method = IPMerging([IPMergingParameters(**options)])
+        decision, _ = drive(method, [task, task], dtype=torch.float32)
+        assert decision.experts[0].gap is True, options
+
+
+@pytest.mark.parametrize("shape", [(900, 700), (700, 900)], ids=["tall", "wide"])
+def test_a_low_rank_expert_has_its_rank_and_lambda(shape: tuple[int, int]) -> None:
+    """A LoRA expert in float32 beside a tuning of full rank: rounding is not taken for rank."""
+    base, mllm, _ = triple(shape, "power law", seed=3, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(9)
+    task_mllm = mllm - base
+    right = torch.linalg.svd(task_mllm, full_matrices=False)[2][:8]
+    left = torch.randn(shape[0], 8, generator=generator) / shape[0] ** 0.5
+    task_expert = left * torch.linspace(1.0, 0.4, 8) @ right * 0.2
+    decision, _ = drive(
+        IPMerging([IPMergingParameters()]), [task_mllm, task_expert], dtype=torch.float32
+    )
+    zero = torch.zeros(shape)
+    expected = oracle.ip_merging(*as_float64(zero, task_mllm, task_expert))
+    record = decision.experts[0]
+    assert record.rank == expected.subspace == 8
+    assert record.lambda_ == pytest.approx(expected.ratio, rel=0.015)
+    assert relative_error(decision, expected) <= 0.03
+
+
+def test_memory_and_passes_that_are_stated_hold_for_every_rank() -> None:
+    for rank in ("auto", 1, 16, 100):
+        method = IPMerging([IPMergingParameters(rank=rank)])
+        assert method.cost((16384, 53248), item=2).passes <= 16
+        assert method.cost((4096, 4096), item=2).widest >= 32
+    low = IPMerging([IPMergingParameters(threshold=0.2)]).cost((4096, 4096), item=2)
+    assert low.workspace < 200 << 20

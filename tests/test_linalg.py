@@ -22,7 +22,7 @@ from lean_merge.linalg import (
     importance,
     log_omitted,
     numerical_rank,
-    omitted_share,
+    omitted_errors,
     random_block,
 )
 
@@ -67,18 +67,18 @@ def test_leading_triplets_match_numpy(kind: str, shape: tuple[int, int]) -> None
     """Values to 1e-3, vectors to an angle of 0.01: four blocks of 32 beat the bars by far."""
     matrix = matrix_of(kind, shape)
     _, sigma, right = np.linalg.svd(matrix.double().numpy())
-    values, vectors, angles = sketched(matrix, 4).krylov.singular_triplets(6)
-    np.testing.assert_allclose(values[:6].numpy(), sigma[:6], rtol=1e-3)
+    found = sketched(matrix, 4).krylov.singular_triplets(6)
+    np.testing.assert_allclose(found.sigma.numpy(), sigma[:6], rtol=1e-3)
     for index in range(3):
-        cosine = abs(float(vectors[:, index].double().numpy() @ right[index]))
+        cosine = abs(float(found.vectors[:, index].double().numpy() @ right[index]))
         sine = math.sqrt(max(0.0, 1 - cosine**2))
-        assert sine <= max(0.01, float(angles[index])), (index, sine, angles[index])
+        assert sine <= max(0.01, float(found.angles[index])), (index, sine)
 
 
 def test_bfloat16_products_move_angles_by_about_their_rounding() -> None:
     matrix = matrix_of("power law", (300, 300)).bfloat16().float()
     right = np.linalg.svd(matrix.double().numpy())[2]
-    _, vectors, _ = sketched(matrix, 5, dtype=torch.bfloat16).krylov.singular_triplets(4)
+    vectors = sketched(matrix, 5, dtype=torch.bfloat16).krylov.singular_triplets(4).vectors
     for index in range(4):
         cosine = abs(float(vectors[:, index].double().numpy() @ right[index]))
         assert math.sqrt(max(0.0, 1 - cosine**2)) < 0.01
@@ -91,7 +91,7 @@ def test_deflated_quadrature_gives_the_nuclear_norm(kind: str, shape: tuple[int,
     matrix = matrix_of(kind, shape)
     sigma = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
     square = float(matrix.double().square().sum())
-    _, vectors, _ = sketched(matrix, 4).krylov.singular_triplets(48)
+    vectors = sketched(matrix, 4).krylov.singular_triplets(48).vectors
     sums = sketched(matrix, 4, deflate=vectors).sums(square)
     assert sums.nuclear == pytest.approx(sigma.sum(), rel=0.01)
     assert float(sums.counts.sum()) == pytest.approx(min(shape), rel=0.1)
@@ -104,7 +104,7 @@ def test_a_krylov_space_of_a_low_rank_matrix_stops_at_its_rank() -> None:
     generator = torch.Generator().manual_seed(1)
     matrix = torch.randn(300, 7, generator=generator) @ torch.randn(7, 200, generator=generator)
     krylov = sketched(matrix, 4).krylov
-    values, _, _ = krylov.singular_triplets(64)
+    values = krylov.singular_triplets(64).all_values
     assert numerical_rank(values, (300, 200)) == 7 < krylov.columns
     np.testing.assert_allclose(
         values[:7].numpy(), np.linalg.svd(matrix.double().numpy())[1][:7], rtol=1e-5
@@ -112,9 +112,9 @@ def test_a_krylov_space_of_a_low_rank_matrix_stops_at_its_rank() -> None:
 
 
 def test_a_zero_matrix_has_no_directions() -> None:
-    values, vectors, _ = sketched(torch.zeros(60, 40), 2).krylov.singular_triplets(5)
-    assert numerical_rank(values, (60, 40)) == 0
-    assert vectors.shape == (40, 0)
+    found = sketched(torch.zeros(60, 40), 2).krylov.singular_triplets(5)
+    assert numerical_rank(found.all_values, (60, 40)) == 0
+    assert found.vectors.shape == (40, 0)
     assert sketched(torch.zeros(60, 40), 2).sums(0.0).nuclear == 0.0
 
 
@@ -142,7 +142,7 @@ def test_deflated_directions_stay_out_of_the_subspace() -> None:
         krylov.absorb(got)
     for q in krylov.q:
         assert float((right.T @ q).abs().max()) < 1e-5
-    assert float(krylov.singular_triplets(1)[0][0]) == pytest.approx(
+    assert float(krylov.singular_triplets(1).sigma[0]) == pytest.approx(
         float(torch.linalg.svdvals(matrix)[5]), rel=1e-3
     )
 
@@ -183,8 +183,7 @@ def test_the_random_law_predicts_the_tail_of_the_denominator(in_features: int) -
     generator = torch.Generator().manual_seed(0)
     draws = torch.randn(200, 960, generator=generator, dtype=torch.float64) / in_features**0.5
     totals = torch.exp(32 * draws.abs()).sum(1)
-    similarity = torch.full((64,), in_features**-0.5, dtype=torch.float64)
-    law = math.exp(log_omitted(similarity, omitted=960, in_features=in_features, temperature=32.0))
+    law = math.exp(log_omitted(960, in_features=in_features, temperature=32.0))
     assert law == pytest.approx(float(totals.mean()), rel=0.01)
     assert float((totals / law - 1).abs().median()) < 0.05
 
@@ -197,20 +196,31 @@ def test_the_omitted_share_is_the_error_that_random_directions_make() -> None:
     similarity[0] = 0.9
     whole = importance(similarity, temperature=temperature, relative=False) ** 2
     missing = float(whole[r:].norm() / whole[:r].norm())
-    law = omitted_share(
+    law = omitted_errors(
         similarity[:r],
         omitted=q - r,
         in_features=in_features,
         temperature=temperature,
         relative=False,
     )
-    assert missing <= law <= 2 * missing + 0.02
-    assert (
-        omitted_share(
-            similarity[:r], omitted=0, in_features=in_features, temperature=4.0, relative=False
-        )
-        == 0.0
+    assert missing <= law.share <= 2 * missing + 0.02
+    assert law.deviation < 0.02
+    nothing = omitted_errors(
+        similarity, omitted=0, in_features=in_features, temperature=4.0, relative=False
     )
+    assert (nothing.share, nothing.deviation) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 32.0, 1000.0, 10_000.0])
+def test_the_law_is_finite_and_bounded_at_every_temperature(temperature: float) -> None:
+    """No draw of 960 reaches far beyond its expected maximum, however hot exp(tau s) is."""
+    law = log_omitted(960, in_features=560, temperature=temperature)
+    assert math.log(960) - 1e-9 <= law <= math.log(960) + temperature * 0.17
+    similarity = torch.tensor([0.7, 0.1, 0.02], dtype=torch.float64)
+    errors = omitted_errors(
+        similarity, omitted=960, in_features=560, temperature=temperature, relative=False
+    )
+    assert 0 <= errors.share <= 1 and 0 <= errors.deviation <= 2
 
 
 def test_cosines_ignore_sign_and_length() -> None:

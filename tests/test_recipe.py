@@ -48,6 +48,24 @@ def test_a_recipe_survives_yaml(
     assert hash(MergeRecipe.from_yaml(recipe.to_yaml())) == hash(recipe)
 
 
+def test_python_users_may_write_lists_mappings_and_sizes_in_words() -> None:
+    loose = MergeRecipe(
+        base_model="b",
+        mllm_model="m",
+        experts=["e", {"model": "f", "parameters": {"threshold": 0.3}}],  # type: ignore[arg-type]
+        parameters={"stages": ["select", "project"]},  # type: ignore[arg-type]
+        shard_size="2GB",  # type: ignore[arg-type]
+    )
+    strict = MergeRecipe(
+        base_model="b",
+        mllm_model="m",
+        experts=(Expert("e"), Expert("f", (("threshold", 0.3),))),
+        parameters=(("stages", ("select", "project")),),
+        shard_size=2 * 10**9,
+    )
+    assert loose == strict and hash(loose) == hash(strict)
+
+
 RECIPE = """
 merge_method: ip_merging
 base_model: meta-llama/Llama-2-7b-hf

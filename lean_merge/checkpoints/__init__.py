@@ -5,7 +5,13 @@ here loads a model or runs code that came with one.
 """
 
 from lean_merge.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from lean_merge.checkpoints.dtypes import FLOATING, ITEM_BITS, safetensors_dtype, torch_dtype
+from lean_merge.checkpoints.dtypes import (
+    FLOATING,
+    ITEM_BITS,
+    common_dtype,
+    safetensors_dtype,
+    torch_dtype,
+)
 from lean_merge.checkpoints.header import TensorSpec, read_header
 from lean_merge.checkpoints.names import (
     Coverage,
@@ -26,6 +32,7 @@ __all__ = [
     "TensorReader",
     "TensorSpec",
     "as_bytes",
+    "common_dtype",
     "language_layout",
     "map_roles",
     "open_checkpoint",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import MappingProxyType
 
 import torch
@@ -58,6 +59,16 @@ def torch_dtype(name: str) -> torch.dtype:
     if dtype is None:
         raise ValueError(f"torch has no dtype for the safetensors dtype {name!r}.")
     return dtype
+
+
+def common_dtype(names: Iterable[str]) -> torch.dtype:
+    """Dtype that holds the differences of tensors stored in these floating dtypes.
+
+    The difference of two close bfloat16 (or float16) numbers is exact in the same format
+    (Sterbenz), so a format in common is kept; anything mixed is widened to float32.
+    """
+    distinct = set(names)
+    return torch_dtype(distinct.pop()) if len(distinct) == 1 else torch.float32
 
 
 def safetensors_dtype(dtype: torch.dtype) -> str:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
 
 from lean_merge import budget
-from lean_merge.checkpoints import MappedWeight, RowSlice, TensorReader, TensorSpec, torch_dtype
+from lean_merge.checkpoints import (
+    MappedWeight,
+    RowSlice,
+    TensorReader,
+    TensorSpec,
+    common_dtype,
+    torch_dtype,
+)
 from lean_merge.engine.prefetch import Flusher, Prefetcher
-from lean_merge.engine.taskvectors import Sources, TaskVectors, task_dtype
+from lean_merge.engine.taskvectors import Sources, TaskVectors
 from lean_merge.engine.update import OutputRows, Written, copy_tensor, write_rows
 from lean_merge.engine.workers import Workers, full_float32, worker_pool
 from lean_merge.memory import release_free_memory
-from lean_merge.methods import Decision, WeightContext
+from lean_merge.methods import Decision, ExpertRecord, WeightContext
 from lean_merge.output import OutputFolder
 from lean_merge.plan import CopyTask, Plan, WeightTask, arithmetic_dtype
 
@@ -35,11 +42,12 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class WeightResult:
-    """What happened to one logical weight."""
+    """What happened to one logical weight; `squared_norms` are those of its task vectors."""
 
     name: str
     canonical: str
-    decision: Decision
+    experts: tuple[ExpertRecord, ...]
+    merged: bool
     squared_norms: tuple[float, ...]
     written: Written
     passes: int
@@ -68,6 +76,9 @@ class RunResult:
 def run(plan: Plan, folder: OutputFolder, on_event: Callable[[Event], None]) -> RunResult:
     """Carry out every task of `plan`, writing to `folder`, which stays unsealed."""
     result = RunResult()
+    on_cuda = torch.device(plan.device).type == "cuda"
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(plan.device)
     with ExitStack() as stack:
         stack.enter_context(full_float32())
         reader = stack.enter_context(TensorReader())
@@ -88,8 +99,8 @@ def run(plan: Plan, folder: OutputFolder, on_event: Callable[[Event], None]) -> 
             prefetcher.used(index)
             on_event(Event(task.tensor.name, task.tensor.nbytes, merged))
         result.bytes_read = reader.bytes_read
-        if torch.device(plan.device).type == "cuda":
-            result.peak_vram = torch.cuda.max_memory_allocated(plan.device)
+        if on_cuda:
+            result.peak_vram = torch.cuda.max_memory_reserved(plan.device)
     return result
 
 
@@ -139,7 +150,7 @@ class _Engine:
         for rows, resident in zip(task.weight.slices, task.resident, strict=True):
             result = self._merge_rows(task, rows, resident)
             self._result.weights.append(result)
-            merged = merged or result.decision.merges
+            merged = merged or result.merged
         return merged
 
     def _merge_rows(self, task: WeightTask, rows: RowSlice, resident: int) -> WeightResult:
@@ -167,18 +178,20 @@ class _Engine:
             written = write_rows(
                 vectors, decision, output, reader=self._reader, workers=self._workers
             )
+        norms = vectors.squared_norms()
         return WeightResult(
             name=weight.mllm.name,
             canonical=rows.canonical,
-            decision=_without_tensors(decision),
-            squared_norms=tuple(vectors.squared_norms()),
+            experts=_with_norms(decision, norms),
+            merged=decision.merges,
+            squared_norms=tuple(norms),
             written=written,
             passes=passes,
         )
 
     def _vectors(self, weight: MappedWeight, rows: RowSlice, resident: int) -> TaskVectors:
         sources = Sources(rows=rows, base=weight.base, others=(weight.mllm, *weight.experts))
-        stored = task_dtype([spec.dtype for spec in (sources.base, *sources.others)])
+        stored = common_dtype(spec.dtype for spec in (sources.base, *sources.others))
         return TaskVectors(
             sources,
             reader=self._reader,
@@ -207,7 +220,7 @@ def _arena_bytes(plan: Plan) -> int:
     most = 0
     for task in plan.weights:
         specs = (task.weight.base, task.weight.mllm, *task.weight.experts)
-        item = task_dtype([spec.dtype for spec in specs]).itemsize
+        item = common_dtype(spec.dtype for spec in specs).itemsize
         for rows, resident in zip(task.weight.slices, task.resident, strict=True):
             in_features = task.weight.base.shape[1]
             height = min(rows.stop - rows.start, resident * budget.tile_rows(in_features))
@@ -215,12 +228,12 @@ def _arena_bytes(plan: Plan) -> int:
     return most
 
 
-def _without_tensors(decision: Decision) -> Decision:
-    """The decision's record for the report; its factors are done with."""
-    left: Tensor | None = None if decision.left is None else torch.empty(0)
-    return Decision(
-        experts=decision.experts,
-        coefficients=decision.coefficients,
-        left=left,
-        right=None,
+def _with_norms(decision: Decision, squared_norms: list[float]) -> tuple[ExpertRecord, ...]:
+    """The records, with the norms of updates that are multiples of a task vector filled in."""
+    if not decision.coefficients:
+        return decision.experts
+    factors = zip(decision.experts, decision.coefficients[1:], squared_norms[1:], strict=True)
+    return tuple(
+        replace(record, update_norm=abs(coefficient) * math.sqrt(square) if coefficient else 0.0)
+        for record, coefficient, square in factors
     )

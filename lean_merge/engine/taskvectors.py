@@ -10,22 +10,20 @@ import torch
 from torch import Tensor
 
 from lean_merge.budget import LANES, tile_rows
-from lean_merge.checkpoints import RowSlice, TensorReader, TensorSpec, as_bytes, torch_dtype
+from lean_merge.checkpoints import (
+    RowSlice,
+    TensorReader,
+    TensorSpec,
+    as_bytes,
+    common_dtype,
+    torch_dtype,
+)
 from lean_merge.engine.workers import Workers
 from lean_merge.errors import DataError
 from lean_merge.linalg import Pass, Products
 
 _WIDTH = 32
 """Widths of products are padded to a multiple of this."""
-
-
-def task_dtype(dtypes: Sequence[str]) -> torch.dtype:
-    """Dtype of the task vectors of tensors stored in `dtypes`.
-
-    The difference of two close bfloat16 (or float16) numbers is exact in the same format
-    (Sterbenz), so a common format is kept; anything mixed is widened to float32.
-    """
-    return torch_dtype(dtypes[0]) if len(set(dtypes)) == 1 else torch.float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +72,7 @@ class TaskVectors:
         self.shape = sources.shape
         self.dtype = dtype
         self.device = arena.device
-        self.task_dtype = task_dtype([s.dtype for s in (sources.base, *sources.others)])
+        self.task_dtype = common_dtype(s.dtype for s in (sources.base, *sources.others))
         self._reader = reader
         self._workers = workers
         rows = tile_rows(self.shape[1])
@@ -112,9 +110,7 @@ class TaskVectors:
                 self._form(index, [True] * len(wanted))
                 self._formed[index] = True
             return [*self._resident[index]]
-        formed = self._form(index, wanted)
-        self._formed[index] = True
-        return formed
+        return self._form(index, wanted)
 
     def _form(self, index: int, wanted: Sequence[bool]) -> list[Tensor | None]:
         tile = self.tiles[index]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lean_merge.budget import COPY_BUFFER, strip_rows
-from lean_merge.checkpoints import TensorReader, TensorSpec, as_bytes, torch_dtype
+from lean_merge.checkpoints import TensorReader, TensorSpec, as_bytes
 from lean_merge.engine.rounding import round_nearest, round_stochastic, rounding_generator
 from lean_merge.engine.taskvectors import TaskVectors, read_rows
 from lean_merge.engine.workers import Workers
@@ -103,9 +103,7 @@ class _RowWriter:
         source = self._output.source
         weights = read_rows(self._reader, self._workers, source, stored, "mllm")
         if not self._decision.merges:
-            if weights.dtype != self._output.dtype:
-                weights = self._checked(weights.float(), self._output.dtype, None)
-            self._output.write(stored.start * self._item, as_bytes(weights))
+            self._write_unchanged(stored.start, weights)
             return Written(0.0, 0.0)
         task_vectors: list[Tensor | None] = [None] * len(self._wanted)
         if any(self._wanted):
@@ -143,8 +141,20 @@ class _RowWriter:
         row = self._vectors.sources.rows.start + tile.start + strip.start
         self._output.write(row * self._item, as_bytes(rounded))
         change = after.copy_(rounded).sub_(before)
-        flat = update.view(-1)
-        return Written(float(torch.dot(change.view(-1), flat)), float(torch.dot(flat, flat)))
+        return Written(_dot(change, update), _dot(update, update))
+
+    def _write_unchanged(self, first: int, weights: Tensor) -> None:
+        """The MLLM's rows: as they are, or strip by strip in another dtype."""
+        seen = not math.isnan(self._vectors.squared_norms()[0])
+        if seen and weights.dtype == self._output.dtype:
+            self._output.write(first * self._item, as_bytes(weights))
+            return
+        height = strip_rows(self._vectors.shape[1])
+        for start in range(0, weights.shape[0], height):
+            rounded = self._checked(
+                weights[start : start + height].float(), self._output.dtype, None
+            )
+            self._output.write((first + start) * self._item, as_bytes(rounded))
 
     def _compute(
         self, rows: slice, strip: slice, task_vectors: list[Tensor | None], out: Tensor
@@ -181,9 +191,14 @@ class _RowWriter:
         )
 
 
+def _dot(first: Tensor, second: Tensor) -> float:
+    """Inner product in float64."""
+    return float(torch.dot(first.double().view(-1), second.double().view(-1)))
+
+
 def torch_name(dtype: torch.dtype) -> str:
     """The name of a dtype as users write it: float16."""
     return str(dtype).removeprefix("torch.")
 
 
-__all__ = ["OutputRows", "Written", "copy_tensor", "torch_dtype", "torch_name", "write_rows"]
+__all__ = ["OutputRows", "Written", "copy_tensor", "write_rows"]

@@ -7,16 +7,18 @@ each `Pass` that is asked for, and hands back the `Products`.
 from lean_merge.linalg.krylov import BlockKrylov
 from lean_merge.linalg.passes import Pass, Products, random_block
 from lean_merge.linalg.similarity import (
+    Omitted,
     corresponding_cosines,
     importance,
     log_omitted,
-    omitted_share,
+    omitted_errors,
 )
 from lean_merge.linalg.sketch import SingularSums, Sketch
 from lean_merge.linalg.spectrum import exact_spectrum, numerical_rank
 
 __all__ = [
     "BlockKrylov",
+    "Omitted",
     "Pass",
     "Products",
     "SingularSums",
@@ -26,6 +28,6 @@ __all__ = [
     "importance",
     "log_omitted",
     "numerical_rank",
-    "omitted_share",
+    "omitted_errors",
     "random_block",
 ]

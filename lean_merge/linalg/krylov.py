@@ -20,6 +20,27 @@ _INDEPENDENT = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
+class Triplets:
+    """Leading singular triplets of a sketch.
+
+    Attributes
+    ----------
+    sigma : Tensor [k], float64
+    vectors : Tensor [in, k], float32
+        Right singular vectors.
+    angles : Tensor [k], float64
+        Sine between each vector and its estimate half an iteration before.
+    all_values : Tensor [m], float64
+        Every Ritz value's root, from products that are accurate far below sigma_1.
+    """
+
+    sigma: Tensor
+    vectors: Tensor
+    angles: Tensor
+    all_values: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Ritz:
     """Ritz pairs: `theta` [k] descending approximates sigma^2; `coefficients` [m, k] in a basis."""
 
@@ -55,7 +76,7 @@ class BlockKrylov:
         self.z: list[Tensor] = []
         empty = torch.zeros(0, 0, dtype=torch.float64)
         self.qq, self.yy, self.zz = empty, empty, empty
-        self._next = self._orthonormal(start)
+        self._next = self._orthonormal(start.clone())
 
     @property
     def depth(self) -> int:
@@ -102,23 +123,26 @@ class BlockKrylov:
         """Ritz pairs of B B^T on the span of the left blocks `y`: half an iteration further."""
         return generalized_ritz(self.zz, self.yy)
 
-    def singular_triplets(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """All Ritz singular values [m] float64; V [in, k] float32 and angles [k] of the leading k.
+    def singular_triplets(self, count: int) -> Triplets:
+        """The leading `count` triplets.
 
-        V comes from the left Ritz vectors, V = B^T U / sigma. The angle is the sine between it and
+        V comes from the left Ritz vectors, V = B^T U / sigma. The angle is taken between it and
         the right Ritz vector of the same rank, one half-iteration older: an error estimate that
         bounds V's own error from above where the iteration converges.
         """
         left, right = self.left(), self.right()
         count = min(count, left.theta.numel(), right.theta.numel())
-        values = left.theta.sqrt()
-        sigma = values[:count]
+        sigma = left.theta[:count].sqrt()
         inverse = torch.where(sigma > 0, 1 / sigma, torch.zeros_like(sigma))
         weights = (left.coefficients[:, :count] * inverse).float()
-        vectors = combine(self.z, weights)
         cosines = (right.coefficients[:, :count] * (self.yy @ left.coefficients[:, :count])).sum(0)
         cosines = (cosines * inverse).abs().clamp(max=1.0)
-        return values, vectors, (1 - cosines**2).sqrt()
+        return Triplets(
+            sigma=sigma,
+            vectors=combine(self.z, weights),
+            angles=(1 - cosines**2).sqrt(),
+            all_values=right.theta.sqrt(),
+        )
 
 
 def generalized_ritz(numerator: Tensor, metric: Tensor) -> Ritz:

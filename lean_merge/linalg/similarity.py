@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from scipy.special import log_ndtr
@@ -19,23 +20,26 @@ def corresponding_cosines(first: Tensor, second: Tensor) -> Tensor:
     return cosines.clamp(max=1.0)
 
 
-def log_omitted(similarity: Tensor, *, omitted: int, in_features: int, temperature: float) -> float:
+def log_omitted(
+    omitted: int, *, in_features: int, temperature: float, observed: Tensor | None = None
+) -> float:
     """Log of what `omitted` random directions add to the softmax denominator (computed rank).
 
-    For i beyond the computed rank, s_i ~ |N(0, v)|, so that exp(tau s_i) has the mean
-    2 exp(tau^2 v / 2) Phi(tau sqrt v). Random directions have v = 1/in; the last quarter of the
-    computed similarities replaces it where theirs is larger.
+    For i beyond the computed rank, s_i ~ |N(0, 1/in)|, so that exp(tau s_i) has the mean
+    2 exp(tau^2 / (2 in)) Phi(tau / sqrt(in)), and no draw of so many lies far beyond
+    sqrt(2 log(2 omitted) / in). Where the last quarter of the `observed` similarities is larger
+    than random ones are, its mean square takes the place of 1/in, and its largest the bound's.
     """
     if omitted <= 0:
         return -math.inf
-    tail = similarity[-max(1, similarity.numel() // 4) :]
-    variance = max(1 / in_features, float((tail**2).mean()))
+    variance, bound = 1 / in_features, math.sqrt(2 * math.log(2 * omitted) / in_features)
+    if observed is not None and observed.numel():
+        tail = observed[-max(1, observed.numel() // 4) :]
+        if float((tail**2).mean()) > variance:
+            variance, bound = float((tail**2).mean()), max(bound, float(tail.max()))
     spread = temperature * math.sqrt(variance)
     mean = math.log(2) + spread**2 / 2 + float(log_ndtr(spread))
-    if variance > 1 / in_features:
-        # Similarities that are not random do not have the law's far tail.
-        mean = min(mean, temperature * float(tail.max()))
-    return math.log(omitted) + mean
+    return math.log(omitted) + min(mean, temperature * bound)
 
 
 def importance(
@@ -51,34 +55,43 @@ def importance(
     return torch.exp(logits - _log_add(denominator, log_tail))
 
 
-def omitted_share(
-    similarity: Tensor, *, omitted: int, in_features: int, temperature: float, relative: bool
-) -> float:
-    """Modelled error of the update, relative, when `omitted` directions are not computed.
+@dataclass(frozen=True, slots=True)
+class Omitted:
+    """Modelled relative errors of the update when directions beyond the rank are not computed.
 
-    Both the norm of the missing directions' weights gamma^2 and, for `relative`, the same against
-    the computed ones; holds only under the random law of `log_omitted`.
+    `share` is the norm of the missing directions' weights gamma^2 against that of the computed;
+    `deviation` is what their random contribution to the denominator does to all weights.
     """
+
+    share: float
+    deviation: float
+
+
+def omitted_errors(
+    similarity: Tensor, *, omitted: int, in_features: int, temperature: float, relative: bool
+) -> Omitted:
+    """What leaving `omitted` directions out costs; holds only under the law of `log_omitted`."""
     if omitted <= 0:
-        return 0.0
+        return Omitted(0.0, 0.0)
 
     def log_moment(power: int) -> float:
         return log_omitted(
-            similarity,
-            omitted=omitted,
+            omitted,
             in_features=in_features,
             temperature=power * temperature,
+            observed=similarity,
         )
 
     computed = 0.5 * float(torch.logsumexp(4 * temperature * similarity, 0))
     share = math.exp(min(0.0, 0.5 * log_moment(4) - computed))
     if relative:
-        return share
-    # The tail's share of the denominator is corrected in the mean; its deviation is what is left.
+        return Omitted(share, 0.0)
+    # The denominator is corrected by the tail's mean; its deviation is what is left.
     tail, second = log_moment(1), log_moment(2)
     spread = -math.expm1(min(0.0, 2 * tail - second - math.log(omitted)))
     total = _log_add(float(torch.logsumexp(temperature * similarity, 0)), tail)
-    return share + 2 * math.exp(0.5 * second - total) * math.sqrt(spread)
+    deviation = 2 * math.exp(min(0.0, 0.5 * second - total)) * math.sqrt(spread)
+    return Omitted(share, deviation)
 
 
 def _log_add(a: float, b: float) -> float:

@@ -90,6 +90,7 @@ class Sketch:
     ) -> None:
         out_features, in_features = shape
         self._dtype = dtype
+        self._rounding = 1e-4 if dtype.itemsize < 4 else 1e-6
         self._wide = in_features > out_features
         known = 0 if deflate is None else deflate.shape[1]
         self._rest = min(shape) - known
@@ -145,7 +146,6 @@ class Sketch:
             assert products.times is not None
             self._take_deflated(products.times[:, : self._deflate.shape[1]])
         self._begin()
-        self._start = self._start.clone()
 
     def _take_deflated(self, images: Tensor) -> None:
         """Singular values of B restricted to the deflated vectors, and their share of the start."""
@@ -163,10 +163,12 @@ class Sketch:
     def sums(self, squared_norm: float) -> SingularSums:
         """The spectrum's sums, given the exact ||B||_F^2."""
         remaining = squared_norm - float((self._leading**2).sum())
-        if remaining <= 1e-10 * squared_norm or self._rest <= 0:
+        if self._rest <= 0 or squared_norm == 0.0:
             return SingularSums.of_spectrum(self._leading)
         gauss, radau, total = self._rules()
-        second_moment = remaining / self._rest
+        # The difference of two large sums tells nothing once it is of the size of their rounding.
+        trusted = remaining > self._rounding * squared_norm
+        second_moment = remaining / self._rest if trusted else None
         above = _mean_root(gauss, total, second_moment)
         below = _mean_root(radau, total, second_moment)
         tail = self._rest * max(0.0, (2 * above + below) / 3)
@@ -212,10 +214,12 @@ def _positive(theta: Tensor) -> Tensor:
     return theta.clamp_min(1e-300)
 
 
-def _mean_root(rule: _Rule, total: float, second_moment: float) -> float:
+def _mean_root(rule: _Rule, total: float, second_moment: float | None) -> float:
     """Mean of sqrt(theta) under `rule`, corrected by the known mean of theta (control variate)."""
     theta, mass = rule.theta, rule.mass / total
     root, mean = float((mass * theta.sqrt()).sum()), float((mass * theta).sum())
+    if second_moment is None:
+        return root
     variance = float((mass * theta**2).sum()) - mean**2
     covariance = float((mass * theta**1.5).sum()) - root * mean
     if variance > 1e-12 * mean**2:

@@ -79,11 +79,6 @@ class Decision:
         """Whether there is any update; if not, the MLLM's bytes are copied."""
         return self.left is not None or any(self.coefficients)
 
-    @property
-    def reads_task_vectors(self) -> bool:
-        """Whether the update needs the task vectors' rows again."""
-        return any(self.coefficients)
-
     def update(self, rows: slice, task_vectors: Sequence[Tensor | None], out: Tensor) -> None:
         """Write the update of `rows` to `out` [t, in] float32, given their task vectors [t, in]."""
         if self.left is None or self.right is None:

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from lean_merge.errors import RecipeError
 from lean_merge.linalg import (
+    Omitted,
     Pass,
     Products,
     corresponding_cosines,
     importance,
     log_omitted,
-    omitted_share,
+    omitted_errors,
 )
 from lean_merge.methods.base import (
     AnalysisCost,
@@ -39,13 +40,13 @@ from lean_merge.methods.spectra import (
     Spectrum,
     Verdict,
     find_spectra,
-    sum_spectra,
+    finish_spectra,
 )
 
 START_RANK = 64
 """Directions computed at first, where the threshold and temperature ask for no more."""
-OMITTED = 3e-3
-"""Modelled share of the update beyond the computed rank that asks for a larger one."""
+OMITTED = Omitted(share=3e-3, deviation=2e-2)
+"""Modelled errors of the update beyond which a larger rank is asked for."""
 DROPPED = 2e-4
 """Share of the importance gamma^2 whose directions are left out of the stored update."""
 CLEAR = 0.02
@@ -124,7 +125,7 @@ class _Alignment:
     compared: float
     selected: bool
     subspace: int
-    omitted: float
+    omitted: Omitted
     angle_error: float
 
 
@@ -151,13 +152,13 @@ class IPMerging(Method[IPMergingParameters]):
         while rank < largest:
             law = torch.full((rank,), shape[1] ** -0.5, dtype=torch.float64)
             law[0] = max(threshold, shape[1] ** -0.5)
-            if self._omitted(law, largest, shape) <= OMITTED:
+            if _is_small(self._omitted(law, largest, shape)):
                 break
             rank = min(2 * rank, largest)
         return rank
 
-    def _omitted(self, similarity: Tensor, subspace: int, shape: tuple[int, int]) -> float:
-        return omitted_share(
+    def _omitted(self, similarity: Tensor, subspace: int, shape: tuple[int, int]) -> Omitted:
+        return omitted_errors(
             similarity,
             omitted=subspace - similarity.numel(),
             in_features=shape[1],
@@ -190,7 +191,7 @@ class IPMerging(Method[IPMergingParameters]):
         if "project" in self.common.stages:
             kept = _kept_directions([a for a in aligned if a.selected])
             carried = spectra[0].vectors[:, kept]
-        spectra, images = yield from sum_spectra(weight, spectra, carried)
+        spectra, images = yield from finish_spectra(weight, spectra, carried)
         return self._decide(weight, spectra, aligned, kept, images)
 
     def _align(self, weight: WeightContext, spectra: list[Spectrum]) -> list[_Alignment]:
@@ -202,7 +203,7 @@ class IPMerging(Method[IPMergingParameters]):
         subspace = min(MAX_SUBSPACE, mllm.rank, expert.rank)
         if subspace == 0:
             empty = torch.zeros(0, dtype=torch.float64)
-            return _Alignment(empty, empty, 0.0, False, 0, 0.0, 0.0)
+            return _Alignment(empty, empty, 0.0, False, 0, Omitted(0.0, 0.0), 0.0)
         similarity = corresponding_cosines(mllm.vectors, expert.vectors)[:subspace]
         computed = similarity.numel()
         if self.common.similarity_weight == "sigma":
@@ -212,8 +213,9 @@ class IPMerging(Method[IPMergingParameters]):
         compared = float(similarity[0] if self.common.select_by == "first" else similarity.max())
         relative_importance = self.common.importance == "relative"
         omitted = subspace - computed
-        law = {"omitted": omitted, "in_features": weight.shape[1]}
-        tail = log_omitted(similarity, temperature=self.common.temperature, **law)
+        tail = log_omitted(
+            omitted, in_features=weight.shape[1], temperature=self.common.temperature
+        )
         gamma = importance(
             similarity,
             temperature=self.common.temperature,
@@ -233,8 +235,11 @@ class IPMerging(Method[IPMergingParameters]):
 
     def _judge(self, aligned: list[_Alignment], spectra: list[Spectrum], may_grow: bool) -> Verdict:
         """Whether more passes could change any expert's selection, or its update much."""
-        if may_grow and any(a.selected and a.omitted > OMITTED for a in aligned):
+        if may_grow and any(a.selected and not _is_small(a.omitted) for a in aligned):
             return Verdict.GROW
+        if self.common.select_by == "max":
+            # Any computed direction may still rise, so that the sketch goes to its full depth.
+            return Verdict.MORE
         for k, alignment in enumerate(aligned):
             if alignment.subspace == 0:
                 continue
@@ -259,8 +264,11 @@ class IPMerging(Method[IPMergingParameters]):
         """Steps 5, 7 and 8, in factors."""
         scales = []
         for k, alignment in enumerate(aligned):
+            if not alignment.selected:
+                scales.append(0.0)
+                continue
             ratio = self._ratio(spectra, alignment, k) if "rescale" in self.common.stages else 1.0
-            scales.append(self.parameters[k].scale * ratio if alignment.selected else 0.0)
+            scales.append(self.parameters[k].scale * ratio)
         if kept is None:
             norms = [
                 abs(s) * math.sqrt(n)
@@ -278,7 +286,7 @@ class IPMerging(Method[IPMergingParameters]):
                 continue
             gamma = _padded(alignment.gamma, kept)
             part = image * (scale * gamma**2).float().to(weight.device)
-            norms.append(float(part.norm()))
+            norms.append(float(part.cpu().double().norm()))
             left += part
         right = spectra[0].vectors[:, kept].T.contiguous()
         return Decision(experts=self._records(spectra, aligned, norms), left=left, right=right)
@@ -317,7 +325,9 @@ class IPMerging(Method[IPMergingParameters]):
                     lambda_top_q=top_q,
                     rank=alignment.subspace,
                     computed_rank=alignment.similarity.numel(),
-                    omitted_share=alignment.omitted if alignment.selected else None,
+                    omitted_share=alignment.omitted.share + alignment.omitted.deviation
+                    if alignment.selected
+                    else None,
                     angle_error=alignment.angle_error if alignment.selected else None,
                     gap=not (spectra[0].has_gap and spectra[k + 1].has_gap),
                     update_norm=norms[k] if norms is not None else 0.0,
@@ -327,8 +337,15 @@ class IPMerging(Method[IPMergingParameters]):
 
 
 def _largest_principal_cosine(first: Spectrum, second: Spectrum) -> float:
-    """Cosine of the smallest angle between the two computed subspaces: no s_1 can be larger."""
+    """Cosine of the smallest angle between the two computed subspaces.
+
+    No s_1 is larger once they hold v_1, long before it is told apart from its neighbours.
+    """
     return float(torch.linalg.matrix_norm(first.vectors.T @ second.vectors, ord=2))
+
+
+def _is_small(omitted: Omitted) -> bool:
+    return omitted.share <= OMITTED.share and omitted.deviation <= OMITTED.deviation
 
 
 def _kept_directions(selected: Sequence[_Alignment]) -> Tensor:

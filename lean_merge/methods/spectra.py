@@ -69,15 +69,15 @@ class Spectrum:
     vectors: Tensor
     angles: Tensor
     rank: int
+    gap: float
+    """(sigma_1 - sigma_2) / sigma_1."""
     sums: SingularSums | None = None
     is_whole: bool = False
 
     @property
     def has_gap(self) -> bool:
         """Whether the first direction is well separated from the second."""
-        if self.sigma.numel() < 2 or float(self.sigma[0]) == 0.0:
-            return True
-        return float((self.sigma[0] - self.sigma[1]) / self.sigma[0]) >= GAP
+        return self.gap >= GAP
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +109,11 @@ class Effort:
         """The effort for `start` directions; more only if not `forced`, all if `whole`."""
         smaller = min(shape)
         start = min(start, smaller, MAX_SUBSPACE)
-        exact = whole or smaller <= EXACT_BELOW or 8 * start > 3 * smaller
+        # A sketch's last subspace has MAX_DEPTH / 2 * start columns.
+        exact = whole or smaller <= EXACT_BELOW or MAX_DEPTH * _block(start) > smaller
         if exact:
             start = start if forced else min(smaller, MAX_SUBSPACE)
-        largest = start if forced or exact else min(2 * start, MAX_SUBSPACE, smaller // 4)
+        largest = start if forced or exact else min(2 * start, MAX_SUBSPACE)
         return cls(shape, roles, exact, start, max(start, largest))
 
     def depth_limit(self, rank: int) -> int:
@@ -131,18 +132,23 @@ class Effort:
             images = self.roles * out_features * self.start * 4
             return AnalysisCost(dense + eigen + chunk + vectors + images, 0, self.roles + 1)
         rank = self.largest
-        block = _block(rank)
-        columns = max(MAX_DEPTH * _block(self.start), self.depth_limit(rank) * block)
+        block = max(_block(rank), QUADRATURE_BLOCK)
+        columns = max(
+            MAX_DEPTH * _block(self.start),
+            self.depth_limit(rank) * _block(rank),
+            QUADRATURE_DEPTH * QUADRATURE_BLOCK,
+        )
         # q and y in the arithmetic dtype, z in float32
-        krylov = self.roles * columns * (in_features * (item + 4) + out_features * item)
+        krylov = columns * (in_features * (item + 4) + out_features * item)
         # orthonormalisation: the block, its float32 basis block, and QR's copies
         temporary = 6 * max(self.shape) * block * 4
-        vectors = 3 * self.roles * in_features * rank * 4
-        images = self.roles * out_features * 2 * rank * 4
-        small = 8 * columns**2 * 8
-        grown = 1 + MIN_DEPTH + 1 + GROWN_DEPTH
-        passes = max(1 + MAX_DEPTH, grown) + 1 + QUADRATURE_DEPTH
-        return AnalysisCost(krylov + temporary + vectors + images + small, block, passes)
+        vectors = 3 * in_features * rank * 4
+        images = out_features * 2 * rank * 4
+        small = 10 * columns**2 * 8
+        each = krylov + temporary + vectors + images + small
+        # The rank grows at the first look or never.
+        passes = max(1 + MAX_DEPTH, 1 + MIN_DEPTH + 1 + GROWN_DEPTH) + 1 + QUADRATURE_DEPTH
+        return AnalysisCost(self.roles * each, block, passes)
 
 
 def find_spectra(weight: WeightContext, effort: Effort, judge: Judge) -> PassesOf[list[Spectrum]]:
@@ -152,7 +158,7 @@ def find_spectra(weight: WeightContext, effort: Effort, judge: Judge) -> PassesO
     return (yield from _sketched(weight, effort, judge))
 
 
-def sum_spectra(
+def finish_spectra(
     weight: WeightContext, spectra: list[Spectrum], carried: Tensor | None
 ) -> PassesOf[tuple[list[Spectrum], list[Tensor]]]:
     """Spectra with accurate sums, and dM_k X [out, r] for each expert where X is `carried`."""
@@ -173,12 +179,14 @@ def _exact(weight: WeightContext, effort: Effort) -> PassesOf[list[Spectrum]]:
         got = products[role]
         assert got is not None and got.dense is not None
         sigma, vectors = exact_spectrum(got.dense, effort.start)
+        del products, got  # the next role's matrix takes their place
         spectra.append(
             Spectrum(
                 sigma=sigma[: effort.start],
                 vectors=vectors,
                 angles=torch.zeros(effort.start, dtype=torch.float64),
                 rank=numerical_rank(sigma, weight.shape),
+                gap=_gap(sigma),
                 sums=SingularSums.of_spectrum(sigma),
                 is_whole=True,
             )
@@ -196,7 +204,8 @@ def _sketched(weight: WeightContext, effort: Effort, judge: Judge) -> PassesOf[l
             yield from _one_pass(weight, sketches)
             if _depth(sketches) >= MIN_DEPTH:
                 spectra = weight.parallel(partial(_spectrum, rank, weight.shape), sketches)
-                verdict = judge(spectra, rank < effort.largest)
+                may_grow = rank < effort.largest and _depth(sketches) == MIN_DEPTH
+                verdict = judge(spectra, may_grow)
         if verdict is not Verdict.GROW:
             return _with_sums(weight, spectra, sketches)
         rank = min(2 * rank, effort.largest)
@@ -263,10 +272,21 @@ def _depth(sketches: Sequence[Sketch]) -> int:
 
 def _spectrum(rank: int, shape: tuple[int, int], sketch: Sketch) -> Spectrum:
     """The leading `rank` triplets of a sketch; a rank below the subspace's size is the matrix's."""
-    values, vectors, angles = sketch.krylov.singular_triplets(rank)
-    found = numerical_rank(values, shape)
-    whole = min(shape) if found == sketch.krylov.columns else found
-    return Spectrum(values[: vectors.shape[1]], vectors, angles, whole)
+    found = sketch.krylov.singular_triplets(max(rank, 2))
+    numerical = numerical_rank(found.all_values, shape)
+    return Spectrum(
+        sigma=found.sigma[:rank],
+        vectors=found.vectors[:, :rank],
+        angles=found.angles[:rank],
+        rank=min(shape) if numerical == sketch.krylov.columns else numerical,
+        gap=_gap(found.sigma),
+    )
+
+
+def _gap(sigma: Tensor) -> float:
+    if sigma.numel() < 2 or float(sigma[0]) == 0.0:
+        return 1.0
+    return float((sigma[0] - sigma[1]) / sigma[0])
 
 
 def _with_sums(
@@ -281,6 +301,8 @@ def _with_sums(
 
 def _settled(spectrum: Spectrum) -> Tensor:
     """Leading right vectors whose angle error is small, for deflation."""
+    if spectrum.rank == 0:
+        return spectrum.vectors[:, :0]
     good = (spectrum.angles < 5 * ANGLE) & (spectrum.sigma > 1e-5 * spectrum.sigma[0])
     return spectrum.vectors[:, : int(good.long().cumprod(0).sum())]
 
