@@ -58,7 +58,7 @@ def merge(
     if isinstance(work, Plan) and resources is not None:
         raise RecipeError("A plan has its resources; give others when it is made.")
     with memory.PeakSampler() as sampler:
-        baseline = memory.usage()
+        baseline = sampler.peak
         plan = work if isinstance(work, Plan) else make_plan(work, resources)
         inputs = [checkpoint.path for checkpoint in (plan.base, plan.mllm, *plan.experts)]
         with OutputFolder.create(
