@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from typing import Any
 
 from lean_merge.engine.run import RunResult, WeightResult
@@ -32,6 +33,7 @@ def build_report(
         "version": REPORT_VERSION,
         "lean_merge": __version__,
         "recipe": plan.recipe.to_dict(),
+        "parameters": [asdict(parameters) for parameters in plan.method.parameters],
         "counts": {
             "merged": len(merged),
             "unchanged": len(plan.weights) - len(merged),

@@ -1,6 +1,8 @@
 """The documentation says what the code does: commands, options, fields, examples and links.
 
-LEAN_MERGE_WRITE_DOCS=1 python -m pytest tests/test_docs.py    # writes docs/cli.md and the example of docs/memory.md
+    LEAN_MERGE_WRITE_DOCS=1 python -m pytest tests/test_docs.py
+
+writes docs/cli.md and the example in docs/memory.md anew.
 """
 
 from __future__ import annotations

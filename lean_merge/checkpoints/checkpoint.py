@@ -147,7 +147,10 @@ def _without_index(folder: Path, names: list[str]) -> tuple[Path, ...]:
             f"{folder}: holds weights only as {others[0]}, which may run code when loaded; convert "
             "it to safetensors first, e.g. with transformers' save_pretrained."
         )
-    raise CheckpointError(f"{folder}: holds no .safetensors weights; pass a checkpoint's folder.")
+    raise CheckpointError(
+        f"{folder}: holds no .safetensors weights; pass a checkpoint's folder, and convert a "
+        "repository that has only .bin weights to safetensors first (the README shows how)."
+    )
 
 
 def _check_numbered(folder: Path, weights: list[str]) -> None:
