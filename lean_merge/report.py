@@ -33,7 +33,13 @@ def build_report(
         "version": REPORT_VERSION,
         "lean_merge": __version__,
         "recipe": plan.recipe.to_dict(),
-        "parameters": [asdict(parameters) for parameters in plan.method.parameters],
+        "parameters": [
+            {
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in own.items()
+            }
+            for own in map(asdict, plan.method.parameters)
+        ],
         "counts": {
             "merged": len(merged),
             "unchanged": len(plan.weights) - len(merged),

@@ -47,13 +47,14 @@ def _cut(patch: pytest.MonkeyPatch, *, tile: int, strip: int) -> None:
     patch.setattr(memory, "usage", lambda: memory.Usage(anonymous=0, file_backed=0))
 
 
-def smallest_memory(triple: Triple, **options: Any) -> int:
+def smallest_memory(triple: Triple, *, threads: int = 2, **options: Any) -> int:
     """The bytes that BudgetError names, found as a user finds them."""
     given_bytes = 1
     for _ in range(10):
         try:
             make_plan(
-                triple.recipe(**options), Resources(device="cpu", threads=2, memory=given_bytes)
+                triple.recipe(**options),
+                Resources(device="cpu", threads=threads, memory=given_bytes),
             )
         except BudgetError as error:
             found = NAMED.search(str(error))
@@ -331,7 +332,7 @@ def test_a_streamed_merge_equals_the_oracle(
         _cut(patch, tile=tile, strip=strip)
         result = triple.merge(
             tmp_path_factory.mktemp("out") / "out",
-            memory=smallest_memory(triple, **options) + extra,
+            memory=smallest_memory(triple, threads=threads, **options) + extra,
             threads=threads,
             shard_size=shard_size,
             out_dtype="float32",
