@@ -1,4 +1,4 @@
-"""IP-Merging's randomized path against the naive float64 oracle, by the issue's bars."""
+"""IP-Merging's randomized path against the naive float64 oracle, by stated bars."""
 
 from __future__ import annotations
 
