@@ -24,7 +24,7 @@ from lean_merge.checkpoints import (
     torch_dtype,
 )
 from lean_merge.errors import BudgetError, CoverageError, RecipeError
-from lean_merge.methods import Method, all_methods, canonical_name
+from lean_merge.methods import AnalysisCost, Method, all_methods, canonical_name
 from lean_merge.output import OutputTensor, Shard, plan_shards
 from lean_merge.recipe import MergeRecipe, reject_unknown
 
@@ -314,9 +314,13 @@ class _Layout:
     def on_cpu(self) -> bool:
         return torch.device(self.device).type == "cpu"
 
+    def cost(self, shape: budget.WeightShape) -> AnalysisCost:
+        """What the method's analysis of such a weight costs at most."""
+        return self.method.cost((shape.out_features, shape.in_features), item=shape.arithmetic_item)
+
     def fixed(self, shape: budget.WeightShape) -> tuple[int, int]:
         """Bytes on the host and on the device with no tile resident."""
-        cost = self.method.cost((shape.out_features, shape.in_features), item=shape.arithmetic_item)
+        cost = self.cost(shape)
         if self.on_cpu:
             host = budget.host_bytes(
                 shape, widest=cost.widest, workspace=cost.workspace, workers=self.workers
@@ -337,7 +341,7 @@ class _Layout:
     def resident(self, weight: MappedWeight, rows: int) -> int:
         """Tiles to keep in what the weight's needs leave free."""
         shape = self.shape(weight, rows)
-        cost = self.method.cost((rows, shape.in_features), item=shape.arithmetic_item)
+        cost = self.cost(shape)
         host, device = self.needs(weight, rows)
         if cost.passes == 0:
             return 0
@@ -353,9 +357,7 @@ class _Layout:
         whole = self.method.reads_task_vectors()
         for rows, resident in zip(task.weight.slices, task.resident, strict=True):
             shape = self.shape(weight, rows.stop - rows.start)
-            cost = self.method.cost(
-                (shape.out_features, shape.in_features), item=shape.arithmetic_item
-            )
+            cost = self.cost(shape)
             kept = min(shape.out_features, resident * budget.tile_rows(shape.in_features))
             again = shape.out_features - kept
             all_rows = item[weight.base] + sum(item[spec] for spec in others)

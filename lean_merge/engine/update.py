@@ -94,6 +94,8 @@ class _RowWriter:
         self._item = output.dtype.itemsize * vectors.shape[1]
         wanted = tuple(bool(c) for c in decision.coefficients)
         self._wanted = wanted or (False,) * len(vectors.sources.others)
+        # Rows that no pass has read have not been checked for NaN and Inf.
+        self._seen = not math.isnan(vectors.squared_norms()[0])
 
     def write_tile(self, index: int) -> Written:
         """Write one tile, strip by strip."""
@@ -145,8 +147,7 @@ class _RowWriter:
 
     def _write_unchanged(self, first: int, weights: Tensor) -> None:
         """The MLLM's rows: as they are, or strip by strip in another dtype."""
-        seen = not math.isnan(self._vectors.squared_norms()[0])
-        if seen and weights.dtype == self._output.dtype:
+        if self._seen and weights.dtype == self._output.dtype:
             self._output.write(first * self._item, as_bytes(weights))
             return
         height = strip_rows(self._vectors.shape[1])
