@@ -1,0 +1,198 @@
+"""The journal: which tensors are on the disk, with which digests, and what they were made from.
+
+docs/durability.md specifies the format. Lines are only ever appended; one that does not match its
+CRC-32, and all after it, do not count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lean_merge.checkpoints.checkpoint import INDEX
+from lean_merge.output.layout import Shard
+from lean_merge.output.storage import sync_data, write_all
+
+JOURNAL = "lean_merge_journal.jsonl"
+FORMAT = 1
+_MAX_LINE = 64 << 20
+_SEAL = re.compile(rb',"crc32":"([0-9a-f]{8})"}\n', re.ASCII)
+_SEAL_LENGTH = len(b',"crc32":"00000000"}\n')
+_TYPES: Mapping[str, Mapping[str, type]] = {
+    "start": {"format": int, "run": dict, "shards": list},
+    "tensor": {"name": str, "shard": str, "crc32_data": int},
+    "file": {"name": str, "size": int, "sha256": str},
+    "end": {"records": int, "sha256": str},
+}
+
+Record = Mapping[str, Any]
+
+
+def encode(record: Record) -> bytes:
+    """A record as a line with its own digest."""
+    body = json.dumps(record, separators=(",", ":"), allow_nan=False).encode()[:-1]
+    return b'%s,"crc32":"%08x"}\n' % (body, zlib.crc32(body))
+
+
+def decode(line: bytes) -> dict[str, Any] | None:
+    """The record of a line; None if it is torn, changed, or none of this format."""
+    body, seal = line[:-_SEAL_LENGTH], _SEAL.fullmatch(line[-_SEAL_LENGTH:])
+    if seal is None or int(seal[1], 16) != zlib.crc32(body):
+        return None
+    try:
+        record = json.loads(body + b"}")
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict):
+        return None
+    types = _TYPES.get(str(record.get("record")))
+    if types is None or any(type(record.get(key)) is not kind for key, kind in types.items()):
+        return None
+    return record
+
+
+def start_record(run: Mapping[str, Any], shards: Sequence[Shard]) -> dict[str, Any]:
+    """The first record: what must be the same for bytes to be reused."""
+    return {
+        "record": "start",
+        "format": FORMAT,
+        "run": dict(run),
+        "shards": [
+            {
+                "file": shard.file_name,
+                "size": shard.size,
+                "header_sha256": hashlib.sha256(shard.header).hexdigest(),
+            }
+            for shard in shards
+        ],
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Journal:
+    """What a journal says.
+
+    Attributes
+    ----------
+    start
+        The first record.
+    tensors, files
+        Records of tensors and of files that are not shards, by name; the last one of each counts.
+    sealed
+        Whether it ends in a matching `end` record, as that of a complete output does.
+    length
+        Bytes of the first lines that count, up to the last one of a tensor.
+    """
+
+    start: dict[str, Any]
+    tensors: dict[str, dict[str, Any]]
+    files: dict[str, dict[str, Any]]
+    sealed: bool
+    length: int
+
+    @property
+    def weight_files(self) -> tuple[str, ...]:
+        """Names of the shards."""
+        return tuple(str(shard["file"]) for shard in self.start["shards"])
+
+    @property
+    def mark(self) -> str:
+        """The file whose name makes the output complete."""
+        return commit_mark(self.weight_files)
+
+
+def commit_mark(names: Sequence[str]) -> str:
+    """The file that is renamed last: the only shard, or the index of several."""
+    return names[0] if len(names) == 1 else INDEX
+
+
+def read_journal(file: Path) -> Journal | None:
+    """What `file` says; None if there is none, or its first line does not count. OSError."""
+    tensors: dict[str, dict[str, Any]] = {}
+    files: dict[str, dict[str, Any]] = {}
+    start: dict[str, Any] | None = None
+    sealed, length, count = False, 0, 0
+    whole = hashlib.sha256()
+    if file.is_symlink() or not file.is_file():
+        return None
+    with open(file, "rb") as stream:
+        while line := stream.readline(_MAX_LINE):
+            record = decode(line)
+            if record is None or sealed or (record["record"] == "start") != (count == 0):
+                sealed = False
+                break
+            if record["record"] == "start":
+                start = _checked_start(record)
+                if start is None:
+                    return None
+            elif record["record"] == "tensor":
+                tensors[record["name"]] = record
+            elif record["record"] == "file":
+                files[record["name"]] = record
+            else:
+                sealed = record["records"] == count and record["sha256"] == whole.hexdigest()
+                if not sealed:
+                    break
+            whole.update(line)
+            length += len(line) if record["record"] in ("start", "tensor") else 0
+            count += 1
+    return None if start is None else Journal(start, tensors, files, sealed, length)
+
+
+def _checked_start(record: dict[str, Any]) -> dict[str, Any] | None:
+    types = {"file": str, "size": int, "header_sha256": str}
+    for shard in record["shards"]:
+        if not isinstance(shard, dict) or any(
+            type(shard.get(k)) is not t for k, t in types.items()
+        ):
+            return None
+        if Path(shard["file"]).name != shard["file"]:
+            return None
+    return record if record["format"] == FORMAT and record["shards"] else None
+
+
+def sealed_lines(records: Iterable[Record]) -> bytes:
+    """A sealed journal of `records`, the end added."""
+    lines = [encode(record) for record in records]
+    digest = hashlib.sha256(b"".join(lines)).hexdigest()
+    return b"".join([*lines, encode({"record": "end", "records": len(lines), "sha256": digest})])
+
+
+class JournalWriter:
+    """Appends to a journal, each time until it is on the disk.
+
+    Parameters
+    ----------
+    file
+        Made if absent.
+    length
+        Where to go on; what stands after it is cut off.
+    """
+
+    def __init__(self, file: Path, length: int) -> None:
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+        self._descriptor: int | None = os.open(file, flags, 0o666)
+        self._length = length
+        os.ftruncate(self._descriptor, length)
+
+    def append(self, records: Iterable[Record]) -> None:
+        """Adds `records`; they are on the disk when this returns. OSError."""
+        if self._descriptor is None:
+            raise ValueError("The journal is closed.")
+        data = b"".join(map(encode, records))
+        write_all(self._descriptor, memoryview(data), self._length)
+        sync_data(self._descriptor)
+        self._length += len(data)
+
+    def close(self) -> None:
+        """May be called twice."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
