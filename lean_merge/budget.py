@@ -6,6 +6,7 @@ counts are bytes of anonymous memory, or of device memory where the arithmetic r
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lean_merge.errors import BudgetError
@@ -29,6 +30,13 @@ def tile_rows(in_features: int) -> int:
     return max(16, TILE_ELEMENTS // in_features // 16 * 16)
 
 
+def row_tiles(shape: tuple[int, int]) -> Iterator[slice]:
+    """The canonical row tiles of a weight [out, in], in order."""
+    rows = tile_rows(shape[1])
+    for start in range(0, shape[0], rows):
+        yield slice(start, min(start + rows, shape[0]))
+
+
 def strip_rows(in_features: int) -> int:
     """Rows of a strip; divides no tile on purpose, tiles are cut into strips from their start."""
     return max(4, STRIP_ELEMENTS // in_features // 4 * 4)
@@ -48,6 +56,10 @@ class WeightShape:
     """Bytes of a number in the task vectors' dtype."""
     arithmetic_item: int
     """Bytes of a number in the dtype of products."""
+    widened: bool = False
+    """Whether any input is stored in another dtype than the task vectors'."""
+    scratch: int = 0
+    """Bytes that a worker holds to decode tiles of base, one role and the MLLM's rows."""
 
     @property
     def tile(self) -> int:
@@ -68,17 +80,17 @@ class WeightShape:
 def worker_bytes(weight: WeightShape, widest: int) -> int:
     """Buffers of one worker thread during a pass.
 
-    Raw tiles of base and one role; their float32 copies where the task vectors are float32 but the
-    storage is not; a non-resident tile of all task vectors; its copy in the arithmetic dtype; and
-    the product of a tile before it is added to its lane.
+    Raw tiles of base and one role, and what decoding them takes; their copies in the task vectors'
+    dtype where any is stored in another; a non-resident tile of all task vectors; its copy in the
+    arithmetic dtype; and the product of a tile before it is added to its lane.
     """
     tile = weight.tile
     raw = 2 * tile * weight.stored_item
-    mixed = 2 * tile * 4 if weight.task_item > weight.stored_item else 0
+    mixed = 2 * tile * weight.task_item if weight.widened else 0
     scratch = weight.resident_tile
     converted = tile * weight.arithmetic_item if weight.arithmetic_item != weight.task_item else 0
     product = weight.in_features * widest * (weight.arithmetic_item + 4)
-    return raw + mixed + scratch + converted + product
+    return raw + mixed + scratch + converted + product + weight.scratch
 
 
 def apply_bytes(weight: WeightShape) -> int:

@@ -50,7 +50,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "weights": [
             {
                 "name": task.weight.mllm.name,
-                "base": task.weight.base.name,
+                "base": task.weight.slices[0].base.name,
                 "shape": list(task.weight.mllm.shape),
                 "logical": [rows.canonical for rows in task.weight.slices],
                 "resident_tiles": list(task.resident),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from lean_merge.checkpoints import (
     FLOATING,
     Checkpoint,
     Coverage,
+    LogicalWeight,
     MappedWeight,
     TensorSpec,
+    WeightSource,
     common_dtype,
     map_roles,
     open_checkpoint,
@@ -212,7 +214,7 @@ def plan(recipe: MergeRecipe, resources: Resources | None = None) -> Plan:
 
 
 def _check_arithmetic(weight: MappedWeight) -> None:
-    for spec in (weight.mllm, weight.base, *weight.experts):
+    for spec in weight.stored:
         if 0 in spec.shape:
             raise CoverageError(
                 f"{spec.file}: in-scope tensor {spec.name} has shape {list(spec.shape)}, no "
@@ -303,17 +305,20 @@ class _Layout:
     held: int
     """Anonymous bytes of the process before the merge."""
 
-    def shape(self, weight: MappedWeight, rows: int) -> budget.WeightShape:
-        specs = (weight.base, weight.mllm, *weight.experts)
-        stored = [torch_dtype(spec.dtype) for spec in specs]
-        task = common_dtype(spec.dtype for spec in specs)
+    def shape(self, weight: LogicalWeight) -> budget.WeightShape:
+        task = common_dtype(source.dtype for source in weight.roles)
+        out_features, in_features = weight.shape
+        tile = min(out_features, budget.tile_rows(in_features))
+        scratch = [source.scratch(tile) for source in weight.roles]
         return budget.WeightShape(
-            out_features=rows,
-            in_features=weight.base.shape[1],
-            roles=1 + len(weight.experts),
-            stored_item=max(dtype.itemsize for dtype in stored),
+            out_features=out_features,
+            in_features=in_features,
+            roles=len(weight.others),
+            stored_item=max(torch_dtype(source.dtype).itemsize for source in weight.roles),
             task_item=task.itemsize,
             arithmetic_item=arithmetic_dtype(task, self.device).itemsize,
+            widened=any(torch_dtype(source.dtype) != task for source in weight.roles),
+            scratch=scratch[0] + max(scratch[1:]) + scratch[1],
         )
 
     @property
@@ -339,16 +344,16 @@ class _Layout:
         )
         return host, device
 
-    def needs(self, weight: MappedWeight, rows: int) -> tuple[int, int]:
+    def needs(self, weight: LogicalWeight) -> tuple[int, int]:
         """Bytes on host and device without which the weight cannot be merged."""
-        host, device = self.fixed(self.shape(weight, rows))
+        host, device = self.fixed(self.shape(weight))
         return self.held + host, device
 
-    def resident(self, weight: MappedWeight, rows: int) -> int:
+    def resident(self, weight: LogicalWeight) -> int:
         """Tiles to keep in what the weight's needs leave free."""
-        shape = self.shape(weight, rows)
+        shape = self.shape(weight)
         cost = self.cost(shape)
-        host, device = self.needs(weight, rows)
+        host, device = self.needs(weight)
         if cost.passes == 0:
             return 0
         if self.on_cpu:
@@ -357,33 +362,34 @@ class _Layout:
 
     def bytes_read(self, task: WeightTask) -> tuple[int, bool]:
         """Most bytes that the task reads, and whether it is exactly that many."""
-        weight, total, exact = task.weight, 0, True
-        others = (weight.mllm, *weight.experts)
-        item = {spec: spec.nbytes // spec.shape[0] for spec in (weight.base, *others)}
+        total, exact = 0, True
         whole = self.method.reads_task_vectors()
-        for rows, resident in zip(task.weight.slices, task.resident, strict=True):
-            shape = self.shape(weight, rows.stop - rows.start)
-            cost = self.cost(shape)
-            kept = min(shape.out_features, resident * budget.tile_rows(shape.in_features))
-            again = shape.out_features - kept
-            all_rows = item[weight.base] + sum(item[spec] for spec in others)
+        for weight, resident in zip(task.weight.slices, task.resident, strict=True):
+            cost = self.cost(self.shape(weight))
+            tiles = list(budget.row_tiles(weight.shape))
+            kept, again = tiles[:resident], tiles[resident:]
             if cost.passes:
-                total += all_rows * (kept + again * cost.passes)
-                exact = exact and again == 0
-            total += item[weight.mllm] * shape.out_features
-            if any(whole):
-                wanted = sum(item[spec] for spec, add in zip(others, whole, strict=True) if add)
-                total += (item[weight.base] + wanted) * again
-                exact = exact and (cost.passes == 0 or again == 0)
+                total += _bytes(weight.roles, kept) + _bytes(weight.roles, again) * cost.passes
+                exact = exact and not again
+            total += _bytes([weight.mllm], tiles)
+            wanted = [source for source, add in zip(weight.others, whole, strict=True) if add]
+            if any(not source.is_difference for source in wanted):
+                wanted.append(weight.base)
+            if wanted:
+                total += _bytes(wanted, again)
+                exact = exact and (cost.passes == 0 or not again)
         return total, exact
+
+
+def _bytes(sources: Sequence[WeightSource], tiles: Sequence[slice]) -> int:
+    """What reading these tiles once reads."""
+    return sum(source.nbytes(rows) for source in sources for rows in tiles)
 
 
 def _check_budget(coverage: Coverage, layout: _Layout) -> None:
     """Raise BudgetError, with the smallest that works for all weights, if one does not fit."""
     needs = [
-        (*layout.needs(weight, rows.stop - rows.start), weight.mllm)
-        for weight in coverage.weights
-        for rows in weight.slices
+        (*layout.needs(rows), weight.mllm) for weight in coverage.weights for rows in weight.slices
     ]
     host, _, largest = max(needs, key=lambda need: need[0])
     name = f"{largest.name} {list(largest.shape)}"
@@ -410,7 +416,7 @@ def _tasks(
             if weight is None:
                 tasks.append(CopyTask(index, outputs[name], mllm.tensors[name]))
                 continue
-            resident = tuple(layout.resident(weight, s.stop - s.start) for s in weight.slices)
+            resident = tuple(layout.resident(rows) for rows in weight.slices)
             tasks.append(WeightTask(index, outputs[name], weight, resident))
     return tuple(tasks)
 
@@ -425,7 +431,7 @@ def _predict(
             read += task.source.nbytes
             continue
         for rows, resident in zip(task.weight.slices, task.resident, strict=True):
-            shape = layout.shape(task.weight, rows.stop - rows.start)
+            shape = layout.shape(rows)
             on_host, on_device = layout.fixed(shape)
             kept = resident * shape.resident_tile
             host = max(host, on_host + (kept if layout.on_cpu else 0))

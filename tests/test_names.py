@@ -97,10 +97,10 @@ def test_every_family_is_mapped_whole(
     for weight in coverage.weights:
         (whole,) = weight.slices
         assert weight.mllm.name == f"{prefix}{whole.canonical}.weight"
-        assert {each.name for each in (weight.base, *weight.experts)} == {
+        assert {each.name for each in (whole.base, *whole.experts)} == {
             f"model.{whole.canonical}.weight"
         }
-        assert len(weight.experts) == experts
+        assert len(whole.experts) == experts
         assert (whole.start, whole.stop) == (0, weight.mllm.shape[0])
     places = [list(mllm.tensors).index(weight.mllm.name) for weight in coverage.weights]
     assert places == sorted(places)

@@ -12,6 +12,7 @@ from lean_merge.checkpoints.dtypes import FLOATING
 from lean_merge.checkpoints.gate import Faults, check_heads, locate, report, title
 from lean_merge.checkpoints.header import TensorSpec
 from lean_merge.checkpoints.kinship import config_warnings, qkv_rows, tokenizer_warnings
+from lean_merge.checkpoints.rows import PlainRows, WeightSource
 from lean_merge.checkpoints.structure import (
     GATE_UP,
     INTERLEAVED_QKV,
@@ -22,44 +23,68 @@ from lean_merge.checkpoints.structure import (
 )
 from lean_merge.errors import CoverageError
 
-__all__ = ["Coverage", "MappedWeight", "RowSlice", "language_layout", "map_roles"]
+__all__ = ["Coverage", "LogicalWeight", "MappedWeight", "language_layout", "map_roles"]
 
 
 @dataclass(frozen=True, slots=True)
-class RowSlice:
-    """One logical matrix inside a stored tensor.
+class LogicalWeight:
+    """One matrix of the model's mathematics, and how its rows are had in every role.
 
     Attributes
     ----------
     canonical
         Its name on the base's side without prefix and ".weight": "layers.3.self_attn.q_proj".
     start, stop
-        Its rows in the stored tensor.
+        Its rows in the MLLM's stored tensor, which is where they are written.
+    base, mllm
+        Its rows in these roles, counted from 0.
+    experts
+        The same for each expert, in the caller's order.
     """
 
     canonical: str
     start: int
     stop: int
+    base: WeightSource
+    mllm: WeightSource
+    experts: tuple[WeightSource, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """out, in."""
+        return self.base.shape
+
+    @property
+    def others(self) -> tuple[WeightSource, ...]:
+        """The roles that have a task vector: the MLLM, then the experts."""
+        return self.mllm, *self.experts
+
+    @property
+    def roles(self) -> tuple[WeightSource, ...]:
+        """All roles, the base first."""
+        return self.base, *self.others
 
 
 @dataclass(frozen=True, slots=True)
 class MappedWeight:
-    """One stored tensor of the MLLM and its counterparts, all of one shape.
+    """One stored tensor of the MLLM and the logical weights in it.
 
     Attributes
     ----------
-    mllm, base
-        The counterparts.
-    experts
-        One for each expert, in the caller's order.
+    mllm
+        The tensor.
     slices
-        The logical matrices in it: one whole, or q, k, v, or gate, up; their rows tile it.
+        The logical weights: one whole, or q, k, v, or gate, up; their rows tile the tensor.
     """
 
     mllm: TensorSpec
-    base: TensorSpec
-    experts: tuple[TensorSpec, ...]
-    slices: tuple[RowSlice, ...]
+    slices: tuple[LogicalWeight, ...]
+
+    @property
+    def stored(self) -> tuple[TensorSpec, ...]:
+        """Every tensor that is read to merge it, each once."""
+        roles = (source for rows in self.slices for source in rows.roles)
+        return tuple(dict.fromkeys(spec for source in roles for spec in source.stored))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +151,9 @@ def map_roles(
         if spec.dtype not in FLOATING:
             faults.add("base", key, f"has the dtype {spec.dtype}, which cannot be merged")
         elif len(present) == len(specs):
-            slices = _slices(key, spec.shape[0], (base, *others.values()), unsplit)
-            mapped[present[0].name] = MappedWeight(present[0], spec, present[1:], slices)
+            parts = _parts(key, spec.shape[0], (base, *others.values()), unsplit)
+            slices = _slices(f"layers.{key[0]}.{key[1]}", parts, (spec, *present))
+            mapped[present[0].name] = MappedWeight(present[0], slices)
     if faults.lines and not (allow_partial and mapped):
         roles = {"base": base, **others}
         raise CoverageError(report(faults, roles, found, mapped=len(mapped)))
@@ -144,11 +170,11 @@ def map_roles(
     )
 
 
-def _slices(
+def _parts(
     key: Key, rows: int, checkpoints: Sequence[Checkpoint], unsplit: Counter[str]
-) -> tuple[RowSlice, ...]:
-    layer, rest = key
-    parent, _, leaf = f"layers.{layer}.{rest}".rpartition(".")
+) -> dict[str, int]:
+    """The leaves of the logical weights in a stored matrix of `rows` rows, and their rows."""
+    leaf = key[1].rpartition(".")[2]
     parts: dict[str, int] = {leaf: rows}
     if leaf == GATE_UP and rows % 2 == 0:
         parts = {"gate_proj": rows // 2, "up_proj": rows // 2}
@@ -159,9 +185,20 @@ def _slices(
             parts = dict(zip(("q_proj", "k_proj", "v_proj"), split, strict=True))
     if leaf in parts and leaf in {GATE_UP, QKV, INTERLEAVED_QKV}:
         unsplit[leaf] += 1
+    return parts
+
+
+def _slices(
+    path: str, parts: Mapping[str, int], specs: Sequence[TensorSpec]
+) -> tuple[LogicalWeight, ...]:
+    """The logical weights that lie one after the other in the tensors of base, MLLM, experts."""
+    parent = path.rpartition(".")[0]
     slices, start = [], 0
-    for name, count in parts.items():
-        slices.append(RowSlice(f"{parent}.{name}", start, start + count))
+    for leaf, count in parts.items():
+        base, mllm, *experts = (PlainRows(spec, start, count) for spec in specs)
+        slices.append(
+            LogicalWeight(f"{parent}.{leaf}", start, start + count, base, mllm, tuple(experts))
+        )
         start += count
     return tuple(slices)
 

@@ -12,15 +12,14 @@ import torch
 
 from lean_merge import budget
 from lean_merge.checkpoints import (
-    MappedWeight,
-    RowSlice,
+    LogicalWeight,
     TensorReader,
     TensorSpec,
     common_dtype,
 )
 from lean_merge.engine.prefetch import Prefetcher
 from lean_merge.engine.sinks import Sink, Tools
-from lean_merge.engine.taskvectors import Sources, TaskVectors
+from lean_merge.engine.taskvectors import TaskVectors
 from lean_merge.engine.update import Written
 from lean_merge.engine.workers import full_float32, worker_pool
 from lean_merge.memory import release_free_memory
@@ -149,7 +148,7 @@ class _Settings:
 def _sources(task: CopyTask | WeightTask) -> list[TensorSpec]:
     if isinstance(task, CopyTask):
         return [task.source]
-    return [task.weight.base, task.weight.mllm, *task.weight.experts]
+    return list(task.weight.stored)
 
 
 class _Engine:
@@ -170,11 +169,10 @@ class _Engine:
             merged = merged or result.merged
         return merged
 
-    def _merge_rows(self, task: WeightTask, rows: RowSlice, resident: int) -> WeightResult:
-        weight = task.weight
-        vectors = self._vectors(weight, rows, resident)
+    def _merge_rows(self, task: WeightTask, weight: LogicalWeight, resident: int) -> WeightResult:
+        vectors = self._vectors(weight, resident)
         context = WeightContext(
-            name=rows.canonical,
+            name=weight.canonical,
             shape=vectors.shape,
             seed=self._plan.recipe.seed,
             dtype=vectors.dtype,
@@ -185,11 +183,11 @@ class _Engine:
         with self._result.timed("analyze"):
             decision, passes = self._analyze(vectors, context)
         with self._result.timed("write"):
-            written = self._sink.update(task, rows, vectors, decision, self.tools)
+            written = self._sink.update(task, vectors, decision, self.tools)
         norms = vectors.squared_norms()
         return WeightResult(
-            name=weight.mllm.name,
-            canonical=rows.canonical,
+            name=task.tensor.name,
+            canonical=weight.canonical,
             experts=_with_norms(decision, norms),
             merged=decision.merges,
             squared_norms=tuple(norms),
@@ -197,11 +195,10 @@ class _Engine:
             passes=passes,
         )
 
-    def _vectors(self, weight: MappedWeight, rows: RowSlice, resident: int) -> TaskVectors:
-        sources = Sources(rows=rows, base=weight.base, others=(weight.mllm, *weight.experts))
-        stored = common_dtype(spec.dtype for spec in (sources.base, *sources.others))
+    def _vectors(self, weight: LogicalWeight, resident: int) -> TaskVectors:
+        stored = common_dtype(source.dtype for source in weight.roles)
         return TaskVectors(
-            sources,
+            weight,
             reader=self.tools.reader,
             workers=self.tools.workers,
             arena=self._arena,
@@ -227,12 +224,11 @@ def _arena_bytes(plan: Plan) -> int:
     """The most that any logical weight keeps resident."""
     most = 0
     for task in plan.weights:
-        specs = (task.weight.base, task.weight.mllm, *task.weight.experts)
-        item = common_dtype(spec.dtype for spec in specs).itemsize
-        for rows, resident in zip(task.weight.slices, task.resident, strict=True):
-            in_features = task.weight.base.shape[1]
-            height = min(rows.stop - rows.start, resident * budget.tile_rows(in_features))
-            most = max(most, height * in_features * item * (len(specs) - 1))
+        for weight, resident in zip(task.weight.slices, task.resident, strict=True):
+            item = common_dtype(source.dtype for source in weight.roles).itemsize
+            out_features, in_features = weight.shape
+            height = min(out_features, resident * budget.tile_rows(in_features))
+            most = max(most, height * in_features * item * len(weight.others))
     return most
 
 

@@ -10,7 +10,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from lean_merge.checkpoints import RowSlice, TensorReader, torch_dtype
+from lean_merge.checkpoints import TensorReader, torch_dtype
 from lean_merge.engine.prefetch import Flusher
 from lean_merge.engine.taskvectors import TaskVectors
 from lean_merge.engine.update import OutputRows, Written, copy_tensor, write_rows
@@ -51,12 +51,11 @@ class Sink(abc.ABC):
     def update(
         self,
         task: WeightTask,
-        rows: RowSlice,
         vectors: TaskVectors,
         decision: Decision,
         tools: Tools,
     ) -> Written | None:
-        """One logical weight of `task` with its decision; None where nothing is rounded."""
+        """`vectors.weight`, one of `task`'s, with its decision; None where nothing is rounded."""
 
     def finish(self, task: CopyTask | WeightTask) -> None:
         """All of `task` was given."""
@@ -98,7 +97,6 @@ class CheckpointSink(Sink):
     def update(
         self,
         task: WeightTask,
-        rows: RowSlice,
         vectors: TaskVectors,
         decision: Decision,
         tools: Tools,
@@ -124,7 +122,6 @@ def output_rows(
     """How the rows of an in-scope tensor are written, as the recipe wants it."""
     dtype: torch.dtype = torch_dtype(task.tensor.dtype)
     return OutputRows(
-        source=task.weight.mllm,
         dtype=dtype,
         rounding=plan.recipe.rounding,
         seed=plan.recipe.seed,

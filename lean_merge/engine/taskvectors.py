@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lean_merge.budget import LANES, tile_rows
-from lean_merge.checkpoints import (
-    RowSlice,
-    TensorReader,
-    TensorSpec,
-    as_bytes,
-    common_dtype,
-    torch_dtype,
-)
+from lean_merge.budget import LANES, row_tiles
+from lean_merge.checkpoints import LogicalWeight, TensorReader, WeightSource, common_dtype
 from lean_merge.engine.workers import Workers
 from lean_merge.errors import DataError
 from lean_merge.linalg import Pass, Products
@@ -26,27 +18,12 @@ _WIDTH = 32
 """Widths of products are padded to a multiple of this."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sources:
-    """Where one logical weight lies in the checkpoints: rows `rows` of each tensor [*, in]."""
-
-    rows: RowSlice
-    base: TensorSpec
-    others: tuple[TensorSpec, ...]
-    """The MLLM's tensor, then the experts'."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """out, in of the logical weight."""
-        return self.rows.stop - self.rows.start, self.base.shape[1]
-
-
 class TaskVectors:
     """Row tiles of W_role - W_0 for the MLLM and every expert.
 
     Parameters
     ----------
-    sources
+    weight
         Where the numbers are.
     reader, workers
         Who reads, and who computes.
@@ -60,7 +37,7 @@ class TaskVectors:
 
     def __init__(
         self,
-        sources: Sources,
+        weight: LogicalWeight,
         *,
         reader: TensorReader,
         workers: Workers,
@@ -68,21 +45,17 @@ class TaskVectors:
         resident: int,
         dtype: torch.dtype,
     ) -> None:
-        self.sources = sources
-        self.shape = sources.shape
+        self.weight = weight
+        self.shape = weight.shape
         self.dtype = dtype
         self.device = arena.device
-        self.task_dtype = common_dtype(s.dtype for s in (sources.base, *sources.others))
+        self.task_dtype = common_dtype(source.dtype for source in weight.roles)
         self._reader = reader
         self._workers = workers
-        rows = tile_rows(self.shape[1])
-        self.tiles = [
-            slice(start, min(start + rows, self.shape[0]))
-            for start in range(0, self.shape[0], rows)
-        ]
+        self.tiles = list(row_tiles(self.shape))
         self._resident = self._lay_out(arena, min(resident, len(self.tiles)))
         self._formed = [False] * len(self.tiles)
-        self._squares: list[list[float | None]] = [[None] * len(sources.others) for _ in self.tiles]
+        self._squares: list[list[float | None]] = [[None] * len(weight.others) for _ in self.tiles]
 
     def _lay_out(self, arena: Tensor, count: int) -> list[list[Tensor]]:
         views, offset = [], 0
@@ -90,7 +63,7 @@ class TaskVectors:
             shape = (tile.stop - tile.start, self.shape[1])
             size = math.prod(shape) * self.task_dtype.itemsize
             of_tile = []
-            for _ in self.sources.others:
+            for _ in self.weight.others:
                 of_tile.append(arena[offset : offset + size].view(self.task_dtype).view(shape))
                 offset += size
             views.append(of_tile)
@@ -115,9 +88,9 @@ class TaskVectors:
     def _form(self, index: int, wanted: Sequence[bool]) -> list[Tensor | None]:
         tile = self.tiles[index]
         shape = (tile.stop - tile.start, self.shape[1])
-        base = self._read(self.sources.base, tile, "base")
+        base: Tensor | None = None
         formed: list[Tensor | None] = []
-        for role, spec in enumerate(self.sources.others):
+        for role, source in enumerate(self.weight.others):
             if not wanted[role]:
                 formed.append(None)
                 continue
@@ -125,9 +98,14 @@ class TaskVectors:
                 out = self._resident[index][role]
             else:
                 out = self._workers.buffer(f"task {role}", shape, self.task_dtype)
-            torch.sub(self._read(spec, tile, "role"), base, out=out)
+            if source.is_difference:
+                out.copy_(self._read(source, tile, "role"))
+            else:
+                if base is None:
+                    base = self._read(self.weight.base, tile, "base")
+                torch.sub(self._read(source, tile, "role"), base, out=out)
             if self._squares[index][role] is None:
-                self._squares[index][role] = self._squared_norm(out, spec, tile)
+                self._squares[index][role] = self._squared_norm(out, source, tile)
             if self.device.type != "cpu":
                 out = self._to_device(index, role, out)
             formed.append(out)
@@ -138,35 +116,31 @@ class TaskVectors:
             return self._resident[index][role].copy_(tile)
         return tile.to(self.device)
 
-    def _read(self, spec: TensorSpec, tile: slice, name: str) -> Tensor:
-        raw = read_rows(self._reader, self._workers, spec, self._stored(tile), name)
+    def _read(self, source: WeightSource, tile: slice, name: str) -> Tensor:
+        raw = source.read(tile, self._reader, self._workers.buffer, name)
         if raw.dtype == self.task_dtype:
             return raw
         wide = self._workers.buffer(f"{name} wide", tuple(raw.shape), self.task_dtype)
         return wide.copy_(raw)
 
-    def _stored(self, tile: slice) -> slice:
-        start = self.sources.rows.start
-        return slice(start + tile.start, start + tile.stop)
-
-    def _squared_norm(self, task_vector: Tensor, spec: TensorSpec, tile: slice) -> float:
+    def _squared_norm(self, task_vector: Tensor, source: WeightSource, tile: slice) -> float:
         square = float(torch.linalg.vector_norm(task_vector, dtype=torch.float32)) ** 2
         if math.isfinite(square):
             return square
-        self._refuse_non_finite(spec, tile)
+        self._refuse_non_finite(source, tile)
         # Finite numbers whose squares overflow float32, or whose difference overflows their dtype.
         square = float(torch.linalg.vector_norm(task_vector, dtype=torch.float64)) ** 2
         if not math.isfinite(square):
             name = str(self.task_dtype).removeprefix("torch.")
             raise DataError(
-                f"{spec.file}: tensor {spec.name} differs from the base's by more than {name} can "
-                "hold; check both, or convert the checkpoints to float32 first."
+                f"{source.file}: tensor {source.name} differs from the base's by more than {name} "
+                "can hold; check both, or convert the checkpoints to float32 first."
             )
         return square
 
-    def _refuse_non_finite(self, spec: TensorSpec, tile: slice) -> None:
-        for suspect in (self.sources.base, spec):
-            raw = read_rows(self._reader, self._workers, suspect, self._stored(tile), "suspect")
+    def _refuse_non_finite(self, source: WeightSource, tile: slice) -> None:
+        for suspect in (self.weight.base, source):
+            raw = suspect.read(tile, self._reader, self._workers.buffer, "suspect")
             if not bool(torch.isfinite(raw).all()):
                 raise DataError(
                     f"{suspect.file}: tensor {suspect.name} holds NaN or Inf; it cannot be merged. "
@@ -186,12 +160,12 @@ class TaskVectors:
             for lane in range(LANES):
                 self._run_lane(lane, sums)
         finished = [one.finish() for one in sums]
-        for spec, products in zip(self.sources.others, finished, strict=True):
+        for source, products in zip(self.weight.others, finished, strict=True):
             if products is not None and not products.is_finite():
                 raise DataError(
-                    f"{spec.file}: the task vector of {spec.name} is so large that its products "
-                    "overflow float32; compare the tensor with the base's, and restore the wrong "
-                    "one."
+                    f"{source.file}: the task vector of {source.name} is so large that its "
+                    "products overflow float32; compare the tensor with the base's, and restore "
+                    "the wrong one."
                 )
         return finished
 
@@ -279,14 +253,3 @@ def _ordered_sum(lanes: list[Tensor]) -> Tensor | None:
     for lane in lanes[1:]:
         total += lane
     return total
-
-
-def read_rows(
-    reader: TensorReader, workers: Workers, spec: TensorSpec, rows: slice, name: str
-) -> Tensor:
-    """Rows of a stored tensor [*, in] in this thread's reused buffer `name`."""
-    dtype = torch_dtype(spec.dtype)
-    shape = (rows.stop - rows.start, spec.shape[1])
-    buffer = workers.buffer(name, shape, dtype)
-    reader.read_into(spec, rows.start * spec.shape[1] * dtype.itemsize, as_bytes(buffer))
-    return buffer

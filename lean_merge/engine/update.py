@@ -12,7 +12,7 @@ from torch import Tensor
 from lean_merge.budget import COPY_BUFFER, strip_rows
 from lean_merge.checkpoints import TensorReader, TensorSpec, as_bytes
 from lean_merge.engine.rounding import round_nearest, round_stochastic, rounding_generator
-from lean_merge.engine.taskvectors import TaskVectors, read_rows
+from lean_merge.engine.taskvectors import TaskVectors
 from lean_merge.engine.workers import Workers
 from lean_merge.errors import DataError
 from lean_merge.methods import Decision
@@ -36,7 +36,6 @@ class Written:
 class OutputRows:
     """How one logical weight's rows are written."""
 
-    source: TensorSpec
     dtype: torch.dtype
     rounding: str
     seed: int
@@ -93,28 +92,24 @@ class _RowWriter:
         self._workers = workers
         self._item = output.dtype.itemsize * vectors.shape[1]
         wanted = tuple(bool(c) for c in decision.coefficients)
-        self._wanted = wanted or (False,) * len(vectors.sources.others)
+        self._wanted = wanted or (False,) * len(vectors.weight.others)
         # Rows that no pass has read have not been checked for NaN and Inf.
         self._seen = not math.isnan(vectors.squared_norms()[0])
 
     def write_tile(self, index: int) -> Written:
         """Write one tile, strip by strip."""
         tile = self._vectors.tiles[index]
-        first = self._vectors.sources.rows.start
-        stored = slice(first + tile.start, first + tile.stop)
-        source = self._output.source
-        weights = read_rows(self._reader, self._workers, source, stored, "mllm")
+        mllm = self._vectors.weight.mllm
+        weights = mllm.read(tile, self._reader, self._workers.buffer, "mllm")
         if not self._decision.merges:
-            self._write_unchanged(stored.start, weights)
+            self._write_unchanged(self._vectors.weight.start + tile.start, weights)
             return Written(0.0, 0.0)
         task_vectors: list[Tensor | None] = [None] * len(self._wanted)
         if any(self._wanted):
             task_vectors = self._vectors.tile(index, self._wanted)
         generator = None
         if self._output.rounding == "stochastic":
-            generator = rounding_generator(
-                self._output.seed, self._vectors.sources.rows.canonical, index
-            )
+            generator = rounding_generator(self._output.seed, self._vectors.weight.canonical, index)
         height = strip_rows(self._vectors.shape[1])
         along = squared = 0.0
         for start in range(0, tile.stop - tile.start, height):
@@ -140,7 +135,7 @@ class _RowWriter:
         after = self._workers.buffer("after", shape, torch.float32)
         torch.add(before, update, out=after)
         rounded = self._checked(after, self._output.dtype, generator)
-        row = self._vectors.sources.rows.start + tile.start + strip.start
+        row = self._vectors.weight.start + tile.start + strip.start
         self._output.write(row * self._item, as_bytes(rounded))
         change = after.copy_(rounded).sub_(before)
         return Written(_dot(change, update), _dot(update, update))
@@ -180,7 +175,7 @@ class _RowWriter:
             return rounded
         if bool(torch.isfinite(rounded).all()):
             return rounded
-        source = self._output.source
+        source = self._vectors.weight.mllm
         if not bool(torch.isfinite(values).all()):
             raise DataError(
                 f"{source.file}: merging tensor {source.name} gives NaN or Inf; check its numbers, "

@@ -34,6 +34,7 @@ from lean_merge.output.storage import (
     check_free_space,
     explain,
     folder_bytes,
+    forget,
     preallocate,
     side_name,
     sync_data,
@@ -270,6 +271,7 @@ class OutputFolder:
                 for each in due.values():
                     with self._open(each) as descriptor:
                         sync_data(descriptor)
+                        forget(descriptor)
                 if ready and self._journal is not None:
                     self._journal.append(ready)
             except BaseException as error:
