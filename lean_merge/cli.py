@@ -20,6 +20,7 @@ from lean_merge import describe
 from lean_merge.api import merge as merge_api
 from lean_merge.engine.run import Event
 from lean_merge.errors import LeanMergeError, RecipeError
+from lean_merge.identity import run_facts
 from lean_merge.output import check_output
 from lean_merge.plan import Plan, Resources
 from lean_merge.plan import plan as make_plan
@@ -83,6 +84,9 @@ Vram = Annotated[str | None, typer.Option(help="Ceiling on device memory.")]
 Threads = Annotated[
     int | None,
     typer.Option(help="Worker threads, of which 4 are used at most; default one a processor."),
+]
+NoResume = Annotated[
+    bool, typer.Option("--no-resume", help="Start over instead of going on with unfinished output.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
@@ -206,17 +210,26 @@ def merge_command(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output once the new is complete.")
     ] = False,
+    no_resume: NoResume = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Merge, and write a checkpoint that from_pretrained loads."""
+    """Merge, and write a checkpoint that from_pretrained loads.
+
+    Onto its own unfinished output it goes on where it stopped; onto its own complete output there
+    is nothing to do.
+    """
     plan = _work(**work)
     if not (quiet or as_json):
         for line in describe.warnings_of(plan):
             typer.echo(f"warning: {line}", err=True)
     with _progress(plan, quiet) as on_event:
-        result = merge_api(plan, out, overwrite=overwrite, on_event=on_event)
+        result = merge_api(plan, out, overwrite=overwrite, resume=not no_resume, on_event=on_event)
+    if not (quiet or as_json) and result.was_complete:
+        typer.echo(f"{result.path} is complete already; nothing to do.", err=True)
+    elif not (quiet or as_json) and result.reused:
+        typer.echo(f"{result.reused} of {len(plan.tasks)} tensors were on the disk.", err=True)
     if as_json:
         typer.echo(json.dumps(result.report))
     elif not quiet:
@@ -233,6 +246,7 @@ def plan_command(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Allow that the folder is not empty.")
     ] = False,
+    no_resume: NoResume = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -240,7 +254,14 @@ def plan_command(
     """Read headers only: what would be merged and copied, memory, disk, bytes."""
     plan = _work(**work)
     if out is not None:
-        check_output(out, plan.shards, inputs=plan.inputs, overwrite=overwrite)
+        check_output(
+            out,
+            plan.shards,
+            inputs=plan.inputs,
+            overwrite=overwrite,
+            run=run_facts(plan, out),
+            resume=not no_resume,
+        )
     if quiet:
         return
     typer.echo(json.dumps(describe.plan_dict(plan)) if as_json else describe.plan_text(plan))
@@ -338,7 +359,7 @@ def main(arguments: list[str] | None = None) -> None:
     except LeanMergeError as error:
         _fail(str(error), error.exit_code, arguments)
     except (KeyboardInterrupt, typer.Abort):
-        message = "interrupted; an output that is not whole has *.partial files"
+        message = "interrupted; the same command goes on where it stopped"
         _fail(message, EXIT_INTERRUPTED, arguments)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -98,6 +98,7 @@ MAY_IMPORT = {
         "output",
         "errors",
     },
+    "identity": {"plan", "checkpoints", "output", "recipe", "version"},
     "report": {"plan", "engine", "memory", "version", "sizes"},
 }
 """The rooms that each room may see; the architecture page gives the reasons."""

@@ -13,6 +13,7 @@ from lean_merge.checkpoints.dtypes import (
     torch_dtype,
 )
 from lean_merge.checkpoints.header import TensorSpec, read_header
+from lean_merge.checkpoints.identity import identify
 from lean_merge.checkpoints.names import (
     Coverage,
     LogicalWeight,
@@ -35,6 +36,7 @@ __all__ = [
     "WeightSource",
     "as_bytes",
     "common_dtype",
+    "identify",
     "language_layout",
     "map_roles",
     "open_checkpoint",

@@ -18,9 +18,9 @@ from lean_merge.checkpoints import (
     common_dtype,
 )
 from lean_merge.engine.prefetch import Prefetcher
+from lean_merge.engine.results import WeightResult, from_note, to_note
 from lean_merge.engine.sinks import Sink, Tools
 from lean_merge.engine.taskvectors import TaskVectors
-from lean_merge.engine.update import Written
 from lean_merge.engine.workers import full_float32, worker_pool
 from lean_merge.memory import release_free_memory
 from lean_merge.methods import Decision, ExpertRecord, WeightContext
@@ -31,27 +31,15 @@ READ_AHEAD = 512 << 20
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Progress: output tensor `name` of `nbytes` is written; `merged` if an update went in."""
+    """Progress: output tensor `name` of `nbytes` is written; `merged` if an update went in.
+
+    `reused` tells that an interrupted run wrote it.
+    """
 
     name: str
     nbytes: int
     merged: bool
-
-
-@dataclass(frozen=True, slots=True)
-class WeightResult:
-    """What happened to one logical weight; `squared_norms` are those of its task vectors.
-
-    `written` is None where the sink rounds nothing.
-    """
-
-    name: str
-    canonical: str
-    experts: tuple[ExpertRecord, ...]
-    merged: bool
-    squared_norms: tuple[float, ...]
-    written: Written | None
-    passes: int
+    reused: bool = False
 
 
 @dataclass
@@ -97,24 +85,33 @@ def steps(plan: Plan, sink: Sink, result: RunResult) -> Generator[Event, None, N
         reader = stack.enter_context(TensorReader())
         workers = stack.enter_context(worker_pool(plan.workers))
         stack.enter_context(sink)
-        prefetcher = stack.enter_context(
-            Prefetcher(reader, [_sources(task) for task in plan.tasks], ahead=READ_AHEAD)
-        )
+        notes = [from_note(sink.finished(task)) for task in plan.tasks]
+        sources = [
+            [] if note else _sources(task) for task, note in zip(plan.tasks, notes, strict=True)
+        ]
+        prefetcher = stack.enter_context(Prefetcher(reader, sources, ahead=READ_AHEAD))
         buffer = torch.empty(budget.COPY_BUFFER, dtype=torch.uint8)
         engine = _Engine(plan, sink, Tools(reader, workers, buffer), result)
-        for index, task in enumerate(plan.tasks):
-            if isinstance(task, CopyTask):
+        for index, (task, note) in enumerate(zip(plan.tasks, notes, strict=True)):
+            known, read = len(result.weights), reader.bytes_read
+            if note is not None:
+                result.weights.extend(note[0])
+                result.bytes_read += note[1]
+                merged = any(weight.merged for weight in note[0])
+            elif isinstance(task, CopyTask):
                 with result.timed("copy"):
                     sink.copy(task, engine.tools)
                 merged = False
             else:
                 merged = engine.merge(task)
                 release_free_memory()
-            sink.finish(task)
+            if note is None:
+                read = reader.bytes_read - read
+                result.bytes_read += read
+                sink.finish(task, to_note(result.weights[known:], bytes_read=read))
             prefetcher.used(index)
             with before.in_force():
-                yield Event(task.tensor.name, task.tensor.nbytes, merged)
-        result.bytes_read = reader.bytes_read
+                yield Event(task.tensor.name, task.tensor.nbytes, merged, note is not None)
         if on_cuda:
             result.peak_vram = torch.cuda.max_memory_reserved(plan.device)
 

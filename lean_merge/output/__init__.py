@@ -4,19 +4,26 @@ Shards, side files and model card become a checkpoint by one last rename.
 """
 
 from lean_merge.output.card import license_of, model_card
-from lean_merge.output.folder import OutputFolder, check_output
+from lean_merge.output.folder import OutputFolder, check_output, find_complete
+from lean_merge.output.journal import JOURNAL, Journal, read_journal
 from lean_merge.output.layout import OutputTensor, Shard, index_json, plan_shards
 from lean_merge.output.sidefiles import copy_side_files, side_files
+from lean_merge.output.state import changed_input
 
 __all__ = [
+    "JOURNAL",
+    "Journal",
     "OutputFolder",
     "OutputTensor",
     "Shard",
+    "changed_input",
     "check_output",
     "copy_side_files",
+    "find_complete",
     "index_json",
     "license_of",
     "model_card",
     "plan_shards",
+    "read_journal",
     "side_files",
 ]

@@ -1,0 +1,74 @@
+"""What happened to a weight, as plain data too, so that a later run need not compute it again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lean_merge.engine.update import Written
+from lean_merge.methods import ExpertRecord
+
+
+@dataclass(frozen=True, slots=True)
+class WeightResult:
+    """What happened to one logical weight; `squared_norms` are those of its task vectors.
+
+    `written` is None where the sink rounds nothing.
+    """
+
+    name: str
+    canonical: str
+    experts: tuple[ExpertRecord, ...]
+    merged: bool
+    squared_norms: tuple[float, ...]
+    written: Written | None
+    passes: int
+
+
+def to_note(weights: Sequence[WeightResult], *, bytes_read: int) -> dict[str, Any]:
+    """A task's results as JSON has them; numbers come back bit for bit."""
+    note: dict[str, Any] = _plain({"weights": [asdict(weight) for weight in weights]})
+    return note | {"bytes_read": bytes_read}
+
+
+def from_note(note: Any) -> tuple[list[WeightResult], int] | None:
+    """What `to_note` was given; None if `note` is not of its making."""
+    try:
+        weights = [_weight(each) for each in note["weights"]]
+        return weights, int(note["bytes_read"])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _weight(data: dict[str, Any]) -> WeightResult:
+    written = data["written"]
+    return WeightResult(
+        name=str(data["name"]),
+        canonical=str(data["canonical"]),
+        experts=tuple(ExpertRecord(**_numbers(each)) for each in data["experts"]),
+        merged=bool(data["merged"]),
+        squared_norms=tuple(_number(square) for square in data["squared_norms"]),
+        written=None if written is None else Written(**_numbers(written)),
+        passes=int(data["passes"]),
+    )
+
+
+def _plain(value: Any) -> Any:
+    """`value` with what JSON has no number for as {"float": "nan"}."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": repr(value)}
+    return value
+
+
+def _numbers(data: dict[str, Any]) -> dict[str, Any]:
+    return {name: _number(item) for name, item in data.items()}
+
+
+def _number(value: Any) -> Any:
+    return float(value["float"]) if isinstance(value, dict) else value
