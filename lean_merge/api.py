@@ -105,7 +105,7 @@ def merge(
             report = build_report(
                 plan,
                 result,
-                bytes_written=sum(shard.size for shard in plan.shards),
+                bytes_written=sum(shard.size for shard in folder.shards),
                 peak=sampler.peak,
                 baseline=baseline,
             )

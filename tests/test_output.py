@@ -263,13 +263,12 @@ def test_a_shard_that_changed_length_is_not_sealed(tmp_path: Path):
 def test_an_output_that_was_not_written_once_is_not_sealed(tmp_path: Path, fault: str):
     values = some_tensors()
     with create(tmp_path / "out", values) as folder:
-        fill(folder, values)
         shard = folder.shards[0]
+        for name, offset in shard.offsets.items():
+            if fault == "twice" or name != "t2":
+                folder.write_at(shard, offset, as_bytes(values[name]))
         if fault == "twice":
             folder.write_at(shard, shard.offsets["t2"] + 4, memoryview(b"1234"))
-        else:
-            folder.finish_tensor(shard, "t2")
-            folder._tensors.pop("t2")
         with pytest.raises(ValueError, match="not written once"):
             folder.seal()
     assert names_in(tmp_path / "out") == UNFINISHED

@@ -4,9 +4,10 @@ Shards, side files and model card become a checkpoint by one last rename.
 """
 
 from lean_merge.output.card import license_of, model_card
-from lean_merge.output.folder import OutputFolder, check_output, find_complete
+from lean_merge.output.folder import OutputFolder
 from lean_merge.output.journal import JOURNAL, Journal, read_journal
 from lean_merge.output.layout import OutputTensor, Shard, index_json, plan_shards
+from lean_merge.output.opening import check_output, find_complete
 from lean_merge.output.sidefiles import copy_side_files, side_files
 from lean_merge.output.state import changed_input
 

@@ -6,10 +6,9 @@ bytes are on the disk. The last rename, of the index or of the only shard, makes
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -18,23 +17,16 @@ from typing import Any
 from lean_merge.checkpoints.checkpoint import INDEX, SINGLE
 from lean_merge.checkpoints.descriptors import DescriptorPool
 from lean_merge.errors import LeanMergeError, OutputError
-from lean_merge.output.digest import RangeDigests
-from lean_merge.output.journal import (
-    JOURNAL,
-    JournalWriter,
-    Record,
-    commit_mark,
-    sealed_lines,
-    start_record,
-)
+from lean_merge.output.journal import JOURNAL, JournalWriter, commit_mark, start_record
 from lean_merge.output.layout import Shard, extents, index_json
+from lean_merge.output.ledger import Ledger
 from lean_merge.output.opening import Place, checked_place, find_place, finished_tensors, unseal
-from lean_merge.output.state import PARTIAL, Step, choose, is_complete
+from lean_merge.output.state import PARTIAL
 from lean_merge.output.storage import (
     check_free_space,
     explain,
-    folder_bytes,
     forget,
+    occupied,
     preallocate,
     side_name,
     sync_data,
@@ -73,17 +65,12 @@ class OutputFolder:
         self.bytes_written = 0
         self.sealed = False
         self._place = place
-        self._start = start
+        self._ledger = Ledger(start, shards)
         self._closed = False
-        self._counter = threading.Lock()
-        self._files = DescriptorPool(os.O_RDWR, sync=True)
-        self._digests = {each.file_name: RangeDigests(each.offsets.values()) for each in shards}
-        self._tensors: dict[str, Record] = {}
-        self._unsaved: list[Record] = []
-        self._side: dict[str, Record] = {}
-        self._journal: JournalWriter | None = None
-        self._saving = threading.Lock()
         self._failed = False
+        self._counter = threading.Lock()
+        self._flushing = threading.Lock()
+        self._files = DescriptorPool(os.O_RDWR, sync=True)
 
     @classmethod
     def create(
@@ -140,13 +127,10 @@ class OutputFolder:
 
     def _begin(self) -> None:
         path, journal = self._place.path, self._place.journal
-        file = path / f"{JOURNAL}{PARTIAL}"
-        if journal is None:
-            self._journal = JournalWriter(file, 0)
-            self._journal.append([self._start])
-        else:
+        if journal is not None:
             unseal(path, journal)
-            self._journal = JournalWriter(file, journal.length)
+        writer = JournalWriter(self._partial(JOURNAL), journal.length if journal else 0)
+        self._ledger.open(writer, new=journal is None)
         # No shard is there without a journal that tells whose it is.
         sync_folder(path)
         for shard in self.shards:
@@ -154,8 +138,30 @@ class OutputFolder:
         sync_folder(path)
         if journal is not None:
             records = finished_tensors(self.shards, journal, path)
-            self._tensors.update(records)
+            self._ledger.restore(records)
             self.finished = {name: record.get("result") for name, record in records.items()}
+
+    def add(self, shard: Shard) -> None:
+        """Reserves one more weight file, whose layout only the run could tell.
+
+        Raises
+        ------
+        BudgetError
+            The disk lacks the space.
+        OutputError
+            The file cannot be made.
+        """
+        if self._closed:
+            raise ValueError("The output folder is closed.")
+        file = self._partial(shard.file_name)
+        try:
+            check_free_space(self.path, shard.size, freed=occupied(file))
+            self._ledger.add_shard(shard)
+            self._reserve(shard)
+            sync_folder(self.path)
+        except OSError as error:
+            raise explain(file, error) from error
+        self.shards = (*self.shards, shard)
 
     def _reserve(self, shard: Shard) -> None:
         file = self._partial(shard.file_name)
@@ -223,7 +229,7 @@ class OutputFolder:
         if data.nbytes == 0:
             return
         data = data.cast("B")
-        self._digests[shard.file_name].add(offset, data)
+        self._ledger.add_bytes(shard, offset, data)
         with self._open(shard) as descriptor:
             write_all(descriptor, data, offset)
         with self._counter:
@@ -244,41 +250,27 @@ class OutputFolder:
         ValueError
             Not every byte of it was written, or some were twice.
         """
-        start, length = extents(shard)[name]
-        record = {
-            "record": "tensor",
-            "name": name,
-            "shard": shard.file_name,
-            "crc32_data": self._digests[shard.file_name].take(start, length),
-            "result": result,
-        }
-        with self._counter:
-            self._tensors[name] = record
-            self._unsaved.append(record)
+        self._ledger.finish_tensor(shard, name, result)
 
     def flush(self, shard: Shard) -> None:
         """Waits until what was written is on the disk: that of `shard`, and all finished tensors.
 
         Raises as `write_at`.
         """
-        with self._saving:
-            with self._counter:
-                ready, self._unsaved = self._unsaved, []
-            due = {shard.file_name: shard}
+        with self._flushing:
+            ready = self._ledger.take_unsaved()
             named = {each.file_name: each for each in self.shards}
-            due |= {str(record["shard"]): named[str(record["shard"])] for record in ready}
+            due = {shard.file_name, *(str(record["shard"]) for record in ready)}
             try:
-                for each in due.values():
-                    with self._open(each) as descriptor:
+                for name in due:
+                    with self._open(named[name]) as descriptor:
                         sync_data(descriptor)
                         forget(descriptor)
-                if ready and self._journal is not None:
-                    self._journal.append(ready)
+                self._ledger.save(ready)
             except BaseException as error:
-                # Some systems report a failed sync once and forget the bytes: never try again.
                 self._failed = True
                 if isinstance(error, OSError):
-                    raise explain(self.path / JOURNAL, error) from error
+                    raise explain(self._partial(JOURNAL), error) from error
                 raise
 
     @contextmanager
@@ -290,7 +282,7 @@ class OutputFolder:
         except OSError as error:
             raise explain(file, error) from error
 
-    def write_file(self, name: str, data: bytes) -> None:
+    def write_file(self, name: str, data: bytes | Iterable[bytes]) -> None:
         """Writes a side file, replacing one of the same name.
 
         Parameters
@@ -298,7 +290,7 @@ class OutputFolder:
         name
             A plain file name, or one in additional_chat_templates/; not that of a weight file.
         data
-            Its content.
+            Its content, at once or by parts.
 
         Raises
         ------
@@ -313,14 +305,13 @@ class OutputFolder:
         file = self.path / side_name(name, taken=taken)
         try:
             file.parent.mkdir(exist_ok=True)
-            write_new(file, data)
+            self._write_new(file, name, data)
         except OSError as error:
             raise explain(file, error) from error
-        self._note_file(name, data)
 
-    def _note_file(self, name: str, data: bytes) -> None:
-        digest = hashlib.sha256(data).hexdigest()
-        self._side[name] = {"record": "file", "name": name, "size": len(data), "sha256": digest}
+    def _write_new(self, file: Path, name: str, data: bytes | Iterable[bytes]) -> None:
+        size, digest = write_new(file, [data] if isinstance(data, bytes) else data)
+        self._ledger.add_file(name, size, digest)
 
     def seal(self) -> None:
         """Makes the output whole; everything must have been written.
@@ -341,22 +332,20 @@ class OutputFolder:
     def _seal(self) -> None:
         for shard in self.shards:
             for name in extents(shard):
-                if name not in self._tensors:
+                if not self._ledger.is_finished(name):
                     self.finish_tensor(shard, name)
             self.flush(shard)
         for shard in self.shards:
             self._complete(shard)
         path, names = self.path, [shard.file_name for shard in self.shards]
         mark = commit_mark(names)
-        if mark not in names:
-            index = index_json(self.shards)
-            write_new(self._partial(mark), index)
-            self._note_file(mark, index)
+        if mark is not None and mark not in names:
+            self._write_new(self._partial(mark), mark, index_json(self.shards))
             names.append(mark)
-        write_new(path / JOURNAL, sealed_lines(self._records()))
+        write_new(path / JOURNAL, [self._ledger.sealed(self.shards)])
         # Windows renames no open file.
         self._close_files()
-        for folder in {(path / name).parent for name in self._side} | {path}:
+        for folder in {(path / name).parent for name in self._ledger.files} | {path}:
             sync_folder(folder)
         self._partial(JOURNAL).unlink()
         for name in names:
@@ -381,18 +370,13 @@ class OutputFolder:
                 "something else wrote to it; run the merge again."
             )
 
-    def _records(self) -> list[Record]:
-        """Those of the sealed journal, in the order of the output."""
-        tensors = [self._tensors[name] for shard in self.shards for name in shard.offsets]
-        return [self._start, *tensors, *(self._side[name] for name in sorted(self._side))]
-
     def abort(self) -> None:
         """Closes the files and leaves the output visibly unfinished; may be called twice.
 
         What is finished of it is noted, so that the next run goes on from there.
         """
         try:
-            if self._unsaved and not (self._failed or self._closed):
+            if self._ledger.has_unsaved and not (self._failed or self._closed):
                 with suppress(LeanMergeError):
                     self.flush(self.shards[0])
         finally:
@@ -405,38 +389,4 @@ class OutputFolder:
 
     def _close_files(self) -> None:
         self._files.close()
-        if self._journal is not None:
-            self._journal.close()
-
-
-def check_output(
-    out: Path,
-    shards: Sequence[Shard],
-    *,
-    inputs: Sequence[Path],
-    overwrite: bool,
-    run: Mapping[str, Any] | None = None,
-    resume: bool = True,
-) -> None:
-    """Raises what `OutputFolder.create` would, and touches nothing; for plans."""
-    final = checked_place(out, inputs)
-    start = start_record(run or {}, shards)
-    try:
-        if is_complete(final, start):
-            return
-        step = choose(final, start, overwrite=overwrite, resume=resume)
-        freed = 0 if step is Step.REPLACE else folder_bytes(final)
-    except OSError as error:
-        raise explain(final, error) from error
-    check_free_space(final, sum(shard.size for shard in shards), freed=freed)
-
-
-def find_complete(
-    out: Path, shards: Sequence[Shard], *, inputs: Sequence[Path], run: Mapping[str, Any]
-) -> Path | None:
-    """The folder, if `out` holds the complete output of `run` already. Raises OutputError."""
-    final = checked_place(out, inputs)
-    try:
-        return final if is_complete(final, start_record(run, shards)) else None
-    except OSError as error:
-        raise explain(final, error) from error
+        self._ledger.close()

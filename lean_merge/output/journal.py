@@ -27,6 +27,7 @@ _SEAL = re.compile(rb',"crc32":"([0-9a-f]{8})"}\n', re.ASCII)
 _SEAL_LENGTH = len(b',"crc32":"00000000"}\n')
 _TYPES: Mapping[str, Mapping[str, type]] = {
     "start": {"format": int, "run": dict, "shards": list},
+    "shard": {"file": str, "size": int, "header_sha256": str},
     "tensor": {"name": str, "shard": str, "crc32_data": int},
     "file": {"name": str, "size": int, "sha256": str},
     "end": {"records": int, "sha256": str},
@@ -64,14 +65,20 @@ def start_record(run: Mapping[str, Any], shards: Sequence[Shard]) -> dict[str, A
         "record": "start",
         "format": FORMAT,
         "run": dict(run),
-        "shards": [
-            {
-                "file": shard.file_name,
-                "size": shard.size,
-                "header_sha256": hashlib.sha256(shard.header).hexdigest(),
-            }
-            for shard in shards
-        ],
+        "shards": [_described(shard) for shard in shards],
+    }
+
+
+def shard_record(shard: Shard) -> dict[str, Any]:
+    """A record of a weight file whose layout was not known at the start."""
+    return {"record": "shard", **_described(shard)}
+
+
+def _described(shard: Shard) -> dict[str, Any]:
+    return {
+        "file": shard.file_name,
+        "size": shard.size,
+        "header_sha256": hashlib.sha256(shard.header).hexdigest(),
     }
 
 
@@ -83,38 +90,40 @@ class Journal:
     ----------
     start
         The first record.
-    tensors, files
-        Records of tensors and of files that are not shards, by name; the last one of each counts.
+    shards, tensors, files
+        Weight files, tensors, and other files, by name; the last record of each counts.
     sealed
         Whether it ends in a matching `end` record, as that of a complete output does.
     length
-        Bytes of the first lines that count, up to the last one of a tensor.
+        Bytes of the first lines that count, up to those of files.
     """
 
     start: dict[str, Any]
+    shards: dict[str, dict[str, Any]]
     tensors: dict[str, dict[str, Any]]
     files: dict[str, dict[str, Any]]
     sealed: bool
     length: int
 
     @property
-    def weight_files(self) -> tuple[str, ...]:
-        """Names of the shards."""
-        return tuple(str(shard["file"]) for shard in self.start["shards"])
-
-    @property
-    def mark(self) -> str:
+    def mark(self) -> str | None:
         """The file whose name makes the output complete."""
-        return commit_mark(self.weight_files)
+        return commit_mark(list(self.shards))
 
 
-def commit_mark(names: Sequence[str]) -> str:
-    """The file that is renamed last: the only shard, or the index of several."""
-    return names[0] if len(names) == 1 else INDEX
+def commit_mark(names: Sequence[str]) -> str | None:
+    """The weight file that is renamed last: the only one, or the index of several.
+
+    Without weights it is the removal of the unsealed journal that makes an output complete.
+    """
+    if len(names) > 1:
+        return INDEX
+    return names[0] if names else None
 
 
 def read_journal(file: Path) -> Journal | None:
     """What `file` says; None if there is none, or its first line does not count. OSError."""
+    shards: dict[str, dict[str, Any]] = {}
     tensors: dict[str, dict[str, Any]] = {}
     files: dict[str, dict[str, Any]] = {}
     start: dict[str, Any] | None = None
@@ -129,9 +138,13 @@ def read_journal(file: Path) -> Journal | None:
                 sealed = False
                 break
             if record["record"] == "start":
-                start = _checked_start(record)
-                if start is None:
+                if record["format"] != FORMAT or not all(map(_is_shard, record["shards"])):
                     return None
+                start, shards = record, {each["file"]: each for each in record["shards"]}
+            elif record["record"] == "shard":
+                if not _is_shard(record):
+                    break
+                shards[record["file"]] = record
             elif record["record"] == "tensor":
                 tensors[record["name"]] = record
             elif record["record"] == "file":
@@ -141,21 +154,16 @@ def read_journal(file: Path) -> Journal | None:
                 if not sealed:
                     break
             whole.update(line)
-            length += len(line) if record["record"] in ("start", "tensor") else 0
+            length += len(line) if record["record"] not in ("file", "end") else 0
             count += 1
-    return None if start is None else Journal(start, tensors, files, sealed, length)
+    return None if start is None else Journal(start, shards, tensors, files, sealed, length)
 
 
-def _checked_start(record: dict[str, Any]) -> dict[str, Any] | None:
-    types = {"file": str, "size": int, "header_sha256": str}
-    for shard in record["shards"]:
-        if not isinstance(shard, dict) or any(
-            type(shard.get(k)) is not t for k, t in types.items()
-        ):
-            return None
-        if Path(shard["file"]).name != shard["file"]:
-            return None
-    return record if record["format"] == FORMAT and record["shards"] else None
+def _is_shard(entry: Any) -> bool:
+    types = _TYPES["shard"]
+    if not isinstance(entry, dict) or any(type(entry.get(k)) is not t for k, t in types.items()):
+        return False
+    return Path(entry["file"]).name == str(entry["file"])
 
 
 def sealed_lines(records: Iterable[Record]) -> bytes:

@@ -13,12 +13,13 @@ from typing import Any
 
 from lean_merge.checkpoints.checkpoint import INDEX
 from lean_merge.errors import OutputError
-from lean_merge.output.journal import JOURNAL, Journal
+from lean_merge.output.journal import JOURNAL, Journal, start_record
 from lean_merge.output.layout import Shard, extents
 from lean_merge.output.replace import Replacement
-from lean_merge.output.state import PARTIAL, Step, choose, difference, look
+from lean_merge.output.state import PARTIAL, Step, choose, difference, is_complete, look
 from lean_merge.output.storage import (
     check_free_space,
+    explain,
     folder_bytes,
     lock_folder,
     make_folder,
@@ -129,7 +130,7 @@ def _clear(folder: Path) -> None:
     if not folder.is_dir():
         return
     journal = look(folder).journal
-    ours = {INDEX, *(journal.weight_files if journal else ())}
+    ours = {INDEX, *(journal.shards if journal else ())}
     for name in sorted(ours):
         for each in (folder / name, folder / f"{name}{PARTIAL}"):
             each.unlink(missing_ok=True)
@@ -145,7 +146,7 @@ def unseal(path: Path, journal: Journal) -> None:
     At every moment one whole journal is there.
     """
     # The commit mark goes first: complete folders come here too, which wait for their switch.
-    for name in (journal.mark, *journal.weight_files):
+    for name in [journal.mark, *journal.shards] if journal.mark else []:
         if (path / name).exists():
             os.replace(path / name, path / f"{name}{PARTIAL}")
             sync_folder(path)
@@ -186,3 +187,36 @@ def _digest(descriptor: int, start: int, length: int, buffer: memoryview) -> int
             return -1
         digest = zlib.crc32(part, digest)
     return digest
+
+
+def check_output(
+    out: Path,
+    shards: Sequence[Shard],
+    *,
+    inputs: Sequence[Path],
+    overwrite: bool,
+    run: Mapping[str, Any] | None = None,
+    resume: bool = True,
+) -> None:
+    """Raises what `OutputFolder.create` would, and touches nothing; for plans."""
+    final = checked_place(out, inputs)
+    start = start_record(run or {}, shards)
+    try:
+        if is_complete(final, start):
+            return
+        step = choose(final, start, overwrite=overwrite, resume=resume)
+        freed = 0 if step is Step.REPLACE else folder_bytes(final)
+    except OSError as error:
+        raise explain(final, error) from error
+    check_free_space(final, sum(shard.size for shard in shards), freed=freed)
+
+
+def find_complete(
+    out: Path, shards: Sequence[Shard], *, inputs: Sequence[Path], run: Mapping[str, Any]
+) -> Path | None:
+    """The folder, if `out` holds the complete output of `run` already. Raises OutputError."""
+    final = checked_place(out, inputs)
+    try:
+        return final if is_complete(final, start_record(run, shards)) else None
+    except OSError as error:
+        raise explain(final, error) from error

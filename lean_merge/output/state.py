@@ -54,7 +54,7 @@ def look(folder: Path) -> Found:
         return Found(State.EMPTY)
     journal = journal or read_journal(folder / JOURNAL)
     if journal is not None:
-        whole = journal.sealed and journal.mark in names
+        whole = journal.sealed and (journal.mark or JOURNAL) in names
         return Found(State.COMPLETE if whole else State.UNFINISHED, journal)
     if any(name.endswith((".safetensors" + PARTIAL, INDEX + PARTIAL)) for name in names):
         return Found(State.UNFINISHED)

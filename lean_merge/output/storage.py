@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
+import stat
 import threading
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from pathlib import Path, PurePosixPath
 
 from lean_merge.errors import BudgetError, LeanMergeError, OutputError
@@ -72,16 +74,24 @@ def read_all(descriptor: int, out: memoryview, offset: int) -> int:
     return done
 
 
-def write_new(file: Path, data: bytes) -> None:
-    """Makes or replaces a small file, whose bytes are on the disk when this returns. OSError."""
+def write_new(file: Path, parts: Iterable[bytes]) -> tuple[int, str]:
+    """Makes or replaces a small file, whose bytes are on the disk when this returns.
+
+    Returns its length and SHA-256. Raises OSError.
+    """
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     flags |= getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
     descriptor = os.open(file, flags, 0o666)
+    size, digest = 0, hashlib.sha256()
     try:
-        write_all(descriptor, memoryview(data), 0)
+        for part in parts:
+            write_all(descriptor, memoryview(part), size)
+            size += len(part)
+            digest.update(part)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+    return size, digest.hexdigest()
 
 
 def make_folder(folder: Path) -> list[Path]:
@@ -187,10 +197,17 @@ def folder_bytes(folder: Path) -> int:
     """Bytes of the disk that the files directly in `folder` occupy; 0 if there is none."""
     if not folder.is_dir() or folder.is_symlink():
         return 0
-    return sum(_occupied(each.lstat()) for each in folder.iterdir() if not each.is_symlink())
+    return sum(map(occupied, folder.iterdir()))
 
 
-def _occupied(status: os.stat_result) -> int:
+def occupied(file: Path) -> int:
+    """Bytes of the disk that a file occupies; 0 if there is none, or only a link. OSError."""
+    try:
+        status = file.lstat()
+    except FileNotFoundError:
+        return 0
+    if stat.S_ISLNK(status.st_mode):
+        return 0
     # A sparse file occupies less than its length, which others may have taken meanwhile.
     return min(status.st_size, getattr(status, "st_blocks", status.st_size) * 512)
 
