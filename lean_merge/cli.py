@@ -26,9 +26,10 @@ from lean_merge.plan import Plan, Resources
 from lean_merge.plan import plan as make_plan
 from lean_merge.recipe import MergeRecipe, load_recipe_file
 from lean_merge.sizes import parse_size
+from lean_merge.verify import verify
 from lean_merge.version import __version__
 
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 5
+EXIT_FAILED, EXIT_USAGE, EXIT_DIFFERENT, EXIT_INTERRUPTED = 1, 2, 3, 5
 _SIGINT_OF_TYPER = 130
 _CommandLineError: type[Any] = next(
     each for each in typer.BadParameter.__mro__ if each.__name__ == "ClickException"
@@ -176,13 +177,17 @@ def _work(
         "seed": seed,
         "allow_partial": allow_partial or None,
     }
-    resources = Resources(
+    resources = _resources(device, memory, vram, threads)
+    return make_plan(_recipe(recipe, wanted, parameters), resources)
+
+
+def _resources(device: str, memory: str | None, vram: str | None, threads: int | None) -> Resources:
+    return Resources(
         device=device,
         memory=None if memory is None else parse_size(memory),
         vram=None if vram is None else parse_size(vram),
         threads=threads,
     )
-    return make_plan(_recipe(recipe, wanted, parameters), resources)
 
 
 def _shares_options_of_work(command: Callable[..., None]) -> Callable[..., None]:
@@ -267,6 +272,45 @@ def plan_command(
     typer.echo(json.dumps(describe.plan_dict(plan)) if as_json else describe.plan_text(plan))
 
 
+@app.command("verify")
+def verify_command(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a complete output.")],
+    full: Annotated[
+        bool, typer.Option("--full", help="Merge all weights again, not a sample.")
+    ] = False,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the sample; default another one each time.")
+    ] = None,
+    without_inputs: Annotated[
+        bool, typer.Option("--without-inputs", help="Compare with the journal only.")
+    ] = False,
+    device: Device = "auto",
+    memory: Memory = None,
+    vram: Vram = None,
+    threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> int:
+    """Read an output again, all of it, and say what differs; exit code 3 if anything does.
+
+    Every file is compared with the journal, tensors out of scope with the MLLM's, and a sample of
+    the others is merged again: a twentieth, but at least 8.
+    """
+    result = verify(
+        out,
+        full=full,
+        seed=seed,
+        with_inputs=not without_inputs,
+        resources=_resources(device, memory, vram, threads),
+    )
+    if as_json:
+        typer.echo(json.dumps(describe.verification_dict(result)))
+    elif not (quiet and result.ok):
+        typer.echo(describe.verification_text(result))
+    return 0 if result.ok else EXIT_DIFFERENT
+
+
 @app.command("methods")
 def methods_command(as_json: Json = False, debug: Debug = False) -> None:
     """List the methods, their parameters and references."""
@@ -347,7 +391,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        # Commands return None; a number is that of an Exit, which newer typers make of Ctrl-C.
+        # `verify` returns a code, other commands None; newer typers make a code of Ctrl-C.
         code = app(arguments, standalone_mode=False)
         if code == _SIGINT_OF_TYPER:
             raise KeyboardInterrupt

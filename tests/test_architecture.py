@@ -99,6 +99,16 @@ MAY_IMPORT = {
         "errors",
     },
     "identity": {"plan", "checkpoints", "output", "recipe", "version"},
+    "verify": {
+        "engine",
+        "plan",
+        "recipe",
+        "identity",
+        "checkpoints",
+        "methods",
+        "output",
+        "errors",
+    },
     "report": {"plan", "engine", "memory", "version", "sizes"},
 }
 """The rooms that each room may see; the architecture page gives the reasons."""

@@ -42,7 +42,7 @@ def identify(checkpoint: Checkpoint, *, others: Sequence[Path] = ()) -> list[dic
                 "ctime_ns": status.st_ctime_ns,
             }
             if file in checkpoint.files and file.suffix == ".safetensors":
-                entry["header_sha256"] = _header_digest(file)
+                entry["header_sha256"] = header_digest(file)
         except OSError as error:
             raise CheckpointError(
                 f"{file}: cannot be read ({error.strerror or error}); check the path."
@@ -51,7 +51,8 @@ def identify(checkpoint: Checkpoint, *, others: Sequence[Path] = ()) -> list[dic
     return sorted(found, key=lambda entry: str(entry["name"]))
 
 
-def _header_digest(file: Path) -> str:
+def header_digest(file: Path) -> str:
+    """SHA-256 of a safetensors file's header, its length included. Raises OSError."""
     digest = hashlib.sha256()
     with open(file, "rb") as stream:
         head = stream.read(8)

@@ -4,6 +4,7 @@ Shards, side files and model card become a checkpoint by one last rename.
 """
 
 from lean_merge.output.card import license_of, model_card
+from lean_merge.output.check import Difference, FolderCheck, check_folder
 from lean_merge.output.folder import OutputFolder
 from lean_merge.output.journal import JOURNAL, Journal, read_journal
 from lean_merge.output.layout import OutputTensor, Shard, index_json, plan_shards
@@ -13,11 +14,14 @@ from lean_merge.output.state import changed_input
 
 __all__ = [
     "JOURNAL",
+    "Difference",
+    "FolderCheck",
     "Journal",
     "OutputFolder",
     "OutputTensor",
     "Shard",
     "changed_input",
+    "check_folder",
     "check_output",
     "copy_side_files",
     "find_complete",

@@ -11,6 +11,8 @@ import zlib
 from collections.abc import Iterable
 from functools import lru_cache
 
+from lean_merge.output.storage import read_all
+
 _POLYNOMIAL = 0xEDB88320
 _ONE = 1 << 31
 """The polynomial 1, as the bits of a CRC-32 are ordered: the highest bit is x^0."""
@@ -96,3 +98,14 @@ class RangeDigests:
             for _, end, _ in inside:
                 del self._runs[end]
         return whole
+
+
+def range_digest(descriptor: int, start: int, length: int, buffer: memoryview) -> int | None:
+    """CRC-32 of bytes of a file, read through `buffer`; None if the file is shorter. OSError."""
+    digest = 0
+    for position in range(start, start + length, len(buffer)):
+        part = buffer[: min(len(buffer), start + length - position)]
+        if read_all(descriptor, part, position) != len(part):
+            return None
+        digest = zlib.crc32(part, digest)
+    return digest

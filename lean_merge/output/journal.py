@@ -13,7 +13,7 @@ import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lean_merge.checkpoints.checkpoint import INDEX
@@ -56,7 +56,14 @@ def decode(line: bytes) -> dict[str, Any] | None:
     types = _TYPES.get(str(record.get("record")))
     if types is None or any(type(record.get(key)) is not kind for key, kind in types.items()):
         return None
+    if record["record"] == "file" and not _is_inside(record["name"]):
+        return None
     return record
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def start_record(run: Mapping[str, Any], shards: Sequence[Shard]) -> dict[str, Any]:
@@ -138,7 +145,9 @@ def read_journal(file: Path) -> Journal | None:
                 sealed = False
                 break
             if record["record"] == "start":
-                if record["format"] != FORMAT or not all(map(_is_shard, record["shards"])):
+                if record["format"] != FORMAT or not _is_run(record["run"]):
+                    return None
+                if not all(map(_is_shard, record["shards"])):
                     return None
                 start, shards = record, {each["file"]: each for each in record["shards"]}
             elif record["record"] == "shard":
@@ -164,6 +173,27 @@ def _is_shard(entry: Any) -> bool:
     if not isinstance(entry, dict) or any(type(entry.get(k)) is not t for k, t in types.items()):
         return False
     return Path(entry["file"]).name == str(entry["file"])
+
+
+def _is_run(run: dict[str, Any]) -> bool:
+    """Whether what is known of a run has the types that docs/durability.md says."""
+    recipe, environment = run.get("recipe", {}), run.get("environment", {})
+    entries = run.get("inputs", [])
+    if not (isinstance(recipe, dict) and isinstance(environment, dict)):
+        return False
+    return isinstance(entries, list) and all(map(_is_input, entries))
+
+
+def _is_input(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("files"), list):
+        return False
+    if not all(isinstance(entry.get(key), str) for key in ("role", "path")):
+        return False
+    types = {"name": str, "size": int}
+    return all(
+        isinstance(file, dict) and all(type(file.get(key)) is kind for key, kind in types.items())
+        for file in entry["files"]
+    )
 
 
 def sealed_lines(records: Iterable[Record]) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 
 from lean_merge.checkpoints.checkpoint import INDEX
 from lean_merge.errors import OutputError
+from lean_merge.output.digest import range_digest
 from lean_merge.output.journal import JOURNAL, Journal, start_record
 from lean_merge.output.layout import Shard, extents
 from lean_merge.output.replace import Replacement
@@ -23,7 +23,6 @@ from lean_merge.output.storage import (
     folder_bytes,
     lock_folder,
     make_folder,
-    read_all,
     refuse_inputs,
     sync_folder,
 )
@@ -172,21 +171,11 @@ def finished_tensors(
                 record = journal.tensors.get(name)
                 if record is None or record["shard"] != shard.file_name:
                     continue
-                if _digest(descriptor, start, length, buffer) == record["crc32_data"]:
+                if range_digest(descriptor, start, length, buffer) == record["crc32_data"]:
                     found[name] = record
         finally:
             os.close(descriptor)
     return found
-
-
-def _digest(descriptor: int, start: int, length: int, buffer: memoryview) -> int:
-    digest = 0
-    for position in range(start, start + length, len(buffer)):
-        part = buffer[: min(len(buffer), start + length - position)]
-        if read_all(descriptor, part, position) != len(part):
-            return -1
-        digest = zlib.crc32(part, digest)
-    return digest
 
 
 def check_output(
