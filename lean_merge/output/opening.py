@@ -203,9 +203,13 @@ def check_output(
 def find_complete(
     out: Path, shards: Sequence[Shard], *, inputs: Sequence[Path], run: Mapping[str, Any]
 ) -> Path | None:
-    """The folder, if `out` holds the complete output of `run` already. Raises OutputError."""
+    """The folder, if `out` holds the complete output of `run` already. Raises OutputError.
+
+    What a crash left of replacing it is ended first.
+    """
     final = checked_place(out, inputs)
     try:
+        Replacement(final).recover()
         return final if is_complete(final, start_record(run, shards)) else None
     except OSError as error:
         raise explain(final, error) from error
