@@ -66,8 +66,23 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Any other parameter of the method."),
 ]
+Output = Annotated[
+    str | None,
+    typer.Option(help="checkpoint; lora, an adapter; or none, the analysis alone."),
+]
+LoraRank = Annotated[
+    str | None, typer.Option(help="auto keeps each update; or the rank of every weight.")
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(help="Merge only what this regex, or 'layers: 0-15', names; may be repeated."),
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option(help="Copy what this regex, or 'layers: 0-15', names.")
+]
 OutDtype = Annotated[
-    str | None, typer.Option(help="auto, float32, bfloat16 or float16, of in-scope weights.")
+    str | None,
+    typer.Option(help="auto, float32, bfloat16 or float16, of in-scope weights or adapter."),
 ]
 Rounding = Annotated[str | None, typer.Option(help="nearest or stochastic.")]
 ShardSize = Annotated[str | None, typer.Option(help="Largest shard: 5GB, 2GiB, 500MB.")]
@@ -118,6 +133,10 @@ def _recipe(file: Path | None, given: dict[str, Any], parameters: dict[str, Any]
     return MergeRecipe.from_dict(data)
 
 
+def _rank(text: str | None) -> int | str | None:
+    return int(text) if text and text.lstrip("-").isdigit() else text
+
+
 def _work(
     recipe: RecipeFile = None,
     base: Base = None,
@@ -134,6 +153,10 @@ def _work(
     svd: Svd = None,
     importance: Importance = None,
     set_: Set = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    output: Output = None,
+    lora_rank: LoraRank = None,
     out_dtype: OutDtype = None,
     rounding: Rounding = None,
     shard_size: ShardSize = None,
@@ -152,7 +175,7 @@ def _work(
         "nuclear": nuclear,
         "stages": stages,
         "scale": scale,
-        "rank": int(rank) if rank and rank.lstrip("-").isdigit() else rank,
+        "rank": _rank(rank),
         "svd": svd,
         "importance": importance,
     }
@@ -166,6 +189,10 @@ def _work(
         "mllm_model": mllm,
         "experts": list(expert) if expert else None,
         "merge_method": method,
+        "include": list(include) if include else None,
+        "exclude": list(exclude) if exclude else None,
+        "output": output,
+        "lora_rank": _rank(lora_rank),
         "out_dtype": out_dtype,
         "rounding": rounding,
         "shard_size": shard_size,
@@ -202,7 +229,9 @@ def _shares_options_of_work(command: Callable[..., None]) -> Callable[..., None]
 @_shares_options_of_work
 def merge_command(
     work: dict[str, Any],
-    out: Annotated[Path, typer.Option(help="Output folder.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder; --output none needs none.")
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output once the new is complete.")
     ] = False,
@@ -210,7 +239,7 @@ def merge_command(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Merge, and write a checkpoint that from_pretrained loads."""
+    """Merge, and write a checkpoint that from_pretrained loads, or an adapter that PEFT loads."""
     plan = _work(**work)
     if not (quiet or as_json):
         for line in describe.warnings_of(plan):
