@@ -73,11 +73,7 @@ def merge(
     """
     if isinstance(work, Plan) and resources is not None:
         raise RecipeError("A plan has its resources; give others when it is made.")
-    recipe = work.recipe if isinstance(work, Plan) else work
-    if out is None and recipe.output != "none":
-        raise RecipeError(
-            f"Output {recipe.output} needs a folder; give one with --out, or --output none."
-        )
+    check_has_folder(work.recipe if isinstance(work, Plan) else work, out)
     with memory.PeakSampler() as sampler:
         baseline = sampler.peak
         plan = work if isinstance(work, Plan) else make_plan(work, resources)
@@ -95,6 +91,14 @@ def merge(
                 write_companions(plan, folder, report)
                 folder.seal()
     return MergeResult(path=None if folder is None else folder.final, report=report)
+
+
+def check_has_folder(recipe: MergeRecipe, out: str | Path | None) -> None:
+    """Raises RecipeError if the recipe's output needs a folder and there is none."""
+    if out is None and recipe.output != "none":
+        raise RecipeError(
+            f"Output {recipe.output} needs a folder; give one with --out, or --output none."
+        )
 
 
 def stream(

@@ -17,6 +17,7 @@ import typer
 from tqdm import tqdm
 
 from lean_merge import describe
+from lean_merge.api import check_has_folder
 from lean_merge.api import merge as merge_api
 from lean_merge.engine.run import Event
 from lean_merge.errors import LeanMergeError, RecipeError
@@ -166,8 +167,8 @@ def _work(
     memory: Memory = None,
     vram: Vram = None,
     threads: Threads = None,
-) -> Plan:
-    """The plan that the options shared by `merge` and `plan` ask for."""
+) -> tuple[MergeRecipe, Resources]:
+    """What the options shared by `merge` and `plan` ask for."""
     parameters: dict[str, Any] = {
         "threshold": threshold,
         "select_by": select_by,
@@ -205,7 +206,7 @@ def _work(
         vram=None if vram is None else parse_size(vram),
         threads=threads,
     )
-    return make_plan(_recipe(recipe, wanted, parameters), resources)
+    return _recipe(recipe, wanted, parameters), resources
 
 
 def _shares_options_of_work(command: Callable[..., None]) -> Callable[..., None]:
@@ -240,7 +241,11 @@ def merge_command(
     debug: Debug = False,
 ) -> None:
     """Merge, and write a checkpoint that from_pretrained loads, or an adapter that PEFT loads."""
-    plan = _work(**work)
+    if out is None and work["recipe"] is None and work["output"] != "none":
+        raise RecipeError("Missing --out, the output folder; or give --output none.")
+    recipe, resources = _work(**work)
+    check_has_folder(recipe, out)
+    plan = make_plan(recipe, resources)
     if not (quiet or as_json):
         for line in describe.warnings_of(plan):
             typer.echo(f"warning: {line}", err=True)
@@ -267,7 +272,7 @@ def plan_command(
     debug: Debug = False,
 ) -> None:
     """Read headers only: what would be merged and copied, memory, disk, bytes."""
-    plan = _work(**work)
+    plan = make_plan(*_work(**work))
     if out is not None:
         check_output(out, plan.shards, inputs=plan.inputs, overwrite=overwrite)
     if quiet:

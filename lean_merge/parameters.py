@@ -16,7 +16,7 @@ from typing import Any
 from lean_merge.errors import RecipeError
 from lean_merge.methods import Method, all_methods, canonical_name
 from lean_merge.recipe import MergeRecipe, Parameters, reject_unknown
-from lean_merge.scope import Place, nearest, pattern
+from lean_merge.scope import Place, nearest
 from lean_merge.values import ANY, Filtered
 
 
@@ -33,6 +33,9 @@ def build_method(recipe: MergeRecipe, place: Place | None = None) -> Method[Any]
     """
     kind, fields = _checked_names(recipe)
     return _build(kind, [_typed(values, fields) for values in _resolved(recipe, place)])
+
+
+_DEFAULT = object()
 
 
 def _checked_names(
@@ -55,17 +58,17 @@ def _resolved(recipe: MergeRecipe, place: Place | None) -> list[dict[str, Any]]:
     for expert in recipe.experts:
         values = {**dict(recipe.parameters), **dict(expert.parameters)}
         at = {name: _at(value, place) for name, value in values.items()}
-        resolved.append({name: value for name, value in at.items() if value is not None})
+        resolved.append({name: value for name, value in at.items() if value is not _DEFAULT})
     return resolved
 
 
 def _at(value: Any, place: Place | None) -> Any:
-    """What a value is at one weight; None where none of its filters matches."""
+    """What a value is at one weight; `_DEFAULT` where none of its filters matches."""
     if _is_filtered(value):
         for entry in value:
             if entry.filter == ANY or (place is not None and place.matches(entry.filter)):
                 return _at(entry.value, place)
-        return None
+        return _DEFAULT
     if _is_gradient(value):
         return _interpolated(value, 0.0 if place is None else place.depth)
     return value
@@ -78,7 +81,7 @@ def _is_filtered(value: Any) -> bool:
 def _is_gradient(value: Any) -> bool:
     return (
         isinstance(value, tuple)
-        and bool(value)
+        and len(value) > 1
         and all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in value)
     )
 
@@ -165,4 +168,4 @@ class MethodTable:
                         )
 
 
-__all__ = ["MethodTable", "build_method", "pattern"]
+__all__ = ["MethodTable", "build_method"]

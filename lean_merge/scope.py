@@ -55,12 +55,12 @@ class Place:
             return any(self.layer in layers for layers in _ranges(entry, found["ranges"]))
         if entry == ANY:
             return True
-        search = pattern(entry).search
+        search = _pattern(entry).search
         return bool(search(self.canonical) or search(self.mllm))
 
 
 @cache
-def pattern(entry: str) -> re.Pattern[str]:
+def _pattern(entry: str) -> re.Pattern[str]:
     """An entry as a regular expression. Raises RecipeError."""
     try:
         return re.compile(entry)
