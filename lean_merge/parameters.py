@@ -49,7 +49,19 @@ def _checked_names(
     reject_unknown(dict(recipe.parameters), fields, f"parameters of {name}")
     for expert in recipe.experts:
         reject_unknown(dict(expert.parameters), own, f"parameters of an expert of {name}")
+    for values in _all_parameters(recipe):
+        for parameter, value in values:
+            entries = [each.value for each in value] if _is_filtered(value) else [value]
+            if any(map(_is_gradient, entries)) and not isinstance(fields[parameter].default, float):
+                raise RecipeError(
+                    f"{parameter} cannot be interpolated over the layers; give one value, or one "
+                    "for each filter."
+                )
     return methods[name], fields
+
+
+def _all_parameters(recipe: MergeRecipe) -> list[Parameters]:
+    return [recipe.parameters, *(expert.parameters for expert in recipe.experts)]
 
 
 def _resolved(recipe: MergeRecipe, place: Place | None) -> list[dict[str, Any]]:
@@ -136,16 +148,6 @@ class MethodTable:
 
     def __post_init__(self) -> None:
         self._kind, self._fields = _checked_names(self.recipe)
-        for values in (self.recipe.parameters, *(each.parameters for each in self.recipe.experts)):
-            self._check_gradients(values)
-
-    def _check_gradients(self, values: Parameters) -> None:
-        for name, value in values:
-            entries = [each.value for each in value] if _is_filtered(value) else [value]
-            if any(map(_is_gradient, entries)) and not isinstance(
-                self._fields[name].default, float
-            ):
-                raise RecipeError(f"{name} cannot be interpolated over the layers; give one value.")
 
     def at(self, place: Place) -> Method[Any]:
         """The method for one weight. Raises RecipeError naming the weight where a value differs."""
@@ -158,7 +160,7 @@ class MethodTable:
 
     def check_filters(self, places: list[Place]) -> None:
         """Raises RecipeError for a filter of a value that matches none of the weights."""
-        for values in (self.recipe.parameters, *(each.parameters for each in self.recipe.experts)):
+        for values in _all_parameters(self.recipe):
             for name, value in values:
                 for entry in value if _is_filtered(value) else ():
                     if entry.filter != ANY and not any(p.matches(entry.filter) for p in places):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from lean_merge.checkpoints import Coverage, LogicalWeight
+from lean_merge.checkpoints import Coverage, LogicalWeight, MappedWeight
 from lean_merge.errors import RecipeError
 from lean_merge.values import ANY
 
@@ -28,7 +28,8 @@ class Place:
     Attributes
     ----------
     canonical, mllm
-        Its names: "layers.3.self_attn.q_proj", and that of the tensor in the MLLM.
+        Its names: "layers.3.self_attn.q_proj", and that of the tensor in the MLLM. A part of a
+        fused tensor goes by its own last word there too, so that "up_proj" is not gate_up_proj.
     layers
         How many layers the language model has.
     """
@@ -92,10 +93,20 @@ def _ranges(entry: str, text: str) -> tuple[range, ...]:
 
 def places_of(coverage: Coverage) -> dict[str, Place]:
     """The place of every logical weight, by canonical name."""
-    named = [(part, weight.mllm.name) for weight in coverage.weights for part in weight.slices]
-    places = [Place(part.canonical, mllm, 0) for part, mllm in named]
+    places = [
+        Place(part.canonical, _mllm_name(weight, part), 0)
+        for weight in coverage.weights
+        for part in weight.slices
+    ]
     layers = 1 + max((place.layer for place in places), default=0)
     return {each.canonical: Place(each.canonical, each.mllm, layers) for each in places}
+
+
+def _mllm_name(weight: MappedWeight, part: LogicalWeight) -> str:
+    if len(weight.slices) == 1:
+        return weight.mllm.name
+    stem = weight.mllm.name.removesuffix(".weight").rpartition(".")[0]
+    return f"{stem}.{part.canonical.rpartition('.')[2]}.weight"
 
 
 @dataclass(frozen=True, slots=True)
