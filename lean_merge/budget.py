@@ -60,6 +60,8 @@ class WeightShape:
     """Whether any input is stored in another dtype than the task vectors'."""
     scratch: int = 0
     """Bytes that a worker holds to decode tiles of base, one role and the MLLM's rows."""
+    turned_item: int = 0
+    """Bytes of a number of the output where rows are written as columns, else 0."""
 
     @property
     def tile(self) -> int:
@@ -96,10 +98,11 @@ def worker_bytes(weight: WeightShape, widest: int) -> int:
 def apply_bytes(weight: WeightShape) -> int:
     """Buffers of one worker while it adds and rounds: a raw tile, and strips of 4-byte numbers.
 
-    Update, sum, change and rounded result are four; stochastic rounding holds ten more.
+    Update, sum, change and rounded result are four; stochastic rounding holds ten more. Where rows
+    are written as columns, a tile of the output waits until it is whole.
     """
     strip = min(weight.tile, strip_rows(weight.in_features) * weight.in_features)
-    return weight.tile * weight.stored_item + 14 * strip * 4
+    return weight.tile * (weight.stored_item + weight.turned_item) + 14 * strip * 4
 
 
 def lane_bytes(weight: WeightShape, widest: int) -> int:

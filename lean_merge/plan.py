@@ -182,7 +182,9 @@ def plan(recipe: MergeRecipe, resources: Resources | None = None) -> Plan:
     base = open_checkpoint(recipe.base_model)
     mllm = open_checkpoint(recipe.mllm_model)
     experts = tuple(open_checkpoint(expert.model) for expert in recipe.experts)
-    coverage = map_roles(base, mllm, experts, allow_partial=recipe.allow_partial)
+    coverage = map_roles(
+        base, mllm, experts, allow_partial=recipe.allow_partial, names=recipe.name_rules()
+    )
     for weight in coverage.weights:
         _check_arithmetic(weight)
     outputs = _outputs(recipe, mllm, coverage)
@@ -293,6 +295,9 @@ def arithmetic_dtype(task: torch.dtype, device: str) -> torch.dtype:
     return torch.float32
 
 
+_LARGEST_OUT = torch.float64.itemsize
+
+
 @dataclass(frozen=True, slots=True)
 class _Layout:
     """How a weight's memory is laid out, and with that what it costs."""
@@ -319,6 +324,7 @@ class _Layout:
             arithmetic_item=arithmetic_dtype(task, self.device).itemsize,
             widened=any(torch_dtype(source.dtype) != task for source in weight.roles),
             scratch=scratch[0] + max(scratch[1:]) + scratch[1],
+            turned_item=_LARGEST_OUT if weight.place.width else 0,
         )
 
     @property

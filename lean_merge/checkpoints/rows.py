@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lean_merge.checkpoints.dtypes import torch_dtype
 from lean_merge.checkpoints.header import TensorSpec
+from lean_merge.checkpoints.placement import Place
 from lean_merge.checkpoints.reader import TensorReader, as_bytes
 
 Buffer = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
@@ -82,7 +83,10 @@ class WeightSource(abc.ABC):
 
 @dataclass(frozen=True, slots=True)
 class PlainRows(WeightSource):
-    """Rows [first, first + count) of a stored matrix, as they are."""
+    """Rows [first, first + count) of a stored matrix, as they are.
+
+    A tensor of more dimensions is one matrix: the rows of its first member, of its second, ...
+    """
 
     tensor: TensorSpec
     first: int
@@ -101,7 +105,7 @@ class PlainRows(WeightSource):
     @property
     def shape(self) -> tuple[int, int]:
         """out, in of the logical weight."""
-        return self.count, self.tensor.shape[1]
+        return self.count, self.tensor.shape[-1]
 
     @property
     def dtype(self) -> str:
@@ -119,11 +123,68 @@ class PlainRows(WeightSource):
 
     @property
     def _row_bytes(self) -> int:
-        return self.tensor.shape[1] * torch_dtype(self.tensor.dtype).itemsize
+        return self.tensor.shape[-1] * torch_dtype(self.tensor.dtype).itemsize
 
     def read(self, rows: slice, reader: TensorReader, buffer: Buffer, name: str) -> Tensor:
         """The rows as they are stored."""
-        shape = (rows.stop - rows.start, self.tensor.shape[1])
+        shape = (rows.stop - rows.start, self.tensor.shape[-1])
         out = buffer(name, shape, torch_dtype(self.tensor.dtype))
         reader.read_into(self.tensor, (self.first + rows.start) * self._row_bytes, as_bytes(out))
         return out
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedRows(WeightSource):
+    """Rows that lie apart in a stored tensor, or that are stored as columns."""
+
+    place: Place
+
+    @property
+    def name(self) -> str:
+        """Of the stored tensor."""
+        return self.place.tensor.name
+
+    @property
+    def file(self) -> Path:
+        """Of the stored tensor."""
+        return self.place.tensor.file
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """out, in of the logical weight."""
+        return self.place.shape
+
+    @property
+    def dtype(self) -> str:
+        """Of the stored tensor."""
+        return self.place.tensor.dtype
+
+    @property
+    def stored(self) -> tuple[TensorSpec, ...]:
+        """The stored tensor."""
+        return (self.place.tensor,)
+
+    def nbytes(self, rows: slice) -> int:
+        """The bytes of the rows: what lies between them is not read."""
+        item = torch_dtype(self.dtype).itemsize
+        return len(range(rows.start, rows.stop)) * self.shape[1] * item
+
+    def read(self, rows: slice, reader: TensorReader, buffer: Buffer, name: str) -> Tensor:
+        """The rows; a transposed view where they are stored as columns."""
+        count, width = rows.stop - rows.start, self.shape[1]
+        dtype = torch_dtype(self.dtype)
+        columns = bool(self.place.width)
+        out = buffer(name, (width, count) if columns else (count, width), dtype)
+        data, done = as_bytes(out), 0
+        for first, length in self.place.spans(rows):
+            stop = done + length * dtype.itemsize
+            reader.read_into(self.place.tensor, first * dtype.itemsize, data[done:stop])
+            done = stop
+        return out.T if columns else out
+
+
+def source(place: Place) -> WeightSource:
+    """How the rows of a logical weight are had, given where it lies."""
+    if place.is_block:
+        return PlainRows(place.tensor, place.first // place.shape[1], place.shape[0])
+    return PlacedRows(place)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -83,9 +83,7 @@ def run(plan: Plan, folder: OutputFolder, on_event: Callable[[Event], None]) -> 
         reader = stack.enter_context(TensorReader())
         workers = stack.enter_context(worker_pool(plan.workers))
         flusher = stack.enter_context(Flusher(folder))
-        prefetcher = stack.enter_context(
-            Prefetcher(reader, [_sources(task) for task in plan.tasks], ahead=READ_AHEAD)
-        )
+        prefetcher = stack.enter_context(Prefetcher(reader, _sources(plan.tasks), ahead=READ_AHEAD))
         engine = _Engine(plan, folder, reader, workers, flusher, result)
         for index, task in enumerate(plan.tasks):
             if isinstance(task, CopyTask):
@@ -103,10 +101,15 @@ def run(plan: Plan, folder: OutputFolder, on_event: Callable[[Event], None]) -> 
     return result
 
 
-def _sources(task: CopyTask | WeightTask) -> list[TensorSpec]:
-    if isinstance(task, CopyTask):
-        return [task.source]
-    return list(task.weight.stored)
+def _sources(tasks: Sequence[CopyTask | WeightTask]) -> list[list[TensorSpec]]:
+    """The tensors that each task is the first to read."""
+    met: set[TensorSpec] = set()
+    first = []
+    for task in tasks:
+        stored = (task.source,) if isinstance(task, CopyTask) else task.weight.stored
+        first.append([spec for spec in stored if spec not in met])
+        met.update(stored)
+    return first
 
 
 class _Engine:

@@ -90,7 +90,7 @@ class _RowWriter:
         self._output = output
         self._reader = reader
         self._workers = workers
-        self._item = output.dtype.itemsize * vectors.shape[1]
+        self._place = vectors.weight.place
         wanted = tuple(bool(c) for c in decision.coefficients)
         self._wanted = wanted or (False,) * len(vectors.weight.others)
         # Rows that no pass has read have not been checked for NaN and Inf.
@@ -102,7 +102,7 @@ class _RowWriter:
         mllm = self._vectors.weight.mllm
         weights = mllm.read(tile, self._reader, self._workers.buffer, "mllm")
         if not self._decision.merges:
-            self._write_unchanged(self._vectors.weight.start + tile.start, weights)
+            self._write_unchanged(tile, weights)
             return Written(0.0, 0.0)
         task_vectors: list[Tensor | None] = [None] * len(self._wanted)
         if any(self._wanted):
@@ -135,22 +135,39 @@ class _RowWriter:
         after = self._workers.buffer("after", shape, torch.float32)
         torch.add(before, update, out=after)
         rounded = self._checked(after, self._output.dtype, generator)
-        row = self._vectors.weight.start + tile.start + strip.start
-        self._output.write(row * self._item, as_bytes(rounded))
+        self._store(tile, strip, rounded)
         change = after.copy_(rounded).sub_(before)
         return Written(_dot(change, update), _dot(update, update))
 
-    def _write_unchanged(self, first: int, weights: Tensor) -> None:
+    def _write_unchanged(self, tile: slice, weights: Tensor) -> None:
         """The MLLM's rows: as they are, or strip by strip in another dtype."""
         if self._seen and weights.dtype == self._output.dtype:
-            self._output.write(first * self._item, as_bytes(weights))
+            self._write(tile, weights.T if self._place.width else weights)
             return
         height = strip_rows(self._vectors.shape[1])
         for start in range(0, weights.shape[0], height):
-            rounded = self._checked(
-                weights[start : start + height].float(), self._output.dtype, None
+            strip = slice(start, min(start + height, weights.shape[0]))
+            self._store(
+                tile, strip, self._checked(weights[strip].float(), self._output.dtype, None)
             )
-            self._output.write((first + start) * self._item, as_bytes(rounded))
+
+    def _store(self, tile: slice, strip: slice, rounded: Tensor) -> None:
+        """Write one strip of a tile; where rows are columns, the whole tile after its last."""
+        if not self._place.width:
+            self._write(slice(tile.start + strip.start, tile.start + strip.stop), rounded)
+            return
+        shape = (self._vectors.shape[1], tile.stop - tile.start)
+        turned = self._workers.buffer("turned", shape, self._output.dtype)
+        turned[:, strip] = rounded.T
+        if tile.start + strip.stop == tile.stop:
+            self._write(tile, turned)
+
+    def _write(self, rows: slice, numbers: Tensor) -> None:
+        """Write rows [t, in], or [in, t] where rows are stored as columns."""
+        data, done, item = as_bytes(numbers), 0, self._output.dtype.itemsize
+        for first, count in self._place.spans(rows):
+            self._output.write(first * item, data[done : done + count * item])
+            done += count * item
 
     def _compute(
         self, rows: slice, strip: slice, task_vectors: list[Tensor | None], out: Tensor
