@@ -295,9 +295,6 @@ def arithmetic_dtype(task: torch.dtype, device: str) -> torch.dtype:
     return torch.float32
 
 
-_LARGEST_OUT = torch.float64.itemsize
-
-
 @dataclass(frozen=True, slots=True)
 class _Layout:
     """How a weight's memory is laid out, and with that what it costs."""
@@ -324,7 +321,7 @@ class _Layout:
             arithmetic_item=arithmetic_dtype(task, self.device).itemsize,
             widened=any(torch_dtype(source.dtype) != task for source in weight.roles),
             scratch=scratch[0] + max(scratch[1:]) + scratch[1],
-            turned_item=_LARGEST_OUT if weight.place.width else 0,
+            columns=any(source.in_columns for source in weight.roles),
         )
 
     @property

@@ -352,7 +352,7 @@ SAVED = {
 def family(name: str) -> Family:
     """A family by its name in other tests: of `SAVED`, or a text model's."""
     if name not in SAVED:
-        return next(f for f in FAMILIES if f.make is None and f.base.lower() == name)
+        return next(f for f in FAMILIES if f.name == "Text models" and f.base.lower() == name)
     return next(f for f in FAMILIES if (f.name, f.version) == SAVED[name])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from lean_merge.checkpoints.checkpoint import Checkpoint
@@ -81,6 +81,20 @@ class MappedWeight:
         """Every tensor that is read to merge it, each once."""
         roles = (source for rows in self.slices for source in rows.roles)
         return tuple(dict.fromkeys(spec for source in roles for spec in source.stored))
+
+    @property
+    def extents(self) -> tuple[TensorSpec, ...]:
+        """The parts of them that are read, none of them twice."""
+        found: list[TensorSpec] = []
+        parts = {part for each in self.slices for role in each.roles for part in role.extents}
+        for part in sorted(parts, key=lambda each: (each.file, each.offset)):
+            last = found[-1] if found else None
+            if last is None or last.file != part.file or part.offset > last.offset + last.nbytes:
+                found.append(part)
+            else:
+                end = max(part.offset + part.nbytes, last.offset + last.nbytes)
+                found[-1] = replace(last, nbytes=end - last.offset)
+        return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)

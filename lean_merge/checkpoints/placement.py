@@ -68,6 +68,15 @@ class Place:
         """Whether it is one block of rows."""
         return not self.width and self.run == self.shape[0]
 
+    @property
+    def extent(self) -> tuple[int, int]:
+        """(first, count) of the stored numbers from its first to its last."""
+        out, into = self.shape
+        if self.width:
+            return self.first, (into - 1) * self.width + out
+        last = (out - 1) // self.run * self.period + (out - 1) % self.run
+        return self.first, (last + 1) * into
+
     def spans(self, rows: slice) -> Iterator[tuple[int, int]]:
         """(first, count) of the stored numbers of `rows`.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -33,6 +33,16 @@ class WeightSource(abc.ABC):
     """Whether the rows are those of the task vector, so that no base is subtracted from them."""
     is_zero: ClassVar[bool] = False
     """Whether all its numbers are 0, which is known without reading; only for differences."""
+
+    @property
+    def in_columns(self) -> bool:
+        """Whether its rows are columns of what is stored, so that few cost as much as many."""
+        return False
+
+    @property
+    def extents(self) -> tuple[TensorSpec, ...]:
+        """The parts of `stored` that are read, named as their tensors."""
+        return self.stored
 
     @property
     @abc.abstractmethod
@@ -117,6 +127,12 @@ class PlainRows(WeightSource):
         """The stored tensor."""
         return (self.tensor,)
 
+    @property
+    def extents(self) -> tuple[TensorSpec, ...]:
+        """Its rows."""
+        width = self.tensor.shape[-1]
+        return (_extent(self.tensor, self.first * width, self.count * width),)
+
     def nbytes(self, rows: slice) -> int:
         """The bytes of the rows."""
         return len(range(rows.start, rows.stop)) * self._row_bytes
@@ -164,6 +180,16 @@ class PlacedRows(WeightSource):
         """The stored tensor."""
         return (self.place.tensor,)
 
+    @property
+    def in_columns(self) -> bool:
+        """As its place says."""
+        return bool(self.place.width)
+
+    @property
+    def extents(self) -> tuple[TensorSpec, ...]:
+        """From its first number to its last."""
+        return (_extent(self.place.tensor, *self.place.extent),)
+
     def nbytes(self, rows: slice) -> int:
         """The bytes of the rows: what lies between them is not read."""
         item = torch_dtype(self.dtype).itemsize
@@ -181,6 +207,12 @@ class PlacedRows(WeightSource):
             reader.read_into(self.place.tensor, first * dtype.itemsize, data[done:stop])
             done = stop
         return out.T if columns else out
+
+
+def _extent(tensor: TensorSpec, first: int, count: int) -> TensorSpec:
+    """`count` numbers of a tensor as if they were one."""
+    item = torch_dtype(tensor.dtype).itemsize
+    return replace(tensor, shape=(count,), offset=tensor.offset + first * item, nbytes=count * item)
 
 
 def source(place: Place) -> WeightSource:
