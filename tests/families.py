@@ -65,6 +65,7 @@ class Triple:
     mllm: Path
     experts: tuple[Path, ...]
     slots: tuple[Slot, ...]
+    loader: str = ""
 
     def is_aligned(self, canonical: str, expert: int = 0) -> bool:
         """Whether the leading directions were planted together; by turns over the experts."""

@@ -349,6 +349,9 @@ SAVED = {
 """Families that other tests use, by their names there."""
 
 
+SAVED_NAMES = (*SAVED, "llama", "phi3")
+
+
 def family(name: str) -> Family:
     """A family by its name in other tests: of `SAVED`, or a text model's."""
     if name not in SAVED:
@@ -383,7 +386,9 @@ def build(
             shutil.copytree(folder / "base", path)
             tensors = {name: (tensor + 0.02).to(dtype) for name, tensor in base.items()}
         else:
-            tensors = save(entry.model(), path, entry.version, entry.convert)
+            model = entry.model()
+            loader = type(model).__name__
+            tensors = save(model, path, entry.version, entry.convert)
         for slot in slots:
             where = slot.in_base if role else slot.in_mllm
             where.put(tensors, tune(slot.in_base.get(base).float(), slot.canonical, role))
@@ -393,7 +398,7 @@ def build(
         file = folder / "mllm" / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | dict(entry.config)))
     paths = tuple(folder / f"expert{n}" for n in range(1, experts + 1))
-    return Triple(folder / "base", folder / "mllm", paths, slots)
+    return Triple(folder / "base", folder / "mllm", paths, slots, loader)
 
 
 def _save(

@@ -13,6 +13,7 @@ from lean_merge.checkpoints.dtypes import (
     torch_dtype,
 )
 from lean_merge.checkpoints.header import TensorSpec, read_header
+from lean_merge.checkpoints.modules import module_name
 from lean_merge.checkpoints.names import (
     Coverage,
     LogicalWeight,
@@ -37,6 +38,7 @@ __all__ = [
     "common_dtype",
     "language_layout",
     "map_roles",
+    "module_name",
     "open_checkpoint",
     "read_header",
     "safetensors_dtype",

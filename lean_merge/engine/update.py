@@ -30,6 +30,14 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True)
+class Truncated:
+    """What an adapter keeps of an update: its rank, and the relative Frobenius error of the cut."""
+
+    rank: int
+    error: float
+
+
+@dataclass(frozen=True, slots=True)
 class OutputRows:
     """How one logical weight's rows are written."""
 
@@ -194,4 +202,4 @@ def torch_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-__all__ = ["OutputRows", "Written", "copy_tensor", "write_rows"]
+__all__ = ["OutputRows", "Truncated", "Written", "copy_tensor", "write_rows"]
