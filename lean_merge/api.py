@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from lean_merge import memory
 from lean_merge.checkpoints.jsonfile import read_object
-from lean_merge.engine.run import Event, run
-from lean_merge.engine.sinks import CheckpointSink
+from lean_merge.engine.adapter import AdapterSink
+from lean_merge.engine.run import Event, RunResult, run, steps
+from lean_merge.engine.sinks import CheckpointSink, DecisionSink, TensorSink
 from lean_merge.errors import CheckpointError, RecipeError
 from lean_merge.identity import inputs, run_facts
 from lean_merge.output import (
+    FactorStore,
     OutputFolder,
+    adapter_card,
     changed_input,
     copy_side_files,
     find_complete,
     license_of,
     model_card,
+    write_adapter,
 )
-from lean_merge.plan import Plan, Resources
+from lean_merge.plan import Plan, Resources, plan_stream
 from lean_merge.plan import plan as make_plan
 from lean_merge.recipe import MergeRecipe
-from lean_merge.report import REPORT, build_report, summary, to_json
+from lean_merge.report import REPORT, adapter_summary, build_report, summary, to_json
 
 RECIPE = "lean_merge_recipe.yml"
 _MAX_REPORT = 1 << 30
@@ -32,13 +39,13 @@ _MAX_REPORT = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class MergeResult:
-    """A finished merge: where it is, and its report.
+    """A finished merge: where it is, None if nothing was written, and its report.
 
     `reused` is how many tensors an interrupted run had written; `was_complete` tells that the
     output was there already and nothing was done.
     """
 
-    path: Path
+    path: Path | None
     report: dict[str, Any]
     reused: int = 0
     was_complete: bool = False
@@ -46,14 +53,17 @@ class MergeResult:
 
 def merge(
     work: MergeRecipe | Plan,
-    out: str | Path,
+    out: str | Path | None = None,
     *,
     resources: Resources | None = None,
     overwrite: bool = False,
     resume: bool = True,
     on_event: Callable[[Event], None] | None = None,
 ) -> MergeResult:
-    """Merge, and write a checkpoint that `from_pretrained` loads.
+    """Merge, and write what the recipe's `output` says.
+
+    That is a checkpoint that `from_pretrained` loads, an adapter that PEFT loads, or with `none`
+    the report alone, into `out` if there is one.
 
     Onto the unfinished output of the same merge it goes on where that stopped; onto the complete
     one there is nothing to do.
@@ -80,17 +90,21 @@ def merge(
     """
     if isinstance(work, Plan) and resources is not None:
         raise RecipeError("A plan has its resources; give others when it is made.")
+    check_has_folder(work.recipe if isinstance(work, Plan) else work, out)
     with memory.PeakSampler() as sampler:
         baseline = sampler.peak
         plan = work if isinstance(work, Plan) else make_plan(work, resources)
-        facts = run_facts(plan, Path(out))
+        if out is None:
+            return MergeResult(None, _merge(plan, None, sampler, baseline, on_event))
+        folder_path = Path(out)
+        facts = run_facts(plan, folder_path)
         if resume:
-            complete = find_complete(Path(out), plan.shards, inputs=plan.inputs, run=facts)
+            complete = find_complete(folder_path, plan.shards, inputs=plan.inputs, run=facts)
             if complete is not None:
                 report = read_report(complete)
                 return MergeResult(complete, report, reused=len(plan.tasks), was_complete=True)
         with OutputFolder.create(
-            Path(out),
+            folder_path,
             plan.shards,
             inputs=plan.inputs,
             overwrite=overwrite,
@@ -98,20 +112,30 @@ def merge(
             resume=resume,
         ) as folder:
             reused = len(folder.finished)
-            sink = CheckpointSink(plan, folder)
-            result = run(plan, sink, on_event or (lambda event: None))
-            check_unchanged(plan, Path(out), facts)
-            sampler.sample()
-            report = build_report(
-                plan,
-                result,
-                bytes_written=sum(shard.size for shard in folder.shards),
-                peak=sampler.peak,
-                baseline=baseline,
-            )
+            report = _merge(plan, folder, sampler, baseline, on_event)
+            check_unchanged(plan, folder_path, facts)
             write_companions(plan, folder, report)
             folder.seal()
     return MergeResult(folder.final, report, reused=reused)
+
+
+def _merge(
+    plan: Plan,
+    folder: OutputFolder | None,
+    sampler: memory.PeakSampler,
+    baseline: memory.Usage,
+    on_event: Callable[[Event], None] | None,
+) -> dict[str, Any]:
+    """Run the plan into the sink of its output; the report."""
+    result = _carry_out(plan, folder, on_event or (lambda event: None))
+    sampler.sample()
+    return build_report(
+        plan,
+        result,
+        bytes_written=0 if folder is None else sum(shard.size for shard in folder.shards),
+        peak=sampler.peak,
+        baseline=baseline,
+    )
 
 
 def check_unchanged(plan: Plan, out: Path, facts: dict[str, Any]) -> None:
@@ -135,19 +159,85 @@ def read_report(folder: Path) -> dict[str, Any]:
     )
 
 
+def check_has_folder(recipe: MergeRecipe, out: str | Path | None) -> None:
+    """Raises RecipeError if the recipe's output needs a folder and there is none."""
+    if out is None and recipe.output != "none":
+        raise RecipeError(
+            f"Output {recipe.output} needs a folder; give one with --out, or --output none."
+        )
+
+
+def stream(
+    recipe: MergeRecipe, *, resources: Resources | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Merge in memory: the name and the finished tensor of everything that the MLLM holds.
+
+    They come under the MLLM's own names, in the order of its files, each as it is made. A tensor is
+    on the CPU, in memory of its own, and the caller's from then on: `resources.memory` covers what
+    the engine holds beside it, one tensor in the making included. Nothing is written. Leaving the
+    loop early, or closing the iterator, ends the merge.
+
+    Parameters
+    ----------
+    recipe
+        With output `checkpoint`, whose tensors these are, byte for byte.
+    resources
+        Device, memory and threads.
+
+    Raises
+    ------
+    LeanMergeError
+        What headers tell at once, the rest when the tensor's turn comes.
+    """
+    return _tensors(plan_stream(recipe, resources))
+
+
+def _tensors(plan: Plan) -> Generator[tuple[str, Tensor], None, None]:
+    sink = TensorSink(plan)
+    with closing(steps(plan, sink, RunResult())) as events:
+        for event in events:
+            yield event.name, sink.take()
+
+
+def _carry_out(
+    plan: Plan, folder: OutputFolder | None, on_event: Callable[[Event], None]
+) -> RunResult:
+    """The plan into the sink of its output."""
+    if folder is None or plan.recipe.output == "none":
+        return run(plan, DecisionSink(), on_event)
+    if plan.recipe.output == "checkpoint":
+        return run(plan, CheckpointSink(plan, folder), on_event)
+    with FactorStore(folder.path) as store:
+        sink = AdapterSink(plan, store)
+        result = run(plan, sink, on_event)
+        with result.timed("write"):
+            write_adapter(
+                folder,
+                store,
+                sink.modules,
+                dtype=plan.adapter_dtype,
+                base_model=plan.recipe.mllm_model,
+            )
+    return result
+
+
 def write_companions(plan: Plan, folder: OutputFolder, report: dict[str, Any]) -> None:
-    """Side files of the MLLM, recipe, report and model card."""
+    """Recipe, report and card; beside a checkpoint the MLLM's side files too."""
     recipe = plan.recipe
-    dtype = None if recipe.out_dtype == "auto" else recipe.out_dtype
-    copy_side_files(plan.mllm.path, folder, out_dtype=dtype)
-    card = model_card(
-        recipe_yaml=recipe.to_yaml(),
-        base=recipe.base_model,
-        mllm=recipe.mllm_model,
-        experts=[expert.model for expert in recipe.experts],
-        license_fields=license_of(plan.mllm.path),
-        summary=summary(report),
-    )
-    folder.write_file("README.md", card.encode())
+    about: dict[str, Any] = {
+        "recipe_yaml": recipe.to_yaml(),
+        "base": recipe.base_model,
+        "mllm": recipe.mllm_model,
+        "experts": [expert.model for expert in recipe.experts],
+        "license_fields": license_of(plan.mllm.path),
+    }
+    if recipe.output == "checkpoint":
+        dtype = None if recipe.out_dtype == "auto" else recipe.out_dtype
+        copy_side_files(plan.mllm.path, folder, out_dtype=dtype)
+        card = model_card(**about, summary=summary(report))
+        folder.write_file("README.md", card.encode())
+    elif recipe.output == "lora":
+        card = adapter_card(**about, summary=adapter_summary(report))
+        folder.write_file("README.md", card.encode())
     folder.write_file(RECIPE, recipe.to_yaml().encode())
     folder.write_file(REPORT, to_json(report))

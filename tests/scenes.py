@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from families import Triple, contents, write_triple
 from faults import Tree, flat, write_tree
 from safetensors import SafetensorError, safe_open
 
-from lean_merge import MergeResult, open_checkpoint
+from lean_merge import Event, MergeResult, open_checkpoint
 from lean_merge.engine import prefetch
 from lean_merge.errors import CheckpointError
 from lean_merge.output import JOURNAL, check_folder
@@ -32,7 +32,7 @@ TIMED = ("seconds", "memory")
 """Fields of a report that no two runs share."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scene:
     """A merge of several shards, what it writes, and where it is tried."""
 
@@ -40,6 +40,9 @@ class Scene:
     expected: Mapping[str, bytes]
     old: Mapping[str, bytes]
     folder: Path
+
+    def __repr__(self) -> str:
+        return f"Scene({self.folder})"
 
     def merge(self, out: Path, **options: Any) -> MergeResult:
         """The merge; `options` may say otherwise."""
@@ -138,11 +141,20 @@ def try_disk(tree: Tree, scene: Scene, *, overwrite: bool) -> str:
 STATES = ("absent", "unfinished", "complete", "old")
 
 
-@pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
-    """A scene for tests that leave its folders alone."""
-    with often():
-        return make_scene(tmp_path_factory.mktemp("scene"))
+class Stop(BaseException):
+    """As Ctrl-C is: no Exception."""
+
+
+def stopping(after: int) -> Callable[[Event], None]:
+    """Stops the merge once so many tensors were computed."""
+    left = [after]
+
+    def on_event(event: Event) -> None:
+        left[0] -= not event.reused
+        if left[0] <= 0:
+            raise Stop
+
+    return on_event
 
 
 def often() -> Any:

@@ -18,28 +18,12 @@ from families import contents
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from scenes import REPORT, Scene, assert_never_half_done, assert_same, make_scene
+from scenes import REPORT, Scene, Stop, assert_never_half_done, assert_same, make_scene, stopping
 
 from lean_merge import CheckpointError, Event, OutputError, Resources, cli, identity, merge, plan
 from lean_merge.output import JOURNAL, OutputFolder, read_journal
 
 PARTIAL = f"{JOURNAL}.partial"
-
-
-class Stop(BaseException):
-    """As Ctrl-C is: no Exception."""
-
-
-def stopping(after: int) -> Callable[[Event], None]:
-    """Stops the merge once so many tensors were computed."""
-    left = [after]
-
-    def on_event(event: Event) -> None:
-        left[0] -= not event.reused
-        if left[0] <= 0:
-            raise Stop
-
-    return on_event
 
 
 @pytest.fixture(scope="module")

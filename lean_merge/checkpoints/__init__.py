@@ -14,6 +14,7 @@ from lean_merge.checkpoints.dtypes import (
 )
 from lean_merge.checkpoints.header import TensorSpec, read_header
 from lean_merge.checkpoints.identity import identify
+from lean_merge.checkpoints.modules import module_name
 from lean_merge.checkpoints.names import (
     Coverage,
     LogicalWeight,
@@ -39,6 +40,7 @@ __all__ = [
     "identify",
     "language_layout",
     "map_roles",
+    "module_name",
     "open_checkpoint",
     "read_header",
     "safetensors_dtype",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lean_merge.engine.update import Written
+from lean_merge.engine.update import Truncated, Written
 from lean_merge.methods import ExpertRecord
 
 
@@ -15,7 +15,7 @@ from lean_merge.methods import ExpertRecord
 class WeightResult:
     """What happened to one logical weight; `squared_norms` are those of its task vectors.
 
-    `written` is None where the sink rounds nothing.
+    `stored` is what the sink kept of the update, None where it stored none.
     """
 
     name: str
@@ -23,7 +23,7 @@ class WeightResult:
     experts: tuple[ExpertRecord, ...]
     merged: bool
     squared_norms: tuple[float, ...]
-    written: Written | None
+    stored: Written | Truncated | None
     passes: int
 
 
@@ -43,14 +43,15 @@ def from_note(note: Any) -> tuple[list[WeightResult], int] | None:
 
 
 def _weight(data: dict[str, Any]) -> WeightResult:
-    written = data["written"]
+    stored = data["stored"]
+    kind = None if stored is None else Truncated if "rank" in stored else Written
     return WeightResult(
         name=str(data["name"]),
         canonical=str(data["canonical"]),
         experts=tuple(ExpertRecord(**_numbers(each)) for each in data["experts"]),
         merged=bool(data["merged"]),
         squared_norms=tuple(_number(square) for square in data["squared_norms"]),
-        written=None if written is None else Written(**_numbers(written)),
+        stored=None if kind is None else kind(**_numbers(stored)),
         passes=int(data["passes"]),
     )
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ from lean_merge.engine.sinks import Sink, Tools
 from lean_merge.engine.taskvectors import TaskVectors
 from lean_merge.engine.workers import full_float32, worker_pool
 from lean_merge.memory import release_free_memory
-from lean_merge.methods import Decision, ExpertRecord, WeightContext
+from lean_merge.methods import Decision, ExpertRecord, Method, WeightContext
 from lean_merge.plan import CopyTask, Plan, WeightTask, arithmetic_dtype
 
 READ_AHEAD = 512 << 20
@@ -145,7 +146,7 @@ class _Settings:
 def _sources(task: CopyTask | WeightTask) -> list[TensorSpec]:
     if isinstance(task, CopyTask):
         return [task.source]
-    return list(task.weight.stored)
+    return list(task.weight.extents)
 
 
 class _Engine:
@@ -160,14 +161,15 @@ class _Engine:
     def merge(self, task: WeightTask) -> bool:
         """A tensor in scope, one logical weight after another; True if any got an update."""
         merged = False
-        for rows, resident in zip(task.weight.slices, task.resident, strict=True):
-            result = self._merge_rows(task, rows, resident)
+        for part in range(len(task.weight.slices)):
+            result = self._merge_rows(task, part)
             self._result.weights.append(result)
             merged = merged or result.merged
         return merged
 
-    def _merge_rows(self, task: WeightTask, weight: LogicalWeight, resident: int) -> WeightResult:
-        vectors = self._vectors(weight, resident)
+    def _merge_rows(self, task: WeightTask, part: int) -> WeightResult:
+        weight = task.weight.slices[part]
+        vectors = self._vectors(weight, task.resident[part])
         context = WeightContext(
             name=weight.canonical,
             shape=vectors.shape,
@@ -178,9 +180,13 @@ class _Engine:
             parallel=self.tools.workers.map,
         )
         with self._result.timed("analyze"):
-            decision, passes = self._analyze(vectors, context)
+            method = task.methods[part]
+            if method is None:
+                decision, passes = _left_alone(task.filtered[part], len(weight.experts)), 0
+            else:
+                decision, passes = self._analyze(method, vectors, context)
         with self._result.timed("write"):
-            written = self._sink.update(task, vectors, decision, self.tools)
+            stored = self._sink.update(task, vectors, decision, self.tools)
         norms = vectors.squared_norms()
         return WeightResult(
             name=task.tensor.name,
@@ -188,7 +194,7 @@ class _Engine:
             experts=_with_norms(decision, norms),
             merged=decision.merges,
             squared_norms=tuple(norms),
-            written=written,
+            stored=stored,
             passes=passes,
         )
 
@@ -203,9 +209,11 @@ class _Engine:
             dtype=arithmetic_dtype(stored, self._plan.device),
         )
 
-    def _analyze(self, vectors: TaskVectors, context: WeightContext) -> tuple[Decision, int]:
+    def _analyze(
+        self, method: Method[Any], vectors: TaskVectors, context: WeightContext
+    ) -> tuple[Decision, int]:
         """Drive the method's analysis: each time it asks, one pass over the rows."""
-        analysis = self._plan.method.analyze(context)
+        analysis = method.analyze(context)
         passes = 0
         try:
             wanted = next(analysis)
@@ -227,6 +235,11 @@ def _arena_bytes(plan: Plan) -> int:
             height = min(out_features, resident * budget.tile_rows(in_features))
             most = max(most, height * in_features * item * len(weight.others))
     return most
+
+
+def _left_alone(reason: str, experts: int) -> Decision:
+    """No update, for a part of a tensor that a filter takes."""
+    return Decision(experts=(ExpertRecord(selected=False, reason=reason),) * experts)
 
 
 def _with_norms(decision: Decision, squared_norms: list[float]) -> tuple[ExpertRecord, ...]:

@@ -3,7 +3,15 @@
 Shards, side files and model card become a checkpoint by one last rename.
 """
 
-from lean_merge.output.card import license_of, model_card
+from lean_merge.output.adapter import (
+    ADAPTER,
+    AdapterModule,
+    FactorStore,
+    StoredFactors,
+    adapter_layout,
+    write_adapter,
+)
+from lean_merge.output.card import adapter_card, license_of, model_card
 from lean_merge.output.check import Difference, FolderCheck, check_folder
 from lean_merge.output.folder import OutputFolder
 from lean_merge.output.journal import JOURNAL, Journal, read_journal
@@ -13,13 +21,19 @@ from lean_merge.output.sidefiles import copy_side_files, side_files
 from lean_merge.output.state import changed_input
 
 __all__ = [
+    "ADAPTER",
     "JOURNAL",
+    "AdapterModule",
     "Difference",
+    "FactorStore",
     "FolderCheck",
     "Journal",
     "OutputFolder",
     "OutputTensor",
     "Shard",
+    "StoredFactors",
+    "adapter_card",
+    "adapter_layout",
     "changed_input",
     "check_folder",
     "check_output",
@@ -31,4 +45,5 @@ __all__ = [
     "plan_shards",
     "read_journal",
     "side_files",
+    "write_adapter",
 ]

@@ -27,6 +27,7 @@ from lean_merge.output.storage import (
     explain,
     forget,
     occupied,
+    open_own,
     preallocate,
     side_name,
     sync_data,
@@ -164,9 +165,7 @@ class OutputFolder:
         self.shards = (*self.shards, shard)
 
     def _reserve(self, shard: Shard) -> None:
-        file = self._partial(shard.file_name)
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-        descriptor = os.open(file, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        descriptor = open_own(self._partial(shard.file_name))
         try:
             if os.fstat(descriptor).st_size > shard.size:
                 os.ftruncate(descriptor, shard.size)

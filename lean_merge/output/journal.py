@@ -18,7 +18,7 @@ from typing import Any
 
 from lean_merge.checkpoints.checkpoint import INDEX
 from lean_merge.output.layout import Shard
-from lean_merge.output.storage import sync_data, write_all
+from lean_merge.output.storage import open_own, sync_data, write_all
 
 JOURNAL = "lean_merge_journal.jsonl"
 FORMAT = 1
@@ -215,8 +215,7 @@ class JournalWriter:
     """
 
     def __init__(self, file: Path, length: int) -> None:
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-        self._descriptor: int | None = os.open(file, flags, 0o666)
+        self._descriptor: int | None = open_own(file)
         self._length = length
         os.ftruncate(self._descriptor, length)
 

@@ -75,7 +75,10 @@ def checked_place(out: Path, inputs: Sequence[Path]) -> Path:
     final = out.expanduser().resolve()
     if final.exists() and not final.is_dir():
         raise OutputError(f"{final}: is a file; choose a folder.")
-    refuse_inputs(final, inputs)
+    replacement = Replacement(final)
+    # What lies beside may be deleted, so it must be no input either.
+    for place in (final, replacement.new, replacement.old):
+        refuse_inputs(place, inputs)
     return final
 
 

@@ -107,7 +107,9 @@ def refuse_to_lose(folder: Path, *, overwrite: bool, known: str = "") -> None:
             "another folder."
         )
     names = {each.name for each in folder.iterdir()}
-    if not any(name.endswith((".safetensors", ".safetensors.partial")) for name in names):
+    model = any(name.endswith((".safetensors", ".safetensors.partial")) for name in names)
+    # A folder with a journal is an output too: that of an analysis holds no weights.
+    if not model and not names & {JOURNAL, f"{JOURNAL}{PARTIAL}"}:
         raise OutputError(
             f"{folder}: is not empty and holds no model that could be overwritten; choose another "
             "folder, or empty it yourself."
@@ -132,8 +134,8 @@ def is_complete(folder: Path, start: Mapping[str, Any]) -> bool:
         return False
     if difference(found.journal.start, start, machine=False) is not None:
         return False
-    sizes = {shard["file"]: shard["size"] for shard in start["shards"]}
-    sizes |= {name: record["size"] for name, record in found.journal.files.items()}
+    records = {**found.journal.shards, **found.journal.files}
+    sizes = {name: record["size"] for name, record in records.items()}
     return all(_size(folder / name) == size for name, size in sizes.items())
 
 

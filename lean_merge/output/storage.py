@@ -9,6 +9,7 @@ import shutil
 import stat
 import threading
 from collections.abc import Iterable, Sequence, Set
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from lean_merge.errors import BudgetError, LeanMergeError, OutputError
@@ -74,13 +75,32 @@ def read_all(descriptor: int, out: memoryview, offset: int) -> int:
     return done
 
 
+def open_own(file: Path) -> int:
+    """A descriptor of a file to be written in place, made if absent. OSError.
+
+    A link is refused: through it a file elsewhere would change, an input perhaps.
+    """
+    flags = os.O_RDWR | os.O_CREAT
+    flags |= getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
+    descriptor = os.open(file, flags, 0o666)
+    if os.fstat(descriptor).st_nlink > 1:
+        os.close(descriptor)
+        raise OSError(
+            errno.EMLINK, "it is a hard link, so another file would change too", str(file)
+        )
+    return descriptor
+
+
 def write_new(file: Path, parts: Iterable[bytes]) -> tuple[int, str]:
     """Makes or replaces a small file, whose bytes are on the disk when this returns.
 
     Returns its length and SHA-256. Raises OSError.
     """
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-    flags |= getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
+    # Never through a link: what it leads to stays as it is.
+    with suppress(FileNotFoundError):
+        os.unlink(file)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    flags |= getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     descriptor = os.open(file, flags, 0o666)
     size, digest = 0, hashlib.sha256()
     try:
