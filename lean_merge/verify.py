@@ -21,9 +21,9 @@ from lean_merge.checkpoints import (
 )
 from lean_merge.engine.results import to_note
 from lean_merge.engine.run import Event, run
-from lean_merge.engine.sinks import Sink, Tools, output_rows
+from lean_merge.engine.sinks import Sink, Stored, Tools, output_rows
 from lean_merge.engine.taskvectors import TaskVectors
-from lean_merge.engine.update import Written, copy_tensor, write_rows
+from lean_merge.engine.update import copy_tensor, write_rows
 from lean_merge.errors import CheckpointError, LeanMergeError
 from lean_merge.identity import environment
 from lean_merge.methods import Decision
@@ -271,6 +271,8 @@ class ComparingSink(Sink):
         `TOLERATED` of them by more.
     """
 
+    ahead = True
+
     def __init__(
         self,
         plan: Plan,
@@ -293,19 +295,20 @@ class ComparingSink(Sink):
         wanted = isinstance(task, CopyTask) or task.tensor.name in self._sampled
         return None if wanted and task.tensor.name in self._stored else to_note([], bytes_read=0)
 
-    def copy(self, task: CopyTask, tools: Tools) -> None:
+    def copy(self, task: CopyTask, tools: Tools) -> Callable[[], None]:
         """A tensor out of scope: every byte is the MLLM's."""
-        copy_tensor(tools.reader, task.source, self._comparer(task, tools, True), tools.buffer)
+        compare = self._comparer(task, tools, exact=True)
+        return copy_tensor(task.source, compare, reader=tools.reader, workers=tools.workers)
 
     def update(
         self, task: WeightTask, vectors: TaskVectors, decision: Decision, tools: Tools
-    ) -> Written:
+    ) -> Callable[[], Stored]:
         """A weight, merged again."""
-        output = output_rows(self._plan, task, self._comparer(task, tools, self._exact))
+        output = output_rows(self._plan, task, self._comparer(task, tools, exact=self._exact))
         return write_rows(vectors, decision, output, reader=tools.reader, workers=tools.workers)
 
     def _comparer(
-        self, task: CopyTask | WeightTask, tools: Tools, exact: bool
+        self, task: CopyTask | WeightTask, tools: Tools, *, exact: bool
     ) -> Callable[[int, memoryview], None]:
         """What stands in for writing: reads what is stored there, and counts what differs."""
         name = task.tensor.name

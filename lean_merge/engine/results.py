@@ -27,13 +27,17 @@ class WeightResult:
     passes: int
 
 
+Note = tuple[list[WeightResult], int]
+"""Of a task: its weights, and how many bytes were read for them."""
+
+
 def to_note(weights: Sequence[WeightResult], *, bytes_read: int) -> dict[str, Any]:
     """A task's results as JSON has them; numbers come back bit for bit."""
     note: dict[str, Any] = _plain({"weights": [asdict(weight) for weight in weights]})
     return note | {"bytes_read": bytes_read}
 
 
-def from_note(note: Any) -> tuple[list[WeightResult], int] | None:
+def from_note(note: Any) -> Note | None:
     """What `to_note` was given; None if `note` is not of its making."""
     try:
         weights = [_weight(each) for each in note["weights"]]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from lean_merge.checkpoints import (
     common_dtype,
 )
 from lean_merge.engine.prefetch import Prefetcher
-from lean_merge.engine.results import WeightResult, from_note, to_note
+from lean_merge.engine.results import Note, WeightResult, from_note, to_note
 from lean_merge.engine.sinks import Sink, Tools
 from lean_merge.engine.taskvectors import TaskVectors
 from lean_merge.engine.workers import full_float32, worker_pool
@@ -28,6 +30,9 @@ from lean_merge.methods import Decision, ExpertRecord, Method, WeightContext
 from lean_merge.plan import CopyTask, Plan, WeightTask, arithmetic_dtype
 
 READ_AHEAD = 512 << 20
+"""Bytes that the page cache is asked for before they are used."""
+MOST_BEGUN = 8
+"""Tasks that may be on their way to the sink at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,37 +89,44 @@ def steps(plan: Plan, sink: Sink, result: RunResult) -> Generator[Event, None, N
     with ExitStack() as stack:
         stack.enter_context(full_float32())
         reader = stack.enter_context(TensorReader())
-        workers = stack.enter_context(worker_pool(plan.workers))
+        # The threads write into the sink, so they end before it does.
         stack.enter_context(sink)
+        workers = stack.enter_context(worker_pool(plan.workers))
         notes = [from_note(sink.finished(task)) for task in plan.tasks]
         sources = [
             [] if note else _sources(task) for task, note in zip(plan.tasks, notes, strict=True)
         ]
         prefetcher = stack.enter_context(Prefetcher(reader, sources, ahead=READ_AHEAD))
-        buffer = torch.empty(budget.COPY_BUFFER, dtype=torch.uint8)
-        engine = _Engine(plan, sink, Tools(reader, workers, buffer), result)
+        engine = _Engine(plan, sink, Tools(reader, workers), result)
+        begun: deque[_Begun] = deque()
         for index, (task, note) in enumerate(zip(plan.tasks, notes, strict=True)):
-            known, read = len(result.weights), reader.bytes_read
-            if note is not None:
-                result.weights.extend(note[0])
-                result.bytes_read += note[1]
-                merged = any(weight.merged for weight in note[0])
-            elif isinstance(task, CopyTask):
-                with result.timed("copy"):
-                    sink.copy(task, engine.tools)
-                merged = False
-            else:
-                merged = engine.merge(task)
-                release_free_memory()
-            if note is None:
-                read = reader.bytes_read - read
-                result.bytes_read += read
-                sink.finish(task, to_note(result.weights[known:], bytes_read=read))
-            prefetcher.used(index)
-            with before.in_force():
-                yield Event(task.tensor.name, task.tensor.nbytes, merged, note is not None)
+            begun.append(engine.begin(index, task, note))
+            last = index == len(plan.tasks) - 1
+            while begun and (last or not sink.ahead or not _may_wait(begun)):
+                event = engine.finish(begun[0])
+                prefetcher.used(begun.popleft().index)
+                with before.in_force():
+                    yield event
         if on_cuda:
             result.peak_vram = torch.cuda.max_memory_reserved(plan.device)
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A task that is given to the sink, and what waits until each of its parts is stored."""
+
+    index: int
+    task: CopyTask | WeightTask
+    reader: TensorReader
+    parts: tuple[Callable[[], WeightResult | None], ...]
+    reused: Note | None = None
+    """Of a task that an interrupted run finished."""
+
+
+def _may_wait(begun: Sequence[_Begun]) -> bool:
+    """Whether all that is begun may go on by itself: few tasks, and one weight's factors."""
+    weights = sum(isinstance(each.task, WeightTask) for each in begun)
+    return len(begun) < MOST_BEGUN and weights < 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,18 +170,50 @@ class _Engine:
         self._device = torch.device(plan.device)
         self._arena = torch.empty(_arena_bytes(plan), dtype=torch.uint8, device=self._device)
 
-    def merge(self, task: WeightTask) -> bool:
-        """A tensor in scope, one logical weight after another; True if any got an update."""
-        merged = False
-        for part in range(len(task.weight.slices)):
-            result = self._merge_rows(task, part)
-            self._result.weights.append(result)
-            merged = merged or result.merged
-        return merged
+    def begin(self, index: int, task: CopyTask | WeightTask, note: Note | None) -> _Begun:
+        """Copy, or analyse and decide; what is to be stored may still be on its way.
 
-    def _merge_rows(self, task: WeightTask, part: int) -> WeightResult:
+        A task with a `note` is finished already.
+        """
+        tools = replace(self.tools, reader=self.tools.reader.counting())
+        if note is not None:
+            return _Begun(index, task, tools.reader, (), note)
+        parts: tuple[Callable[[], WeightResult | None], ...]
+        if isinstance(task, CopyTask):
+            parts = (self._sink.copy(task, tools),)
+        else:
+            parts = tuple(self._parts(task, tools))
+            release_free_memory()
+        return _Begun(index, task, tools.reader, parts)
+
+    def _parts(self, task: WeightTask, tools: Tools) -> Iterator[Callable[[], WeightResult]]:
+        """The logical weights one after another; the factors of one may wait to be stored."""
+        waiting: Callable[[], WeightResult] | None = None
+        for part in range(len(task.weight.slices)):
+            begun = self._merge(task, part, tools)
+            if waiting is not None:
+                yield partial(_same, waiting())
+            waiting = begun
+        if waiting is not None:
+            yield waiting
+
+    def finish(self, begun: _Begun) -> Event:
+        """Wait until all of a task is stored, and note what happened."""
+        with self._result.timed("copy" if isinstance(begun.task, CopyTask) else "write"):
+            weights = [weight for part in begun.parts if (weight := part()) is not None]
+        read, reused = begun.reader.bytes_read, begun.reused is not None
+        if begun.reused is None:
+            self._sink.finish(begun.task, to_note(weights, bytes_read=read))
+        else:
+            weights, read = begun.reused
+        self._result.weights.extend(weights)
+        self._result.bytes_read += read
+        tensor = begun.task.tensor
+        return Event(tensor.name, tensor.nbytes, any(each.merged for each in weights), reused)
+
+    def _merge(self, task: WeightTask, part: int, tools: Tools) -> Callable[[], WeightResult]:
         weight = task.weight.slices[part]
-        vectors = self._vectors(weight, task.resident[part])
+        vectors = self._vectors(weight, task.resident[part], tools)
         context = WeightContext(
             name=weight.canonical,
             shape=vectors.shape,
@@ -177,7 +221,7 @@ class _Engine:
             dtype=vectors.dtype,
             device=self._device,
             squared_norms=vectors.squared_norms,
-            parallel=self.tools.workers.map,
+            parallel=tools.workers.map,
         )
         with self._result.timed("analyze"):
             method = task.methods[part]
@@ -186,24 +230,24 @@ class _Engine:
             else:
                 decision, passes = self._analyze(method, vectors, context)
         with self._result.timed("write"):
-            stored = self._sink.update(task, vectors, decision, self.tools)
+            stored = self._sink.update(task, vectors, decision, tools)
         norms = vectors.squared_norms()
-        return WeightResult(
+        return lambda: WeightResult(
             name=task.tensor.name,
             canonical=weight.canonical,
             experts=_with_norms(decision, norms),
             merged=decision.merges,
             squared_norms=tuple(norms),
-            stored=stored,
+            stored=stored(),
             passes=passes,
         )
 
-    def _vectors(self, weight: LogicalWeight, resident: int) -> TaskVectors:
+    def _vectors(self, weight: LogicalWeight, resident: int, tools: Tools) -> TaskVectors:
         stored = common_dtype(source.dtype for source in weight.roles)
         return TaskVectors(
             weight,
-            reader=self.tools.reader,
-            workers=self.tools.workers,
+            reader=tools.reader,
+            workers=tools.workers,
             arena=self._arena,
             resident=resident,
             dtype=arithmetic_dtype(stored, self._plan.device),
@@ -223,6 +267,10 @@ class _Engine:
         except StopIteration as end:
             decision: Decision = end.value
         return decision, passes
+
+
+def _same(result: WeightResult) -> WeightResult:
+    return result
 
 
 def _arena_bytes(plan: Plan) -> int:
