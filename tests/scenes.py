@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +27,23 @@ SHAPES = {
 }
 OPTIONS: dict[str, Any] = {"shard_size": 2000, "rounding": "stochastic", "out_dtype": "bfloat16"}
 REPORT = "lean_merge_report.json"
-TIMED = ("seconds", "memory")
-"""Fields of a report that no two runs share."""
+TIMED = ("seconds", "memory", "threads", "workers")
+"""Fields of a report that tell of the run and not of its result."""
 
 
-@dataclass(frozen=True, repr=False)
 class Scene:
-    """A merge of several shards, what it writes, and where it is tried."""
+    """A merge of several shards, what it writes, what another merge wrote, and where it is tried.
 
-    triple: Triple
-    expected: Mapping[str, bytes]
-    old: Mapping[str, bytes]
-    folder: Path
+    No dataclass, so that a failing property test does not print all these bytes.
+    """
 
-    def __repr__(self) -> str:
-        return f"Scene({self.folder})"
+    def __init__(
+        self, triple: Triple, expected: Mapping[str, bytes], old: Mapping[str, bytes], folder: Path
+    ) -> None:
+        self.triple = triple
+        self.expected = expected
+        self.old = old
+        self.folder = folder
 
     def merge(self, out: Path, **options: Any) -> MergeResult:
         """The merge; `options` may say otherwise."""
