@@ -190,7 +190,9 @@ def _plan(recipe: MergeRecipe, resources: Resources, output: str) -> Plan:
     base = open_checkpoint(recipe.base_model)
     mllm = open_checkpoint(recipe.mllm_model)
     experts = tuple(open_checkpoint(expert.model) for expert in recipe.experts)
-    coverage = map_roles(base, mllm, experts, allow_partial=recipe.allow_partial)
+    coverage = map_roles(
+        base, mllm, experts, allow_partial=recipe.allow_partial, names=recipe.name_rules()
+    )
     for weight in coverage.weights:
         _check_arithmetic(weight)
     places = places_of(coverage)
@@ -357,6 +359,7 @@ class _Layout:
             arithmetic_item=arithmetic_dtype(task, self.device).itemsize,
             widened=any(torch_dtype(source.dtype) != task for source in weight.roles),
             scratch=scratch[0] + max(scratch[1:]) + scratch[1],
+            columns=any(source.in_columns for source in weight.roles),
         )
 
     @property

@@ -149,7 +149,7 @@ class _Settings:
 def _sources(task: CopyTask | WeightTask) -> list[TensorSpec]:
     if isinstance(task, CopyTask):
         return [task.source]
-    return list(task.weight.stored)
+    return list(task.weight.extents)
 
 
 class _Engine:
