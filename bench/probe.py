@@ -1,6 +1,6 @@
 """Merges a triple in a fresh process and prints what its report says of memory, bytes and time.
 
-    python bench/probe.py FOLDER [--output lora] [--memory 400MiB] [--rlimit-data BYTES] [--threads 2]
+    python bench/probe.py FOLDER [--output lora] [--memory 400MiB] [--rlimit-data BYTES]
 
 FOLDER holds `base`, `mllm` and `expert`, as `bench/synthetic.py` writes them.
 """

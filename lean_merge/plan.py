@@ -555,6 +555,13 @@ def _predict(plan: Plan, layout: _Layout) -> Prediction:
     )
 
 
+def row_runs(weight: LogicalWeight) -> tuple[tuple[int, int], ...]:
+    """(first, count) of the rows of the MLLM's stored matrix that a logical weight lies in."""
+    width = weight.shape[1]
+    spans = weight.place.spans(slice(0, weight.shape[0]))
+    return tuple((first // width, count // width) for first, count in spans)
+
+
 def _adapter_bytes(plan: Plan) -> tuple[int, int]:
     """Most bytes of adapter_model.safetensors, and of it and the float32 factors before it."""
     modules = []
@@ -564,7 +571,7 @@ def _adapter_bytes(plan: Plan) -> tuple[int, int]:
             rank = method.largest_rank(part.shape) if method else 0
             if isinstance(plan.recipe.lora_rank, int):
                 rank = min(rank, plan.recipe.lora_rank)
-            parts.append(StoredFactors(part.shape[0], rank))
+            parts.append(StoredFactors(row_runs(part), rank))
         modules.append(plan.adapter_module(task, tuple(parts)))
     size = adapter_layout(modules, plan.adapter_dtype).size
     factors = sum(m.rank * m.in_features for m in modules)
@@ -584,4 +591,5 @@ __all__ = [
     "plan",
     "plan_stream",
     "resolve_device",
+    "row_runs",
 ]

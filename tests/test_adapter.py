@@ -448,9 +448,10 @@ def test_experts_of_a_mixture_are_refused_by_name_and_may_be_left_out(tmp_path: 
     heights=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 4)), min_size=1, max_size=4),
     columns=st.integers(1, 9),
     chunk=st.integers(1, 40),
+    shuffle=st.randoms(use_true_random=False),
 )
-def test_parts_are_put_together_whatever_their_ranks_and_the_chunks(
-    tmp_path: Path, heights: list[tuple[int, int]], columns: int, chunk: int
+def test_parts_are_put_together_whatever_their_ranks_rows_and_the_chunks(
+    tmp_path: Path, heights: list[tuple[int, int]], columns: int, chunk: int, shuffle: Any
 ):
     from lean_merge.output import OutputFolder, adapter, write_adapter
 
@@ -459,7 +460,9 @@ def test_parts_are_put_together_whatever_their_ranks_and_the_chunks(
     folder = Path(tmp_path / f"{len(list(tmp_path.iterdir()))}")
     patch = pytest.MonkeyPatch()
     patch.setattr(adapter, "_CHUNK", max(chunk, sum(rank for _, rank in heights)))
-    blocks, parts = [], []
+    blocks, parts, done = [], [], 0
+    order = list(range(sum(rows for rows, _ in heights)))
+    shuffle.shuffle(order)
     with (
         patch.context(),
         OutputFolder.create(folder, (), inputs=(), overwrite=False) as out,
@@ -468,11 +471,13 @@ def test_parts_are_put_together_whatever_their_ranks_and_the_chunks(
         for rows, rank in heights:
             b, a = (torch.randn(s, generator=generator) for s in ((rows, rank), (rank, columns)))
             blocks.append(as_matrix(b) @ as_matrix(a))
-            parts.append(StoredFactors(rows, rank, store.append(a), store.append(b)))
+            runs = tuple((first, 1) for first in order[done : done + rows])
+            parts.append(StoredFactors(runs, rank, store.append(a), store.append(b)))
+            done += rows
         module = AdapterModule("m", columns, tuple(parts))
         write_adapter(out, store, [module], dtype=torch.float32, base_model="x")
         patch.undo()
         out.seal()
-    assert np.allclose(updates(folder)["m"], np.concatenate(blocks), atol=1e-5)
+    assert np.allclose(updates(folder)["m"][order], np.concatenate(blocks), atol=1e-5)
     size = (folder / WEIGHTS).stat().st_size
     assert adapter_layout([module], torch.float32).size == size
