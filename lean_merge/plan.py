@@ -39,7 +39,7 @@ from lean_merge.output import (
 )
 from lean_merge.parameters import MethodTable, build_method
 from lean_merge.recipe import MergeRecipe
-from lean_merge.scope import Scope, filter_weights, places_of
+from lean_merge.scope import Scope, filter_weights, positions_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +195,7 @@ def _plan(recipe: MergeRecipe, resources: Resources, output: str) -> Plan:
     )
     for weight in coverage.weights:
         _check_arithmetic(weight)
-    places = places_of(coverage)
+    places = positions_of(coverage)
     scope = filter_weights(list(places.values()), include=recipe.include, exclude=recipe.exclude)
     methods = MethodTable(recipe)
     methods.check_filters(list(places.values()))

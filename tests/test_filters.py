@@ -19,7 +19,7 @@ from torch import Tensor
 from lean_merge import MergeRecipe, RecipeError, Resources, merge, plan
 from lean_merge.cli import main
 from lean_merge.parameters import MethodTable
-from lean_merge.scope import Place, filter_weights
+from lean_merge.scope import Position, filter_weights
 
 CPU = Resources(device="cpu", threads=1)
 LAYERS = 5
@@ -56,9 +56,9 @@ def tensor_of(canonical: str) -> str:
     return f"model.{canonical}.weight"
 
 
-def place(layer: int, leaf: str = LEAVES[0], layers: int = LAYERS) -> Place:
+def place(layer: int, leaf: str = LEAVES[0], layers: int = LAYERS) -> Position:
     name = f"layers.{layer}.{leaf}"
-    return Place(name, tensor_of(name), layers)
+    return Position(name, tensor_of(name), layers)
 
 
 # --- values that differ -------------------------------------------------------------------
