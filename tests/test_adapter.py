@@ -17,6 +17,7 @@ from family_table import FAMILIES, SAVED, SAVED_NAMES, Family, build
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import Matrix
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,7 +36,15 @@ from lean_merge.checkpoints.modules import _RENAMED
 from lean_merge.demo.run import family_recipe
 from lean_merge.engine.adapter import ADAPTER_ERROR
 from lean_merge.linalg import truncate
-from lean_merge.output import AdapterModule, FactorStore, StoredFactors, adapter_layout
+from lean_merge.output import (
+    AdapterModule,
+    FactorStore,
+    OutputFolder,
+    StoredFactors,
+    adapter_layout,
+    write_adapter,
+)
+from lean_merge.output import adapter as adapter_module
 
 # PEFT asks transformers by a name that it has given another since.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -417,7 +426,7 @@ def test_the_file_is_what_save_file_writes(adapted: Adapted, tmp_path: Path):
     assert again.output == "lora"
 
 
-def test_the_same_twice_and_in_little_memory_is_the_same(adapted: Adapted, tmp_path: Path):
+def test_another_run_with_more_threads_gives_the_same_bytes(adapted: Adapted, tmp_path: Path):
     triple, _, first = adapted("qwen2.5-vl")
     again = triple.merge(tmp_path / "again", output="lora", threads=2)
     assert (again.path / WEIGHTS).read_bytes() == (first.path / WEIGHTS).read_bytes()
@@ -444,6 +453,27 @@ def test_a_failure_leaves_no_adapter(
     with pytest.raises(OutputError, match="gone"):
         small.merge(tmp_path / "out", output="lora")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_adapter_that_was_not_sealed_is_visibly_unfinished(
+    small: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(folder: OutputFolder) -> None:
+        raise OutputError("the power is gone")
+
+    monkeypatch.setattr(OutputFolder, "seal", fail)
+    with pytest.raises(OutputError, match="gone"):
+        small.merge(tmp_path / "out", output="lora")
+    assert not (tmp_path / "out" / WEIGHTS).exists()
+    with pytest.raises(SafetensorError):
+        load_file(tmp_path / "out" / f"{WEIGHTS}.partial")
+    monkeypatch.undo()
+    with pytest.raises(OutputError, match="unfinished"):
+        small.merge(tmp_path / "out", output="lora")
+    recipe = small.recipe(output="lora")
+    done = merge(recipe, tmp_path / "out", resources=CPU, overwrite=True)
+    assert updates(done.path)
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_an_adapter_of_nothing_is_refused(small: Triple, tmp_path: Path):
@@ -495,13 +525,11 @@ def test_experts_of_a_mixture_are_refused_by_name_and_may_be_left_out(tmp_path: 
 def test_parts_are_put_together_whatever_their_ranks_rows_and_the_chunks(
     tmp_path: Path, heights: list[tuple[int, int]], columns: int, chunk: int, shuffle: Any
 ):
-    from lean_merge.output import OutputFolder, adapter, write_adapter
-
     heights = [*heights, (2, 1)]
     generator = torch.Generator().manual_seed(len(heights))
     folder = Path(tmp_path / f"{len(list(tmp_path.iterdir()))}")
     patch = pytest.MonkeyPatch()
-    patch.setattr(adapter, "_CHUNK", max(chunk, sum(rank for _, rank in heights)))
+    patch.setattr(adapter_module, "_CHUNK", max(chunk, sum(rank for _, rank in heights)))
     blocks, parts, done = [], [], 0
     order = list(range(sum(rows for rows, _ in heights)))
     shuffle.shuffle(order)

@@ -371,6 +371,10 @@ def test_the_commands_flags(deep: Triple, tmp_path: Path, capsys: pytest.Capture
     main(["plan", *roles, *filters, "--json"])
     shown = json.loads(capsys.readouterr().out)
     assert shown["counts"]["filtered"] == 5 and len(shown["weights"]) == 5
+    varying = ["--set", "threshold=[{filter: mlp, value: 1}, 0]", "--set", "scale=[1, 2]"]
+    main(["merge", *roles, *varying, "--output", "none", "--json"])
+    rows = json.loads(capsys.readouterr().out)["weights"]
+    assert {row["weight"]: row["selected"] for row in rows} == {n: "mlp" not in n for n in SHAPES}
     main(["plan", *roles, *filters])
     assert "filtered  " in capsys.readouterr().out
     main(["merge", *roles, *filters, "--output", "none", "--json"])
