@@ -59,7 +59,10 @@ class AdapterSink(Sink):
             return Truncated(0, cut.error)
         b = self._append(decision.left, cut.of_left.to(decision.left.device))
         a = self._append(cut.of_right.to(decision.right.device), decision.right)
-        self._parts.append(StoredFactors(out_features, cut.rank, a, b))
+        place = vectors.weight.place
+        self._parts.append(
+            StoredFactors(out_features, cut.rank, a, b, None if place.is_block else place)
+        )
         return Truncated(cut.rank, cut.error)
 
     def _append(self, left: Tensor, right: Tensor) -> int:

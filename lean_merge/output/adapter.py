@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lean_merge.checkpoints.dtypes import safetensors_dtype
+from lean_merge.checkpoints.placement import Place
 from lean_merge.checkpoints.reader import as_bytes
 from lean_merge.errors import DataError, OutputError
 from lean_merge.output.folder import OutputFolder
@@ -34,18 +35,27 @@ _CHUNK = 1 << 20
 class StoredFactors:
     """The update of rows of a module, b [rows, rank] @ a [rank, in], float32 in a `FactorStore`.
 
-    `a` and `b` are offsets there; without an update the rank is 0.
+    `a` and `b` are offsets there; without an update the rank is 0. `place` tells which rows of the
+    module they are, where they do not follow those of the part before.
     """
 
     rows: int
     rank: int = 0
     a: int = 0
     b: int = 0
+    place: Place | None = None
+
+    def spans(self, rows: slice, first: int) -> list[tuple[int, int]]:
+        """(first, count) of the module's rows that are these; `first` is where others end."""
+        if self.place is None:
+            return [(first + rows.start, rows.stop - rows.start)]
+        width = self.place.shape[1]
+        return [(start // width, count // width) for start, count in self.place.spans(rows)]
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterModule:
-    """One module of the adapter; its parts follow each other from row 0 to the last.
+    """One module of the adapter; its parts are all of its rows.
 
     A fused weight has a part for each projection: A holds their rows below each other, and B is
     block diagonal, so that the ranks add up.
@@ -209,8 +219,8 @@ def _write_b(
     dtype: torch.dtype,
     chunk: Tensor,
 ) -> None:
-    position = shard.offsets[module.key_b]
-    before = 0
+    size = module.rank * dtype.itemsize
+    before = first = 0
     for part in module.parts:
         height = max(1, _CHUNK // module.rank)
         for start in range(0, part.rows, height):
@@ -220,10 +230,14 @@ def _write_b(
                 numbers = chunk[: rows * part.rank].view(rows, part.rank)
                 store.read(part.b + start * part.rank * 4, numbers)
                 block[:, before : before + part.rank] = numbers
-            data = as_bytes(_cast(block, dtype, module.name))
-            folder.write_at(shard, position, data)
-            position += data.nbytes
-        before += part.rank
+            spans = part.spans(slice(start, start + rows), first)
+            folder.write_at(
+                shard,
+                shard.offsets[module.key_b],
+                as_bytes(_cast(block, dtype, module.name)),
+                [(row * size, count * size) for row, count in spans],
+            )
+        before, first = before + part.rank, first + part.rows
 
 
 def _cast(numbers: Tensor, dtype: torch.dtype, name: str) -> Tensor:
