@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,14 @@ class Written:
     along: float
     squared: float
 
+    @classmethod
+    def of(cls, parts: Sequence[Written]) -> Written:
+        """The sums over parts."""
+        return cls(
+            along=math.fsum(part.along for part in parts),
+            squared=math.fsum(part.squared for part in parts),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Truncated:
@@ -47,13 +56,18 @@ class OutputRows:
     write: WriteBytes
 
 
-def copy_tensor(reader: TensorReader, spec: TensorSpec, write: WriteBytes, buffer: Tensor) -> None:
-    """Copy a tensor's bytes through `buffer` (uint8) without decoding them."""
-    view = as_bytes(buffer[:COPY_BUFFER])
-    for start in range(0, spec.nbytes, len(view)):
-        part = view[: min(len(view), spec.nbytes - start)]
+def copy_tensor(
+    spec: TensorSpec, write: WriteBytes, *, reader: TensorReader, workers: Workers
+) -> Callable[[], None]:
+    """Begin to copy a tensor's bytes without decoding them; what is returned waits for the end."""
+
+    def copy(start: int) -> None:
+        buffer = workers.buffer("copy", (COPY_BUFFER,), torch.uint8)
+        part = as_bytes(buffer)[: min(COPY_BUFFER, spec.nbytes - start)]
         reader.read_into(spec, start, part)
         write(start, part)
+
+    return workers.later(copy, range(0, spec.nbytes, COPY_BUFFER)).wait
 
 
 def write_rows(
@@ -63,10 +77,11 @@ def write_rows(
     *,
     reader: TensorReader,
     workers: Workers,
-) -> Written:
-    """Write W_mllm + update, rounded once, for all rows of one logical weight.
+) -> Callable[[], Written]:
+    """Begin to write W_mllm + update, rounded once, for all rows of one logical weight.
 
-    Without an update the rows are the MLLM's own, byte for byte where the dtype is the same.
+    Without an update the rows are the MLLM's own, byte for byte where the dtype is the same. What
+    is returned waits for the end. Task vectors are needed no longer when this returns.
 
     Raises
     ------
@@ -74,11 +89,13 @@ def write_rows(
         A result is NaN or Inf, or overflows the output dtype.
     """
     writer = _RowWriter(vectors, decision, output, reader, workers)
-    parts = workers.map(writer.write_tile, range(len(vectors.tiles)))
-    return Written(
-        along=math.fsum(part.along for part in parts),
-        squared=math.fsum(part.squared for part in parts),
-    )
+    tiles = range(len(vectors.tiles))
+    if any(decision.coefficients):
+        batch = workers.start(writer.write_tile, tiles)
+        batch.wait()
+    else:
+        batch = workers.later(writer.write_tile, tiles)
+    return lambda: Written.of(batch.results())
 
 
 class _RowWriter:
