@@ -136,10 +136,11 @@ def test_storage_decides_nothing(
         assert figures["read"] == figures["read_predicted"]
 
 
-def test_an_adapter_knows_interleaved_rows_and_refuses_stacks(tmp_path: Path):
+@pytest.mark.parametrize("threshold", [0.0, 0.4])
+def test_an_adapter_knows_interleaved_rows_and_refuses_stacks(tmp_path: Path, threshold: float):
     triple = write(tmp_path / "in", INTERN, INTERN, INTERN)
-    whole = triple.merge(tmp_path / "whole", threshold=0.0)
-    adapter = triple.merge(tmp_path / "adapter", threshold=0.0, output="lora")
+    whole = triple.merge(tmp_path / "whole", threshold=threshold)
+    adapter = triple.merge(tmp_path / "adapter", threshold=threshold, output="lora")
     before, after = load(triple.mllm), load(whole.path)
     name = "model.layers.0.attention.wqkv"
     change = as_matrix(after[f"{name}.weight"]) - as_matrix(before[f"{name}.weight"])

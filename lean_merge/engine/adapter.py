@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lean_merge.budget import STRIP_ELEMENTS
+from lean_merge.checkpoints import Place
 from lean_merge.engine.sinks import Sink, Tools
 from lean_merge.engine.taskvectors import TaskVectors
 from lean_merge.engine.update import Truncated
@@ -52,23 +54,21 @@ class AdapterSink(Sink):
         self, task: WeightTask, vectors: TaskVectors, decision: Decision, tools: Tools
     ) -> Callable[[], Truncated | None]:
         """B [out, k] and A [k, in] to the store, with the error of the cut."""
-        cut = self._store_factors(vectors.shape[0], decision)
+        cut = self._store_factors(vectors.weight.place, decision)
         return lambda: cut
 
-    def _store_factors(self, out_features: int, decision: Decision) -> Truncated | None:
+    def _store_factors(self, place: Place, decision: Decision) -> Truncated | None:
+        none = StoredFactors(place.shape[0], place=None if place.is_block else place)
         if decision.left is None or decision.right is None:
-            self._parts.append(StoredFactors(out_features))
+            self._parts.append(none)
             return None
         cut = truncate(decision.left, decision.right, error=ADAPTER_ERROR, rank=self._rank)
         if cut.rank == 0:
-            self._parts.append(StoredFactors(out_features))
+            self._parts.append(none)
             return Truncated(0, cut.error)
         b = self._append(decision.left, cut.of_left.to(decision.left.device))
         a = self._append(cut.of_right.to(decision.right.device), decision.right)
-        place = vectors.weight.place
-        self._parts.append(
-            StoredFactors(out_features, cut.rank, a, b, None if place.is_block else place)
-        )
+        self._parts.append(replace(none, rank=cut.rank, a=a, b=b))
         return Truncated(cut.rank, cut.error)
 
     def _append(self, left: Tensor, right: Tensor) -> int:
