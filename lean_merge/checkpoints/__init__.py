@@ -21,6 +21,7 @@ from lean_merge.checkpoints.names import (
     language_layout,
     map_roles,
 )
+from lean_merge.checkpoints.placement import Place
 from lean_merge.checkpoints.reader import TensorReader, as_bytes
 from lean_merge.checkpoints.rows import WeightSource
 
@@ -31,6 +32,7 @@ __all__ = [
     "Coverage",
     "LogicalWeight",
     "MappedWeight",
+    "Place",
     "TensorReader",
     "TensorSpec",
     "WeightSource",

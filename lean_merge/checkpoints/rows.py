@@ -201,11 +201,9 @@ class PlacedRows(WeightSource):
         dtype = torch_dtype(self.dtype)
         columns = bool(self.place.width)
         out = buffer(name, (width, count) if columns else (count, width), dtype)
-        data, done = as_bytes(out), 0
-        for first, length in self.place.spans(rows):
-            stop = done + length * dtype.itemsize
-            reader.read_into(self.place.tensor, first * dtype.itemsize, data[done:stop])
-            done = stop
+        item = dtype.itemsize
+        spans = [(first * item, length * item) for first, length in self.place.spans(rows)]
+        reader.read_spans(self.place.tensor, spans, as_bytes(out))
         return out.T if columns else out
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import ClassVar
@@ -14,11 +14,14 @@ from torch import Tensor
 from lean_merge.checkpoints import TensorReader, as_bytes, torch_dtype
 from lean_merge.engine.prefetch import Flusher
 from lean_merge.engine.taskvectors import TaskVectors
+from lean_merge.engine.tilestore import WriteBytes
 from lean_merge.engine.update import OutputRows, Truncated, Written, copy_tensor, write_rows
 from lean_merge.engine.workers import Workers
 from lean_merge.methods import Decision
 from lean_merge.output import OutputFolder
 from lean_merge.plan import CopyTask, Plan, WeightTask
+
+Spans = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,20 +122,18 @@ class CheckpointSink(Sink):
         output = output_rows(self._plan, task, self._writer(task))
         return write_rows(vectors, decision, output, reader=tools.reader, workers=tools.workers)
 
-    def _writer(self, task: CopyTask | WeightTask) -> Callable[[int, memoryview], None]:
+    def _writer(self, task: CopyTask | WeightTask) -> WriteBytes:
         shard = self._plan.shards[task.shard]
         start = shard.offsets[task.tensor.name]
 
-        def write(offset: int, data: memoryview) -> None:
-            self._folder.write_at(shard, start + offset, data)
+        def write(offset: int, data: memoryview, spans: Spans | None = None) -> None:
+            self._folder.write_at(shard, start + offset, data, spans)
             self._flusher.wrote(shard, data.nbytes)
 
         return write
 
 
-def output_rows(
-    plan: Plan, task: WeightTask, write: Callable[[int, memoryview], None]
-) -> OutputRows:
+def output_rows(plan: Plan, task: WeightTask, write: WriteBytes) -> OutputRows:
     """How the rows of an in-scope tensor are written, as the recipe wants it."""
     dtype: torch.dtype = torch_dtype(task.tensor.dtype)
     return OutputRows(
@@ -171,8 +172,12 @@ class TensorSink(Sink):
         assert self._tensor is not None
         view = as_bytes(self._tensor)
 
-        def write(offset: int, data: memoryview) -> None:
-            view[offset : offset + data.nbytes] = data.cast("B")
+        def write(offset: int, data: memoryview, spans: Spans | None = None) -> None:
+            data, done = data.cast("B"), 0
+            for start, length in spans or [(0, data.nbytes)]:
+                first = offset + start
+                view[first : first + length] = data[done : done + length]
+                done += length
 
         output = output_rows(self._plan, task, write)
         return write_rows(vectors, decision, output, reader=tools.reader, workers=tools.workers)
