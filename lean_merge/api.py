@@ -82,7 +82,7 @@ def write_companions(plan: Plan, folder: OutputFolder, report: dict[str, Any]) -
     """Side files of the MLLM, recipe, report and model card."""
     recipe = plan.recipe
     dtype = None if recipe.out_dtype == "auto" else recipe.out_dtype
-    copy_side_files(plan.mllm.path, folder, out_dtype=dtype)
+    copy_side_files(plan.mllm.path, folder, out_dtype=dtype, decoded=bool(plan.mllm.scales))
     card = model_card(
         recipe_yaml=recipe.to_yaml(),
         base=recipe.base_model,

@@ -211,6 +211,7 @@ def merge_command(
     debug: Debug = False,
 ) -> None:
     """Merge, and write a checkpoint that from_pretrained loads."""
+    _hush_downloads(quiet)
     plan = _work(**work)
     if not (quiet or as_json):
         for line in describe.warnings_of(plan):
@@ -238,6 +239,7 @@ def plan_command(
     debug: Debug = False,
 ) -> None:
     """Read headers only: what would be merged and copied, memory, disk, bytes."""
+    _hush_downloads(quiet)
     plan = _work(**work)
     if out is not None:
         check_output(out, plan.shards, inputs=plan.inputs, overwrite=overwrite)
@@ -255,7 +257,7 @@ def methods_command(as_json: Json = False, debug: Debug = False) -> None:
 
 @app.command("inspect")
 def inspect_command(
-    checkpoint: Annotated[str, typer.Argument(help="Folder, .safetensors file or hub id.")],
+    checkpoint: Annotated[str, typer.Argument(help="Folder, weight file or hub id.")],
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -278,6 +280,12 @@ def demo_command(
 
     results = run_demo(out, problems=problems, say=lambda line: typer.echo(line, err=True))
     typer.echo(json.dumps(results) if as_json else table(results))
+
+
+def _hush_downloads(quiet: bool) -> None:
+    """Without progress bars of downloads if `quiet`; the hub's client reads this when it starts."""
+    if quiet:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 @contextmanager

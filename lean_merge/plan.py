@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,13 +24,18 @@ from lean_merge.checkpoints import (
     common_dtype,
     map_roles,
     open_checkpoint,
+    open_expert,
     safetensors_dtype,
+    stored_rows,
     torch_dtype,
 )
 from lean_merge.errors import BudgetError, CoverageError, RecipeError
 from lean_merge.methods import AnalysisCost, Method, all_methods, canonical_name
 from lean_merge.output import OutputTensor, Shard, plan_shards
 from lean_merge.recipe import MergeRecipe, reject_unknown
+
+DECODED_DTYPE = torch.bfloat16
+"""What weights that are stored with scales are written in unless the recipe says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +60,21 @@ class Resources:
 
 @dataclass(frozen=True, slots=True)
 class CopyTask:
-    """A tensor out of scope: its bytes go over as they are."""
+    """A tensor out of scope: its bytes go over as they are, or its numbers in another dtype.
+
+    `decoded` has the matrices that its numbers are then read from, and is empty otherwise.
+    """
 
     shard: int
     tensor: OutputTensor
     source: TensorSpec
+    decoded: tuple[WeightSource, ...] = ()
+
+    @property
+    def stored(self) -> tuple[TensorSpec, ...]:
+        """Every tensor that is read."""
+        parts = (spec for source in self.decoded for spec in source.stored)
+        return tuple(dict.fromkeys((self.source, *parts)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +197,7 @@ def plan(recipe: MergeRecipe, resources: Resources | None = None) -> Plan:
     method = build_method(recipe)
     base = open_checkpoint(recipe.base_model)
     mllm = open_checkpoint(recipe.mllm_model)
-    experts = tuple(open_checkpoint(expert.model) for expert in recipe.experts)
+    experts = tuple(open_expert(expert.model) for expert in recipe.experts)
     coverage = map_roles(base, mllm, experts, allow_partial=recipe.allow_partial)
     for weight in coverage.weights:
         _check_arithmetic(weight)
@@ -213,17 +229,26 @@ def plan(recipe: MergeRecipe, resources: Resources | None = None) -> Plan:
     )
 
 
+def _decoded(mllm: Checkpoint, spec: TensorSpec) -> tuple[WeightSource, ...]:
+    """The matrices of a tensor out of scope that is stored with scales; else nothing."""
+    if spec.name not in mllm.scales or 0 in spec.shape:
+        return ()
+    height = (1, 1, *spec.shape)[-2]
+    rows = math.prod(spec.shape[:-1])
+    return tuple(stored_rows(mllm, spec, first, height) for first in range(0, rows, height))
+
+
 def _check_arithmetic(weight: MappedWeight) -> None:
-    for spec in weight.stored:
-        if 0 in spec.shape:
+    for source in (source for rows in weight.slices for source in rows.roles):
+        if 0 in source.shape:
             raise CoverageError(
-                f"{spec.file}: in-scope tensor {spec.name} has shape {list(spec.shape)}, no "
+                f"{source.file}: in-scope tensor {source.name} has shape {list(source.shape)}, no "
                 "numbers at all; restore the file from its source."
             )
-        if spec.dtype not in FLOATING:
+        if source.dtype not in FLOATING:
             raise CoverageError(
-                f"{spec.file}: in-scope tensor {spec.name} is stored as {spec.dtype}, which cannot "
-                "be merged; convert the checkpoint to bfloat16, float16 or float32 first."
+                f"{source.file}: in-scope tensor {source.name} is stored as {source.dtype}, which "
+                "cannot be merged; convert the checkpoint to bfloat16, float16 or float32 first."
             )
 
 
@@ -233,8 +258,12 @@ def _outputs(recipe: MergeRecipe, mllm: Checkpoint, coverage: Coverage) -> dict[
     outputs = {}
     for name, spec in mllm.tensors.items():
         dtype, size = spec.dtype, spec.nbytes
-        if name in in_scope and recipe.out_dtype != "auto":
+        chosen: torch.dtype | None = None
+        if recipe.out_dtype != "auto" and (name in in_scope or name in mllm.scales):
             chosen = getattr(torch, recipe.out_dtype)
+        elif name in mllm.scales:
+            chosen = DECODED_DTYPE
+        if chosen is not None:
             dtype = safetensors_dtype(chosen)
             size = spec.nbytes // torch_dtype(spec.dtype).itemsize * chosen.itemsize
         outputs[name] = OutputTensor(name, dtype, spec.shape, size)
@@ -269,6 +298,11 @@ def _threads(wanted: int | None) -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def needs_analysis(weight: LogicalWeight) -> bool:
+    """Whether a method that analyses has anything to look at: some expert changes the weight."""
+    return not all(expert.zero_because for expert in weight.experts)
 
 
 def _limits(resources: Resources, device: str) -> tuple[int, int]:
@@ -354,22 +388,42 @@ class _Layout:
         shape = self.shape(weight)
         cost = self.cost(shape)
         host, device = self.needs(weight)
-        if cost.passes == 0:
+        if cost.passes == 0 or not needs_analysis(weight):
             return 0
         if self.on_cpu:
             return budget.resident_tiles(shape, self.memory - host)
         return budget.resident_tiles(shape, self.vram - device) if self.vram else shape.tiles
+
+    def bytes_copied(self, task: CopyTask) -> int:
+        """Bytes that a task out of scope reads."""
+        if not task.decoded:
+            return task.source.nbytes
+        return sum(_bytes([each], list(budget.row_tiles(each.shape))) for each in task.decoded)
+
+    def copy_memory(self, task: CopyTask) -> int:
+        """Bytes on the host of a task out of scope."""
+        buffers = [0]
+        for source in task.decoded:
+            out_features, in_features = source.shape
+            rows = min(out_features, budget.tile_rows(in_features))
+            # As they are read, and rounded.
+            buffers.append(source.scratch(rows) + 8 * rows * in_features)
+        return max(buffers) + budget.COPY_BUFFER + budget.SLACK
+
+    def analysed(self, weight: LogicalWeight) -> int:
+        """Most passes over the rows of a weight; see `needs_analysis`."""
+        return self.cost(self.shape(weight)).passes if needs_analysis(weight) else 0
 
     def bytes_read(self, task: WeightTask) -> tuple[int, bool]:
         """Most bytes that the task reads, and whether it is exactly that many."""
         total, exact = 0, True
         whole = self.method.reads_task_vectors()
         for weight, resident in zip(task.weight.slices, task.resident, strict=True):
-            cost = self.cost(self.shape(weight))
+            passes = self.analysed(weight)
             tiles = list(budget.row_tiles(weight.shape))
             kept, again = tiles[:resident], tiles[resident:]
-            if cost.passes:
-                total += _bytes(weight.roles, kept) + _bytes(weight.roles, again) * cost.passes
+            if passes:
+                total += _bytes(weight.roles, kept) + _bytes(weight.roles, again) * passes
                 exact = exact and not again
             total += _bytes([weight.mllm], tiles)
             wanted = [source for source, add in zip(weight.others, whole, strict=True) if add]
@@ -377,7 +431,7 @@ class _Layout:
                 wanted.append(weight.base)
             if wanted:
                 total += _bytes(wanted, again)
-                exact = exact and (cost.passes == 0 or not again)
+                exact = exact and (passes == 0 or not again)
         return total, exact
 
 
@@ -414,7 +468,8 @@ def _tasks(
         for name in sorted(shard.offsets, key=lambda n: shard.offsets[n]):
             weight = in_scope.get(name)
             if weight is None:
-                tasks.append(CopyTask(index, outputs[name], mllm.tensors[name]))
+                spec = mllm.tensors[name]
+                tasks.append(CopyTask(index, outputs[name], spec, _decoded(mllm, spec)))
                 continue
             resident = tuple(layout.resident(rows) for rows in weight.slices)
             tasks.append(WeightTask(index, outputs[name], weight, resident))
@@ -428,7 +483,8 @@ def _predict(
     exact = True
     for task in tasks:
         if isinstance(task, CopyTask):
-            read += task.source.nbytes
+            read += layout.bytes_copied(task)
+            host = max(host, layout.copy_memory(task))
             continue
         for rows, resident in zip(task.weight.slices, task.resident, strict=True):
             shape = layout.shape(rows)
@@ -458,6 +514,7 @@ __all__ = [
     "WeightTask",
     "arithmetic_dtype",
     "build_method",
+    "needs_analysis",
     "plan",
     "resolve_device",
 ]

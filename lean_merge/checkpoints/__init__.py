@@ -4,7 +4,7 @@ What is read is untrusted, so every file is checked before anything is computed 
 here loads a model or runs code that came with one.
 """
 
-from lean_merge.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from lean_merge.checkpoints.checkpoint import Checkpoint, open_checkpoint, open_expert
 from lean_merge.checkpoints.dtypes import (
     FLOATING,
     ITEM_BITS,
@@ -19,6 +19,7 @@ from lean_merge.checkpoints.names import (
     MappedWeight,
     language_layout,
     map_roles,
+    stored_rows,
 )
 from lean_merge.checkpoints.reader import TensorReader, as_bytes
 from lean_merge.checkpoints.rows import WeightSource
@@ -38,7 +39,9 @@ __all__ = [
     "language_layout",
     "map_roles",
     "open_checkpoint",
+    "open_expert",
     "read_header",
     "safetensors_dtype",
+    "stored_rows",
     "torch_dtype",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
 from lean_merge.checkpoints.checkpoint import Checkpoint
@@ -47,16 +47,25 @@ class Faults:
             )
 
     def counterpart(
-        self, role: str, decoder: Decoder, key: Key, base: TensorSpec
+        self,
+        role: str,
+        decoder: Decoder,
+        key: Key,
+        base: TensorSpec,
+        *,
+        scaled: Container[str] = (),
     ) -> TensorSpec | None:
-        """The tensor of `role` that belongs to the base's tensor at `key`; else notes why not."""
+        """The tensor of `role` that belongs to the base's tensor at `key`; else notes why not.
+
+        `scaled` has the names of tensors that are merged although their dtype alone is not.
+        """
         spec = decoder.find(key)
         if spec is None:
             self.add(role, key, "lacks it")
         elif spec.shape != base.shape:
             theirs, ours = list(spec.shape), list(base.shape)
             self.add(role, key, f"has the shape {theirs}, the base {ours}")
-        elif spec.dtype not in FLOATING:
+        elif spec.dtype not in FLOATING and spec.name not in scaled:
             self.add(role, key, f"has the dtype {spec.dtype}, which cannot be merged")
         else:
             return spec

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
+from lean_merge.checkpoints.adaptermap import map_adapter
 from lean_merge.checkpoints.checkpoint import Checkpoint
 from lean_merge.checkpoints.dtypes import FLOATING
 from lean_merge.checkpoints.gate import Faults, check_heads, locate, report, title
 from lean_merge.checkpoints.header import TensorSpec
 from lean_merge.checkpoints.kinship import config_warnings, qkv_rows, tokenizer_warnings
 from lean_merge.checkpoints.rows import PlainRows, WeightSource
+from lean_merge.checkpoints.scaledrows import ScaledRows
 from lean_merge.checkpoints.structure import (
     GATE_UP,
     INTERLEAVED_QKV,
@@ -24,6 +27,9 @@ from lean_merge.checkpoints.structure import (
 from lean_merge.errors import CoverageError
 
 __all__ = ["Coverage", "LogicalWeight", "MappedWeight", "language_layout", "map_roles"]
+
+Rows = Callable[[int, int], WeightSource]
+"""Gives rows [first, first + count) of one role's tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +134,7 @@ def map_roles(
     mllm
         The multimodal model.
     experts
-        Language models tuned from `base`.
+        Language models tuned from `base`, or adapters of it.
     allow_partial
         Leave out what does not map, instead of raising.
 
@@ -139,35 +145,61 @@ def map_roles(
         language model cannot be told from other parts, or nothing maps at all.
     """
     others = {"mllm": mllm} | {f"expert {n}": each for n, each in enumerate(experts, start=1)}
-    found = locate(base, others)
+    whole = {role: each for role, each in others.items() if each.adapter is None}
+    found = locate(base, whole)
     faults = Faults()
     for role, decoder in found.items():
         faults.check_decoder(role, decoder, found["base"])
+    adapters = {
+        role: map_adapter(role, each, base, found["base"], faults)
+        for role, each in others.items()
+        if each.adapter is not None
+    }
     mapped: dict[str, MappedWeight] = {}
     unsplit: Counter[str] = Counter()
     for key, spec in found["base"].weights.items():
-        specs = [faults.counterpart(role, found[role], key, spec) for role in others]
-        present = tuple(each for each in specs if each is not None)
-        if spec.dtype not in FLOATING:
+        rows: dict[str, Rows | None] = {}
+        for role, each in others.items():
+            if role in adapters:
+                rows[role] = partial(adapters[role].rows, key, spec)
+                continue
+            twin = faults.counterpart(role, found[role], key, spec, scaled=each.scales)
+            rows[role] = None if twin is None else partial(stored_rows, each, twin)
+        present = [each for each in rows.values() if each is not None]
+        if spec.dtype not in FLOATING and spec.name not in base.scales:
             faults.add("base", key, f"has the dtype {spec.dtype}, which cannot be merged")
-        elif len(present) == len(specs):
-            parts = _parts(key, spec.shape[0], (base, *others.values()), unsplit)
-            slices = _slices(f"layers.{key[0]}.{key[1]}", parts, (spec, *present))
-            mapped[present[0].name] = MappedWeight(present[0], slices)
+        elif len(present) == len(rows):
+            parts = _parts(key, spec.shape[0], (base, *whole.values()), unsplit)
+            present.insert(0, partial(stored_rows, base, spec))
+            slices = _slices(f"layers.{key[0]}.{key[1]}", parts, present)
+            target = found["mllm"].weights[key]
+            mapped[target.name] = MappedWeight(target, slices)
     if faults.lines and not (allow_partial and mapped):
-        roles = {"base": base, **others}
+        roles = {"base": base, **whole}
         raise CoverageError(report(faults, roles, found, mapped=len(mapped)))
-    check_heads(base, others)
+    check_heads(base, whole)
     warnings = _scope_warnings(found["base"], found["mllm"], unsplit)
+    warnings += [line for each in adapters.values() for line in each.warnings]
     for role, other in others.items():
         warnings += config_warnings(base, other, title(role))
     warnings += tokenizer_warnings(base, {title(role): each for role, each in others.items()})
     return Coverage(
         weights=tuple(mapped[name] for name in mllm.tensors if name in mapped),
         left_out=tuple(faults.lines),
-        prefixes=MappingProxyType({role: each.prefix for role, each in found.items()}),
+        prefixes=MappingProxyType(
+            {role: each.prefix for role, each in found.items()}
+            | {role: each.prefix for role, each in adapters.items()}
+        ),
         warnings=tuple(warnings),
     )
+
+
+def stored_rows(checkpoint: Checkpoint, spec: TensorSpec, first: int, count: int) -> WeightSource:
+    """Rows [first, first + count) of a checkpoint's tensor, with its scales if it has any."""
+    scale = checkpoint.scales.get(spec.name)
+    if scale is not None:
+        return ScaledRows(spec, scale, first, count)
+    return PlainRows(spec, first, count)
 
 
 def _parts(
@@ -189,13 +221,13 @@ def _parts(
 
 
 def _slices(
-    path: str, parts: Mapping[str, int], specs: Sequence[TensorSpec]
+    path: str, parts: Mapping[str, int], roles: Sequence[Rows]
 ) -> tuple[LogicalWeight, ...]:
     """The logical weights that lie one after the other in the tensors of base, MLLM, experts."""
     parent = path.rpartition(".")[0]
     slices, start = [], 0
     for leaf, count in parts.items():
-        base, mllm, *experts = (PlainRows(spec, start, count) for spec in specs)
+        base, mllm, *experts = (rows(start, count) for rows in roles)
         slices.append(
             LogicalWeight(f"{parent}.{leaf}", start, start + count, base, mllm, tuple(experts))
         )

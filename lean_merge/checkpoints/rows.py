@@ -30,8 +30,8 @@ class WeightSource(abc.ABC):
 
     is_difference: ClassVar[bool] = False
     """Whether the rows are those of the task vector, so that no base is subtracted from them."""
-    is_zero: ClassVar[bool] = False
-    """Whether all its numbers are 0, which is known without reading; only for differences."""
+    zero_because: ClassVar[str] = ""
+    """For a difference of zeros that nothing need be read for: why it is one, in words."""
 
     @property
     @abc.abstractmethod

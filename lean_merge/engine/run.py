@@ -20,12 +20,12 @@ from lean_merge.checkpoints import (
 )
 from lean_merge.engine.prefetch import Flusher, Prefetcher
 from lean_merge.engine.taskvectors import TaskVectors
-from lean_merge.engine.update import OutputRows, Written, copy_tensor, write_rows
+from lean_merge.engine.update import OutputRows, Written, convert_tensor, copy_tensor, write_rows
 from lean_merge.engine.workers import Workers, full_float32, worker_pool
 from lean_merge.memory import release_free_memory
 from lean_merge.methods import Decision, ExpertRecord, WeightContext
 from lean_merge.output import OutputFolder
-from lean_merge.plan import CopyTask, Plan, WeightTask, arithmetic_dtype
+from lean_merge.plan import CopyTask, Plan, WeightTask, arithmetic_dtype, needs_analysis
 
 READ_AHEAD = 512 << 20
 
@@ -104,9 +104,7 @@ def run(plan: Plan, folder: OutputFolder, on_event: Callable[[Event], None]) -> 
 
 
 def _sources(task: CopyTask | WeightTask) -> list[TensorSpec]:
-    if isinstance(task, CopyTask):
-        return [task.source]
-    return list(task.weight.stored)
+    return list(task.stored if isinstance(task, CopyTask) else task.weight.stored)
 
 
 class _Engine:
@@ -141,7 +139,16 @@ class _Engine:
 
     def copy(self, task: CopyTask) -> None:
         """A tensor out of scope."""
-        copy_tensor(self._reader, task.source, self._writer(task), self._buffer)
+        if not task.decoded:
+            copy_tensor(self._reader, task.source, self._writer(task), self._buffer)
+            return
+        convert_tensor(
+            task.decoded,
+            torch_dtype(task.tensor.dtype),
+            self._writer(task),
+            reader=self._reader,
+            workers=self._workers,
+        )
 
     def merge(self, task: WeightTask) -> bool:
         """A tensor in scope, one logical weight after another; True if any got an update."""
@@ -165,6 +172,7 @@ class _Engine:
         )
         with self._result.timed("analyze"):
             decision, passes = self._analyze(vectors, context)
+        decision = _explained(decision, weight)
         output = OutputRows(
             dtype=torch_dtype(task.tensor.dtype),
             rounding=self._plan.recipe.rounding,
@@ -199,7 +207,11 @@ class _Engine:
 
     def _analyze(self, vectors: TaskVectors, context: WeightContext) -> tuple[Decision, int]:
         """Drive the method's analysis: each time it asks, one pass over the rows."""
-        analysis = self._plan.method.analyze(context)
+        method = self._plan.method
+        if not needs_analysis(vectors.weight) and method.cost(vectors.shape, item=4).passes:
+            nothing = [ExpertRecord(False, "", rank=0, update_norm=0.0)] * len(method.parameters)
+            return Decision(tuple(nothing)), 0
+        analysis = method.analyze(context)
         passes = 0
         try:
             wanted = next(analysis)
@@ -221,6 +233,17 @@ def _arena_bytes(plan: Plan) -> int:
             height = min(out_features, resident * budget.tile_rows(in_features))
             most = max(most, height * in_features * item * len(weight.others))
     return most
+
+
+def _explained(decision: Decision, weight: LogicalWeight) -> Decision:
+    """The decision with the reason of every expert that is known to change nothing."""
+    records = tuple(
+        replace(record, selected=False, reason=source.zero_because)
+        if source.zero_because
+        else record
+        for record, source in zip(decision.experts, weight.experts, strict=True)
+    )
+    return replace(decision, experts=records)
 
 
 def _with_norms(decision: Decision, squared_norms: list[float]) -> tuple[ExpertRecord, ...]:

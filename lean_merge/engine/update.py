@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lean_merge.budget import COPY_BUFFER, strip_rows
-from lean_merge.checkpoints import TensorReader, TensorSpec, as_bytes
+from lean_merge.budget import COPY_BUFFER, row_tiles, strip_rows
+from lean_merge.checkpoints import TensorReader, TensorSpec, WeightSource, as_bytes
 from lean_merge.engine.rounding import round_nearest, round_stochastic, rounding_generator
 from lean_merge.engine.taskvectors import TaskVectors
 from lean_merge.engine.workers import Workers
@@ -49,6 +49,38 @@ def copy_tensor(reader: TensorReader, spec: TensorSpec, write: WriteBytes, buffe
         part = view[: min(len(view), spec.nbytes - start)]
         reader.read_into(spec, start, part)
         write(start, part)
+
+
+def convert_tensor(
+    parts: Sequence[WeightSource],
+    dtype: torch.dtype,
+    write: WriteBytes,
+    *,
+    reader: TensorReader,
+    workers: Workers,
+) -> None:
+    """Write the matrices of one tensor, one after the other, in `dtype`.
+
+    Raises
+    ------
+    DataError
+        A number is NaN or Inf, or overflows the dtype.
+    """
+    offset = 0
+    for source in parts:
+        for tile in row_tiles(source.shape):
+            values = source.read(tile, reader, workers.buffer, "copy")
+            rounded = workers.buffer("copy rounded", tuple(values.shape), dtype).copy_(values)
+            if not math.isfinite(
+                float(torch.linalg.vector_norm(rounded, ord=1, dtype=torch.float32))
+            ) and not bool(torch.isfinite(rounded).all()):
+                raise DataError(
+                    f"{source.file}: tensor {source.name} holds NaN or Inf, or overflows "
+                    f"{torch_name(dtype)}; restore the file from its source, or choose another "
+                    "--out-dtype."
+                )
+            write(offset, as_bytes(rounded))
+            offset += rounded.nbytes
 
 
 def write_rows(
@@ -197,4 +229,4 @@ def torch_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-__all__ = ["OutputRows", "Written", "copy_tensor", "write_rows"]
+__all__ = ["OutputRows", "Written", "convert_tensor", "copy_tensor", "write_rows"]
