@@ -136,7 +136,7 @@ def _settings(config: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
 
 
 def _refuse_other_methods(folder: Path, settings: Mapping[str, Any]) -> None:
-    method = str(settings.get("quant_method", "an unnamed method"))
+    method = str(settings.get("quant_method", ""))
     detail = ""
     if method == "bitsandbytes":
         detail = " (8 bit)" if settings.get("load_in_8bit") else " (4 bit)"
@@ -144,9 +144,8 @@ def _refuse_other_methods(folder: Path, settings: Mapping[str, Any]) -> None:
         detail = f" ({form})"
     elif method in _FP8_METHODS and not _is_four_bit(settings):
         return
-    raise CheckpointError(
-        f"{folder}: is quantised with {_METHODS.get(method, shorten(method))}{detail}; {_MEND}."
-    )
+    named = _METHODS.get(method, shorten(method) if method else "an unnamed method")
+    raise CheckpointError(f"{folder}: is quantised with {named}{detail}; {_MEND}.")
 
 
 def _is_four_bit(settings: Mapping[str, Any]) -> bool:
