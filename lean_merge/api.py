@@ -9,6 +9,7 @@ from typing import Any
 
 from lean_merge import memory
 from lean_merge.engine.run import Event, run
+from lean_merge.engine.sinks import CheckpointSink
 from lean_merge.errors import RecipeError
 from lean_merge.output import OutputFolder, copy_side_files, license_of, model_card
 from lean_merge.plan import Plan, Resources
@@ -63,7 +64,8 @@ def merge(
         with OutputFolder.create(
             Path(out), plan.shards, inputs=plan.inputs, overwrite=overwrite
         ) as folder:
-            result = run(plan, folder, on_event or (lambda event: None))
+            sink = CheckpointSink(plan, folder)
+            result = run(plan, sink, on_event or (lambda event: None))
             headers = sum(len(shard.header) for shard in plan.shards)
             sampler.sample()
             report = build_report(

@@ -342,8 +342,8 @@ class _Layout:
     def shape(self, weight: LogicalWeight) -> budget.WeightShape:
         task = common_dtype(source.dtype for source in weight.roles)
         out_features, in_features = weight.shape
-        tile = min(out_features, budget.tile_rows(in_features))
-        scratch = [source.scratch(tile) for source in weight.roles]
+        strip = min(out_features, budget.strip_rows(in_features, budget.READ_ELEMENTS))
+        scratch = [source.scratch(strip) for source in weight.roles]
         return budget.WeightShape(
             out_features=out_features,
             in_features=in_features,
@@ -353,6 +353,7 @@ class _Layout:
             arithmetic_item=arithmetic_dtype(task, self.device).itemsize,
             widened=any(torch_dtype(source.dtype) != task for source in weight.roles),
             scratch=scratch[0] + max(scratch[1:]) + scratch[1],
+            held=sum(source.held for source in weight.roles),
         )
 
     @property
@@ -398,16 +399,16 @@ class _Layout:
         """Bytes that a task out of scope reads."""
         if not task.decoded:
             return task.source.nbytes
-        return sum(_bytes([each], list(budget.row_tiles(each.shape))) for each in task.decoded)
+        return sum(each.loaded + each.nbytes(slice(0, each.shape[0])) for each in task.decoded)
 
     def copy_memory(self, task: CopyTask) -> int:
         """Bytes on the host of a task out of scope."""
         buffers = [0]
         for source in task.decoded:
             out_features, in_features = source.shape
-            rows = min(out_features, budget.tile_rows(in_features))
+            rows = min(out_features, budget.strip_rows(in_features, budget.READ_ELEMENTS))
             # As they are read, and rounded.
-            buffers.append(source.scratch(rows) + 8 * rows * in_features)
+            buffers.append(source.held + source.scratch(rows) + 8 * rows * in_features)
         return max(buffers) + budget.COPY_BUFFER + budget.SLACK
 
     def analysed(self, weight: LogicalWeight) -> int:
@@ -420,6 +421,7 @@ class _Layout:
         whole = self.method.reads_task_vectors()
         for weight, resident in zip(task.weight.slices, task.resident, strict=True):
             passes = self.analysed(weight)
+            total += sum(source.loaded for source in weight.roles)
             tiles = list(budget.row_tiles(weight.shape))
             kept, again = tiles[:resident], tiles[resident:]
             if passes:

@@ -114,7 +114,7 @@ def weight_rows(plan: Plan, weight: WeightResult) -> list[dict[str, Any]]:
 
 def update_kept(weight: WeightResult) -> float | None:
     """<stored change, update> / ||update||^2; 0 if the update is zero, None if there is none."""
-    if not weight.merged:
+    if not weight.merged or weight.written is None:
         return None
     if weight.written.squared == 0.0:
         return 0.0

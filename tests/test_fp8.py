@@ -75,12 +75,15 @@ def read_rows(source: WeightSource, rows: slice) -> Tensor:
     """The rows, after checking that reading them costs the bytes that planning counts on."""
     buffers = Buffers()
     with TensorReader() as reader:
-        values = source.read(rows, reader, buffers, "x")
-        assert reader.bytes_read == source.nbytes(rows)
+        ready = source.load(reader)
+        assert reader.bytes_read == source.loaded
+        values = ready.read(rows, reader, buffers, "x")
+        assert reader.bytes_read == source.loaded + source.nbytes(rows)
     scratch = sum(buffers.sizes.values()) - buffers.sizes["x"]
-    assert scratch <= source.scratch(rows.stop - rows.start)
-    if rows == slice(0, source.shape[0]) and source.stored:
-        assert scratch >= 0.5 * source.scratch(source.shape[0])
+    assert scratch == source.scratch(rows.stop - rows.start)
+    held = getattr(ready, "factors", None)
+    kept = [held] if isinstance(held, Tensor) else held or []
+    assert source.held == source.loaded + sum(each.nbytes for each in kept)
     assert values.shape == (rows.stop - rows.start, source.shape[1])
     return values.clone()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -26,6 +26,8 @@ class LoraRows(WeightSource):
     scaling: float
     first: int
     count: int
+    factors: tuple[Tensor, Tensor] | None = field(default=None, compare=False, repr=False)
+    """scaling * B and A, float32, once they are loaded."""
 
     is_difference: ClassVar[bool] = True
 
@@ -58,27 +60,38 @@ class LoraRows(WeightSource):
     def _row_bytes(self) -> int:
         return self.left.shape[1] * torch_dtype(self.left.dtype).itemsize
 
-    def nbytes(self, rows: slice) -> int:
+    @property
+    def loaded(self) -> int:
         """The rows of B, and all of A."""
-        return int((rows.stop - rows.start) * self._row_bytes + self.right.nbytes)
+        return self.count * self._row_bytes + self.right.nbytes
 
-    def scratch(self, count: int) -> int:
-        """Both factors, as they are stored and in float32."""
-        numbers = count * self.left.shape[1] + self.right.shape[0] * self.right.shape[1]
-        return count * self._row_bytes + self.right.nbytes + 4 * numbers
+    @property
+    def held(self) -> int:
+        """Both factors as they are stored and in float32."""
+        rank, width = self.right.shape
+        return self.loaded + 4 * rank * (self.count + width)
+
+    def load(self, reader: TensorReader) -> LoraRows:
+        """With both factors."""
+        rank, width = self.right.shape
+        left = torch.empty(self.count, rank, dtype=torch_dtype(self.left.dtype))
+        reader.read_into(self.left, self.first * self._row_bytes, as_bytes(left))
+        right = torch.empty(rank, width, dtype=torch_dtype(self.right.dtype))
+        reader.read_into(self.right, 0, as_bytes(right))
+        return replace(self, factors=(left.float().mul_(self.scaling), right.float()))
+
+    def nbytes(self, rows: slice) -> int:
+        """0: the factors are in memory."""
+        del rows
+        return 0
 
     def read(self, rows: slice, reader: TensorReader, buffer: Buffer, name: str) -> Tensor:
-        """The rows of the product, summed over r in float32."""
-        rank, width = self.right.shape
-        count = rows.stop - rows.start
-        left = buffer(f"{name} left", (count, rank), torch_dtype(self.left.dtype))
-        reader.read_into(self.left, (self.first + rows.start) * self._row_bytes, as_bytes(left))
-        right = buffer(f"{name} right", (rank, width), torch_dtype(self.right.dtype))
-        reader.read_into(self.right, 0, as_bytes(right))
-        scaled = buffer(f"{name} left wide", (count, rank), torch.float32)
-        scaled.copy_(left).mul_(self.scaling)
-        wide = buffer(f"{name} right wide", (rank, width), torch.float32).copy_(right)
-        return torch.mm(scaled, wide, out=buffer(name, (count, width), torch.float32))
+        """The rows of the product, summed over r in float32; `load` comes first."""
+        del reader
+        assert self.factors is not None
+        left, right = self.factors
+        shape = (rows.stop - rows.start, right.shape[1])
+        return torch.mm(left[rows], right, out=buffer(name, shape, torch.float32))
 
 
 @dataclass(frozen=True, slots=True)

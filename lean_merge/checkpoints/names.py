@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 
@@ -14,6 +14,7 @@ from lean_merge.checkpoints.dtypes import FLOATING
 from lean_merge.checkpoints.gate import Faults, check_heads, locate, report, title
 from lean_merge.checkpoints.header import TensorSpec
 from lean_merge.checkpoints.kinship import config_warnings, qkv_rows, tokenizer_warnings
+from lean_merge.checkpoints.reader import TensorReader
 from lean_merge.checkpoints.rows import PlainRows, WeightSource
 from lean_merge.checkpoints.scaledrows import ScaledRows
 from lean_merge.checkpoints.structure import (
@@ -64,6 +65,15 @@ class LogicalWeight:
     def others(self) -> tuple[WeightSource, ...]:
         """The roles that have a task vector: the MLLM, then the experts."""
         return self.mllm, *self.experts
+
+    def load(self, reader: TensorReader) -> LogicalWeight:
+        """The same, with all that is read once and kept; see `WeightSource.load`."""
+        return replace(
+            self,
+            base=self.base.load(reader),
+            mllm=self.mllm.load(reader),
+            experts=tuple(expert.load(reader) for expert in self.experts),
+        )
 
     @property
     def roles(self) -> tuple[WeightSource, ...]:

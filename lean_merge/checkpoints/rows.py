@@ -22,8 +22,9 @@ Buffer = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
 class WeightSource(abc.ABC):
     """The rows of one logical weight [out, in] of one role, counted from 0.
 
-    A new kind of storage is a subclass. Planning asks `stored`, `nbytes` and `scratch`; the engine
-    asks for `read`, from many threads.
+    A new kind of storage is a subclass. Planning asks for bytes: `stored`, `loaded`, `held`,
+    `nbytes` and `scratch`. The engine calls `load` once for each weight, and then `read` of what
+    that returned, from many threads.
     """
 
     __slots__ = ()
@@ -57,6 +58,27 @@ class WeightSource(abc.ABC):
     @abc.abstractmethod
     def stored(self) -> tuple[TensorSpec, ...]:
         """The tensors that `read` reads of, to be fetched ahead."""
+
+    @property
+    def loaded(self) -> int:
+        """How many bytes `load` reads."""
+        return 0
+
+    @property
+    def held(self) -> int:
+        """Bytes of memory that `load` takes, and what it returns keeps, at most."""
+        return 0
+
+    def load(self, reader: TensorReader) -> WeightSource:
+        """The same with what all its rows need in memory, such as scales or a factor.
+
+        Raises
+        ------
+        CheckpointError, DataError
+            As `read`.
+        """
+        del reader
+        return self
 
     @abc.abstractmethod
     def nbytes(self, rows: slice) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -28,6 +28,8 @@ class ScaledRows(WeightSource):
     scale: Scale
     first: int
     count: int
+    factors: Tensor | None = field(default=None, compare=False, repr=False)
+    """One for each block that the rows touch, float32, once they are loaded."""
 
     @property
     def name(self) -> str:
@@ -76,42 +78,55 @@ class ScaledRows(WeightSource):
         matrix, start = divmod(self.first + rows.start, height)
         return matrix, start, start + rows.stop - rows.start
 
-    def nbytes(self, rows: slice) -> int:
-        """The bytes of the rows and of the factors of the blocks that they touch."""
-        blocks = self._block_rows(rows)
-        numbers = (rows.stop - rows.start) * self.shape[1]
-        return int(numbers + (blocks.stop - blocks.start) * self._scale_bytes)
+    @property
+    def loaded(self) -> int:
+        """The bytes of the factors of all blocks."""
+        blocks = self._block_rows(slice(0, self.count))
+        return int((blocks.stop - blocks.start) * self._scale_bytes)
 
-    def scratch(self, count: int) -> int:
-        """The stored numbers, and the factors as they are stored and in float32."""
-        blocks = min(count, -(-count // self.scale.block[0]) + 1)
-        return count * self.shape[1] + blocks * (self._scale_bytes + 4 * self._blocks_wide)
+    @property
+    def held(self) -> int:
+        """The factors as they are stored and in float32."""
+        blocks = self._block_rows(slice(0, self.count))
+        return self.loaded + 4 * int(blocks.stop - blocks.start) * self._blocks_wide
 
-    def read(self, rows: slice, reader: TensorReader, buffer: Buffer, name: str) -> Tensor:
-        """The rows times their scales. Raises DataError for a scale that is none."""
-        width = self.shape[1]
-        shape = (rows.stop - rows.start, width)
-        codes = buffer(f"{name} codes", shape, torch_dtype(self.tensor.dtype))
-        reader.read_into(self.tensor, (self.first + rows.start) * width, as_bytes(codes))
-        factors = self._factors(rows, reader, buffer, name)
-        out = buffer(name, shape, torch.float32).copy_(codes)
-        for part, factor in zip(self._strips(rows), factors, strict=True):
-            self._multiply(out[part], factor)
-        return out
-
-    def _factors(self, rows: slice, reader: TensorReader, buffer: Buffer, name: str) -> Tensor:
-        tensor, blocks = self.scale.tensor, self._block_rows(rows)
+    def load(self, reader: TensorReader) -> ScaledRows:
+        """With its factors. Raises DataError for a factor that is none."""
+        tensor, blocks = self.scale.tensor, self._block_rows(slice(0, self.count))
         shape = (blocks.stop - blocks.start, self._blocks_wide)
-        raw = buffer(f"{name} scales", shape, torch_dtype(tensor.dtype))
+        raw = torch.empty(shape, dtype=torch_dtype(tensor.dtype))
         reader.read_into(tensor, blocks.start * self._scale_bytes, as_bytes(raw))
-        factors = buffer(f"{name} factors", shape, torch.float32).copy_(raw)
+        factors = raw.float()
         if not bool(((factors > 0) & torch.isfinite(factors)).all()):
             raise DataError(
                 f"{tensor.file}: scales {tensor.name} of {self.name} hold a number that is zero, "
                 "negative, NaN or Inf, so the weight is not known; restore the file from its "
                 "source."
             )
-        return factors
+        return replace(self, factors=factors)
+
+    def nbytes(self, rows: slice) -> int:
+        """The bytes of the rows."""
+        return int(rows.stop - rows.start) * self.shape[1]
+
+    def scratch(self, count: int) -> int:
+        """The stored numbers."""
+        return count * self.shape[1]
+
+    def read(self, rows: slice, reader: TensorReader, buffer: Buffer, name: str) -> Tensor:
+        """The rows times their scales; `load` comes first."""
+        assert self.factors is not None
+        width = self.shape[1]
+        shape = (rows.stop - rows.start, width)
+        codes = buffer(f"{name} codes", shape, torch_dtype(self.tensor.dtype))
+        reader.read_into(self.tensor, (self.first + rows.start) * width, as_bytes(codes))
+        out = buffer(name, shape, torch.float32).copy_(codes)
+        first = self._block_rows(slice(0, self.count)).start
+        blocks = self._block_rows(rows)
+        factors = self.factors[blocks.start - first : blocks.stop - first]
+        for part, factor in zip(self._strips(rows), factors, strict=True):
+            self._multiply(out[part], factor)
+        return out
 
     def _strips(self, rows: slice) -> Iterator[slice]:
         """The rows of each row of blocks, counted from the first of `rows`."""

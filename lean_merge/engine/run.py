@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,15 +16,14 @@ from lean_merge.checkpoints import (
     TensorReader,
     TensorSpec,
     common_dtype,
-    torch_dtype,
 )
-from lean_merge.engine.prefetch import Flusher, Prefetcher
+from lean_merge.engine.prefetch import Prefetcher
+from lean_merge.engine.sinks import Sink, Tools
 from lean_merge.engine.taskvectors import TaskVectors
-from lean_merge.engine.update import OutputRows, Written, convert_tensor, copy_tensor, write_rows
-from lean_merge.engine.workers import Workers, full_float32, worker_pool
+from lean_merge.engine.update import Written
+from lean_merge.engine.workers import full_float32, worker_pool
 from lean_merge.memory import release_free_memory
 from lean_merge.methods import Decision, ExpertRecord, WeightContext
-from lean_merge.output import OutputFolder
 from lean_merge.plan import CopyTask, Plan, WeightTask, arithmetic_dtype, needs_analysis
 
 READ_AHEAD = 512 << 20
@@ -41,14 +40,17 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class WeightResult:
-    """What happened to one logical weight; `squared_norms` are those of its task vectors."""
+    """What happened to one logical weight; `squared_norms` are those of its task vectors.
+
+    `written` is None where the sink rounds nothing.
+    """
 
     name: str
     canonical: str
     experts: tuple[ExpertRecord, ...]
     merged: bool
     squared_norms: tuple[float, ...]
-    written: Written
+    written: Written | None
     passes: int
 
 
@@ -72,35 +74,75 @@ class RunResult:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed
 
 
-def run(plan: Plan, folder: OutputFolder, on_event: Callable[[Event], None]) -> RunResult:
-    """Carry out every task of `plan`, writing to `folder`, which stays unsealed."""
+def run(plan: Plan, sink: Sink, on_event: Callable[[Event], None]) -> RunResult:
+    """Carry out every task of `plan` and give the results to `sink`."""
     result = RunResult()
+    with closing(steps(plan, sink, result)) as events:
+        for event in events:
+            on_event(event)
+    return result
+
+
+def steps(plan: Plan, sink: Sink, result: RunResult) -> Generator[Event, None, None]:
+    """Carry out `plan` task by task: an event after each, and what happened noted in `result`.
+
+    Torch's settings are the caller's again while it holds an event.
+    """
     on_cuda = torch.device(plan.device).type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(plan.device)
+    before = _Settings.now()
     with ExitStack() as stack:
         stack.enter_context(full_float32())
         reader = stack.enter_context(TensorReader())
         workers = stack.enter_context(worker_pool(plan.workers))
-        flusher = stack.enter_context(Flusher(folder))
+        stack.enter_context(sink)
         prefetcher = stack.enter_context(
             Prefetcher(reader, [_sources(task) for task in plan.tasks], ahead=READ_AHEAD)
         )
-        engine = _Engine(plan, folder, reader, workers, flusher, result)
+        buffer = torch.empty(budget.COPY_BUFFER, dtype=torch.uint8)
+        engine = _Engine(plan, sink, Tools(reader, workers, buffer), result)
         for index, task in enumerate(plan.tasks):
             if isinstance(task, CopyTask):
                 with result.timed("copy"):
-                    engine.copy(task)
+                    sink.copy(task, engine.tools)
                 merged = False
             else:
                 merged = engine.merge(task)
                 release_free_memory()
+            sink.finish(task)
             prefetcher.used(index)
-            on_event(Event(task.tensor.name, task.tensor.nbytes, merged))
+            with before.in_force():
+                yield Event(task.tensor.name, task.tensor.nbytes, merged)
         result.bytes_read = reader.bytes_read
         if on_cuda:
             result.peak_vram = torch.cuda.max_memory_reserved(plan.device)
-    return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """The settings of torch that the engine changes while it computes."""
+
+    threads: int
+    precision: str
+
+    @classmethod
+    def now(cls) -> _Settings:
+        return cls(torch.get_num_threads(), torch.get_float32_matmul_precision())
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """These settings inside the block; those before it afterwards."""
+        others = _Settings.now()
+        self._set()
+        try:
+            yield
+        finally:
+            others._set()
+
+    def _set(self) -> None:
+        torch.set_num_threads(self.threads)
+        torch.set_float32_matmul_precision(self.precision)
 
 
 def _sources(task: CopyTask | WeightTask) -> list[TensorSpec]:
@@ -108,47 +150,13 @@ def _sources(task: CopyTask | WeightTask) -> list[TensorSpec]:
 
 
 class _Engine:
-    def __init__(
-        self,
-        plan: Plan,
-        folder: OutputFolder,
-        reader: TensorReader,
-        workers: Workers,
-        flusher: Flusher,
-        result: RunResult,
-    ) -> None:
+    def __init__(self, plan: Plan, sink: Sink, tools: Tools, result: RunResult) -> None:
         self._plan = plan
-        self._folder = folder
-        self._reader = reader
-        self._workers = workers
-        self._flusher = flusher
+        self._sink = sink
+        self.tools = tools
         self._result = result
         self._device = torch.device(plan.device)
         self._arena = torch.empty(_arena_bytes(plan), dtype=torch.uint8, device=self._device)
-        self._buffer = torch.empty(budget.COPY_BUFFER, dtype=torch.uint8)
-
-    def _writer(self, task: CopyTask | WeightTask) -> Callable[[int, memoryview], None]:
-        shard = self._plan.shards[task.shard]
-        start = shard.offsets[task.tensor.name]
-
-        def write(offset: int, data: memoryview) -> None:
-            self._folder.write_at(shard, start + offset, data)
-            self._flusher.wrote(shard, data.nbytes)
-
-        return write
-
-    def copy(self, task: CopyTask) -> None:
-        """A tensor out of scope."""
-        if not task.decoded:
-            copy_tensor(self._reader, task.source, self._writer(task), self._buffer)
-            return
-        convert_tensor(
-            task.decoded,
-            torch_dtype(task.tensor.dtype),
-            self._writer(task),
-            reader=self._reader,
-            workers=self._workers,
-        )
 
     def merge(self, task: WeightTask) -> bool:
         """A tensor in scope, one logical weight after another; True if any got an update."""
@@ -168,21 +176,13 @@ class _Engine:
             dtype=vectors.dtype,
             device=self._device,
             squared_norms=vectors.squared_norms,
-            parallel=self._workers.map,
+            parallel=self.tools.workers.map,
         )
         with self._result.timed("analyze"):
             decision, passes = self._analyze(vectors, context)
         decision = _explained(decision, weight)
-        output = OutputRows(
-            dtype=torch_dtype(task.tensor.dtype),
-            rounding=self._plan.recipe.rounding,
-            seed=self._plan.recipe.seed,
-            write=self._writer(task),
-        )
         with self._result.timed("write"):
-            written = write_rows(
-                vectors, decision, output, reader=self._reader, workers=self._workers
-            )
+            written = self._sink.update(task, vectors, decision, self.tools)
         norms = vectors.squared_norms()
         return WeightResult(
             name=task.tensor.name,
@@ -198,8 +198,8 @@ class _Engine:
         stored = common_dtype(source.dtype for source in weight.roles)
         return TaskVectors(
             weight,
-            reader=self._reader,
-            workers=self._workers,
+            reader=self.tools.reader,
+            workers=self.tools.workers,
             arena=self._arena,
             resident=resident,
             dtype=arithmetic_dtype(stored, self._plan.device),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lean_merge.budget import LANES, row_tiles
+from lean_merge.budget import LANES, READ_ELEMENTS, row_tiles, strips
 from lean_merge.checkpoints import LogicalWeight, TensorReader, WeightSource, common_dtype
 from lean_merge.engine.workers import Workers
 from lean_merge.errors import DataError
@@ -45,7 +45,7 @@ class TaskVectors:
         resident: int,
         dtype: torch.dtype,
     ) -> None:
-        self.weight = weight
+        self.weight = weight.load(reader)
         self.shape = weight.shape
         self.dtype = dtype
         self.device = arena.device
@@ -69,6 +69,17 @@ class TaskVectors:
             views.append(of_tile)
         return views
 
+    @property
+    def lanes(self) -> range:
+        """The lanes that get any tile."""
+        return range(min(LANES, len(self.tiles)))
+
+    def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The calling thread's reused buffer of that name, on the device of the arithmetic."""
+        if self.device.type == "cpu":
+            return self._workers.buffer(name, shape, dtype)
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
     def squared_norms(self) -> list[float]:
         """||W_role - W_0||_F^2 of every role; NaN for one whose tiles were not all read."""
         return [
@@ -88,28 +99,39 @@ class TaskVectors:
     def _form(self, index: int, wanted: Sequence[bool]) -> list[Tensor | None]:
         tile = self.tiles[index]
         shape = (tile.stop - tile.start, self.shape[1])
-        base: Tensor | None = None
-        formed: list[Tensor | None] = []
-        for role, source in enumerate(self.weight.others):
-            if not wanted[role]:
-                formed.append(None)
+        formed: list[Tensor | None] = [None] * len(wanted)
+        for role, is_wanted in enumerate(wanted):
+            if is_wanted and index < len(self._resident) and self.device.type == "cpu":
+                formed[role] = self._resident[index][role]
+            elif is_wanted:
+                formed[role] = self._workers.buffer(f"task {role}", shape, self.task_dtype)
+        squares = self._subtract(tile, formed)
+        for role, task_vector in enumerate(formed):
+            if task_vector is None:
                 continue
-            if index < len(self._resident) and self.device.type == "cpu":
-                out = self._resident[index][role]
-            else:
-                out = self._workers.buffer(f"task {role}", shape, self.task_dtype)
-            if source.is_difference:
-                out.copy_(self._read(source, tile, "role"))
-            else:
-                if base is None:
-                    base = self._read(self.weight.base, tile, "base")
-                torch.sub(self._read(source, tile, "role"), base, out=out)
-            if self._squares[index][role] is None:
-                self._squares[index][role] = self._squared_norm(out, source, tile)
+            self._squares[index][role] = squares[role]
             if self.device.type != "cpu":
-                out = self._to_device(index, role, out)
-            formed.append(out)
+                formed[role] = self._to_device(index, role, task_vector)
         return formed
+
+    def _subtract(self, tile: slice, out: Sequence[Tensor | None]) -> list[float]:
+        """The task vectors' rows of `tile` into `out`, strip by strip, and their squared norms."""
+        squares = [0.0] * len(out)
+        for rows in strips(tile, self.shape[1], READ_ELEMENTS):
+            base: Tensor | None = None
+            for role, source in enumerate(self.weight.others):
+                into = out[role]
+                if into is None:
+                    continue
+                strip = into[rows.start - tile.start : rows.stop - tile.start]
+                if source.is_difference:
+                    strip.copy_(self._read(source, rows, "role"))
+                else:
+                    if base is None:
+                        base = self._read(self.weight.base, rows, "base")
+                    torch.sub(self._read(source, rows, "role"), base, out=strip)
+                squares[role] += self._squared_norm(strip, source, rows)
+        return squares
 
     def _to_device(self, index: int, role: int, tile: Tensor) -> Tensor:
         if index < len(self._resident):
@@ -123,11 +145,16 @@ class TaskVectors:
         wide = self._workers.buffer(f"{name} wide", tuple(raw.shape), self.task_dtype)
         return wide.copy_(raw)
 
-    def _squared_norm(self, task_vector: Tensor, source: WeightSource, tile: slice) -> float:
-        square = float(torch.linalg.vector_norm(task_vector, dtype=torch.float32)) ** 2
+    def _squared_norm(self, task_vector: Tensor, source: WeightSource, rows: slice) -> float:
+        wide = task_vector
+        if task_vector.dtype is not torch.float32:
+            # Widened in the cache first: reductions that widen by themselves take thrice as long.
+            wide = self._workers.buffer("norm", tuple(task_vector.shape), torch.float32)
+            wide.copy_(task_vector)
+        square = float(torch.dot(wide.view(-1), wide.view(-1)))
         if math.isfinite(square):
             return square
-        self._refuse_non_finite(source, tile)
+        self._refuse_non_finite(source, rows)
         # Finite numbers whose squares overflow float32, or whose difference overflows their dtype.
         square = float(torch.linalg.vector_norm(task_vector, dtype=torch.float64)) ** 2
         if not math.isfinite(square):
@@ -138,9 +165,9 @@ class TaskVectors:
             )
         return square
 
-    def _refuse_non_finite(self, source: WeightSource, tile: slice) -> None:
+    def _refuse_non_finite(self, source: WeightSource, rows: slice) -> None:
         for suspect in (self.weight.base, source):
-            raw = suspect.read(tile, self._reader, self._workers.buffer, "suspect")
+            raw = suspect.read(rows, self._reader, self._workers.buffer, "suspect")
             if not bool(torch.isfinite(raw).all()):
                 raise DataError(
                     f"{suspect.file}: tensor {suspect.name} holds NaN or Inf; it cannot be merged. "
@@ -153,11 +180,11 @@ class TaskVectors:
         Tile t adds to lane t mod LANES, and lanes are summed in order, so that the result depends
         neither on how many threads there are nor on which tiles are resident.
         """
-        sums = [_Sums(self, request) for request in wanted]
+        sums = [_Sums(self, role, request) for role, request in enumerate(wanted)]
         if self.device.type == "cpu":
-            self._workers.map(lambda lane: self._run_lane(lane, sums), range(LANES))
+            self._workers.map(lambda lane: self._run_lane(lane, sums), self.lanes)
         else:
-            for lane in range(LANES):
+            for lane in self.lanes:
                 self._run_lane(lane, sums)
         finished = [one.finish() for one in sums]
         for source, products in zip(self.weight.others, finished, strict=True):
@@ -174,15 +201,16 @@ class TaskVectors:
         for index in range(lane, len(self.tiles), LANES):
             for one, task_vector in zip(sums, self.tile(index, wanted), strict=True):
                 if task_vector is not None:
-                    one.add(lane, self.tiles[index], task_vector)
+                    one.add(lane, self.tiles[index], task_vector, first=index == lane)
 
 
 class _Sums:
     """The products of one task vector's pass while tiles come in."""
 
-    def __init__(self, owner: TaskVectors, request: Pass | None) -> None:
+    def __init__(self, owner: TaskVectors, role: int, request: Pass | None) -> None:
         self.request = request
         self._dtype = owner.dtype
+        self._buffer = owner.buffer
         if request is None:
             return
         out_features, in_features = owner.shape
@@ -193,23 +221,25 @@ class _Sums:
                 return None
             return torch.empty(rows, like.shape[1], dtype=dtype, device=device)
 
-        def lanes(like: Tensor | None) -> list[Tensor]:
+        def lanes(name: str, like: Tensor | None) -> list[Tensor]:
             if like is None:
                 return []
             shape = in_features, like.shape[1]
-            return [torch.zeros(shape, device=device) for _ in range(LANES)]
+            return [
+                owner.buffer(f"{name} {role} {lane}", shape, torch.float32) for lane in owner.lanes
+            ]
 
         self._right = None if request.times is None else _padded(request.times)
         self._y = empty(out_features, request.gram, owner.dtype)
         self._times = empty(out_features, request.times, torch.float32)
-        self._z = lanes(request.gram)
-        self._projected = lanes(request.project)
+        self._z = lanes("gram", request.gram)
+        self._projected = lanes("project", request.project)
         self._dense = (
             torch.empty(out_features, in_features, device=device) if request.dense else None
         )
 
-    def add(self, lane: int, rows: slice, tile: Tensor) -> None:
-        """Take in one tile [t, in]."""
+    def add(self, lane: int, rows: slice, tile: Tensor, *, first: bool) -> None:
+        """Take in one tile [t, in], the `first` of its lane or a later one."""
         request = self.request
         if request is None:
             return
@@ -218,11 +248,20 @@ class _Sums:
         tile = tile.to(self._dtype)
         if request.gram is not None and self._y is not None:
             y = torch.mm(tile, request.gram, out=self._y[rows])
-            self._z[lane].add_(tile.T @ y)
+            self._accumulate(self._z[lane], tile, y, first=first)
         if request.project is not None:
-            self._projected[lane].add_(tile.T @ request.project[rows])
+            self._accumulate(self._projected[lane], tile, request.project[rows], first=first)
         if self._right is not None and self._times is not None:
             self._times[rows] = (tile @ self._right)[:, : self._times.shape[1]]
+
+    def _accumulate(self, total: Tensor, tile: Tensor, left: Tensor, *, first: bool) -> None:
+        """total += tile^T left."""
+        product = self._buffer("product", tuple(total.shape), self._dtype)
+        torch.mm(tile.T, left, out=product)
+        if first:
+            total.copy_(product)
+        else:
+            total.add_(product)
 
     def finish(self) -> Products | None:
         """The lanes summed in order."""
@@ -249,7 +288,7 @@ def _padded(columns: Tensor) -> Tensor:
 def _ordered_sum(lanes: list[Tensor]) -> Tensor | None:
     if not lanes:
         return None
-    total = lanes[0]
+    total = lanes[0].clone()
     for lane in lanes[1:]:
         total += lane
     return total

@@ -4,7 +4,7 @@ Nothing here knows of files. A matrix is never held: its owner makes one pass ov
 each `Pass` that is asked for, and hands back the `Products`.
 """
 
-from lean_merge.linalg.krylov import BlockKrylov
+from lean_merge.linalg.krylov import BlockKrylov, Deflation
 from lean_merge.linalg.passes import Pass, Products, random_block
 from lean_merge.linalg.similarity import (
     Omitted,
@@ -18,6 +18,7 @@ from lean_merge.linalg.spectrum import exact_spectrum, numerical_rank
 
 __all__ = [
     "BlockKrylov",
+    "Deflation",
     "Omitted",
     "Pass",
     "Products",

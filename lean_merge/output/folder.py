@@ -23,6 +23,7 @@ from lean_merge.output.storage import (
     check_free_space,
     explain,
     folder_bytes,
+    forget,
     lock_folder,
     preallocate,
     refuse_inputs,
@@ -193,6 +194,7 @@ class OutputFolder:
         """Waits until what was written to `shard` is on the disk. Raises as `write_at`."""
         with self._open(shard) as descriptor:
             sync_data(descriptor)
+            forget(descriptor)
 
     @contextmanager
     def _open(self, shard: Shard) -> Iterator[int]:

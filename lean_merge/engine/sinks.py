@@ -1,0 +1,145 @@
+"""Where the results of a merge go: the engine hands every task to one of these."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from lean_merge.checkpoints import TensorReader, torch_dtype
+from lean_merge.engine.prefetch import Flusher
+from lean_merge.engine.taskvectors import TaskVectors
+from lean_merge.engine.update import (
+    OutputRows,
+    WriteBytes,
+    Written,
+    convert_tensor,
+    copy_tensor,
+    write_rows,
+)
+from lean_merge.engine.workers import Workers
+from lean_merge.methods import Decision
+from lean_merge.output import OutputFolder
+from lean_merge.plan import CopyTask, Plan, WeightTask
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What a sink works with: who reads, who computes, and a reused uint8 buffer for copies."""
+
+    reader: TensorReader
+    workers: Workers
+    buffer: Tensor
+
+
+class Sink(abc.ABC):
+    """Receives the plan's tasks in order, one at a time; a context while the engine runs."""
+
+    def __enter__(self) -> Sink:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        return
+
+    @abc.abstractmethod
+    def copy(self, task: CopyTask, tools: Tools) -> None:
+        """A tensor that goes over as it is."""
+
+    @abc.abstractmethod
+    def update(
+        self,
+        task: WeightTask,
+        vectors: TaskVectors,
+        decision: Decision,
+        tools: Tools,
+    ) -> Written | None:
+        """`vectors.weight`, one of `task`'s, with its decision; None where nothing is rounded."""
+
+    def finish(self, task: CopyTask | WeightTask) -> None:
+        """All of `task` was given."""
+        return
+
+
+class CheckpointSink(Sink):
+    """A whole checkpoint: every tensor at its place in the files of an `OutputFolder`.
+
+    Parameters
+    ----------
+    plan
+        Whose shards are those of `folder`.
+    folder
+        Open; it stays unsealed.
+    """
+
+    def __init__(self, plan: Plan, folder: OutputFolder) -> None:
+        self._plan = plan
+        self._folder = folder
+        self._flusher = Flusher(folder)
+
+    def __enter__(self) -> CheckpointSink:
+        self._flusher.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._flusher.__exit__(kind, error, trace)
+
+    def copy(self, task: CopyTask, tools: Tools) -> None:
+        """The tensor's bytes, undecoded; or its numbers, where these are stored with scales."""
+        write_copy(task, self._writer(task), tools)
+
+    def update(
+        self,
+        task: WeightTask,
+        vectors: TaskVectors,
+        decision: Decision,
+        tools: Tools,
+    ) -> Written:
+        """The rows with the update added, rounded once."""
+        output = output_rows(self._plan, task, self._writer(task))
+        return write_rows(vectors, decision, output, reader=tools.reader, workers=tools.workers)
+
+    def _writer(self, task: CopyTask | WeightTask) -> Callable[[int, memoryview], None]:
+        shard = self._plan.shards[task.shard]
+        start = shard.offsets[task.tensor.name]
+
+        def write(offset: int, data: memoryview) -> None:
+            self._folder.write_at(shard, start + offset, data)
+            self._flusher.wrote(shard, data.nbytes)
+
+        return write
+
+
+def write_copy(task: CopyTask, write: WriteBytes, tools: Tools) -> None:
+    """Write a tensor out of scope as it goes over."""
+    if not task.decoded:
+        copy_tensor(tools.reader, task.source, write, tools.buffer)
+        return
+    dtype = torch_dtype(task.tensor.dtype)
+    convert_tensor(task.decoded, dtype, write, reader=tools.reader, workers=tools.workers)
+
+
+def output_rows(
+    plan: Plan, task: WeightTask, write: Callable[[int, memoryview], None]
+) -> OutputRows:
+    """How the rows of an in-scope tensor are written, as the recipe wants it."""
+    dtype: torch.dtype = torch_dtype(task.tensor.dtype)
+    return OutputRows(
+        dtype=dtype,
+        rounding=plan.recipe.rounding,
+        seed=plan.recipe.seed,
+        write=write,
+    )
