@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from lean_merge import describe
 from lean_merge.api import merge as merge_api
+from lean_merge.checkpoints import downloads_shown
 from lean_merge.engine.run import Event
 from lean_merge.errors import LeanMergeError, RecipeError
 from lean_merge.output import check_output
@@ -211,8 +212,8 @@ def merge_command(
     debug: Debug = False,
 ) -> None:
     """Merge, and write a checkpoint that from_pretrained loads."""
-    _hush_downloads(quiet)
-    plan = _work(**work)
+    with downloads_shown(not quiet):
+        plan = _work(**work)
     if not (quiet or as_json):
         for line in describe.warnings_of(plan):
             typer.echo(f"warning: {line}", err=True)
@@ -239,8 +240,8 @@ def plan_command(
     debug: Debug = False,
 ) -> None:
     """Read headers only: what would be merged and copied, memory, disk, bytes."""
-    _hush_downloads(quiet)
-    plan = _work(**work)
+    with downloads_shown(not quiet):
+        plan = _work(**work)
     if out is not None:
         check_output(out, plan.shards, inputs=plan.inputs, overwrite=overwrite)
     if quiet:
@@ -280,12 +281,6 @@ def demo_command(
 
     results = run_demo(out, problems=problems, say=lambda line: typer.echo(line, err=True))
     typer.echo(json.dumps(results) if as_json else table(results))
-
-
-def _hush_downloads(quiet: bool) -> None:
-    """Without progress bars of downloads if `quiet`; the hub's client reads this when it starts."""
-    if quiet:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 @contextmanager

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -23,7 +21,7 @@ from families import SMALL, contents, write_triple
 from safetensors.torch import load_file, save_file
 
 from lean_merge import MergeRecipe, Resources, merge, open_checkpoint, plan
-from lean_merge.checkpoints import open_expert
+from lean_merge.checkpoints import downloads_shown, open_expert
 from lean_merge.checkpoints.hub import needed_files
 from lean_merge.errors import CheckpointError
 
@@ -348,15 +346,28 @@ def test_progress_is_shown(hub: Server, capfd: pytest.CaptureFixture[str]):
     repository(hub, shards=2)
     open_checkpoint("org/name")
     assert re.search(r"(Fetch|Download)ing.*13/13", capfd.readouterr().err)
+    shutil.rmtree(hub.root.parent / "cache")
+    with downloads_shown(False):
+        open_checkpoint("org/name")
+    assert capfd.readouterr() == ("", "")
+    shutil.rmtree(hub.root.parent / "cache")
+    open_checkpoint("org/name")
+    assert "13/13" in capfd.readouterr().err
 
 
-def test_quiet_shows_no_progress(hub: Server, tmp_path: Path):
+def test_quiet_shows_no_progress(
+    hub: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    from lean_merge.cli import main
+
     triple = write_triple(tmp_path / "triple", SMALL)
     for role, folder in (("base", triple.base), ("mllm", triple.mllm), ("math", triple.experts[0])):
         shutil.copytree(folder, hub.root / "org" / role)
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, "-m", "lean_merge", "plan", "--quiet", "--device", "cpu"]
-    command += ["--base", "org/base", "--mllm", "org/mllm", "--expert", "org/math"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    command = ["lean-merge", "plan", "--quiet", "--device", "cpu", "--base", "org/base"]
+    command += ["--mllm", "org/mllm", "--expert", "org/math"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert capfd.readouterr() == ("", "")
     assert len(hub.fetched) == 6

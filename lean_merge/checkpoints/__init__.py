@@ -13,6 +13,7 @@ from lean_merge.checkpoints.dtypes import (
     torch_dtype,
 )
 from lean_merge.checkpoints.header import TensorSpec, read_header
+from lean_merge.checkpoints.hub import downloads_shown
 from lean_merge.checkpoints.names import (
     Coverage,
     LogicalWeight,
@@ -36,6 +37,7 @@ __all__ = [
     "WeightSource",
     "as_bytes",
     "common_dtype",
+    "downloads_shown",
     "language_layout",
     "map_roles",
     "open_checkpoint",

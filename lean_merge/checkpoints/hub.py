@@ -5,7 +5,9 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from lean_merge.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_FILES
@@ -29,6 +31,38 @@ _ANCHORS = (
     ADAPTER_CONFIG,
     *(name for form in WEIGHT_FORMS for name in (form.index, form.single)),
 )
+
+
+_SHOWN = ContextVar("downloads are shown", default=True)
+
+
+@contextmanager
+def downloads_shown(shown: bool) -> Iterator[None]:
+    """Whether downloads inside the block show their progress on standard error."""
+    token = _SHOWN.set(shown)
+    try:
+        yield
+    finally:
+        _SHOWN.reset(token)
+
+
+@contextmanager
+def _progress_bars() -> Iterator[None]:
+    """The client's progress bars as `downloads_shown` wants them; what was set is restored."""
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if _SHOWN.get() or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def is_hub_id(source: str) -> bool:
@@ -67,7 +101,8 @@ def snapshot(source: str) -> Path:
             "HF_HUB_OFFLINE forbids a download; unset it or pass a folder."
         )
     try:
-        return _download(source, repo, revision)
+        with _progress_bars():
+            return _download(source, repo, revision)
     except CheckpointError:
         raise
     except Exception as error:
