@@ -126,6 +126,15 @@ def lane_bytes(weight: WeightShape, widest: int) -> int:
     return (LANES + 1) * weight.roles * weight.in_features * widest * 4
 
 
+def truncation_bytes(rank: int) -> int:
+    """Cutting factors of `rank` to an adapter's: a dozen matrices [rank, rank] in float64.
+
+    Gram matrices, eigenvectors, their products and LAPACK's workspace; beside them, strips of the
+    factors in float64, and of the cut ones.
+    """
+    return 12 * rank**2 * 8 + 4 * STRIP_ELEMENTS * 8
+
+
 def host_bytes(weight: WeightShape, *, widest: int, workspace: int, workers: int) -> int:
     """All that merging one logical weight holds on the CPU with no tile resident there.
 

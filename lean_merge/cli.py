@@ -17,6 +17,7 @@ import typer
 from tqdm import tqdm
 
 from lean_merge import describe
+from lean_merge.api import check_has_folder
 from lean_merge.api import merge as merge_api
 from lean_merge.checkpoints import downloads_shown
 from lean_merge.engine.run import Event
@@ -67,8 +68,23 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Any other parameter of the method."),
 ]
+Output = Annotated[
+    str | None,
+    typer.Option(help="checkpoint; lora, an adapter; or none, the analysis alone."),
+]
+LoraRank = Annotated[
+    str | None, typer.Option(help="auto keeps each update; or the rank of every weight.")
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(help="Merge only what this regex, or 'layers: 0-15', names; may be repeated."),
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option(help="Copy what this regex, or 'layers: 0-15', names.")
+]
 OutDtype = Annotated[
-    str | None, typer.Option(help="auto, float32, bfloat16 or float16, of in-scope weights.")
+    str | None,
+    typer.Option(help="auto, float32, bfloat16 or float16, of in-scope weights or adapter."),
 ]
 Rounding = Annotated[str | None, typer.Option(help="nearest or stochastic.")]
 ShardSize = Annotated[str | None, typer.Option(help="Largest shard: 5GB, 2GiB, 500MB.")]
@@ -119,6 +135,10 @@ def _recipe(file: Path | None, given: dict[str, Any], parameters: dict[str, Any]
     return MergeRecipe.from_dict(data)
 
 
+def _rank(text: str | None) -> int | str | None:
+    return int(text) if text and text.lstrip("-").isdigit() else text
+
+
 def _work(
     recipe: RecipeFile = None,
     base: Base = None,
@@ -135,6 +155,10 @@ def _work(
     svd: Svd = None,
     importance: Importance = None,
     set_: Set = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    output: Output = None,
+    lora_rank: LoraRank = None,
     out_dtype: OutDtype = None,
     rounding: Rounding = None,
     shard_size: ShardSize = None,
@@ -144,8 +168,8 @@ def _work(
     memory: Memory = None,
     vram: Vram = None,
     threads: Threads = None,
-) -> Plan:
-    """The plan that the options shared by `merge` and `plan` ask for."""
+) -> tuple[MergeRecipe, Resources]:
+    """What the options shared by `merge` and `plan` ask for."""
     parameters: dict[str, Any] = {
         "threshold": threshold,
         "select_by": select_by,
@@ -153,7 +177,7 @@ def _work(
         "nuclear": nuclear,
         "stages": stages,
         "scale": scale,
-        "rank": int(rank) if rank and rank.lstrip("-").isdigit() else rank,
+        "rank": _rank(rank),
         "svd": svd,
         "importance": importance,
     }
@@ -167,6 +191,10 @@ def _work(
         "mllm_model": mllm,
         "experts": list(expert) if expert else None,
         "merge_method": method,
+        "include": list(include) if include else None,
+        "exclude": list(exclude) if exclude else None,
+        "output": output,
+        "lora_rank": _rank(lora_rank),
         "out_dtype": out_dtype,
         "rounding": rounding,
         "shard_size": shard_size,
@@ -179,7 +207,7 @@ def _work(
         vram=None if vram is None else parse_size(vram),
         threads=threads,
     )
-    return make_plan(_recipe(recipe, wanted, parameters), resources)
+    return _recipe(recipe, wanted, parameters), resources
 
 
 def _shares_options_of_work(command: Callable[..., None]) -> Callable[..., None]:
@@ -203,7 +231,9 @@ def _shares_options_of_work(command: Callable[..., None]) -> Callable[..., None]
 @_shares_options_of_work
 def merge_command(
     work: dict[str, Any],
-    out: Annotated[Path, typer.Option(help="Output folder.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder; --output none needs none.")
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output once the new is complete.")
     ] = False,
@@ -211,9 +241,13 @@ def merge_command(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Merge, and write a checkpoint that from_pretrained loads."""
+    """Merge, and write a checkpoint that from_pretrained loads, or an adapter that PEFT loads."""
+    if out is None and work["recipe"] is None and work["output"] != "none":
+        raise RecipeError("Missing --out, the output folder; or give --output none.")
+    recipe, resources = _work(**work)
+    check_has_folder(recipe, out)
     with downloads_shown(not quiet):
-        plan = _work(**work)
+        plan = make_plan(recipe, resources)
     if not (quiet or as_json):
         for line in describe.warnings_of(plan):
             typer.echo(f"warning: {line}", err=True)
@@ -241,7 +275,7 @@ def plan_command(
 ) -> None:
     """Read headers only: what would be merged and copied, memory, disk, bytes."""
     with downloads_shown(not quiet):
-        plan = _work(**work)
+        plan = make_plan(*_work(**work))
     if out is not None:
         check_output(out, plan.shards, inputs=plan.inputs, overwrite=overwrite)
     if quiet:

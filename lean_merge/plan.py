@@ -23,6 +23,7 @@ from lean_merge.checkpoints import (
     WeightSource,
     common_dtype,
     map_roles,
+    module_name,
     open_checkpoint,
     open_expert,
     safetensors_dtype,
@@ -30,9 +31,18 @@ from lean_merge.checkpoints import (
     torch_dtype,
 )
 from lean_merge.errors import BudgetError, CoverageError, RecipeError
-from lean_merge.methods import AnalysisCost, Method, all_methods, canonical_name
-from lean_merge.output import OutputTensor, Shard, plan_shards
-from lean_merge.recipe import MergeRecipe, reject_unknown
+from lean_merge.methods import AnalysisCost, Method
+from lean_merge.output import (
+    AdapterModule,
+    OutputTensor,
+    Shard,
+    StoredFactors,
+    adapter_layout,
+    plan_shards,
+)
+from lean_merge.parameters import MethodTable, build_method
+from lean_merge.recipe import MergeRecipe
+from lean_merge.scope import Scope, filter_weights, places_of
 
 DECODED_DTYPE = torch.bfloat16
 """What weights that are stored with scales are written in unless the recipe says otherwise."""
@@ -79,12 +89,18 @@ class CopyTask:
 
 @dataclass(frozen=True, slots=True)
 class WeightTask:
-    """An in-scope tensor; `resident` tells for each logical weight how many tiles are kept."""
+    """An in-scope tensor.
+
+    For each of its logical weights, `resident` tells how many tiles are kept, `methods` how it is
+    merged, and `filtered` why not: a part of a fused tensor that a filter takes has no method.
+    """
 
     shard: int
     tensor: OutputTensor
     weight: MappedWeight
     resident: tuple[int, ...]
+    methods: tuple[Method[Any] | None, ...]
+    filtered: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +108,8 @@ class Prediction:
     """Bytes that the run will read, write, and hold at most.
 
     `exact_reads` is False where weights are read again for every pass of an analysis whose number
-    of passes depends on the data; `bytes_read` is then the most that can be.
+    of passes depends on the data; `bytes_read` is then the most that can be. `exact_writes` is
+    False for an adapter, whose ranks depend on the data; `disk` holds it twice for a moment.
     """
 
     peak_memory: int
@@ -101,6 +118,7 @@ class Prediction:
     bytes_written: int
     disk: int
     exact_reads: bool
+    exact_writes: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +131,7 @@ class Plan:
     mllm: Checkpoint
     experts: tuple[Checkpoint, ...]
     coverage: Coverage
+    scope: Scope
     shards: tuple[Shard, ...]
     tasks: tuple[CopyTask | WeightTask, ...]
     device: str
@@ -133,56 +152,29 @@ class Plan:
         """The tasks in scope."""
         return tuple(task for task in self.tasks if isinstance(task, WeightTask))
 
+    def adapter_module(self, task: WeightTask, parts: tuple[StoredFactors, ...]) -> AdapterModule:
+        """The module of an in-scope tensor, named as transformers loads it."""
+        prefix = self.coverage.prefixes["mllm"]
+        name = module_name(task.tensor.name, prefix=prefix, config=self.mllm.config)
+        return AdapterModule(name, task.weight.mllm.shape[1], parts)
+
+    @property
+    def adapter_dtype(self) -> torch.dtype:
+        """Of an adapter's factors."""
+        wanted = self.recipe.out_dtype
+        return torch.float32 if wanted == "auto" else _dtype_named(wanted)
+
     @property
     def copies(self) -> tuple[CopyTask, ...]:
         """The tasks out of scope."""
         return tuple(task for task in self.tasks if isinstance(task, CopyTask))
 
 
-def build_method(recipe: MergeRecipe) -> Method[Any]:
-    """The recipe's method with its parameters, checked. Raises RecipeError."""
-    methods = all_methods()
-    name = canonical_name(recipe.merge_method)
-    reject_unknown([name], methods, "merge_method")
-    fields = {f.name: f for f in methods[name].parameter_fields()}
-    own = [n for n, f in fields.items() if f.metadata.get("per_expert")]
-    reject_unknown(dict(recipe.parameters), fields, f"parameters of {name}")
-    for expert in recipe.experts:
-        reject_unknown(dict(expert.parameters), own, f"parameters of an expert of {name}")
-    try:
-        return methods[name](
-            [
-                methods[name].parameters_type(
-                    **_typed({**dict(recipe.parameters), **dict(expert.parameters)}, fields)
-                )
-                for expert in recipe.experts
-            ]
-        )
-    except TypeError as error:
-        raise RecipeError(f"The parameters of {name} make no sense: {error}.") from error
-
-
-def _typed(
-    values: Mapping[str, Any], fields: Mapping[str, dataclasses.Field[Any]]
-) -> dict[str, Any]:
-    """YAML's and the command line's looser types made those of the parameters' defaults."""
-    typed = {}
-    for name, value in values.items():
-        default = fields[name].default
-        if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        elif isinstance(default, tuple) and isinstance(value, str):
-            value = tuple(part.strip() for part in value.split(",") if part.strip())
-        elif isinstance(default, tuple) and isinstance(value, list):
-            value = tuple(value)
-        if type(value) is not type(default) and name != "rank":
-            raise RecipeError(f"{name} must be a {type(default).__name__}, not {value!r}.")
-        typed[name] = value
-    return typed
-
-
 def plan(recipe: MergeRecipe, resources: Resources | None = None) -> Plan:
     """Read the headers of all checkpoints and lay out the whole merge.
+
+    An adapter's files are laid out once its ranks are known, so `Plan.shards` is empty; so it is
+    where nothing is written.
 
     Raises
     ------
@@ -193,7 +185,23 @@ def plan(recipe: MergeRecipe, resources: Resources | None = None) -> Plan:
     BudgetError
         The memory given is too small; the message names the smallest that works.
     """
-    resources = resources or Resources()
+    return _plan(recipe, resources or Resources(), recipe.output)
+
+
+def plan_stream(recipe: MergeRecipe, resources: Resources | None = None) -> Plan:
+    """The same for whole tensors in memory, one after the other in the order of the MLLM's files.
+
+    Raises as `plan`; RecipeError too for a recipe of another output.
+    """
+    if recipe.output != "checkpoint":
+        raise RecipeError(
+            f"A stream gives whole tensors, and the recipe asks for output {recipe.output}; leave "
+            "output out."
+        )
+    return _plan(recipe, resources or Resources(), "stream")
+
+
+def _plan(recipe: MergeRecipe, resources: Resources, output: str) -> Plan:
     method = build_method(recipe)
     base = open_checkpoint(recipe.base_model)
     mllm = open_checkpoint(recipe.mllm_model)
@@ -201,22 +209,42 @@ def plan(recipe: MergeRecipe, resources: Resources | None = None) -> Plan:
     coverage = map_roles(base, mllm, experts, allow_partial=recipe.allow_partial)
     for weight in coverage.weights:
         _check_arithmetic(weight)
-    outputs = _outputs(recipe, mllm, coverage)
-    shards = plan_shards(list(outputs.values()), shard_size=recipe.shard_size)
+    places = places_of(coverage)
+    scope = filter_weights(list(places.values()), include=recipe.include, exclude=recipe.exclude)
+    methods = MethodTable(recipe)
+    methods.check_filters(list(places.values()))
+    by_weight = {
+        name: methods.at(place) for name, place in places.items() if name not in scope.filtered
+    }
+    outputs = _outputs(recipe, mllm, _merged(coverage, scope))
+    shards: tuple[Shard, ...] = ()
+    if output == "checkpoint":
+        shards = plan_shards(list(outputs.values()), shard_size=recipe.shard_size)
+    if output == "lora":
+        _check_low_rank(_merged(coverage, scope), by_weight)
     device, notes = resolve_device(resources.device)
     threads = _threads(resources.threads)
     limits = _limits(resources, device)
-    held = memory.usage().anonymous
-    layout = _Layout(method, device, min(threads, budget.LANES), *limits, held)
-    _check_budget(coverage, layout)
-    tasks = _tasks(mllm, coverage, outputs, shards, layout)
-    return Plan(
+    largest = max((tensor.nbytes for tensor in outputs.values()), default=0)
+    layout = _Layout(
+        methods=by_weight,
+        output=output,
+        device=device,
+        workers=min(threads, budget.LANES),
+        memory=limits[0],
+        vram=limits[1],
+        held=memory.usage().anonymous + (largest if output == "stream" else 0),
+    )
+    tasks = _tasks(mllm, coverage, scope, outputs, shards, layout)
+    _check_budget([task for task in tasks if isinstance(task, WeightTask)], layout)
+    unpredicted = Plan(
         recipe=recipe,
         method=method,
         base=base,
         mllm=mllm,
         experts=experts,
         coverage=coverage,
+        scope=scope,
         shards=shards,
         tasks=tasks,
         device=device,
@@ -224,9 +252,10 @@ def plan(recipe: MergeRecipe, resources: Resources | None = None) -> Plan:
         vram=limits[1],
         threads=threads,
         workers=layout.workers,
-        prediction=_predict(tasks, shards, layout),
+        prediction=Prediction(0, 0, 0, 0, 0, True, True),
         notes=tuple(notes),
     )
+    return dataclasses.replace(unpredicted, prediction=_predict(unpredicted, layout))
 
 
 def _decoded(mllm: Checkpoint, spec: TensorSpec) -> tuple[WeightSource, ...]:
@@ -252,15 +281,17 @@ def _check_arithmetic(weight: MappedWeight) -> None:
             )
 
 
-def _outputs(recipe: MergeRecipe, mllm: Checkpoint, coverage: Coverage) -> dict[str, OutputTensor]:
+def _outputs(
+    recipe: MergeRecipe, mllm: Checkpoint, merged: Sequence[MappedWeight]
+) -> dict[str, OutputTensor]:
     """The MLLM's tensors, in its order, with the dtypes that are written."""
-    in_scope = {weight.mllm.name for weight in coverage.weights}
+    in_scope = {weight.mllm.name for weight in merged}
     outputs = {}
     for name, spec in mllm.tensors.items():
         dtype, size = spec.dtype, spec.nbytes
         chosen: torch.dtype | None = None
         if recipe.out_dtype != "auto" and (name in in_scope or name in mllm.scales):
-            chosen = getattr(torch, recipe.out_dtype)
+            chosen = _dtype_named(recipe.out_dtype)
         elif name in mllm.scales:
             chosen = DECODED_DTYPE
         if chosen is not None:
@@ -268,6 +299,11 @@ def _outputs(recipe: MergeRecipe, mllm: Checkpoint, coverage: Coverage) -> dict[
             size = spec.nbytes // torch_dtype(spec.dtype).itemsize * chosen.itemsize
         outputs[name] = OutputTensor(name, dtype, spec.shape, size)
     return outputs
+
+
+def _dtype_named(name: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def resolve_device(wanted: str) -> tuple[str, list[str]]:
@@ -331,13 +367,15 @@ def arithmetic_dtype(task: torch.dtype, device: str) -> torch.dtype:
 class _Layout:
     """How a weight's memory is laid out, and with that what it costs."""
 
-    method: Method[Any]
+    methods: Mapping[str, Method[Any]]
+    """By canonical name; a weight that is filtered out has none."""
+    output: str
     device: str
     workers: int
     memory: int
     vram: int
     held: int
-    """Anonymous bytes of the process before the merge."""
+    """Anonymous bytes of the process before the merge, and of what the sink holds."""
 
     def shape(self, weight: LogicalWeight) -> budget.WeightShape:
         task = common_dtype(source.dtype for source in weight.roles)
@@ -360,13 +398,21 @@ class _Layout:
     def on_cpu(self) -> bool:
         return torch.device(self.device).type == "cpu"
 
-    def cost(self, shape: budget.WeightShape) -> AnalysisCost:
-        """What the method's analysis of such a weight costs at most."""
-        return self.method.cost((shape.out_features, shape.in_features), item=shape.arithmetic_item)
+    def cost(self, weight: LogicalWeight) -> AnalysisCost:
+        """What the method's analysis of a weight costs at most, and the sink's work after it."""
+        method = self.methods.get(weight.canonical)
+        if method is None or not needs_analysis(weight):
+            return AnalysisCost()
+        cost = method.cost(weight.shape, item=self.shape(weight).arithmetic_item)
+        if self.output != "lora":
+            return cost
+        # The analysis has let go of its own by then.
+        cut = budget.truncation_bytes(method.largest_rank(weight.shape))
+        return dataclasses.replace(cost, workspace=max(cost.workspace, cut))
 
-    def fixed(self, shape: budget.WeightShape) -> tuple[int, int]:
+    def fixed(self, weight: LogicalWeight) -> tuple[int, int]:
         """Bytes on the host and on the device with no tile resident."""
-        cost = self.cost(shape)
+        shape, cost = self.shape(weight), self.cost(weight)
         if self.on_cpu:
             host = budget.host_bytes(
                 shape, widest=cost.widest, workspace=cost.workspace, workers=self.workers
@@ -381,15 +427,14 @@ class _Layout:
 
     def needs(self, weight: LogicalWeight) -> tuple[int, int]:
         """Bytes on host and device without which the weight cannot be merged."""
-        host, device = self.fixed(self.shape(weight))
+        host, device = self.fixed(weight)
         return self.held + host, device
 
     def resident(self, weight: LogicalWeight) -> int:
         """Tiles to keep in what the weight's needs leave free."""
         shape = self.shape(weight)
-        cost = self.cost(shape)
         host, device = self.needs(weight)
-        if cost.passes == 0 or not needs_analysis(weight):
+        if self.cost(weight).passes == 0:
             return 0
         if self.on_cpu:
             return budget.resident_tiles(shape, self.memory - host)
@@ -411,23 +456,23 @@ class _Layout:
             buffers.append(source.held + source.scratch(rows) + 8 * rows * in_features)
         return max(buffers) + budget.COPY_BUFFER + budget.SLACK
 
-    def analysed(self, weight: LogicalWeight) -> int:
-        """Most passes over the rows of a weight; see `needs_analysis`."""
-        return self.cost(self.shape(weight)).passes if needs_analysis(weight) else 0
-
     def bytes_read(self, task: WeightTask) -> tuple[int, bool]:
         """Most bytes that the task reads, and whether it is exactly that many."""
         total, exact = 0, True
-        whole = self.method.reads_task_vectors()
-        for weight, resident in zip(task.weight.slices, task.resident, strict=True):
-            passes = self.analysed(weight)
+        for weight, resident, method in zip(
+            task.weight.slices, task.resident, task.methods, strict=True
+        ):
+            passes = self.cost(weight).passes
             total += sum(source.loaded for source in weight.roles)
             tiles = list(budget.row_tiles(weight.shape))
             kept, again = tiles[:resident], tiles[resident:]
             if passes:
                 total += _bytes(weight.roles, kept) + _bytes(weight.roles, again) * passes
                 exact = exact and not again
+            if not self.writes_rows:
+                continue
             total += _bytes([weight.mllm], tiles)
+            whole = method.reads_task_vectors() if method else [False] * len(weight.others)
             wanted = [source for source, add in zip(weight.others, whole, strict=True) if add]
             if any(not source.is_difference for source in wanted):
                 wanted.append(weight.base)
@@ -436,17 +481,24 @@ class _Layout:
                 exact = exact and (passes == 0 or not again)
         return total, exact
 
+    @property
+    def writes_rows(self) -> bool:
+        """Whether the MLLM's rows are read once more, to be written with their update."""
+        return self.output in ("checkpoint", "stream")
+
 
 def _bytes(sources: Sequence[WeightSource], tiles: Sequence[slice]) -> int:
     """What reading these tiles once reads."""
     return sum(source.nbytes(rows) for source in sources for rows in tiles)
 
 
-def _check_budget(coverage: Coverage, layout: _Layout) -> None:
+def _check_budget(tasks: Sequence[WeightTask], layout: _Layout) -> None:
     """Raise BudgetError, with the smallest that works for all weights, if one does not fit."""
     needs = [
-        (*layout.needs(rows), weight.mllm) for weight in coverage.weights for rows in weight.slices
+        (*layout.needs(part), task.weight.mllm) for task in tasks for part in task.weight.slices
     ]
+    if not needs:
+        return
     host, _, largest = max(needs, key=lambda need: need[0])
     name = f"{largest.name} {list(largest.shape)}"
     budget.check_fits(host, layout.memory, what="Memory", flag="--memory", name=name)
@@ -459,52 +511,116 @@ def _check_budget(coverage: Coverage, layout: _Layout) -> None:
 def _tasks(
     mllm: Checkpoint,
     coverage: Coverage,
+    scope: Scope,
     outputs: Mapping[str, OutputTensor],
     shards: tuple[Shard, ...],
     layout: _Layout,
 ) -> tuple[CopyTask | WeightTask, ...]:
-    """One task an output tensor, in the order of the bytes that are written."""
-    in_scope = {weight.mllm.name: weight for weight in coverage.weights}
+    """One task a tensor, in the order of the bytes that are written, else of those read.
+
+    A tensor of which no part is merged is copied, or left alone where nothing is copied.
+    """
+    merged = {weight.mllm.name: weight for weight in _merged(coverage, scope)}
+    ordered = [(0, name) for name in outputs]
+    if shards:
+        ordered = [
+            (index, name)
+            for index, shard in enumerate(shards)
+            for name in sorted(shard.offsets, key=lambda n: shard.offsets[n])
+        ]
     tasks: list[CopyTask | WeightTask] = []
-    for index, shard in enumerate(shards):
-        for name in sorted(shard.offsets, key=lambda n: shard.offsets[n]):
-            weight = in_scope.get(name)
-            if weight is None:
-                spec = mllm.tensors[name]
-                tasks.append(CopyTask(index, outputs[name], spec, _decoded(mllm, spec)))
-                continue
-            resident = tuple(layout.resident(rows) for rows in weight.slices)
-            tasks.append(WeightTask(index, outputs[name], weight, resident))
+    for index, name in ordered:
+        weight = merged.get(name)
+        if weight is not None:
+            tasks.append(
+                WeightTask(
+                    index,
+                    outputs[name],
+                    weight,
+                    resident=tuple(layout.resident(part) for part in weight.slices),
+                    methods=tuple(layout.methods.get(part.canonical) for part in weight.slices),
+                    filtered=tuple(scope.reason(part) for part in weight.slices),
+                )
+            )
+        elif layout.writes_rows:
+            spec = mllm.tensors[name]
+            tasks.append(CopyTask(index, outputs[name], spec, _decoded(mllm, spec)))
     return tuple(tasks)
 
 
-def _predict(
-    tasks: tuple[CopyTask | WeightTask, ...], shards: tuple[Shard, ...], layout: _Layout
-) -> Prediction:
+def _merged(coverage: Coverage, scope: Scope) -> list[MappedWeight]:
+    """The tensors of which at least one part is not filtered out."""
+    return [
+        weight
+        for weight in coverage.weights
+        if any(not scope.reason(part) for part in weight.slices)
+    ]
+
+
+def _check_low_rank(weights: Sequence[MappedWeight], methods: Mapping[str, Method[Any]]) -> None:
+    """Raise RecipeError for an update that no adapter holds."""
+    for weight in weights:
+        if ".experts." in weight.mllm.name or len(weight.mllm.shape) != 2:
+            raise RecipeError(
+                f"An adapter cannot hold {weight.mllm.name}: transformers stacks the experts of a "
+                "mixture when it loads them, each with a rank of its own. Leave them out with "
+                "--exclude experts, or write a checkpoint."
+            )
+        for part in weight.slices:
+            method = methods.get(part.canonical)
+            if method is not None and any(method.reads_task_vectors()):
+                raise RecipeError(
+                    f"The update of {part.canonical} has full rank, which no adapter holds: "
+                    f"{method.name} adds whole task vectors. Use ip_merging with project among its "
+                    "stages, or --output checkpoint."
+                )
+
+
+def _predict(plan: Plan, layout: _Layout) -> Prediction:
     host = vram = read = 0
     exact = True
-    for task in tasks:
+    for task in plan.tasks:
         if isinstance(task, CopyTask):
             read += layout.bytes_copied(task)
             host = max(host, layout.copy_memory(task))
             continue
-        for rows, resident in zip(task.weight.slices, task.resident, strict=True):
-            shape = layout.shape(rows)
-            on_host, on_device = layout.fixed(shape)
-            kept = resident * shape.resident_tile
+        for part, resident in zip(task.weight.slices, task.resident, strict=True):
+            on_host, on_device = layout.fixed(part)
+            kept = resident * layout.shape(part).resident_tile
             host = max(host, on_host + (kept if layout.on_cpu else 0))
             vram = max(vram, on_device + (0 if layout.on_cpu else kept))
         most, known = layout.bytes_read(task)
         read, exact = read + most, exact and known
-    written = sum(shard.size for shard in shards)
+    written = sum(shard.size for shard in plan.shards)
+    disk = written
+    if layout.output == "lora":
+        written, disk = _adapter_bytes(plan)
     return Prediction(
         peak_memory=layout.held + host,
         peak_vram=vram,
         bytes_read=read,
         bytes_written=written,
-        disk=written,
+        disk=disk,
         exact_reads=exact,
+        exact_writes=layout.output != "lora",
     )
+
+
+def _adapter_bytes(plan: Plan) -> tuple[int, int]:
+    """Most bytes of adapter_model.safetensors, and of it and the float32 factors before it."""
+    modules = []
+    for task in plan.weights:
+        parts = []
+        for part, method in zip(task.weight.slices, task.methods, strict=True):
+            rank = method.largest_rank(part.shape) if method else 0
+            if isinstance(plan.recipe.lora_rank, int):
+                rank = min(rank, plan.recipe.lora_rank)
+            parts.append(StoredFactors(part.shape[0], rank))
+        modules.append(plan.adapter_module(task, tuple(parts)))
+    size = adapter_layout(modules, plan.adapter_dtype).size
+    factors = sum(m.rank * m.in_features for m in modules)
+    factors += sum(part.rows * part.rank for m in modules for part in m.parts)
+    return size, size + 4 * factors
 
 
 __all__ = [
@@ -518,5 +634,6 @@ __all__ = [
     "build_method",
     "needs_analysis",
     "plan",
+    "plan_stream",
     "resolve_device",
 ]

@@ -13,9 +13,20 @@ import yaml
 
 from lean_merge.errors import RecipeError
 from lean_merge.sizes import parse_size
+from lean_merge.values import ANY, Filtered
 
 OUT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 ROUNDINGS = ("nearest", "stochastic")
+OUTPUTS = ("checkpoint", "lora", "none")
+_PLAIN_FIELDS = (
+    "output",
+    "lora_rank",
+    "out_dtype",
+    "rounding",
+    "seed",
+    "shard_size",
+    "allow_partial",
+)
 Parameters = tuple[tuple[str, Any], ...]
 
 
@@ -40,9 +51,18 @@ class MergeRecipe:
     merge_method : str
         Name of a registered method.
     parameters : tuple of (name, value)
-        The method's parameters, common to all experts.
+        The method's parameters, common to all experts. A value that differs between weights is a
+        list of numbers, interpolated over the layers, or of `filter` and `value`.
+    include, exclude : tuple of str
+        Regular expressions on the weights' names, or `layers: 0-15`. A weight is merged if it is
+        in `include`, where that is given, and not in `exclude`; the others are copied.
+    output : str
+        `checkpoint`, a whole model; `lora`, an adapter for the MLLM; or `none`, analysis alone.
+    lora_rank : int or str
+        Rank of each weight in an adapter: `auto`, the smallest that keeps the update, or a number.
     out_dtype : str
-        `auto` keeps each MLLM weight's dtype; else the dtype of the in-scope weights.
+        `auto` keeps each MLLM weight's dtype; else the dtype of the in-scope weights. An adapter's
+        factors are float32 with `auto`.
     rounding : str
         `nearest`, or `stochastic` for out dtypes below float32.
     seed : int
@@ -63,6 +83,10 @@ class MergeRecipe:
     experts: tuple[Expert, ...]
     merge_method: str = "ip_merging"
     parameters: Parameters = ()
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    output: str = "checkpoint"
+    lora_rank: int | str = "auto"
     out_dtype: str = "auto"
     rounding: str = "nearest"
     seed: int = 0
@@ -74,6 +98,8 @@ class MergeRecipe:
         experts = tuple(_expert(entry) for entry in _list(self.experts, "experts"))
         object.__setattr__(self, "experts", experts)
         object.__setattr__(self, "parameters", _frozen(self.parameters, "parameters"))
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, _filters(getattr(self, name), name))
         object.__setattr__(self, "shard_size", parse_size(self.shard_size))
         if not self.experts:
             raise RecipeError("A merge needs at least one expert; name it with --expert.")
@@ -88,6 +114,11 @@ class MergeRecipe:
             raise RecipeError(f"merge_method must name a method, not {self.merge_method!r}.")
         if not isinstance(self.allow_partial, bool):
             raise RecipeError(f"allow_partial must be true or false, not {self.allow_partial!r}.")
+        _one_of("output", self.output, OUTPUTS)
+        if self.lora_rank != "auto" and not (type(self.lora_rank) is int and self.lora_rank >= 1):
+            raise RecipeError(
+                f"lora_rank must be 'auto' or a whole number from 1, not {self.lora_rank!r}."
+            )
         _one_of("out_dtype", self.out_dtype, OUT_DTYPES)
         _one_of("rounding", self.rounding, ROUNDINGS)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
@@ -109,7 +140,10 @@ class MergeRecipe:
         }
         if self.parameters:
             recipe["parameters"] = _plain(self.parameters)
-        for name in ("out_dtype", "rounding", "seed", "shard_size", "allow_partial"):
+        for name in ("include", "exclude"):
+            if getattr(self, name):
+                recipe[name] = list(getattr(self, name))
+        for name in _PLAIN_FIELDS:
             recipe[name] = getattr(self, name)
         return recipe
 
@@ -195,10 +229,62 @@ def _frozen(parameters: Any, where: str) -> Parameters:
     if not isinstance(parameters, Mapping):
         raise RecipeError(f"{where} must be a mapping, not {parameters!r}.")
     return tuple(
-        (str(name), tuple(value) if isinstance(value, list) else value)
-        for name, value in parameters.items()
+        (str(name), _frozen_value(value, f"{where}: {name}")) for name, value in parameters.items()
     )
 
 
+def _frozen_value(value: Any, where: str) -> Any:
+    if not isinstance(value, (list, tuple)):
+        return value
+    if any(isinstance(each, (Mapping, Filtered)) for each in value):
+        return tuple(_filtered(each, where) for each in value)
+    return tuple(value)
+
+
+def _filtered(entry: Any, where: str) -> Filtered:
+    if isinstance(entry, Filtered):
+        return entry
+    if not isinstance(entry, Mapping):
+        return Filtered(ANY, entry)
+    reject_unknown(entry, ("filter", "value"), where)
+    if "value" not in entry:
+        raise RecipeError(f"{where}: an entry lacks its value; write filter: mlp, value: 0.5.")
+    wanted = entry.get("filter", ANY)
+    return Filtered(_filter(ANY if wanted is None else wanted, where), _tuple(entry["value"]))
+
+
+def _filters(entries: Any, name: str) -> tuple[str, ...]:
+    if entries is None:
+        return ()
+    if isinstance(entries, (str, Mapping)):
+        entries = [entries]
+    return tuple(_filter(entry, name) for entry in _list(entries, name))
+
+
+def _filter(entry: Any, where: str) -> str:
+    """A filter's text; YAML reads `layers: 0-15` in a list as a mapping."""
+    if isinstance(entry, Mapping) and set(entry) == {"layers"}:
+        wanted = entry["layers"]
+        parts = wanted if isinstance(wanted, (list, tuple)) else [wanted]
+        return f"layers: {','.join(map(str, parts))}"
+    if not isinstance(entry, str) or not entry:
+        raise RecipeError(
+            f"{where}: a filter must be a regular expression or a range such as layers: 0-15, not "
+            f"{entry!r}."
+        )
+    return entry
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 def _plain(parameters: Parameters) -> dict[str, Any]:
-    return {n: list(v) if isinstance(v, tuple) else v for n, v in parameters}
+    return {name: _plain_value(value) for name, value in parameters}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, Filtered):
+        own = {} if value.filter == ANY else {"filter": value.filter}
+        return {**own, "value": _plain_value(value.value)}
+    return [_plain_value(each) for each in value] if isinstance(value, tuple) else value

@@ -14,6 +14,7 @@ from lean_merge.checkpoints.dtypes import (
 )
 from lean_merge.checkpoints.header import TensorSpec, read_header
 from lean_merge.checkpoints.hub import downloads_shown
+from lean_merge.checkpoints.modules import module_name
 from lean_merge.checkpoints.names import (
     Coverage,
     LogicalWeight,
@@ -40,6 +41,7 @@ __all__ = [
     "downloads_shown",
     "language_layout",
     "map_roles",
+    "module_name",
     "open_checkpoint",
     "open_expert",
     "read_header",

@@ -49,7 +49,7 @@ def downloads_shown(shown: bool) -> Iterator[None]:
 @contextmanager
 def _progress_bars() -> Iterator[None]:
     """The client's progress bars as `downloads_shown` wants them; what was set is restored."""
-    from huggingface_hub.utils import (
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -20,10 +21,10 @@ from lean_merge.checkpoints import (
 from lean_merge.engine.prefetch import Prefetcher
 from lean_merge.engine.sinks import Sink, Tools
 from lean_merge.engine.taskvectors import TaskVectors
-from lean_merge.engine.update import Written
+from lean_merge.engine.update import Truncated, Written
 from lean_merge.engine.workers import full_float32, worker_pool
 from lean_merge.memory import release_free_memory
-from lean_merge.methods import Decision, ExpertRecord, WeightContext
+from lean_merge.methods import Decision, ExpertRecord, Method, WeightContext
 from lean_merge.plan import CopyTask, Plan, WeightTask, arithmetic_dtype, needs_analysis
 
 READ_AHEAD = 512 << 20
@@ -42,7 +43,7 @@ class Event:
 class WeightResult:
     """What happened to one logical weight; `squared_norms` are those of its task vectors.
 
-    `written` is None where the sink rounds nothing.
+    `stored` is what the sink kept of the update, None where it stored none.
     """
 
     name: str
@@ -50,7 +51,7 @@ class WeightResult:
     experts: tuple[ExpertRecord, ...]
     merged: bool
     squared_norms: tuple[float, ...]
-    written: Written | None
+    stored: Written | Truncated | None
     passes: int
 
 
@@ -161,14 +162,15 @@ class _Engine:
     def merge(self, task: WeightTask) -> bool:
         """A tensor in scope, one logical weight after another; True if any got an update."""
         merged = False
-        for rows, resident in zip(task.weight.slices, task.resident, strict=True):
-            result = self._merge_rows(task, rows, resident)
+        for part in range(len(task.weight.slices)):
+            result = self._merge_rows(task, part)
             self._result.weights.append(result)
             merged = merged or result.merged
         return merged
 
-    def _merge_rows(self, task: WeightTask, weight: LogicalWeight, resident: int) -> WeightResult:
-        vectors = self._vectors(weight, resident)
+    def _merge_rows(self, task: WeightTask, part: int) -> WeightResult:
+        weight = task.weight.slices[part]
+        vectors = self._vectors(weight, task.resident[part])
         context = WeightContext(
             name=weight.canonical,
             shape=vectors.shape,
@@ -179,10 +181,14 @@ class _Engine:
             parallel=self.tools.workers.map,
         )
         with self._result.timed("analyze"):
-            decision, passes = self._analyze(vectors, context)
+            method = task.methods[part]
+            if method is None:
+                decision, passes = _left_alone(task.filtered[part], len(weight.experts)), 0
+            else:
+                decision, passes = self._analyze(method, vectors, context)
         decision = _explained(decision, weight)
         with self._result.timed("write"):
-            written = self._sink.update(task, vectors, decision, self.tools)
+            stored = self._sink.update(task, vectors, decision, self.tools)
         norms = vectors.squared_norms()
         return WeightResult(
             name=task.tensor.name,
@@ -190,7 +196,7 @@ class _Engine:
             experts=_with_norms(decision, norms),
             merged=decision.merges,
             squared_norms=tuple(norms),
-            written=written,
+            stored=stored,
             passes=passes,
         )
 
@@ -205,12 +211,13 @@ class _Engine:
             dtype=arithmetic_dtype(stored, self._plan.device),
         )
 
-    def _analyze(self, vectors: TaskVectors, context: WeightContext) -> tuple[Decision, int]:
+    def _analyze(
+        self, method: Method[Any], vectors: TaskVectors, context: WeightContext
+    ) -> tuple[Decision, int]:
         """Drive the method's analysis: each time it asks, one pass over the rows."""
-        method = self._plan.method
         if not needs_analysis(vectors.weight) and method.cost(vectors.shape, item=4).passes:
-            nothing = [ExpertRecord(False, "", rank=0, update_norm=0.0)] * len(method.parameters)
-            return Decision(tuple(nothing)), 0
+            nothing = ExpertRecord(False, "", rank=0, update_norm=0.0)
+            return Decision((nothing,) * len(vectors.weight.experts)), 0
         analysis = method.analyze(context)
         passes = 0
         try:
@@ -244,6 +251,11 @@ def _explained(decision: Decision, weight: LogicalWeight) -> Decision:
         for record, source in zip(decision.experts, weight.experts, strict=True)
     )
     return replace(decision, experts=records)
+
+
+def _left_alone(reason: str, experts: int) -> Decision:
+    """No update, for a part of a tensor that a filter takes."""
+    return Decision(experts=(ExpertRecord(selected=False, reason=reason),) * experts)
 
 
 def _with_norms(decision: Decision, squared_norms: list[float]) -> tuple[ExpertRecord, ...]:

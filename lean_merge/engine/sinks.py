@@ -10,11 +10,12 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from lean_merge.checkpoints import TensorReader, torch_dtype
+from lean_merge.checkpoints import TensorReader, as_bytes, torch_dtype
 from lean_merge.engine.prefetch import Flusher
 from lean_merge.engine.taskvectors import TaskVectors
 from lean_merge.engine.update import (
     OutputRows,
+    Truncated,
     WriteBytes,
     Written,
     convert_tensor,
@@ -61,8 +62,8 @@ class Sink(abc.ABC):
         vectors: TaskVectors,
         decision: Decision,
         tools: Tools,
-    ) -> Written | None:
-        """`vectors.weight`, one of `task`'s, with its decision; None where nothing is rounded."""
+    ) -> Written | Truncated | None:
+        """`vectors.weight`, one of `task`'s, with its decision; what storing it kept of it."""
 
     def finish(self, task: CopyTask | WeightTask) -> None:
         """All of `task` was given."""
@@ -143,3 +144,61 @@ def output_rows(
         seed=plan.recipe.seed,
         write=write,
     )
+
+
+def _into(view: memoryview) -> WriteBytes:
+    """Writes into memory."""
+
+    def write(offset: int, data: memoryview) -> None:
+        view[offset : offset + data.nbytes] = data.cast("B")
+
+    return write
+
+
+class TensorSink(Sink):
+    """Whole tensors in fresh memory, one at a time: each must be taken before the next is made."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._tensor: Tensor | None = None
+
+    def take(self) -> Tensor:
+        """The tensor of the last task, which is the caller's from now on."""
+        assert self._tensor is not None
+        tensor, self._tensor = self._tensor, None
+        return tensor
+
+    def copy(self, task: CopyTask, tools: Tools) -> None:
+        """The tensor as it is stored; or its numbers, where these are stored with scales."""
+        view = as_bytes(self._fresh(task))
+        if not task.decoded:
+            tools.reader.read_into(task.source, 0, view)
+            return
+        write_copy(task, _into(view), tools)
+
+    def update(
+        self, task: WeightTask, vectors: TaskVectors, decision: Decision, tools: Tools
+    ) -> Written:
+        """The rows with the update added, rounded once."""
+        if self._tensor is None:
+            self._fresh(task)
+        assert self._tensor is not None
+        output = output_rows(self._plan, task, _into(as_bytes(self._tensor)))
+        return write_rows(vectors, decision, output, reader=tools.reader, workers=tools.workers)
+
+    def _fresh(self, task: CopyTask | WeightTask) -> Tensor:
+        dtype = torch_dtype(task.tensor.dtype)
+        self._tensor = torch.empty(task.tensor.shape, dtype=dtype)
+        return self._tensor
+
+
+class DecisionSink(Sink):
+    """Nothing: what was decided is in the engine's results."""
+
+    def copy(self, task: CopyTask, tools: Tools) -> None:
+        """Nothing is copied."""
+
+    def update(
+        self, task: WeightTask, vectors: TaskVectors, decision: Decision, tools: Tools
+    ) -> None:
+        """Nothing is stored."""

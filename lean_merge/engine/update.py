@@ -33,6 +33,14 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True)
+class Truncated:
+    """What an adapter keeps of an update: its rank, and the relative Frobenius error of the cut."""
+
+    rank: int
+    error: float
+
+
+@dataclass(frozen=True, slots=True)
 class OutputRows:
     """How one logical weight's rows are written."""
 
@@ -231,4 +239,12 @@ def torch_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-__all__ = ["OutputRows", "WriteBytes", "Written", "convert_tensor", "copy_tensor", "write_rows"]
+__all__ = [
+    "OutputRows",
+    "Truncated",
+    "WriteBytes",
+    "Written",
+    "convert_tensor",
+    "copy_tensor",
+    "write_rows",
+]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,16 +43,22 @@ class Workers:
 
     def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """This thread's reused CPU buffer of that name, as an uninitialised tensor of `shape`."""
-        size = dtype.itemsize
-        for extent in shape:
-            size *= extent
-        buffers: dict[str, Tensor] = self._local.__dict__
+        local: dict[str, Any] = self._local.__dict__
+        buffers: dict[str, Tensor] = local.setdefault("buffers", {})
+        views: dict[tuple[str, tuple[int, ...], torch.dtype], Tensor]
+        views = local.setdefault("views", {})
+        view = views.get((name, shape, dtype))
+        if view is not None:
+            return view
+        size = math.prod(shape) * dtype.itemsize
         held = buffers.get(name)
         if held is None or held.numel() < size:
+            # Views of the old one would keep it alive; few shapes are in use at a time.
+            views.clear()
             buffers.pop(name, None)
-            held = torch.empty(size, dtype=torch.uint8)
-            buffers[name] = held
-        return held[:size].view(dtype).view(shape)
+            held = buffers[name] = torch.empty(size, dtype=torch.uint8)
+        view = views[name, shape, dtype] = held[:size].view(dtype).view(shape)
+        return view
 
     def close(self) -> None:
         """Waits for the threads to end."""

@@ -15,6 +15,7 @@ from lean_merge.linalg.similarity import (
 )
 from lean_merge.linalg.sketch import SingularSums, Sketch
 from lean_merge.linalg.spectrum import exact_spectrum, numerical_rank
+from lean_merge.linalg.truncation import Truncation, truncate
 
 __all__ = [
     "BlockKrylov",
@@ -24,6 +25,7 @@ __all__ = [
     "Products",
     "SingularSums",
     "Sketch",
+    "Truncation",
     "corresponding_cosines",
     "exact_spectrum",
     "importance",
@@ -31,4 +33,5 @@ __all__ = [
     "numerical_rank",
     "omitted_errors",
     "random_block",
+    "truncate",
 ]

@@ -170,6 +170,10 @@ class IPMerging(Method[IPMergingParameters]):
         """That of the deepest look that the parameters allow."""
         return self._effort(shape).cost(item=item)
 
+    def largest_rank(self, shape: tuple[int, int]) -> int:
+        """As many as there are directions of the MLLM to project on."""
+        return self._effort(shape).largest
+
     def reads_task_vectors(self) -> tuple[bool, ...]:
         """The experts' without projection; with it, everything is in the factors."""
         whole = "project" not in self.common.stages
