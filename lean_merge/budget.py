@@ -25,6 +25,8 @@ LANES = 4
 SLACK = 40 << 20
 """Small objects, thread stacks, what the allocator rounds up or keeps, and the kernels and buffers
 that the mathematical libraries make for each shape they meet: these settle at about 30 MiB."""
+WIDEST = 8
+"""Bytes of a number in the widest dtype of an output."""
 COPY_BUFFER = 4 << 20
 """The buffer through which tensors out of scope are copied."""
 
@@ -73,6 +75,8 @@ class WeightShape:
     """Bytes that a worker holds to decode strips of base, one role and the MLLM's rows."""
     held: int = 0
     """Bytes that are kept beside the rows while the weight is merged, such as scales."""
+    columns: bool = False
+    """Whether a role's rows are stored as columns, and so are read a tile at a time."""
 
     @property
     def tile(self) -> int:
@@ -101,7 +105,7 @@ def worker_bytes(weight: WeightShape, widest: int) -> int:
     Raw strips of base and one role, and what decoding them takes; their copies in the task vectors'
     dtype where any is stored in another, and one in float32 whose norm is taken; a non-resident
     tile of all task vectors; its copy in the arithmetic dtype; and the product of a tile before it
-    is added to its lane.
+    is added to its lane. Of rows that are stored as columns, a raw tile and the base's in order.
     """
     tile, strip = weight.tile, weight.read_strip
     raw = 2 * strip * weight.stored_item
@@ -109,16 +113,19 @@ def worker_bytes(weight: WeightShape, widest: int) -> int:
     scratch = weight.resident_tile
     converted = tile * weight.arithmetic_item if weight.arithmetic_item != weight.task_item else 0
     product = weight.in_features * widest * weight.arithmetic_item
-    return raw + mixed + scratch + converted + product + weight.scratch
+    whole = tile * (weight.stored_item + weight.task_item) if weight.columns else 0
+    return raw + mixed + scratch + converted + product + weight.scratch + whole
 
 
 def apply_bytes(weight: WeightShape) -> int:
     """Buffers of one worker while it adds and rounds: a raw strip, and strips of 4-byte numbers.
 
-    Update, sum, change and rounded result are four; stochastic rounding holds ten more.
+    Update, sum, change and rounded result are four; stochastic rounding holds ten more. Where rows
+    are written as columns, a raw tile, and one of the output that waits until it is whole.
     """
     strip = min(weight.tile, strip_rows(weight.in_features, STRIP_ELEMENTS) * weight.in_features)
-    return weight.read_strip * weight.stored_item + 14 * strip * 4
+    whole = weight.tile * (weight.stored_item + WIDEST) if weight.columns else 0
+    return weight.read_strip * weight.stored_item + 14 * strip * 4 + whole
 
 
 def lane_bytes(weight: WeightShape, widest: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,12 +21,12 @@ from lean_merge.checkpoints import (
     TensorSpec,
     WeightSource,
     common_dtype,
+    decoded_matrices,
     map_roles,
     module_name,
     open_checkpoint,
     open_expert,
     safetensors_dtype,
-    stored_rows,
     torch_dtype,
 )
 from lean_merge.errors import BudgetError, CoverageError, RecipeError
@@ -206,7 +205,9 @@ def _plan(recipe: MergeRecipe, resources: Resources, output: str) -> Plan:
     base = open_checkpoint(recipe.base_model)
     mllm = open_checkpoint(recipe.mllm_model)
     experts = tuple(open_expert(expert.model) for expert in recipe.experts)
-    coverage = map_roles(base, mllm, experts, allow_partial=recipe.allow_partial)
+    coverage = map_roles(
+        base, mllm, experts, allow_partial=recipe.allow_partial, names=recipe.name_rules()
+    )
     for weight in coverage.weights:
         _check_arithmetic(weight)
     places = places_of(coverage)
@@ -256,15 +257,6 @@ def _plan(recipe: MergeRecipe, resources: Resources, output: str) -> Plan:
         notes=tuple(notes),
     )
     return dataclasses.replace(unpredicted, prediction=_predict(unpredicted, layout))
-
-
-def _decoded(mllm: Checkpoint, spec: TensorSpec) -> tuple[WeightSource, ...]:
-    """The matrices of a tensor out of scope that is stored with scales; else nothing."""
-    if spec.name not in mllm.scales or 0 in spec.shape:
-        return ()
-    height = (1, 1, *spec.shape)[-2]
-    rows = math.prod(spec.shape[:-1])
-    return tuple(stored_rows(mllm, spec, first, height) for first in range(0, rows, height))
 
 
 def _check_arithmetic(weight: MappedWeight) -> None:
@@ -392,6 +384,7 @@ class _Layout:
             widened=any(torch_dtype(source.dtype) != task for source in weight.roles),
             scratch=scratch[0] + max(scratch[1:]) + scratch[1],
             held=sum(source.held for source in weight.roles),
+            columns=any(source.in_columns for source in weight.roles),
         )
 
     @property
@@ -544,7 +537,7 @@ def _tasks(
             )
         elif layout.writes_rows:
             spec = mllm.tensors[name]
-            tasks.append(CopyTask(index, outputs[name], spec, _decoded(mllm, spec)))
+            tasks.append(CopyTask(index, outputs[name], spec, decoded_matrices(mllm, spec)))
     return tuple(tasks)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ _PLAIN_FIELDS = (
     "allow_partial",
 )
 Parameters = tuple[tuple[str, Any], ...]
+NameRules = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,9 @@ class MergeRecipe:
         Largest shard in bytes.
     allow_partial : bool
         Go on where in-scope weights do not map to every role, leaving them as the MLLM has them.
+    names : tuple of (pattern, template), or of (role, such a tuple)
+        How tensors' names become the base's, where structure does not tell: by regular expression,
+        with groups in the template. Of the MLLM, or of the named roles.
 
     Raises
     ------
@@ -92,12 +97,14 @@ class MergeRecipe:
     seed: int = 0
     shard_size: int = 5 * 10**9
     allow_partial: bool = False
+    names: Parameters = ()
 
     def __post_init__(self) -> None:
         # Lists, mappings and sizes in words are taken too, and made hashable.
         experts = tuple(_expert(entry) for entry in _list(self.experts, "experts"))
         object.__setattr__(self, "experts", experts)
         object.__setattr__(self, "parameters", _frozen(self.parameters, "parameters"))
+        object.__setattr__(self, "names", _names(self.names, len(experts)))
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _filters(getattr(self, name), name))
         object.__setattr__(self, "shard_size", parse_size(self.shard_size))
@@ -145,7 +152,16 @@ class MergeRecipe:
                 recipe[name] = list(getattr(self, name))
         for name in _PLAIN_FIELDS:
             recipe[name] = getattr(self, name)
+        if self.names:
+            recipe["names"] = {
+                key: value if isinstance(value, str) else dict(value) for key, value in self.names
+            }
         return recipe
+
+    def name_rules(self) -> dict[str, NameRules]:
+        """The rules of `names` by role."""
+        by_role = any(not isinstance(rules, str) for _, rules in self.names)
+        return dict(self.names if by_role else [("mllm", self.names)] if self.names else [])
 
     def to_yaml(self) -> str:
         """The recipe as YAML that `from_yaml` reads back."""
@@ -288,3 +304,31 @@ def _plain_value(value: Any) -> Any:
         own = {} if value.filter == ANY else {"filter": value.filter}
         return {**own, "value": _plain_value(value.value)}
     return [_plain_value(each) for each in value] if isinstance(value, tuple) else value
+
+
+def _names(names: Any, experts: int) -> Parameters:
+    """The rules of `names`, checked, with roles only where they were given by role."""
+    rules = _frozen(names, "names")
+    if all(isinstance(value, str) for _, value in rules):
+        return _rules(rules, "names")
+    roles = ["base", "mllm", *(f"expert {number}" for number in range(1, experts + 1))]
+    reject_unknown((role for role, _ in rules), roles, "names, by role")
+    return tuple(
+        (role, _rules(_frozen(value, f"names.{role}"), f"names.{role}")) for role, value in rules
+    )
+
+
+def _rules(rules: Parameters, where: str) -> NameRules:
+    """Regular expressions and templates that fit each other. Raises RecipeError."""
+    for pattern, template in rules:
+        if not isinstance(template, str):
+            raise RecipeError(f"{where}: {pattern!r} must lead to a name, not {template!r}.")
+        try:
+            # Substituting in no text checks that the template's groups are the pattern's.
+            re.compile(pattern).sub(template, "")
+        except (re.error, IndexError) as error:
+            raise RecipeError(
+                f"{where}: {pattern!r} with {template!r} is not a regular expression and its "
+                f"template ({error})."
+            ) from error
+    return rules

@@ -12,7 +12,8 @@ import peft
 import pytest
 import torch
 import transformers
-from families import FAMILIES, SMALL, Triple, as_matrix, load, relative_error, rows_of, write_triple
+from families import SMALL, Triple, as_matrix, load, relative_error, rows_of, write_triple
+from family_table import SAVED_NAMES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import Matrix
@@ -110,7 +111,7 @@ def check_logits(loader: str, mllm: Path, whole: Path, adapter: Path, *, words: 
     return adapted
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES))
+@pytest.mark.parametrize("name", SAVED_NAMES)
 def test_peft_changes_the_logits_as_the_whole_merge_does(adapted: Adapted, name: str):
     triple, whole, adapter = adapted(name)
     model = check_logits(triple.loader, triple.mllm, whole.path, adapter.path, words=90)
@@ -158,7 +159,7 @@ def test_an_adapter_in_sixteen_bits_is_loaded_and_near(adapted: Adapted, tmp_pat
 # --- against the whole merge --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES))
+@pytest.mark.parametrize("name", SAVED_NAMES)
 def test_the_factors_are_the_whole_merges_updates(adapted: Adapted, name: str):
     triple, whole, adapter = adapted(name)
     found = updates(adapter.path)
@@ -203,7 +204,7 @@ def test_fused_weights_are_block_diagonal(adapted: Adapted):
         start = 0
         for slot in slots:
             rank = rows[slot.canonical]["lora_rank"] or 0
-            block = b[slot.rows]
+            block = b[slot.in_mllm.rows]
             outside = torch.cat([block[:, :start], block[:, start + rank :]], dim=1)
             assert not outside.any()
             assert rank == 0 or bool(block[:, start : start + rank].any())

@@ -20,9 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lean_merge import open_checkpoint
-from lean_merge.checkpoints import TensorReader, TensorSpec, WeightSource, read_header
+from lean_merge.checkpoints import (
+    TensorReader,
+    TensorSpec,
+    WeightSource,
+    decoded_matrices,
+    read_header,
+)
 from lean_merge.checkpoints.lorarows import LoraRows
-from lean_merge.checkpoints.names import stored_rows
 from lean_merge.checkpoints.quantised import Scale
 from lean_merge.checkpoints.rows import PlainRows
 from lean_merge.checkpoints.scaledrows import ScaledRows
@@ -126,16 +131,17 @@ def test_any_rows_of_any_blocks_are_decoded(tmp_path: Path, data: st.DataObject)
 def test_any_rows_of_a_product_of_factors_are_formed(tmp_path: Path, data: st.DataObject):
     rows, columns, rank = (data.draw(st.integers(1, 40)) for _ in range(3))
     kind = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
-    left = torch.randn(rows, rank, generator=torch.Generator().manual_seed(1)).to(kind)
-    right = torch.randn(rank, columns, generator=torch.Generator().manual_seed(2)).to(kind)
+    b = torch.randn(rows, rank, generator=torch.Generator().manual_seed(1)).to(kind)
+    a = torch.randn(rank, columns, generator=torch.Generator().manual_seed(2)).to(kind)
     file = tmp_path / "x.safetensors"
-    save_file({"a": right, "b": left}, file)
+    save_file({"a": a, "b": b}, file)
     specs = read_header(file)[0]
     first = data.draw(st.integers(0, rows - 1))
-    source = LoraRows(specs["b"], specs["a"], 1.7, first, rows - first)
+    left = PlainRows(specs["b"], first, rows - first)
+    source = LoraRows(left, PlainRows(specs["a"], 0, rank), 1.7)
     start = data.draw(st.integers(0, rows - first - 1))
     part = slice(start, data.draw(st.integers(start + 1, rows - first)))
-    wanted = 1.7 * left.double() @ right.double()
+    wanted = 1.7 * b.double() @ a.double()
     found = read_rows(source, part).double()
     assert torch.allclose(found, wanted[first + part.start : first + part.stop], atol=1e-4)
 
@@ -148,7 +154,7 @@ def test_scales_may_be_powers_of_two_in_eight_bits(tmp_path: Path):
     config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [2, 3]}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     checkpoint = open_checkpoint(tmp_path)
-    source = stored_rows(checkpoint, checkpoint.tensors["w.weight"], 0, 4)
+    (source,) = decoded_matrices(checkpoint, checkpoint.tensors["w.weight"])
     wanted = (numbers.double() * expand(scale, (2, 3), (4, 6))).float()
     assert torch.equal(read_rows(source, slice(0, 4)), wanted)
 
@@ -383,7 +389,7 @@ def test_scales_are_no_tensors_of_the_model(roles: Triple):
     checkpoint = open_checkpoint(roles.mllm)
     assert not [name for name in checkpoint.tensors if "scale" in name]
     assert checkpoint.scales[Q_PROJ].block == block_of("block", (96, 64))
-    source = stored_rows(checkpoint, checkpoint.tensors[Q_PROJ], 0, 96)
+    (source,) = decoded_matrices(checkpoint, checkpoint.tensors[Q_PROJ])
     assert source.dtype == "F32"
 
 

@@ -90,14 +90,14 @@ def agrees(
     rows, merged = rows_of(result), 0
     for slot in triple.slots:
         row = rows[slot.canonical]
-        before, stored = as_matrix(mllm[slot.mllm][slot.rows]), out[slot.mllm][slot.rows]
+        before, stored = as_matrix(slot.in_mllm.get(mllm)), slot.in_mllm.get(out)
         if slot.base not in changes:
             assert (row["selected"], row["rank"], row["passes"]) == (False, 0, 0)
             assert row["reason"] == "the adapter does not target this weight"
-            assert torch.equal(stored, mllm[slot.mllm][slot.rows])
+            assert torch.equal(stored, slot.in_mllm.get(mllm))
             continue
-        start = as_matrix(base[slot.base][slot.rows])
-        change = changes[slot.base][slot.rows]
+        start = as_matrix(slot.in_base.get(base))
+        change = as_matrix(slot.in_base.get({slot.base: torch.from_numpy(changes[slot.base])}))
         oracle = ip_merging(start, before, start + change, **options)
         assert row["similarity_first"] == pytest.approx(float(oracle.similarity[0]), abs=0.02)
         assert abs(row["rank"] - oracle.subspace) <= 1
@@ -507,7 +507,7 @@ def _two_towers(tensors: dict[str, Tensor]) -> None:
 
 def _elsewhere(tensors: dict[str, Tensor]) -> None:
     for name in list(tensors):
-        tensors[name.replace("layers.0", "blocks.0")] = tensors.pop(name)
+        tensors[name.replace("layers.0", "first")] = tensors.pop(name)
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,10 @@ from lean_merge.checkpoints.names import (
     MappedWeight,
     language_layout,
     map_roles,
-    stored_rows,
 )
 from lean_merge.checkpoints.reader import TensorReader, as_bytes
 from lean_merge.checkpoints.rows import WeightSource
+from lean_merge.checkpoints.sources import decoded_matrices
 
 __all__ = [
     "FLOATING",
@@ -38,6 +38,7 @@ __all__ = [
     "WeightSource",
     "as_bytes",
     "common_dtype",
+    "decoded_matrices",
     "downloads_shown",
     "language_layout",
     "map_roles",
@@ -46,6 +47,5 @@ __all__ = [
     "open_expert",
     "read_header",
     "safetensors_dtype",
-    "stored_rows",
     "torch_dtype",
 ]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lean_merge.checkpoints.adapters import AdapterConfig, split_factor
@@ -12,12 +12,16 @@ from lean_merge.checkpoints.dtypes import FLOATING
 from lean_merge.checkpoints.gate import FAMILY, Faults
 from lean_merge.checkpoints.header import TensorSpec
 from lean_merge.checkpoints.jsonfile import shorten
+from lean_merge.checkpoints.kinship import heads
 from lean_merge.checkpoints.lorarows import LoraRows, ZeroRows
-from lean_merge.checkpoints.rows import WeightSource
-from lean_merge.checkpoints.structure import LEAVES, Decoder, Key, split_name
+from lean_merge.checkpoints.placement import LEAVES, Heads, Place, canonical, places
+from lean_merge.checkpoints.rows import WeightSource, source
+from lean_merge.checkpoints.structure import Decoder, Key, split_name
 from lean_merge.errors import CheckpointError, CoverageError
 
 _MERGED = "merge the adapter into its base first (PEFT's merge_and_unload) and pass the result"
+Pair = tuple[TensorSpec, TensorSpec]
+"""B [out, r] and A [r, in]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +33,7 @@ class AdapterMap:
     prefix
         Where the language model's layers are in the names of its modules.
     factors
-        B and A by (layer, rest), rest without ".weight", and what B A is multiplied by.
+        What it adds to the base's logical weights, by (layer, rest).
     file
         Of the adapter's tensors.
     warnings
@@ -37,20 +41,22 @@ class AdapterMap:
     """
 
     prefix: str
-    factors: Mapping[Key, tuple[TensorSpec, TensorSpec, float]]
+    factors: Mapping[Key, LoraRows]
     file: Path
     warnings: tuple[str, ...]
 
-    def rows(self, key: Key, base: TensorSpec, first: int, count: int) -> WeightSource:
-        """Rows [first, first + count) of the task vector of the base's weight at `key`."""
-        if key not in self.factors:
-            return ZeroRows(base, count, self.file)
-        left, right, scaling = self.factors[key]
-        return LoraRows(left, right, scaling, first, count)
+    def rows(self, key: Key, base: WeightSource) -> WeightSource:
+        """The task vector of the base's weight at `key`."""
+        return self.factors.get(key) or ZeroRows(base, self.file)
 
 
 def map_adapter(
-    role: str, adapter: Checkpoint, base: Checkpoint, found: Decoder, faults: Faults
+    role: str,
+    adapter: Checkpoint,
+    base: Checkpoint,
+    found: Decoder,
+    faults: Faults,
+    named: Mapping[str, TensorSpec],
 ) -> AdapterMap:
     """Maps an adapter's factors to the in-scope weights of the base.
 
@@ -64,6 +70,8 @@ def map_adapter(
         The base, and its language model.
     faults
         Takes a line for each in-scope module that fits no weight of the base.
+    named
+        The adapter's tensors by the names to go by.
 
     Raises
     ------
@@ -75,36 +83,64 @@ def map_adapter(
     """
     config = adapter.adapter
     assert config is not None
-    pairs, rest = _pairs(adapter)
-    prefix = _prefix(adapter, pairs, found)
-    factors: dict[Key, tuple[TensorSpec, TensorSpec, float]] = {}
-    outside = list(rest)
-    for module, (left, right) in pairs.items():
-        split = split_name(module)
-        in_scope = split is not None and split[0] == prefix and split[2].split(".")[-1] in LEAVES
-        if split is None or not in_scope:
+    pairs, outside = _pairs(named)
+    known = heads(base)
+    prefix = _prefix(adapter, pairs, found, known)
+    factors: dict[Key, LoraRows] = {}
+    for module, pair in pairs.items():
+        split = _in_scope(module)
+        if split is None or split[0] != prefix:
             outside.append(module)
             continue
-        _check_pair(module, left, right, config)
-        key = (split[1], split[2])
-        weight = found.find(key)
-        if weight is None:
-            faults.add(role, key, "changes it, but the base lacks it")
-        elif weight.shape != (left.shape[0], right.shape[1]):
-            theirs, ours = [left.shape[0], right.shape[1]], list(weight.shape)
-            faults.add(role, key, f"changes a weight of shape {theirs}, the base has {ours}")
-        elif key in found.weights:
-            factors[key] = (left, right, config.scaling(module))
-    return AdapterMap(
-        prefix, factors, adapter.files[0], tuple(_warnings(role, adapter, outside, base))
-    )
+        _check_pair(module, pair, config)
+        for key, part in _parts(split, pair, known):
+            weight = found.weights.get(key)
+            if weight is None:
+                faults.add(role, key, "changes it, but the base lacks it")
+            elif weight.shape != (part.shape[0], pair[1].shape[1]):
+                theirs, ours = [part.shape[0], pair[1].shape[1]], list(weight.shape)
+                faults.add(role, key, f"changes a weight of shape {theirs}, the base has {ours}")
+            else:
+                right = source(_whole(pair[1]))
+                factors[key] = LoraRows(source(part), right, config.scaling(module))
+    warnings = _warnings(role, adapter, outside, base)
+    return AdapterMap(prefix, factors, adapter.files[0], tuple(warnings))
 
 
-def _pairs(adapter: Checkpoint) -> tuple[dict[str, tuple[TensorSpec, TensorSpec]], list[str]]:
+def _in_scope(module: str) -> tuple[str, int, str] | None:
+    """(prefix, layer, canonical rest) of a module of a language model's layers, else None."""
+    split = split_name(f"{module}.weight")
+    if split is None:
+        return None
+    rest = canonical(split[2].removesuffix(".weight"))
+    return (*split[:2], rest) if rest.rsplit(".", 1)[-1] in LEAVES else None
+
+
+def _whole(tensor: TensorSpec) -> Place:
+    return Place(tensor, (tensor.shape[0], tensor.shape[1]), 0, tensor.shape[0], tensor.shape[0])
+
+
+def _parts(
+    split: tuple[str, int, str], pair: Pair, known: Heads | None
+) -> Iterator[tuple[Key, Place]]:
+    """The rows of B that belong to each logical weight of a module, which may be fused."""
+    left, right = pair
+    # As if the module's own weight were stored; of its places, B has the rows.
+    whole = replace(left, shape=(left.shape[0], right.shape[1]))
+    rank = left.shape[1]
+    for rest, place in places(split[2], whole, [] if known is None else [known]).items():
+        first = place.first // place.shape[1] * rank
+        yield (
+            (split[1], rest),
+            replace(place, tensor=left, shape=(place.shape[0], rank), first=first),
+        )
+
+
+def _pairs(named: Mapping[str, TensorSpec]) -> tuple[dict[str, Pair], list[str]]:
     """(B, A) by module, and the names of all other tensors."""
     found: dict[str, dict[str, TensorSpec]] = {}
     rest = []
-    for name, spec in adapter.tensors.items():
+    for name, spec in named.items():
         if ".lora_magnitude_vector" in name:
             raise CheckpointError(
                 f"{spec.file}: tensor {shorten(name)} is of DoRA, whose magnitudes make the change "
@@ -142,18 +178,19 @@ def _refuse_whole(name: str, spec: TensorSpec) -> None:
 
 
 def _prefix(
-    adapter: Checkpoint, pairs: Mapping[str, tuple[TensorSpec, TensorSpec]], base: Decoder
+    adapter: Checkpoint, pairs: Mapping[str, Pair], base: Decoder, known: Heads | None
 ) -> str:
     """Where the language model's layers are in the adapter's names: where most shapes fit."""
     scores: dict[str, tuple[int, int]] = {}
-    for module, (left, right) in pairs.items():
-        split = split_name(module)
-        if split is None or split[2].split(".")[-1] not in LEAVES:
+    for module, pair in pairs.items():
+        split = _in_scope(module)
+        if split is None or any(len(factor.shape) != 2 for factor in pair):
             continue
-        weight = base.find((split[1], split[2]))
-        fits = weight is not None and weight.shape == (left.shape[0], right.shape[-1])
-        named, fitting = scores.get(split[0], (0, 0))
-        scores[split[0]] = (named + (weight is not None), fitting + fits)
+        for key, part in _parts(split, pair, known):
+            weight = base.weights.get(key)
+            fits = weight is not None and weight.shape == (part.shape[0], pair[1].shape[1])
+            before = scores.get(split[0], (0, 0))
+            scores[split[0]] = (before[0] + (weight is not None), before[1] + fits)
     best = [prefix for prefix, score in scores.items() if score == max(scores.values())]
     if not best or scores[best[0]] == (0, 0):
         raise CoverageError(
@@ -167,8 +204,9 @@ def _prefix(
     return best[0]
 
 
-def _check_pair(module: str, left: TensorSpec, right: TensorSpec, config: AdapterConfig) -> None:
-    for spec in (left, right):
+def _check_pair(module: str, pair: Pair, config: AdapterConfig) -> None:
+    left, right = pair
+    for spec in pair:
         if spec.dtype not in FLOATING:
             raise CheckpointError(
                 f"{spec.file}: tensor {shorten(spec.name)} has the dtype {spec.dtype}, which "

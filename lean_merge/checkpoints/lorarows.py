@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
@@ -9,23 +10,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lean_merge.checkpoints.dtypes import FLOATING, torch_dtype
+from lean_merge.checkpoints.dtypes import torch_dtype
 from lean_merge.checkpoints.header import TensorSpec
-from lean_merge.checkpoints.reader import TensorReader, as_bytes
+from lean_merge.checkpoints.reader import TensorReader
 from lean_merge.checkpoints.rows import Buffer, WeightSource
 
 
 @dataclass(frozen=True, slots=True)
 class LoraRows(WeightSource):
-    """Rows [first, first + count) of scaling * B A, with A [r, in] and B [*, r] as stored."""
+    """Rows of scaling * B A, of which `left` has those of B [out, r] and `right` is A [r, in]."""
 
-    left: TensorSpec
-    """B."""
-    right: TensorSpec
-    """A."""
+    left: WeightSource
+    right: WeightSource
     scaling: float
-    first: int
-    count: int
     factors: tuple[Tensor, Tensor] | None = field(default=None, compare=False, repr=False)
     """scaling * B and A, float32, once they are loaded."""
 
@@ -44,7 +41,7 @@ class LoraRows(WeightSource):
     @property
     def shape(self) -> tuple[int, int]:
         """out, in of the logical weight."""
-        return self.count, self.right.shape[1]
+        return self.left.shape[0], self.right.shape[1]
 
     @property
     def dtype(self) -> str:
@@ -54,31 +51,22 @@ class LoraRows(WeightSource):
     @property
     def stored(self) -> tuple[TensorSpec, ...]:
         """Both factors."""
-        return self.left, self.right
-
-    @property
-    def _row_bytes(self) -> int:
-        return self.left.shape[1] * torch_dtype(self.left.dtype).itemsize
+        return *self.left.stored, *self.right.stored
 
     @property
     def loaded(self) -> int:
         """The rows of B, and all of A."""
-        return self.count * self._row_bytes + self.right.nbytes
+        return sum(each.nbytes(slice(0, each.shape[0])) for each in (self.left, self.right))
 
     @property
     def held(self) -> int:
         """Both factors as they are stored and in float32."""
-        rank, width = self.right.shape
-        return self.loaded + 4 * rank * (self.count + width)
+        return self.loaded + sum(4 * math.prod(each.shape) for each in (self.left, self.right))
 
     def load(self, reader: TensorReader) -> LoraRows:
         """With both factors."""
-        rank, width = self.right.shape
-        left = torch.empty(self.count, rank, dtype=torch_dtype(self.left.dtype))
-        reader.read_into(self.left, self.first * self._row_bytes, as_bytes(left))
-        right = torch.empty(rank, width, dtype=torch_dtype(self.right.dtype))
-        reader.read_into(self.right, 0, as_bytes(right))
-        return replace(self, factors=(left.float().mul_(self.scaling), right.float()))
+        left, right = (_whole(each, reader) for each in (self.left, self.right))
+        return replace(self, factors=(left.mul_(self.scaling), right))
 
     def nbytes(self, rows: slice) -> int:
         """0: the factors are in memory."""
@@ -94,13 +82,23 @@ class LoraRows(WeightSource):
         return torch.mm(left[rows], right, out=buffer(name, shape, torch.float32))
 
 
+def _whole(source: WeightSource, reader: TensorReader) -> Tensor:
+    """All rows of a factor in float32, in memory of their own."""
+    rows = slice(0, source.shape[0])
+    return source.read(rows, reader, _fresh, "factor").to(torch.float32, copy=True)
+
+
+def _fresh(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    del name
+    return torch.empty(shape, dtype=dtype)
+
+
 @dataclass(frozen=True, slots=True)
 class ZeroRows(WeightSource):
     """The rows of a task vector that an adapter leaves at zero; nothing is read."""
 
-    of: TensorSpec
-    """The base's tensor, whose dtype the zeros have."""
-    count: int
+    like: WeightSource
+    """The base's rows, whose shape and dtype the zeros have."""
     owner: Path
     """The adapter's file."""
 
@@ -110,7 +108,7 @@ class ZeroRows(WeightSource):
     @property
     def name(self) -> str:
         """Of the base's tensor."""
-        return self.of.name
+        return self.like.name
 
     @property
     def file(self) -> Path:
@@ -120,12 +118,12 @@ class ZeroRows(WeightSource):
     @property
     def shape(self) -> tuple[int, int]:
         """out, in of the logical weight."""
-        return self.count, self.of.shape[-1]
+        return self.like.shape
 
     @property
     def dtype(self) -> str:
-        """The base's, as its rows are given."""
-        return self.of.dtype if self.of.dtype in FLOATING else "F32"
+        """The base's."""
+        return self.like.dtype
 
     @property
     def stored(self) -> tuple[TensorSpec, ...]:

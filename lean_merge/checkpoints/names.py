@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from types import MappingProxyType
 
 from lean_merge.checkpoints.adaptermap import map_adapter
 from lean_merge.checkpoints.checkpoint import Checkpoint
-from lean_merge.checkpoints.dtypes import FLOATING
-from lean_merge.checkpoints.gate import Faults, check_heads, locate, report, title
-from lean_merge.checkpoints.header import TensorSpec
-from lean_merge.checkpoints.kinship import config_warnings, qkv_rows, tokenizer_warnings
-from lean_merge.checkpoints.reader import TensorReader
-from lean_merge.checkpoints.rows import PlainRows, WeightSource
-from lean_merge.checkpoints.scaledrows import ScaledRows
-from lean_merge.checkpoints.structure import (
-    GATE_UP,
-    INTERLEAVED_QKV,
-    QKV,
-    Decoder,
-    Key,
-    language_layout,
+from lean_merge.checkpoints.gate import (
+    Faults,
+    check_heads,
+    locate,
+    report,
+    storage_fault,
+    title,
 )
+from lean_merge.checkpoints.header import TensorSpec
+from lean_merge.checkpoints.kinship import config_warnings, tokenizer_warnings
+from lean_merge.checkpoints.placement import FUSED, Place
+from lean_merge.checkpoints.reader import TensorReader
+from lean_merge.checkpoints.renaming import NameRules, renamed
+from lean_merge.checkpoints.rows import WeightSource
+from lean_merge.checkpoints.sources import stored_source
+from lean_merge.checkpoints.structure import Decoder, Key, language_layout
 from lean_merge.errors import CoverageError
 
 __all__ = ["Coverage", "LogicalWeight", "MappedWeight", "language_layout", "map_roles"]
-
-Rows = Callable[[int, int], WeightSource]
-"""Gives rows [first, first + count) of one role's tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +37,10 @@ class LogicalWeight:
     Attributes
     ----------
     canonical
-        Its name on the base's side without prefix and ".weight": "layers.3.self_attn.q_proj".
-    start, stop
-        Its rows in the MLLM's stored tensor, which is where they are written.
+        Its name in the words of Llama, whatever the storage: "layers.3.self_attn.q_proj", with the
+        number of the base's layer.
+    place
+        Where it lies in the MLLM's stored tensor, and so is written.
     base, mllm
         Its rows in these roles, counted from 0.
     experts
@@ -50,8 +48,7 @@ class LogicalWeight:
     """
 
     canonical: str
-    start: int
-    stop: int
+    place: Place
     base: WeightSource
     mllm: WeightSource
     experts: tuple[WeightSource, ...]
@@ -90,7 +87,8 @@ class MappedWeight:
     mllm
         The tensor.
     slices
-        The logical weights: one whole, or q, k, v, or gate, up; their rows tile the tensor.
+        The logical weights: one whole, or q, k, v, or gate, up, or those of many experts; together
+        they are all of the tensor.
     """
 
     mllm: TensorSpec
@@ -101,6 +99,20 @@ class MappedWeight:
         """Every tensor that is read to merge it, each once."""
         roles = (source for rows in self.slices for source in rows.roles)
         return tuple(dict.fromkeys(spec for source in roles for spec in source.stored))
+
+    @property
+    def extents(self) -> tuple[TensorSpec, ...]:
+        """The parts of them that are read, none of them twice."""
+        found: list[TensorSpec] = []
+        parts = {part for each in self.slices for role in each.roles for part in role.extents}
+        for part in sorted(parts, key=lambda each: (each.file, each.offset)):
+            last = found[-1] if found else None
+            if last is None or last.file != part.file or part.offset > last.offset + last.nbytes:
+                found.append(part)
+            else:
+                end = max(part.offset + part.nbytes, last.offset + last.nbytes)
+                found[-1] = replace(last, nbytes=end - last.offset)
+        return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +143,13 @@ def map_roles(
     experts: Sequence[Checkpoint],
     *,
     allow_partial: bool = False,
+    names: Mapping[str, NameRules] = MappingProxyType({}),
 ) -> Coverage:
     """Maps every in-scope weight of the base, or says why that cannot be done.
 
-    In scope are the 2-D weights of attention and feed-forward layers, experts of a mixture
-    included; norms, biases, routers, embeddings and everything outside the language model are not.
+    In scope are the matrices of attention and feed-forward layers, experts of a mixture included,
+    however they are stored. Norms, biases, routers, embeddings and everything outside the language
+    model are not.
 
     Parameters
     ----------
@@ -147,54 +161,62 @@ def map_roles(
         Language models tuned from `base`, or adapters of it.
     allow_partial
         Leave out what does not map, instead of raising.
+    names
+        By role ("mllm", "expert 1", "base"), how names become the base's; see `renamed`.
 
     Raises
     ------
+    RecipeError
+        `names` does not fit the checkpoints.
     CoverageError
         A weight has no counterpart of its shape in some role, the roles have different heads, the
         language model cannot be told from other parts, or nothing maps at all.
     """
     others = {"mllm": mllm} | {f"expert {n}": each for n, each in enumerate(experts, start=1)}
     whole = {role: each for role, each in others.items() if each.adapter is None}
-    found = locate(base, whole)
+    roles = {"base": base, **others}
+    named = {role: renamed(roles[role], role, names[role]) for role in names}
+    models = {"base", *whole}
+    found = locate(base, whole, {role: each for role, each in named.items() if role in models})
     faults = Faults()
     for role, decoder in found.items():
         faults.check_decoder(role, decoder, found["base"])
     adapters = {
-        role: map_adapter(role, each, base, found["base"], faults)
+        role: map_adapter(role, each, base, found["base"], faults, named.get(role, each.tensors))
         for role, each in others.items()
         if each.adapter is not None
     }
-    mapped: dict[str, MappedWeight] = {}
-    unsplit: Counter[str] = Counter()
-    for key, spec in found["base"].weights.items():
-        rows: dict[str, Rows | None] = {}
-        for role, each in others.items():
-            if role in adapters:
-                rows[role] = partial(adapters[role].rows, key, spec)
-                continue
-            twin = faults.counterpart(role, found[role], key, spec, scaled=each.scales)
-            rows[role] = None if twin is None else partial(stored_rows, each, twin)
-        present = [each for each in rows.values() if each is not None]
-        if spec.dtype not in FLOATING and spec.name not in base.scales:
-            faults.add("base", key, f"has the dtype {spec.dtype}, which cannot be merged")
-        elif len(present) == len(rows):
-            parts = _parts(key, spec.shape[0], (base, *whole.values()), unsplit)
-            present.insert(0, partial(stored_rows, base, spec))
-            slices = _slices(f"layers.{key[0]}.{key[1]}", parts, present)
-            target = found["mllm"].weights[key]
-            mapped[target.name] = MappedWeight(target, slices)
-    if faults.lines and not (allow_partial and mapped):
-        roles = {"base": base, **whole}
-        raise CoverageError(report(faults, roles, found, mapped=len(mapped)))
+    mapped: dict[Key, LogicalWeight] = {}
+    for key, place in found["base"].weights.items():
+        theirs = {
+            role: faults.counterpart(role, found[role], key, place, scales=each.scales)
+            for role, each in whole.items()
+        }
+        present = {role: each for role, each in theirs.items() if each is not None}
+        if (fault := storage_fault(place, base.scales)) is not None:
+            faults.add("base", key, fault)
+        elif len(present) == len(theirs):
+            ours = stored_source(base, place)
+            mllm_rows, *experts_rows = (
+                adapters[role].rows(key, ours)
+                if role in adapters
+                else stored_source(each, present[role])
+                for role, each in others.items()
+            )
+            mapped[key] = LogicalWeight(
+                f"layers.{key[0]}.{key[1]}", present["mllm"], ours, mllm_rows, tuple(experts_rows)
+            )
+    weights = _by_tensor(found["base"], found["mllm"], mapped, faults)
+    if faults.lines and not (allow_partial and weights):
+        raise CoverageError(report(faults, {"base": base, **whole}, found, mapped=len(weights)))
     check_heads(base, whole)
-    warnings = _scope_warnings(found["base"], found["mllm"], unsplit)
+    warnings = _scope_warnings(found["base"], found["mllm"])
     warnings += [line for each in adapters.values() for line in each.warnings]
     for role, other in others.items():
         warnings += config_warnings(base, other, title(role))
     warnings += tokenizer_warnings(base, {title(role): each for role, each in others.items()})
     return Coverage(
-        weights=tuple(mapped[name] for name in mllm.tensors if name in mapped),
+        weights=tuple(weights[name] for name in mllm.tensors if name in weights),
         left_out=tuple(faults.lines),
         prefixes=MappingProxyType(
             {role: each.prefix for role, each in found.items()}
@@ -204,54 +226,46 @@ def map_roles(
     )
 
 
-def stored_rows(checkpoint: Checkpoint, spec: TensorSpec, first: int, count: int) -> WeightSource:
-    """Rows [first, first + count) of a checkpoint's tensor, with its scales if it has any."""
-    scale = checkpoint.scales.get(spec.name)
-    if scale is not None:
-        return ScaledRows(spec, scale, first, count)
-    return PlainRows(spec, first, count)
+def _by_tensor(
+    base: Decoder, mllm: Decoder, mapped: Mapping[Key, LogicalWeight], faults: Faults
+) -> dict[str, MappedWeight]:
+    """The stored tensors of the MLLM that are all made of mapped weights, by name.
+
+    One that holds a weight that does not map is left alone as a whole.
+    """
+    parts: dict[TensorSpec, list[Key]] = {}
+    for key, place in mllm.weights.items():
+        parts.setdefault(place.tensor, []).append(key)
+    weights = {}
+    for tensor, keys in parts.items():
+        slices = tuple(mapped[key] for key in keys if key in mapped)
+        if len(slices) == len(keys):
+            weights[tensor.name] = MappedWeight(tensor, slices)
+        elif slices:
+            for key in keys:
+                if key not in base.weights:
+                    faults.add("base", key, "lacks it")
+            faults.lines.append(
+                f"{tensor.name}: left as it is, because {len(keys) - len(slices)} of the "
+                f"{len(keys)} weights in it do not map"
+            )
+    return weights
 
 
-def _parts(
-    key: Key, rows: int, checkpoints: Sequence[Checkpoint], unsplit: Counter[str]
-) -> dict[str, int]:
-    """The leaves of the logical weights in a stored matrix of `rows` rows, and their rows."""
-    leaf = key[1].rpartition(".")[2]
-    parts: dict[str, int] = {leaf: rows}
-    if leaf == GATE_UP and rows % 2 == 0:
-        parts = {"gate_proj": rows // 2, "up_proj": rows // 2}
-    elif leaf == QKV:
-        splits = (qkv_rows(checkpoint, rows) for checkpoint in checkpoints)
-        split = next((each for each in splits if each is not None), None)
-        if split is not None:
-            parts = dict(zip(("q_proj", "k_proj", "v_proj"), split, strict=True))
-    if leaf in parts and leaf in {GATE_UP, QKV, INTERLEAVED_QKV}:
-        unsplit[leaf] += 1
-    return parts
-
-
-def _slices(
-    path: str, parts: Mapping[str, int], roles: Sequence[Rows]
-) -> tuple[LogicalWeight, ...]:
-    """The logical weights that lie one after the other in the tensors of base, MLLM, experts."""
-    parent = path.rpartition(".")[0]
-    slices, start = [], 0
-    for leaf, count in parts.items():
-        base, mllm, *experts = (rows(start, count) for rows in roles)
-        slices.append(
-            LogicalWeight(f"{parent}.{leaf}", start, start + count, base, mllm, tuple(experts))
-        )
-        start += count
-    return tuple(slices)
-
-
-def _scope_warnings(base: Decoder, mllm: Decoder, unsplit: Counter[str]) -> list[str]:
+def _scope_warnings(base: Decoder, mllm: Decoder) -> list[str]:
     """What is merged as one, and what of the language layers is copied although it might matter."""
+    unsplit = Counter(rest.rpartition(".")[2] for _, rest in base.weights)
     warnings = [
-        f"{count} fused {leaf} weights are merged as one matrix each, because nothing says which "
-        "of their rows belong to which projection."
-        for leaf, count in unsplit.items()
+        f"{unsplit[leaf]} fused {leaf} weights are merged as one matrix each, because nothing says "
+        "which of their rows belong to which projection."
+        for leaf in sorted(FUSED & unsplit.keys())
     ]
+    if mllm.extra:
+        warnings.append(
+            f"{len(mllm.extra)} layers of the MLLM, such as {mllm.prefix}{mllm.extra[0]}, are of a "
+            "kind that the base lacks; they are copied as they are, and the others counted without "
+            "them."
+        )
     unknown = list(mllm.unknown)
     surplus = [key for key in mllm.weights if key not in base.weights and key[0] < base.depth]
     for keys, why in (

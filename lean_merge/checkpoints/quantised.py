@@ -104,7 +104,7 @@ def split_scales(
     stated = [block for each in settings for block in _blocks(each)]
     scales: dict[str, Scale] = {}
     for name, spec in tensors.items():
-        if spec.dtype not in FP8:
+        if spec.dtype not in FP8 or not spec.shape:
             continue
         found = [tensors[name + end] for end in _SCALE_SUFFIXES if name + end in tensors]
         if found:

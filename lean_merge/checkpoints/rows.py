@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lean_merge.checkpoints.dtypes import torch_dtype
 from lean_merge.checkpoints.header import TensorSpec
+from lean_merge.checkpoints.placement import Place
 from lean_merge.checkpoints.reader import TensorReader, as_bytes
 
 Buffer = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
@@ -33,6 +34,16 @@ class WeightSource(abc.ABC):
     """Whether the rows are those of the task vector, so that no base is subtracted from them."""
     zero_because: ClassVar[str] = ""
     """For a difference of zeros that nothing need be read for: why it is one, in words."""
+
+    @property
+    def in_columns(self) -> bool:
+        """Whether its rows are columns of what is stored, so that few cost as much as many."""
+        return False
+
+    @property
+    def extents(self) -> tuple[TensorSpec, ...]:
+        """The parts of `stored` that are read, named as their tensors."""
+        return self.stored
 
     @property
     @abc.abstractmethod
@@ -104,7 +115,10 @@ class WeightSource(abc.ABC):
 
 @dataclass(frozen=True, slots=True)
 class PlainRows(WeightSource):
-    """Rows [first, first + count) of a stored matrix, as they are."""
+    """Rows [first, first + count) of a stored matrix, as they are.
+
+    A tensor of more dimensions is one matrix: the rows of its first member, of its second, ...
+    """
 
     tensor: TensorSpec
     first: int
@@ -123,7 +137,7 @@ class PlainRows(WeightSource):
     @property
     def shape(self) -> tuple[int, int]:
         """out, in of the logical weight."""
-        return self.count, self.tensor.shape[1]
+        return self.count, self.tensor.shape[-1]
 
     @property
     def dtype(self) -> str:
@@ -135,17 +149,96 @@ class PlainRows(WeightSource):
         """The stored tensor."""
         return (self.tensor,)
 
+    @property
+    def extents(self) -> tuple[TensorSpec, ...]:
+        """Its rows."""
+        width = self.tensor.shape[-1]
+        return (_extent(self.tensor, self.first * width, self.count * width),)
+
     def nbytes(self, rows: slice) -> int:
         """The bytes of the rows."""
         return len(range(rows.start, rows.stop)) * self._row_bytes
 
     @property
     def _row_bytes(self) -> int:
-        return self.tensor.shape[1] * torch_dtype(self.tensor.dtype).itemsize
+        return self.tensor.shape[-1] * torch_dtype(self.tensor.dtype).itemsize
 
     def read(self, rows: slice, reader: TensorReader, buffer: Buffer, name: str) -> Tensor:
         """The rows as they are stored."""
-        shape = (rows.stop - rows.start, self.tensor.shape[1])
+        shape = (rows.stop - rows.start, self.tensor.shape[-1])
         out = buffer(name, shape, torch_dtype(self.tensor.dtype))
         reader.read_into(self.tensor, (self.first + rows.start) * self._row_bytes, as_bytes(out))
         return out
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedRows(WeightSource):
+    """Rows that lie apart in a stored tensor, or that are stored as columns."""
+
+    place: Place
+
+    @property
+    def name(self) -> str:
+        """Of the stored tensor."""
+        return self.place.tensor.name
+
+    @property
+    def file(self) -> Path:
+        """Of the stored tensor."""
+        return self.place.tensor.file
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """out, in of the logical weight."""
+        return self.place.shape
+
+    @property
+    def dtype(self) -> str:
+        """Of the stored tensor."""
+        return self.place.tensor.dtype
+
+    @property
+    def stored(self) -> tuple[TensorSpec, ...]:
+        """The stored tensor."""
+        return (self.place.tensor,)
+
+    @property
+    def in_columns(self) -> bool:
+        """As its place says."""
+        return bool(self.place.width)
+
+    @property
+    def extents(self) -> tuple[TensorSpec, ...]:
+        """From its first number to its last."""
+        return (_extent(self.place.tensor, *self.place.extent),)
+
+    def nbytes(self, rows: slice) -> int:
+        """The bytes of the rows: what lies between them is not read."""
+        item = torch_dtype(self.dtype).itemsize
+        return len(range(rows.start, rows.stop)) * self.shape[1] * item
+
+    def read(self, rows: slice, reader: TensorReader, buffer: Buffer, name: str) -> Tensor:
+        """The rows; a transposed view where they are stored as columns."""
+        count, width = rows.stop - rows.start, self.shape[1]
+        dtype = torch_dtype(self.dtype)
+        columns = bool(self.place.width)
+        out = buffer(name, (width, count) if columns else (count, width), dtype)
+        data, done = as_bytes(out), 0
+        for first, length in self.place.spans(rows):
+            stop = done + length * dtype.itemsize
+            reader.read_into(self.place.tensor, first * dtype.itemsize, data[done:stop])
+            done = stop
+        return out.T if columns else out
+
+
+def _extent(tensor: TensorSpec, first: int, count: int) -> TensorSpec:
+    """`count` numbers of a tensor as if they were one."""
+    item = torch_dtype(tensor.dtype).itemsize
+    return replace(tensor, shape=(count,), offset=tensor.offset + first * item, nbytes=count * item)
+
+
+def source(place: Place) -> WeightSource:
+    """How the rows of a logical weight are had, given where it lies."""
+    if place.is_block:
+        return PlainRows(place.tensor, place.first // place.shape[1], place.shape[0])
+    return PlacedRows(place)

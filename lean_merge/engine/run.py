@@ -147,7 +147,7 @@ class _Settings:
 
 
 def _sources(task: CopyTask | WeightTask) -> list[TensorSpec]:
-    return list(task.stored if isinstance(task, CopyTask) else task.weight.stored)
+    return list(task.stored if isinstance(task, CopyTask) else task.weight.extents)
 
 
 class _Engine:

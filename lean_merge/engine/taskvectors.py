@@ -117,21 +117,46 @@ class TaskVectors:
     def _subtract(self, tile: slice, out: Sequence[Tensor | None]) -> list[float]:
         """The task vectors' rows of `tile` into `out`, strip by strip, and their squared norms."""
         squares = [0.0] * len(out)
+        whole = self._turn(tile, out)
         for rows in strips(tile, self.shape[1], READ_ELEMENTS):
             base: Tensor | None = None
             for role, source in enumerate(self.weight.others):
                 into = out[role]
                 if into is None:
                     continue
-                strip = into[rows.start - tile.start : rows.stop - tile.start]
+                at = slice(rows.start - tile.start, rows.stop - tile.start)
+                strip = into[at]
+                own = strip if source.in_columns else self._read(source, rows, "role")
                 if source.is_difference:
-                    strip.copy_(self._read(source, rows, "role"))
+                    strip.copy_(own)
                 else:
-                    if base is None:
+                    if base is None and whole is not None:
+                        base = whole[at]
+                    elif base is None:
                         base = self._read(self.weight.base, rows, "base")
-                    torch.sub(self._read(source, rows, "role"), base, out=strip)
+                    torch.sub(own, base, out=strip)
                 squares[role] += self._squared_norm(strip, source, rows)
         return squares
+
+    def _turn(self, tile: slice, out: Sequence[Tensor | None]) -> Tensor | None:
+        """Read whole tiles of rows that are stored as columns: the roles' into `out`.
+
+        Returns the base's, if it is stored so and is subtracted from any.
+        """
+        wanted = [
+            (source, into)
+            for source, into in zip(self.weight.others, out, strict=True)
+            if into is not None
+        ]
+        for source, into in wanted:
+            if source.in_columns:
+                into.copy_(source.read(tile, self._reader, self._workers.buffer, "columns"))
+        base = self.weight.base
+        if not base.in_columns or all(source.is_difference for source, _ in wanted):
+            return None
+        shape = (tile.stop - tile.start, self.shape[1])
+        whole = self._workers.buffer("base tile", shape, self.task_dtype)
+        return whole.copy_(base.read(tile, self._reader, self._workers.buffer, "columns"))
 
     def _to_device(self, index: int, role: int, tile: Tensor) -> Tensor:
         if index < len(self._resident):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +13,10 @@ from lean_merge.budget import COPY_BUFFER, READ_ELEMENTS, STRIP_ELEMENTS, strips
 from lean_merge.checkpoints import TensorReader, TensorSpec, WeightSource, as_bytes
 from lean_merge.engine.rounding import round_stochastic, rounding_generator
 from lean_merge.engine.taskvectors import TaskVectors
+from lean_merge.engine.tilestore import TileStore, WriteBytes
 from lean_merge.engine.workers import Workers
 from lean_merge.errors import DataError
 from lean_merge.methods import Decision
-
-WriteBytes = Callable[[int, memoryview], None]
-"""Writes bytes at an offset from the tensor's start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +129,6 @@ class _RowWriter:
         self._output = output
         self._reader = reader
         self._workers = workers
-        self._item = output.dtype.itemsize * vectors.shape[1]
         wanted = tuple(bool(c) for c in decision.coefficients)
         self._wanted = wanted or (False,) * len(vectors.weight.others)
         # Rows that no pass has read have not been checked for NaN and Inf.
@@ -140,9 +137,17 @@ class _RowWriter:
     def write_tile(self, index: int) -> Written:
         """Write one tile, strip by strip."""
         tile = self._vectors.tiles[index]
+        store = TileStore(
+            self._vectors.weight,
+            tile,
+            dtype=self._output.dtype,
+            write=self._output.write,
+            reader=self._reader,
+            workers=self._workers,
+        )
         if not self._decision.merges:
             for rows in strips(tile, self._vectors.shape[1], READ_ELEMENTS):
-                self._write_unchanged(rows)
+                self._write_unchanged(rows, store)
             return Written(0.0, 0.0)
         task_vectors: list[Tensor | None] = [None] * len(self._wanted)
         if any(self._wanted):
@@ -152,22 +157,22 @@ class _RowWriter:
             generator = rounding_generator(self._output.seed, self._vectors.weight.canonical, index)
         along = squared = 0.0
         for rows in strips(tile, self._vectors.shape[1], STRIP_ELEMENTS):
-            strip = slice(rows.start - tile.start, rows.stop - tile.start)
-            of_strip = [None if t is None else t[strip] for t in task_vectors]
-            part = self._write_strip(rows, of_strip, generator)
+            of_strip = [None if t is None else t[store.within(rows)] for t in task_vectors]
+            part = self._write_strip(rows, store, of_strip, generator)
             along, squared = along + part.along, squared + part.squared
         return Written(along, squared)
 
     def _write_strip(
         self,
         rows: slice,
+        store: TileStore,
         task_vectors: list[Tensor | None],
         generator: torch.Generator | None,
     ) -> Written:
         shape = (rows.stop - rows.start, self._vectors.shape[1])
         update = self._workers.buffer("update", shape, torch.float32)
         self._compute(rows, task_vectors, update)
-        before = self._workers.buffer("before", shape, torch.float32).copy_(self._read(rows))
+        before = self._workers.buffer("before", shape, torch.float32).copy_(store.read(rows))
         after = self._workers.buffer("after", shape, torch.float32)
         torch.add(before, update, out=after)
         rounded = self._rounded(after, generator)
@@ -176,12 +181,12 @@ class _RowWriter:
         # Any NaN or Inf in the result is one in the product, which else is finite unless huge.
         if not math.isfinite(along):
             self._check_finite(after, rounded)
-        self._write(rows, rounded)
+        store.write(rows, rounded)
         return Written(along, squared)
 
-    def _write_unchanged(self, rows: slice) -> None:
+    def _write_unchanged(self, rows: slice, store: TileStore) -> None:
         """The MLLM's rows: as they are, or in another dtype."""
-        weights = self._read(rows)
+        weights = store.read(rows)
         if not self._seen or weights.dtype != self._output.dtype:
             values = self._workers.buffer("before", tuple(weights.shape), torch.float32)
             values.copy_(weights)
@@ -189,15 +194,7 @@ class _RowWriter:
             if not math.isfinite(float(rounded.sum(dtype=torch.float32))):
                 self._check_finite(values, rounded)
             weights = rounded
-        self._write(rows, weights)
-
-    def _read(self, rows: slice) -> Tensor:
-        """The MLLM's rows as they are stored."""
-        return self._vectors.weight.mllm.read(rows, self._reader, self._workers.buffer, "mllm")
-
-    def _write(self, rows: slice, values: Tensor) -> None:
-        first = self._vectors.weight.start + rows.start
-        self._output.write(first * self._item, as_bytes(values))
+        store.write(rows, weights)
 
     def _compute(self, rows: slice, task_vectors: list[Tensor | None], out: Tensor) -> None:
         if self._vectors.device.type == "cpu":
