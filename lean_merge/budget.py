@@ -27,8 +27,8 @@ SLACK = 40 << 20
 that the mathematical libraries make for each shape they meet: these settle at about 30 MiB."""
 WIDEST = 8
 """Bytes of a number in the widest dtype of an output."""
-COPY_BUFFER = 4 << 20
-"""The buffer through which tensors out of scope are copied."""
+COPY_BUFFER = 2 << 20
+"""A worker's buffer through which tensors out of scope are copied."""
 
 
 def tile_rows(in_features: int) -> int:
@@ -148,7 +148,9 @@ def host_bytes(weight: WeightShape, *, widest: int, workspace: int, workers: int
     `workspace` and `widest` are the method's: 0 where the analysis runs on another device.
     """
     analysis = workers * worker_bytes(weight, widest) + lane_bytes(weight, widest) + workspace
-    return analysis + workers * apply_bytes(weight) + weight.held + COPY_BUFFER + SLACK
+    # The one before it may still be written, with what it keeps.
+    kept = 2 * weight.held
+    return analysis + workers * (apply_bytes(weight) + COPY_BUFFER) + kept + SLACK
 
 
 def device_bytes(weight: WeightShape, *, widest: int, workspace: int, workers: int) -> int:

@@ -234,7 +234,9 @@ def _plan(recipe: MergeRecipe, resources: Resources, output: str) -> Plan:
         workers=min(threads, budget.LANES),
         memory=limits[0],
         vram=limits[1],
-        held=memory.usage().anonymous + (largest if output == "stream" else 0),
+        held=memory.usage().anonymous
+        + (largest if output == "stream" else 0)
+        + _decoding_bytes(mllm, min(threads, budget.LANES)),
     )
     tasks = _tasks(mllm, coverage, scope, outputs, shards, layout)
     _check_budget([task for task in tasks if isinstance(task, WeightTask)], layout)
@@ -257,6 +259,22 @@ def _plan(recipe: MergeRecipe, resources: Resources, output: str) -> Plan:
         notes=tuple(notes),
     )
     return dataclasses.replace(unpredicted, prediction=_predict(unpredicted, layout))
+
+
+def _decoding_bytes(mllm: Checkpoint, workers: int) -> int:
+    """Most bytes that it takes to write tensors out of scope that are stored with scales.
+
+    Each worker has a strip as it is stored, in float32 and rounded; a few tensors' scales wait.
+    """
+    strip = kept = 0
+    for name in mllm.scales:
+        matrices = decoded_matrices(mllm, mllm.tensors[name])
+        kept = max(kept, sum(source.held for source in matrices))
+        for source in matrices[:1]:
+            out_features, in_features = source.shape
+            rows = min(out_features, budget.strip_rows(in_features, budget.READ_ELEMENTS))
+            strip = max(strip, source.scratch(rows) + 8 * rows * in_features)
+    return workers * strip + 4 * kept
 
 
 def _check_arithmetic(weight: MappedWeight) -> None:
@@ -439,16 +457,6 @@ class _Layout:
             return task.source.nbytes
         return sum(each.loaded + each.nbytes(slice(0, each.shape[0])) for each in task.decoded)
 
-    def copy_memory(self, task: CopyTask) -> int:
-        """Bytes on the host of a task out of scope."""
-        buffers = [0]
-        for source in task.decoded:
-            out_features, in_features = source.shape
-            rows = min(out_features, budget.strip_rows(in_features, budget.READ_ELEMENTS))
-            # As they are read, and rounded.
-            buffers.append(source.held + source.scratch(rows) + 8 * rows * in_features)
-        return max(buffers) + budget.COPY_BUFFER + budget.SLACK
-
     def bytes_read(self, task: WeightTask) -> tuple[int, bool]:
         """Most bytes that the task reads, and whether it is exactly that many."""
         total, exact = 0, True
@@ -575,7 +583,6 @@ def _predict(plan: Plan, layout: _Layout) -> Prediction:
     for task in plan.tasks:
         if isinstance(task, CopyTask):
             read += layout.bytes_copied(task)
-            host = max(host, layout.copy_memory(task))
             continue
         for part, resident in zip(task.weight.slices, task.resident, strict=True):
             on_host, on_device = layout.fixed(part)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lean_merge import open_checkpoint
+from lean_merge import Resources, open_checkpoint, stream
 from lean_merge.checkpoints import (
     TensorReader,
     TensorSpec,
@@ -276,6 +276,69 @@ def test_a_stack_out_of_scope_is_decoded_matrix_by_matrix(tmp_path: Path):
         wanted = (values.double() * expand(scale, (32, 24), values.shape)).float()
         assert same_bytes(matrix, wanted.bfloat16())
     assert result.report["bytes"]["read"] == result.report["bytes"]["read_predicted"]
+
+
+def test_stacked_experts_in_fp8_merge_as_the_same_numbers_do(tmp_path: Path):
+    shapes = {
+        "model.layers.0.self_attn.q_proj.weight": (48, 40),
+        "model.layers.0.mlp.experts.gate_up_proj": (3, 64, 40),
+        "model.layers.0.mlp.experts.down_proj": (3, 40, 32),
+    }
+    places: dict[str, list[Path]] = {"fp8": [], "twin": []}
+    base = {name: torch.randn(shape) * 0.02 for name, shape in shapes.items()}
+    shared = {name: torch.randn(1, shape[-1]) for name, shape in shapes.items()}
+    for role in ("base", "mllm", "math"):
+        stored, plain = {}, {}
+        for name, weight in base.items():
+            if role != "base":
+                weight = weight + 0.01 * torch.randn(*weight.shape[:-1], 1) * shared[name]
+            matrices = weight if weight.dim() == 3 else weight[None]
+            parts = [quantise(matrix, (32, 24)) for matrix in matrices]
+            wide = [(v.double() * expand(s, (32, 24), v.shape)).float() for v, s in parts]
+            stored[name] = torch.stack([values for values, _ in parts]).reshape(weight.shape)
+            scale = torch.stack([scale for _, scale in parts])
+            stored[f"{name}_scale_inv"] = scale if weight.dim() == 3 else scale[0]
+            plain[name] = torch.stack(wide).reshape(weight.shape)
+        for kind, tensors in (("fp8", stored), ("twin", plain)):
+            folder = tmp_path / kind / role
+            folder.mkdir(parents=True)
+            save_file(tensors, folder / "model.safetensors")
+            settings_ = {"quantization_config": CONFIGS["block"]} if kind == "fp8" else {}
+            (folder / "config.json").write_text(json.dumps(settings_))
+            places[kind].append(folder)
+    merged = {}
+    for kind, (first, second, third) in places.items():
+        triple = Triple(first, second, (third,), ())
+        result = triple.merge(tmp_path / kind / "out", out_dtype="float32", threshold=0.0)
+        assert result.report["counts"]["logical_weights"] == 10
+        assert result.report["bytes"]["read"] == result.report["bytes"]["read_predicted"]
+        merged[kind] = load(result.path)
+    assert merged["fp8"].keys() == merged["twin"].keys() == shapes.keys()
+    before = load(places["twin"][1])
+    for name, tensor in merged["fp8"].items():
+        assert same_bytes(tensor, merged["twin"][name])
+        assert not torch.equal(tensor, before[name])
+
+
+def test_a_stream_gives_what_the_checkpoint_holds(tmp_path: Path):
+    triple = write_triple(tmp_path / "in", SMALL)
+    stored, _ = fp8_copy(triple, tmp_path, "block", roles="m")
+    change(
+        stored.mllm,
+        lambda tensors: tensors.update(
+            zip(
+                ("tower.weight", "tower.weight_scale_inv"),
+                quantise(torch.randn(70, 50), (32, 24)),
+                strict=True,
+            )
+        ),
+    )
+    expected = load(stored.merge(tmp_path / "out").path)
+    resources = Resources(device="cpu", threads=1)
+    found = {name: tensor.clone() for name, tensor in stream(stored.recipe(), resources=resources)}
+    assert found.keys() == expected.keys()
+    assert found["tower.weight"].dtype == torch.bfloat16
+    assert all(same_bytes(tensor, expected[name]) for name, tensor in found.items())
 
 
 @pytest.mark.parametrize("dtypes", [("F32", "BF16", "F16"), ("BF16", "F16", "F32")])

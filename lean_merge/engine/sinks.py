@@ -6,6 +6,7 @@ import abc
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,15 +31,25 @@ from lean_merge.plan import CopyTask, Plan, WeightTask
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """What a sink works with: who reads, who computes, and a reused uint8 buffer for copies."""
+    """What a sink works with: who reads, and who computes."""
 
     reader: TensorReader
     workers: Workers
-    buffer: Tensor
+
+
+Stored = Written | Truncated | None
+"""What storing an update kept of it; None where nothing was lost or nothing stored."""
 
 
 class Sink(abc.ABC):
-    """Receives the plan's tasks in order, one at a time; a context while the engine runs."""
+    """Receives the plan's tasks in order; a context while the engine runs.
+
+    What `copy` and `update` return waits until that part is stored, which may go on while later
+    tasks are given.
+    """
+
+    ahead: ClassVar[bool] = False
+    """Whether a task may be given before the one before it is finished."""
 
     def __enter__(self) -> Sink:
         return self
@@ -52,7 +63,7 @@ class Sink(abc.ABC):
         return
 
     @abc.abstractmethod
-    def copy(self, task: CopyTask, tools: Tools) -> None:
+    def copy(self, task: CopyTask, tools: Tools) -> Callable[[], None]:
         """A tensor that goes over as it is."""
 
     @abc.abstractmethod
@@ -62,11 +73,11 @@ class Sink(abc.ABC):
         vectors: TaskVectors,
         decision: Decision,
         tools: Tools,
-    ) -> Written | Truncated | None:
-        """`vectors.weight`, one of `task`'s, with its decision; what storing it kept of it."""
+    ) -> Callable[[], Stored]:
+        """`vectors.weight`, one of `task`'s, with its decision."""
 
     def finish(self, task: CopyTask | WeightTask) -> None:
-        """All of `task` was given."""
+        """All of `task` was given and is stored; in the order of the tasks."""
         return
 
 
@@ -80,6 +91,8 @@ class CheckpointSink(Sink):
     folder
         Open; it stays unsealed.
     """
+
+    ahead = True
 
     def __init__(self, plan: Plan, folder: OutputFolder) -> None:
         self._plan = plan
@@ -98,9 +111,9 @@ class CheckpointSink(Sink):
     ) -> None:
         self._flusher.__exit__(kind, error, trace)
 
-    def copy(self, task: CopyTask, tools: Tools) -> None:
+    def copy(self, task: CopyTask, tools: Tools) -> Callable[[], None]:
         """The tensor's bytes, undecoded; or its numbers, where these are stored with scales."""
-        write_copy(task, self._writer(task), tools)
+        return begin_copy(task, self._writer(task), tools)
 
     def update(
         self,
@@ -108,7 +121,7 @@ class CheckpointSink(Sink):
         vectors: TaskVectors,
         decision: Decision,
         tools: Tools,
-    ) -> Written:
+    ) -> Callable[[], Written]:
         """The rows with the update added, rounded once."""
         output = output_rows(self._plan, task, self._writer(task))
         return write_rows(vectors, decision, output, reader=tools.reader, workers=tools.workers)
@@ -124,13 +137,13 @@ class CheckpointSink(Sink):
         return write
 
 
-def write_copy(task: CopyTask, write: WriteBytes, tools: Tools) -> None:
-    """Write a tensor out of scope as it goes over."""
+def begin_copy(task: CopyTask, write: WriteBytes, tools: Tools) -> Callable[[], None]:
+    """Begin to write a tensor out of scope as it goes over; what is returned waits for the end."""
+    reader, workers = tools.reader, tools.workers
     if not task.decoded:
-        copy_tensor(tools.reader, task.source, write, tools.buffer)
-        return
+        return copy_tensor(task.source, write, reader=reader, workers=workers)
     dtype = torch_dtype(task.tensor.dtype)
-    convert_tensor(task.decoded, dtype, write, reader=tools.reader, workers=tools.workers)
+    return convert_tensor(task.decoded, dtype, write, reader=reader, workers=workers)
 
 
 def output_rows(
@@ -168,17 +181,17 @@ class TensorSink(Sink):
         tensor, self._tensor = self._tensor, None
         return tensor
 
-    def copy(self, task: CopyTask, tools: Tools) -> None:
+    def copy(self, task: CopyTask, tools: Tools) -> Callable[[], None]:
         """The tensor as it is stored; or its numbers, where these are stored with scales."""
         view = as_bytes(self._fresh(task))
         if not task.decoded:
             tools.reader.read_into(task.source, 0, view)
-            return
-        write_copy(task, _into(view), tools)
+            return _nothing
+        return begin_copy(task, _into(view), tools)
 
     def update(
         self, task: WeightTask, vectors: TaskVectors, decision: Decision, tools: Tools
-    ) -> Written:
+    ) -> Callable[[], Written]:
         """The rows with the update added, rounded once."""
         if self._tensor is None:
             self._fresh(task)
@@ -195,10 +208,16 @@ class TensorSink(Sink):
 class DecisionSink(Sink):
     """Nothing: what was decided is in the engine's results."""
 
-    def copy(self, task: CopyTask, tools: Tools) -> None:
+    def copy(self, task: CopyTask, tools: Tools) -> Callable[[], None]:
         """Nothing is copied."""
+        return _nothing
 
     def update(
         self, task: WeightTask, vectors: TaskVectors, decision: Decision, tools: Tools
-    ) -> None:
+    ) -> Callable[[], None]:
         """Nothing is stored."""
+        return _nothing
+
+
+def _nothing() -> None:
+    """There is nothing to wait for."""

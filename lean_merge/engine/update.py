@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,14 @@ class Written:
     along: float
     squared: float
 
+    @classmethod
+    def of(cls, parts: Sequence[Written]) -> Written:
+        """The sums over parts."""
+        return cls(
+            along=math.fsum(part.along for part in parts),
+            squared=math.fsum(part.squared for part in parts),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Truncated:
@@ -48,13 +56,18 @@ class OutputRows:
     write: WriteBytes
 
 
-def copy_tensor(reader: TensorReader, spec: TensorSpec, write: WriteBytes, buffer: Tensor) -> None:
-    """Copy a tensor's bytes through `buffer` (uint8) without decoding them."""
-    view = as_bytes(buffer[:COPY_BUFFER])
-    for start in range(0, spec.nbytes, len(view)):
-        part = view[: min(len(view), spec.nbytes - start)]
+def copy_tensor(
+    spec: TensorSpec, write: WriteBytes, *, reader: TensorReader, workers: Workers
+) -> Callable[[], None]:
+    """Begin to copy a tensor's bytes without decoding them; what is returned waits for the end."""
+
+    def copy(start: int) -> None:
+        buffer = workers.buffer("copy", (COPY_BUFFER,), torch.uint8)
+        part = as_bytes(buffer)[: min(COPY_BUFFER, spec.nbytes - start)]
         reader.read_into(spec, start, part)
         write(start, part)
+
+    return workers.later(copy, range(0, spec.nbytes, COPY_BUFFER)).wait
 
 
 def convert_tensor(
@@ -64,30 +77,44 @@ def convert_tensor(
     *,
     reader: TensorReader,
     workers: Workers,
-) -> None:
-    """Write the matrices of one tensor, one after the other, in `dtype`.
+) -> Callable[[], None]:
+    """Begin to write the matrices of one tensor, one after the other, in `dtype`.
+
+    What is returned waits for the end.
 
     Raises
     ------
     DataError
-        A number is NaN or Inf, or overflows the dtype.
+        A number is NaN or Inf, or overflows the dtype; a scale is none.
     """
+    pieces: list[tuple[WeightSource, slice, int]] = []
     offset = 0
     for part in parts:
         source = part.load(reader)
-        for rows in strips(slice(0, source.shape[0]), source.shape[1], READ_ELEMENTS):
-            values = source.read(rows, reader, workers.buffer, "copy")
-            rounded = workers.buffer("copy rounded", tuple(values.shape), dtype).copy_(values)
-            if not math.isfinite(
-                float(torch.linalg.vector_norm(rounded, ord=1, dtype=torch.float32))
-            ) and not bool(torch.isfinite(rounded).all()):
-                raise DataError(
-                    f"{source.file}: tensor {source.name} holds NaN or Inf, or overflows "
-                    f"{torch_name(dtype)}; restore the file from its source, or choose another "
-                    "--out-dtype."
-                )
-            write(offset, as_bytes(rounded))
-            offset += rounded.nbytes
+        out_features, in_features = source.shape
+        for rows in strips(slice(0, out_features), in_features, READ_ELEMENTS):
+            pieces.append((source, rows, offset))
+            offset += (rows.stop - rows.start) * in_features * dtype.itemsize
+
+    def convert(piece: tuple[WeightSource, slice, int]) -> None:
+        source, rows, start = piece
+        values = source.read(rows, reader, workers.buffer, "copy")
+        rounded = workers.buffer("copy rounded", tuple(values.shape), dtype).copy_(values)
+        if not bool(torch.isfinite(rounded.sum(dtype=torch.float32))):
+            _check_converted(source, rounded)
+        write(start, as_bytes(rounded))
+
+    return workers.later(convert, pieces).wait
+
+
+def _check_converted(source: WeightSource, rounded: Tensor) -> None:
+    """Refuse numbers that are none; a sum may overflow without any."""
+    if not bool(torch.isfinite(rounded).all()):
+        raise DataError(
+            f"{source.file}: tensor {source.name} holds NaN or Inf, or overflows "
+            f"{torch_name(rounded.dtype)}; restore the file from its source, or choose another "
+            "--out-dtype."
+        )
 
 
 def write_rows(
@@ -97,10 +124,11 @@ def write_rows(
     *,
     reader: TensorReader,
     workers: Workers,
-) -> Written:
-    """Write W_mllm + update, rounded once, for all rows of one logical weight.
+) -> Callable[[], Written]:
+    """Begin to write W_mllm + update, rounded once, for all rows of one logical weight.
 
-    Without an update the rows are the MLLM's own, byte for byte where the dtype is the same.
+    Without an update the rows are the MLLM's own, byte for byte where the dtype is the same. What
+    is returned waits for the end. Task vectors are needed no longer when this returns.
 
     Raises
     ------
@@ -108,11 +136,13 @@ def write_rows(
         A result is NaN or Inf, or overflows the output dtype.
     """
     writer = _RowWriter(vectors, decision, output, reader, workers)
-    parts = workers.map(writer.write_tile, range(len(vectors.tiles)))
-    return Written(
-        along=math.fsum(part.along for part in parts),
-        squared=math.fsum(part.squared for part in parts),
-    )
+    tiles = range(len(vectors.tiles))
+    if any(decision.coefficients):
+        batch = workers.start(writer.write_tile, tiles)
+        batch.wait()
+    else:
+        batch = workers.later(writer.write_tile, tiles)
+    return lambda: Written.of(batch.results())
 
 
 class _RowWriter:
