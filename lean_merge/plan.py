@@ -264,7 +264,7 @@ def _plan(recipe: MergeRecipe, resources: Resources, output: str) -> Plan:
 def _decoding_bytes(mllm: Checkpoint, workers: int) -> int:
     """Most bytes that it takes to write tensors out of scope that are stored with scales.
 
-    Each worker has a strip as it is stored, in float32 and rounded; a few tensors' scales wait.
+    Each worker has a strip as it is stored, in float32 and rounded; at most eight's scales wait.
     """
     strip = kept = 0
     for name in mllm.scales:
@@ -274,7 +274,7 @@ def _decoding_bytes(mllm: Checkpoint, workers: int) -> int:
             out_features, in_features = source.shape
             rows = min(out_features, budget.strip_rows(in_features, budget.READ_ELEMENTS))
             strip = max(strip, source.scratch(rows) + 8 * rows * in_features)
-    return workers * strip + 4 * kept
+    return workers * strip + 8 * kept
 
 
 def _check_arithmetic(weight: MappedWeight) -> None:

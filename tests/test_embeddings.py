@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import TEXT, as_matrix, load
+from families import as_matrix, load
+from family_models import TEXT
 from oracle import ip_merging
 
 from lean_merge import MergeRecipe, Resources, merge
