@@ -21,9 +21,9 @@ from lean_merge.checkpoints import (
 )
 from lean_merge.engine.results import to_note
 from lean_merge.engine.run import Event, run
-from lean_merge.engine.sinks import Sink, Stored, Tools, output_rows
+from lean_merge.engine.sinks import Sink, Spans, Stored, Tools, WriteBytes, begin_copy, output_rows
 from lean_merge.engine.taskvectors import TaskVectors
-from lean_merge.engine.update import copy_tensor, write_rows
+from lean_merge.engine.update import write_rows
 from lean_merge.errors import CheckpointError, LeanMergeError
 from lean_merge.identity import environment
 from lean_merge.methods import Decision
@@ -298,7 +298,7 @@ class ComparingSink(Sink):
     def copy(self, task: CopyTask, tools: Tools) -> Callable[[], None]:
         """A tensor out of scope: every byte is the MLLM's."""
         compare = self._comparer(task, tools, exact=True)
-        return copy_tensor(task.source, compare, reader=tools.reader, workers=tools.workers)
+        return begin_copy(task, compare, tools)
 
     def update(
         self, task: WeightTask, vectors: TaskVectors, decision: Decision, tools: Tools
@@ -307,21 +307,22 @@ class ComparingSink(Sink):
         output = output_rows(self._plan, task, self._comparer(task, tools, exact=self._exact))
         return write_rows(vectors, decision, output, reader=tools.reader, workers=tools.workers)
 
-    def _comparer(
-        self, task: CopyTask | WeightTask, tools: Tools, *, exact: bool
-    ) -> Callable[[int, memoryview], None]:
+    def _comparer(self, task: CopyTask | WeightTask, tools: Tools, *, exact: bool) -> WriteBytes:
         """What stands in for writing: reads what is stored there, and counts what differs."""
         name = task.tensor.name
         dtype = torch.uint8 if exact else torch_dtype(task.tensor.dtype)
 
-        def compare(offset: int, data: memoryview) -> None:
-            data, off = data.cast("B"), 0
-            for start in range(0, data.nbytes, _STEP):
-                part = data[start : start + _STEP]
-                room = tools.workers.buffer("stored", (part.nbytes,), torch.uint8)
-                self._reader.read_into(self._stored[name], offset + start, as_bytes(room))
-                if not torch.equal(torch.frombuffer(part, dtype=torch.uint8), room):
-                    off += _apart(torch.frombuffer(part, dtype=dtype), room.view(dtype))
+        def compare(offset: int, data: memoryview, spans: Spans | None = None) -> None:
+            data, done, off = data.cast("B"), 0, 0
+            for begin, length in spans or [(0, data.nbytes)]:
+                for start in range(0, length, _STEP):
+                    part = data[done + start : done + min(start + _STEP, length)]
+                    room = tools.workers.buffer("stored", (part.nbytes,), torch.uint8)
+                    stored = self._stored[name]
+                    self._reader.read_into(stored, offset + begin + start, as_bytes(room))
+                    if not torch.equal(torch.frombuffer(part, dtype=torch.uint8), room):
+                        off += _apart(torch.frombuffer(part, dtype=dtype), room.view(dtype))
+                done += length
             if off:
                 with self._lock:
                     self._off[name] = self._off.get(name, 0) + off

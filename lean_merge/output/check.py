@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lean_merge.checkpoints.checkpoint import INDEX, read_index
+from lean_merge.checkpoints.checkpoint import INDEX
 from lean_merge.checkpoints.header import TensorSpec, read_header
 from lean_merge.checkpoints.identity import header_digest
+from lean_merge.checkpoints.weightfiles import read_index
 from lean_merge.errors import CheckpointError
 from lean_merge.output.digest import range_digest
 from lean_merge.output.journal import JOURNAL, Journal, read_journal

@@ -202,7 +202,13 @@ class OutputFolder:
     def _partial(self, name: str) -> Path:
         return self.path / f"{name}{PARTIAL}"
 
-    def write_at(self, shard: Shard, offset: int, data: memoryview) -> None:
+    def write_at(
+        self,
+        shard: Shard,
+        offset: int,
+        data: memoryview,
+        spans: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
         """Writes bytes of tensors; returns before they are on the disk.
 
         Parameters
@@ -212,7 +218,10 @@ class OutputFolder:
         offset
             Counted from the start of the file, as in `Shard.offsets`.
         data
-            Contiguous bytes that lie inside the shard's data.
+            Contiguous bytes.
+        spans
+            Where they go, as (start, length) of each part counted from `offset`; by default all
+            together. They lie inside the shard's data.
 
         Raises
         ------
@@ -223,14 +232,21 @@ class OutputFolder:
         ValueError
             The range is not in the shard's data.
         """
-        if offset < len(shard.header) or offset + data.nbytes > shard.size:
-            raise ValueError(f"{shard.file_name} has no data at {offset}, {data.nbytes} bytes.")
+        spans = [(0, data.nbytes)] if spans is None else spans
+        for start, length in spans:
+            if offset + start < len(shard.header) or offset + start + length > shard.size:
+                raise ValueError(
+                    f"{shard.file_name} has no data at {offset + start}, {length} bytes."
+                )
         if data.nbytes == 0:
             return
-        data = data.cast("B")
-        self._ledger.add_bytes(shard, offset, data)
+        data, done = data.cast("B"), 0
         with self._open(shard) as descriptor:
-            write_all(descriptor, data, offset)
+            for start, length in spans:
+                part = data[done : done + length]
+                self._ledger.add_bytes(shard, offset + start, part)
+                write_all(descriptor, part, offset + start)
+                done += length
         with self._counter:
             self.bytes_written += data.nbytes
 
@@ -244,10 +260,7 @@ class OutputFolder:
         result
             What `finished` tells of it then, as JSON has it.
 
-        Raises
-        ------
-        ValueError
-            Not every byte of it was written, or some were twice.
+        Raises ValueError if not every byte of it was written, or some were twice.
         """
         self._ledger.finish_tensor(shard, name, result)
 
