@@ -21,8 +21,9 @@ from lean_merge.checkpoints import (
 )
 from lean_merge.engine.results import to_note
 from lean_merge.engine.run import Event, run
-from lean_merge.engine.sinks import Sink, Spans, Stored, Tools, WriteBytes, begin_copy, output_rows
+from lean_merge.engine.sinks import Sink, Spans, Stored, Tools, begin_copy, output_rows
 from lean_merge.engine.taskvectors import TaskVectors
+from lean_merge.engine.tilestore import WriteBytes
 from lean_merge.engine.update import write_rows
 from lean_merge.errors import CheckpointError, LeanMergeError
 from lean_merge.identity import environment

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import zlib
 
@@ -32,7 +33,7 @@ def test_ranges_have_the_digest_of_their_bytes_however_cut(
     starts = [sum(sizes[:n]) for n in range(len(sizes))]
     data = seeded.randbytes(sum(sizes))
     edges = sorted({0, len(data), *starts, *(cut for cut in cuts if cut < len(data))})
-    parts = list(zip(edges, edges[1:], strict=False))
+    parts = list(itertools.pairwise(edges))
     seeded.shuffle(parts)
     digests = RangeDigests(starts)
     for first, last in parts:

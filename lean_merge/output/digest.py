@@ -77,6 +77,7 @@ class RangeDigests:
                 start, digest = before[0], combine(before[1], digest, end - start)
             if end not in self._starts and end in self._runs:
                 last, after = self._runs.pop(end)
+                del self._begins[last]
                 digest, end = combine(digest, after, last - end), last
             if start in self._runs or end in self._begins:
                 raise ValueError(f"The bytes [{start}, {end}) were written twice.")
