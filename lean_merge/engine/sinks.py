@@ -15,7 +15,14 @@ from lean_merge.checkpoints import TensorReader, as_bytes, torch_dtype
 from lean_merge.engine.prefetch import Flusher
 from lean_merge.engine.taskvectors import TaskVectors
 from lean_merge.engine.tilestore import WriteBytes
-from lean_merge.engine.update import OutputRows, Truncated, Written, copy_tensor, write_rows
+from lean_merge.engine.update import (
+    OutputRows,
+    Truncated,
+    Written,
+    convert_tensor,
+    copy_tensor,
+    write_rows,
+)
 from lean_merge.engine.workers import Workers
 from lean_merge.methods import Decision
 from lean_merge.output import OutputFolder
@@ -107,9 +114,8 @@ class CheckpointSink(Sink):
         self._flusher.__exit__(kind, error, trace)
 
     def copy(self, task: CopyTask, tools: Tools) -> Callable[[], None]:
-        """The tensor's bytes, undecoded."""
-        write = self._writer(task)
-        return copy_tensor(task.source, write, reader=tools.reader, workers=tools.workers)
+        """The tensor's bytes, undecoded; or its numbers, where these are stored with scales."""
+        return begin_copy(task, self._writer(task), tools)
 
     def update(
         self,
@@ -133,6 +139,15 @@ class CheckpointSink(Sink):
         return write
 
 
+def begin_copy(task: CopyTask, write: WriteBytes, tools: Tools) -> Callable[[], None]:
+    """Begin to write a tensor out of scope as it goes over; what is returned waits for the end."""
+    reader, workers = tools.reader, tools.workers
+    if not task.decoded:
+        return copy_tensor(task.source, write, reader=reader, workers=workers)
+    dtype = torch_dtype(task.tensor.dtype)
+    return convert_tensor(task.decoded, dtype, write, reader=reader, workers=workers)
+
+
 def output_rows(plan: Plan, task: WeightTask, write: WriteBytes) -> OutputRows:
     """How the rows of an in-scope tensor are written, as the recipe wants it."""
     dtype: torch.dtype = torch_dtype(task.tensor.dtype)
@@ -142,6 +157,19 @@ def output_rows(plan: Plan, task: WeightTask, write: WriteBytes) -> OutputRows:
         seed=plan.recipe.seed,
         write=write,
     )
+
+
+def _into(view: memoryview) -> WriteBytes:
+    """Writes into memory."""
+
+    def write(offset: int, data: memoryview, spans: Spans | None = None) -> None:
+        data, done = data.cast("B"), 0
+        for start, length in spans or [(0, data.nbytes)]:
+            first = offset + start
+            view[first : first + length] = data[done : done + length]
+            done += length
+
+    return write
 
 
 class TensorSink(Sink):
@@ -158,10 +186,12 @@ class TensorSink(Sink):
         return tensor
 
     def copy(self, task: CopyTask, tools: Tools) -> Callable[[], None]:
-        """The tensor as it is stored."""
-        tensor = self._fresh(task)
-        tools.reader.read_into(task.source, 0, as_bytes(tensor))
-        return _nothing
+        """The tensor as it is stored; or its numbers, where these are stored with scales."""
+        view = as_bytes(self._fresh(task))
+        if not task.decoded:
+            tools.reader.read_into(task.source, 0, view)
+            return _nothing
+        return begin_copy(task, _into(view), tools)
 
     def update(
         self, task: WeightTask, vectors: TaskVectors, decision: Decision, tools: Tools
@@ -170,16 +200,7 @@ class TensorSink(Sink):
         if self._tensor is None:
             self._fresh(task)
         assert self._tensor is not None
-        view = as_bytes(self._tensor)
-
-        def write(offset: int, data: memoryview, spans: Spans | None = None) -> None:
-            data, done = data.cast("B"), 0
-            for start, length in spans or [(0, data.nbytes)]:
-                first = offset + start
-                view[first : first + length] = data[done : done + length]
-                done += length
-
-        output = output_rows(self._plan, task, write)
+        output = output_rows(self._plan, task, _into(as_bytes(self._tensor)))
         return write_rows(vectors, decision, output, reader=tools.reader, workers=tools.workers)
 
     def _fresh(self, task: CopyTask | WeightTask) -> Tensor:
