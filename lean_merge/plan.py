@@ -41,7 +41,7 @@ from lean_merge.output import (
 )
 from lean_merge.parameters import MethodTable, build_method
 from lean_merge.recipe import MergeRecipe
-from lean_merge.scope import Scope, filter_weights, places_of
+from lean_merge.scope import Scope, filter_weights, positions_of
 
 DECODED_DTYPE = torch.bfloat16
 """What weights that are stored with scales are written in unless the recipe says otherwise."""
@@ -210,7 +210,7 @@ def _plan(recipe: MergeRecipe, resources: Resources, output: str) -> Plan:
     )
     for weight in coverage.weights:
         _check_arithmetic(weight)
-    places = places_of(coverage)
+    places = positions_of(coverage)
     scope = filter_weights(list(places.values()), include=recipe.include, exclude=recipe.exclude)
     methods = MethodTable(recipe)
     methods.check_filters(list(places.values()))
@@ -264,7 +264,7 @@ def _plan(recipe: MergeRecipe, resources: Resources, output: str) -> Plan:
 def _decoding_bytes(mllm: Checkpoint, workers: int) -> int:
     """Most bytes that it takes to write tensors out of scope that are stored with scales.
 
-    Each worker has a strip as it is stored, in float32 and rounded; a few tensors' scales wait.
+    Each worker has a strip as it is stored, in float32 and rounded; at most eight's scales wait.
     """
     strip = kept = 0
     for name in mllm.scales:
@@ -274,7 +274,7 @@ def _decoding_bytes(mllm: Checkpoint, workers: int) -> int:
             out_features, in_features = source.shape
             rows = min(out_features, budget.strip_rows(in_features, budget.READ_ELEMENTS))
             strip = max(strip, source.scratch(rows) + 8 * rows * in_features)
-    return workers * strip + 4 * kept
+    return workers * strip + 8 * kept
 
 
 def _check_arithmetic(weight: MappedWeight) -> None:
@@ -606,6 +606,13 @@ def _predict(plan: Plan, layout: _Layout) -> Prediction:
     )
 
 
+def row_runs(weight: LogicalWeight) -> tuple[tuple[int, int], ...]:
+    """(first, count) of the rows of the MLLM's stored matrix that a logical weight lies in."""
+    width = weight.shape[1]
+    spans = weight.place.spans(slice(0, weight.shape[0]))
+    return tuple((first // width, count // width) for first, count in spans)
+
+
 def _adapter_bytes(plan: Plan) -> tuple[int, int]:
     """Most bytes of adapter_model.safetensors, and of it and the float32 factors before it."""
     modules = []
@@ -615,7 +622,7 @@ def _adapter_bytes(plan: Plan) -> tuple[int, int]:
             rank = method.largest_rank(part.shape) if method else 0
             if isinstance(plan.recipe.lora_rank, int):
                 rank = min(rank, plan.recipe.lora_rank)
-            parts.append(StoredFactors(part.shape[0], rank))
+            parts.append(StoredFactors(row_runs(part), rank))
         modules.append(plan.adapter_module(task, tuple(parts)))
     size = adapter_layout(modules, plan.adapter_dtype).size
     factors = sum(m.rank * m.in_features for m in modules)
@@ -636,4 +643,5 @@ __all__ = [
     "plan",
     "plan_stream",
     "resolve_device",
+    "row_runs",
 ]

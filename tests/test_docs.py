@@ -218,6 +218,25 @@ def test_recipes_in_the_documentation_are_recipes(page: Path):
         build_method(MergeRecipe.from_yaml(text))
 
 
+def test_the_adapter_example_of_the_readme_prints_what_it_shows(tmp_path: Path):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (found,) = re.findall(
+        r"<!-- adapter example -->\n```python\n(.*?)```\n\n```text\n(.*?)```", text, re.DOTALL
+    )
+    code, wanted = found
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == wanted
+    assert (tmp_path / "sums-adapter" / "adapter_model.safetensors").stat().st_size < 9000
+
+
 def test_the_readme_and_the_formats_show_a_recipe():
     assert blocks(ROOT / "README.md", "yaml") and blocks(ROOT / "docs" / "formats.md", "yaml")
 

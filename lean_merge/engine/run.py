@@ -109,11 +109,12 @@ def steps(plan: Plan, sink: Sink, result: RunResult) -> Generator[Event, None, N
         engine = _Engine(plan, sink, Tools(reader, workers), result)
         begun: deque[_Begun] = deque()
         for index, task in enumerate(plan.tasks):
+            prefetcher.begin(index)
             begun.append(engine.begin(index, task))
             last = index == len(plan.tasks) - 1
             while begun and (last or not sink.ahead or not _may_wait(begun)):
                 event = engine.finish(begun[0])
-                prefetcher.used(begun.popleft().index)
+                prefetcher.done(begun.popleft().index)
                 with before.in_force():
                     yield event
         if on_cuda:

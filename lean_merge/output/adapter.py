@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from lean_merge.checkpoints.dtypes import safetensors_dtype
-from lean_merge.checkpoints.placement import Place
 from lean_merge.checkpoints.reader import as_bytes
 from lean_merge.errors import DataError, OutputError
 from lean_merge.output.folder import OutputFolder
@@ -33,32 +32,35 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class StoredFactors:
-    """The update of rows of a module, b [rows, rank] @ a [rank, in], float32 in a `FactorStore`.
+    """The update of some rows of a module, b [rows, rank] @ a [rank, in], in a `FactorStore`.
 
-    `a` and `b` are offsets there; without an update the rank is 0. `place` tells which rows of the
-    module they are, where they do not follow those of the part before.
+    Attributes
+    ----------
+    runs
+        (first, count) of the module's rows, in the order of those of b.
+    rank
+        0 without an update.
+    a, b
+        Where they begin in the store, as float32.
     """
 
-    rows: int
+    runs: tuple[tuple[int, int], ...]
     rank: int = 0
     a: int = 0
     b: int = 0
-    place: Place | None = None
 
-    def spans(self, rows: slice, first: int) -> list[tuple[int, int]]:
-        """(first, count) of the module's rows that are these; `first` is where others end."""
-        if self.place is None:
-            return [(first + rows.start, rows.stop - rows.start)]
-        width = self.place.shape[1]
-        return [(start // width, count // width) for start, count in self.place.spans(rows)]
+    @property
+    def rows(self) -> int:
+        """How many rows it updates."""
+        return sum(count for _, count in self.runs)
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterModule:
-    """One module of the adapter; its parts are all of its rows.
+    """One module of the adapter; each of its rows is in one of its parts.
 
     A fused weight has a part for each projection: A holds their rows below each other, and B is
-    block diagonal, so that the ranks add up.
+    zero where the row of one meets the column of another, so that the ranks add up.
     """
 
     name: str
@@ -219,25 +221,23 @@ def _write_b(
     dtype: torch.dtype,
     chunk: Tensor,
 ) -> None:
-    size = module.rank * dtype.itemsize
-    before = first = 0
+    width = module.rank * dtype.itemsize
+    height = max(1, _CHUNK // module.rank)
+    left = 0
     for part in module.parts:
-        height = max(1, _CHUNK // module.rank)
-        for start in range(0, part.rows, height):
-            rows = min(height, part.rows - start)
-            block = torch.zeros(rows, module.rank)
-            if part.rank:
-                numbers = chunk[: rows * part.rank].view(rows, part.rank)
-                store.read(part.b + start * part.rank * 4, numbers)
-                block[:, before : before + part.rank] = numbers
-            spans = part.spans(slice(start, start + rows), first)
-            folder.write_at(
-                shard,
-                shard.offsets[module.key_b],
-                as_bytes(_cast(block, dtype, module.name)),
-                [(row * size, count * size) for row, count in spans],
-            )
-        before, first = before + part.rank, first + part.rows
+        done = 0
+        for first, count in part.runs:
+            for start in range(0, count, height):
+                rows = min(height, count - start)
+                block = torch.zeros(rows, module.rank)
+                if part.rank:
+                    numbers = chunk[: rows * part.rank].view(rows, part.rank)
+                    store.read(part.b + done * part.rank * 4, numbers)
+                    block[:, left : left + part.rank] = numbers
+                position = shard.offsets[module.key_b] + (first + start) * width
+                folder.write_at(shard, position, as_bytes(_cast(block, dtype, module.name)))
+                done += rows
+        left += part.rank
 
 
 def _cast(numbers: Tensor, dtype: torch.dtype, name: str) -> Tensor:
