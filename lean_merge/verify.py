@@ -35,6 +35,7 @@ from lean_merge.recipe import MergeRecipe
 
 _STEP = 1 << 18
 """Bytes that are compared at once: so few that no budget need count them."""
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
 LEAST_SAMPLE = 8
 SAMPLE_SHARE = 0.05
 TOLERATED = 0.001
@@ -205,7 +206,7 @@ def _recipe(journal: Journal, folder: Path) -> MergeRecipe:
 
     def found(role: str, source: str) -> str:
         place = places[role]
-        if source.endswith(".safetensors"):
+        if Path(source).suffix in _WEIGHT_FILES:
             place = place / Path(source).name
         return str(place) if place.exists() else source
 
@@ -298,8 +299,12 @@ class ComparingSink(Sink):
 
     def copy(self, task: CopyTask, tools: Tools) -> Callable[[], None]:
         """A tensor out of scope: every byte is the MLLM's."""
+<<<<<<< HEAD
         compare = self._comparer(task, tools, exact=True)
         return begin_copy(task, compare, tools)
+=======
+        return begin_copy(task, self._comparer(task, tools, exact=True), tools)
+>>>>>>> main
 
     def update(
         self, task: WeightTask, vectors: TaskVectors, decision: Decision, tools: Tools
@@ -315,12 +320,21 @@ class ComparingSink(Sink):
 
         def compare(offset: int, data: memoryview, spans: Spans | None = None) -> None:
             data, done, off = data.cast("B"), 0, 0
+<<<<<<< HEAD
             for begin, length in spans or [(0, data.nbytes)]:
                 for start in range(0, length, _STEP):
                     part = data[done + start : done + min(start + _STEP, length)]
                     room = tools.workers.buffer("stored", (part.nbytes,), torch.uint8)
                     stored = self._stored[name]
                     self._reader.read_into(stored, offset + begin + start, as_bytes(room))
+=======
+            for first, length in spans or [(0, data.nbytes)]:
+                for start in range(0, length, _STEP):
+                    part = data[done + start : done + min(start + _STEP, length)]
+                    room = tools.workers.buffer("stored", (part.nbytes,), torch.uint8)
+                    position = offset + first + start
+                    self._reader.read_into(self._stored[name], position, as_bytes(room))
+>>>>>>> main
                     if not torch.equal(torch.frombuffer(part, dtype=torch.uint8), room):
                         off += _apart(torch.frombuffer(part, dtype=dtype), room.view(dtype))
                 done += length

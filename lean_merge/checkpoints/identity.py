@@ -20,17 +20,18 @@ def identify(checkpoint: Checkpoint, *, others: Sequence[Path] = ()) -> list[dic
     Parameters
     ----------
     checkpoint
-        Of its weight files the header's SHA-256 is taken too.
+        Of its weight files the header's SHA-256 is taken too; of PyTorch's archives, whose
+        directory is at the end, that of both ends.
     others
-        More files of its folder; config.json need not be named.
+        More files of its folder; config.json and adapter_config.json need not be named.
 
     Raises
     ------
     CheckpointError
         A file cannot be read.
     """
-    config = checkpoint.path / "config.json"
-    files = {*checkpoint.files, *others, *([config] if config.exists() else [])}
+    configs = [checkpoint.path / name for name in ("config.json", "adapter_config.json")]
+    files = {*checkpoint.files, *others, *(file for file in configs if file.exists())}
     found = []
     for file in files:
         try:
@@ -41,8 +42,9 @@ def identify(checkpoint: Checkpoint, *, others: Sequence[Path] = ()) -> list[dic
                 "mtime_ns": status.st_mtime_ns,
                 "ctime_ns": status.st_ctime_ns,
             }
-            if file in checkpoint.files and file.suffix == ".safetensors":
-                entry["header_sha256"] = header_digest(file)
+            if file in checkpoint.files:
+                plain = file.suffix == ".safetensors"
+                entry["header_sha256"] = header_digest(file) if plain else _ends_digest(file)
         except OSError as error:
             raise CheckpointError(
                 f"{file}: cannot be read ({error.strerror or error}); check the path."
@@ -61,4 +63,13 @@ def header_digest(file: Path) -> str:
         while left > 0 and (part := stream.read(min(left, _STEP))):
             digest.update(part)
             left -= len(part)
+    return digest.hexdigest()
+
+
+def _ends_digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        digest.update(stream.read(_STEP))
+        stream.seek(max(0, os.fstat(stream.fileno()).st_size - _STEP))
+        digest.update(stream.read(_STEP))
     return digest.hexdigest()
