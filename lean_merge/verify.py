@@ -299,12 +299,7 @@ class ComparingSink(Sink):
 
     def copy(self, task: CopyTask, tools: Tools) -> Callable[[], None]:
         """A tensor out of scope: every byte is the MLLM's."""
-<<<<<<< HEAD
-        compare = self._comparer(task, tools, exact=True)
-        return begin_copy(task, compare, tools)
-=======
         return begin_copy(task, self._comparer(task, tools, exact=True), tools)
->>>>>>> main
 
     def update(
         self, task: WeightTask, vectors: TaskVectors, decision: Decision, tools: Tools
@@ -320,21 +315,12 @@ class ComparingSink(Sink):
 
         def compare(offset: int, data: memoryview, spans: Spans | None = None) -> None:
             data, done, off = data.cast("B"), 0, 0
-<<<<<<< HEAD
-            for begin, length in spans or [(0, data.nbytes)]:
-                for start in range(0, length, _STEP):
-                    part = data[done + start : done + min(start + _STEP, length)]
-                    room = tools.workers.buffer("stored", (part.nbytes,), torch.uint8)
-                    stored = self._stored[name]
-                    self._reader.read_into(stored, offset + begin + start, as_bytes(room))
-=======
             for first, length in spans or [(0, data.nbytes)]:
                 for start in range(0, length, _STEP):
                     part = data[done + start : done + min(start + _STEP, length)]
                     room = tools.workers.buffer("stored", (part.nbytes,), torch.uint8)
                     position = offset + first + start
                     self._reader.read_into(self._stored[name], position, as_bytes(room))
->>>>>>> main
                     if not torch.equal(torch.frombuffer(part, dtype=torch.uint8), room):
                         off += _apart(torch.frombuffer(part, dtype=dtype), room.view(dtype))
                 done += length
