@@ -60,9 +60,8 @@ def merge(
     with memory.PeakSampler() as sampler:
         baseline = sampler.peak
         plan = work if isinstance(work, Plan) else make_plan(work, resources)
-        inputs = [checkpoint.path for checkpoint in (plan.base, plan.mllm, *plan.experts)]
         with OutputFolder.create(
-            Path(out), plan.shards, inputs=inputs, overwrite=overwrite
+            Path(out), plan.shards, inputs=plan.inputs, overwrite=overwrite
         ) as folder:
             result = run(plan, folder, on_event or (lambda event: None))
             headers = sum(len(shard.header) for shard in plan.shards)

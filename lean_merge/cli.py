@@ -20,6 +20,7 @@ from lean_merge import describe
 from lean_merge.api import merge as merge_api
 from lean_merge.engine.run import Event
 from lean_merge.errors import LeanMergeError, RecipeError
+from lean_merge.output import check_output
 from lean_merge.plan import Plan, Resources
 from lean_merge.plan import plan as make_plan
 from lean_merge.recipe import MergeRecipe, load_recipe_file
@@ -224,9 +225,24 @@ def merge_command(
 
 @app.command("plan")
 @_shares_options_of_work
-def plan_command(work: dict[str, Any], as_json: Json = False, debug: Debug = False) -> None:
+def plan_command(
+    work: dict[str, Any],
+    out: Annotated[
+        Path | None, typer.Option(help="Check that this folder could be written; it is not.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Allow that the folder is not empty.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
     """Read headers only: what would be merged and copied, memory, disk, bytes."""
     plan = _work(**work)
+    if out is not None:
+        check_output(out, plan.shards, inputs=plan.inputs, overwrite=overwrite)
+    if quiet:
+        return
     typer.echo(json.dumps(describe.plan_dict(plan)) if as_json else describe.plan_text(plan))
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,6 +104,11 @@ class Plan:
     workers: int
     prediction: Prediction
     notes: tuple[str, ...]
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """Folders or files that are read, and never written to."""
+        return tuple(checkpoint.path for checkpoint in (self.base, self.mllm, *self.experts))
 
     @property
     def weights(self) -> tuple[WeightTask, ...]:

@@ -333,3 +333,22 @@ def test_the_progress_bar_shows_bytes_and_the_tensor_on_a_terminal_alone(
     assert options["disable"] is True
     assert options["total"] == sum(t.nbytes for t in load(small.mllm).values())
     assert {name for name in load(small.mllm) if name[-40:] in shown} == load(small.mllm).keys()
+
+
+def test_plan_takes_the_arguments_of_merge_and_checks_the_output_without_writing(
+    call: Call, small: Triple, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "out"
+    printed, _ = call("plan", *roles(small), "--out", out, "--overwrite", "--quiet")
+    assert printed == "" and not out.exists()
+    for folder, word in ((small.mllm, "input"), (small.mllm / "in", "input")):
+        with pytest.raises(SystemExit) as left:
+            cli.main(["plan", *map(str, roles(small)), "--out", str(folder)])
+        assert left.value.code == 1
+        assert word in capsys.readouterr().err
+    out.mkdir()
+    (out / "model.safetensors").write_bytes(b"old")
+    with pytest.raises(SystemExit):
+        cli.main(["plan", *map(str, roles(small)), "--out", str(out)])
+    assert "--overwrite" in capsys.readouterr().err
+    assert (out / "model.safetensors").read_bytes() == b"old"

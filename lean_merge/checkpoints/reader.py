@@ -11,6 +11,7 @@ import torch
 from lean_merge.checkpoints.descriptors import DescriptorPool
 from lean_merge.checkpoints.header import TensorSpec
 from lean_merge.checkpoints.jsonfile import shorten
+from lean_merge.checkpoints.pagecache import cached_share
 from lean_merge.errors import CheckpointError
 
 # One read of more than 2 GiB - 4 KiB is cut short by Linux and refused by macOS.
@@ -139,9 +140,20 @@ class TensorReader:
         """
         self._advise(spec, start, length, "POSIX_FADV_WILLNEED")
 
-    def drop(self, spec: TensorSpec) -> None:
-        """Asks the system to forget its cached pages of a tensor, as a benchmark needs."""
-        self._advise(spec, 0, None, "POSIX_FADV_DONTNEED")
+    def drop(self, spec: TensorSpec, start: int = 0, length: int | None = None) -> None:
+        """Asks the system to forget its cached pages of a tensor; see `prefetch`."""
+        self._advise(spec, start, length, "POSIX_FADV_DONTNEED")
+
+    def is_cached(self, spec: TensorSpec, start: int, length: int) -> bool:
+        """Whether most of a tensor's bytes [start, start + length) wait in the page cache.
+
+        True where the system does not tell.
+        """
+        try:
+            with self._files.use(spec.file) as descriptor:
+                return cached_share(descriptor, spec.offset + start, length) > 0.5
+        except OSError:
+            return True
 
     def _advise(self, spec: TensorSpec, start: int, length: int | None, advice: str) -> None:
         count = min(spec.nbytes - start, spec.nbytes if length is None else length)

@@ -27,6 +27,7 @@ class Prefetcher:
         self._tasks = tasks
         self._ahead = ahead
         self._sizes = [sum(spec.nbytes for spec in specs) for specs in tasks]
+        self._fetched: list[list[tuple[TensorSpec, int, int]]] = [[] for _ in tasks]
         self._used = 0
         self._asked = 0
         self._closed = False
@@ -34,7 +35,7 @@ class Prefetcher:
         self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
 
     def _run(self) -> None:
-        for specs in self._tasks:
+        for specs, fetched in zip(self._tasks, self._fetched, strict=True):
             for spec in specs:
                 for start in range(0, spec.nbytes, _STEP):
                     with self._moved:
@@ -44,11 +45,15 @@ class Prefetcher:
                         if self._closed:
                             return
                     length = min(_STEP, spec.nbytes - start)
-                    self._reader.prefetch(spec, start, length)
+                    if not self._reader.is_cached(spec, start, length):
+                        fetched.append((spec, start, length))
+                        self._reader.prefetch(spec, start, length)
                     self._asked += length
 
     def used(self, index: int) -> None:
-        """Task `index` is done: its bytes no longer count as ahead."""
+        """Task `index` is done: its bytes no longer count as ahead, and leave the page cache."""
+        for spec, start, length in self._fetched[index]:
+            self._reader.drop(spec, start, length)
         with self._moved:
             self._used += self._sizes[index]
             self._moved.notify_all()

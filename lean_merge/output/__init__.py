@@ -4,7 +4,7 @@ Shards, side files and model card become a checkpoint by one last rename.
 """
 
 from lean_merge.output.card import license_of, model_card
-from lean_merge.output.folder import OutputFolder
+from lean_merge.output.folder import OutputFolder, check_output
 from lean_merge.output.layout import OutputTensor, Shard, index_json, plan_shards
 from lean_merge.output.sidefiles import copy_side_files, side_files
 
@@ -12,6 +12,7 @@ __all__ = [
     "OutputFolder",
     "OutputTensor",
     "Shard",
+    "check_output",
     "copy_side_files",
     "index_json",
     "license_of",

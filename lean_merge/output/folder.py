@@ -23,6 +23,7 @@ from lean_merge.output.storage import (
     check_free_space,
     explain,
     folder_bytes,
+    forget,
     lock_folder,
     preallocate,
     refuse_inputs,
@@ -94,10 +95,7 @@ class OutputFolder:
         BudgetError
             The disk lacks the space.
         """
-        final = out.expanduser().resolve()
-        if final.exists() and not final.is_dir():
-            raise OutputError(f"{final}: is a file; choose a folder.")
-        refuse_inputs(final, inputs)
+        final = _checked_place(out, inputs)
         try:
             return cls._create(final, tuple(shards), overwrite=overwrite)
         except OSError as error:
@@ -196,6 +194,7 @@ class OutputFolder:
         """Waits until what was written to `shard` is on the disk. Raises as `write_at`."""
         with self._open(shard) as descriptor:
             sync_data(descriptor)
+            forget(descriptor)
 
     @contextmanager
     def _open(self, shard: Shard) -> Iterator[int]:
@@ -297,3 +296,21 @@ class OutputFolder:
         if self._lock_descriptor is not None:
             os.close(self._lock_descriptor)
             self._lock_descriptor = None
+
+
+def check_output(
+    out: Path, shards: Sequence[Shard], *, inputs: Sequence[Path], overwrite: bool
+) -> None:
+    """Raises what `OutputFolder.create` would, and touches nothing; for plans."""
+    final = _checked_place(out, inputs)
+    if final.is_dir() and any(final.iterdir()):
+        refuse_to_lose(final, overwrite=overwrite)
+    check_free_space(final, sum(shard.size for shard in shards), freed=0)
+
+
+def _checked_place(out: Path, inputs: Sequence[Path]) -> Path:
+    final = out.expanduser().resolve()
+    if final.exists() and not final.is_dir():
+        raise OutputError(f"{final}: is a file; choose a folder.")
+    refuse_inputs(final, inputs)
+    return final

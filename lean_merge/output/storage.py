@@ -61,6 +61,12 @@ def sync_data(descriptor: int) -> None:
         os.fsync(descriptor)
 
 
+def forget(descriptor: int) -> None:
+    """Asks the system to give up its cached pages of a file that are on the disk."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def sync_folder(folder: Path) -> None:
     """Waits until a folder's entries are on the disk, where the system can. OSError."""
     if os.name == "nt":
