@@ -19,7 +19,7 @@ from tqdm import tqdm
 from lean_merge import describe
 from lean_merge.api import merge as merge_api
 from lean_merge.engine.run import Event
-from lean_merge.errors import LeanMergeError, RecipeError
+from lean_merge.errors import LeanMergeError, RecipeError, plain
 from lean_merge.output import check_output
 from lean_merge.plan import Plan, Resources
 from lean_merge.plan import plan as make_plan
@@ -214,13 +214,13 @@ def merge_command(
     plan = _work(**work)
     if not (quiet or as_json):
         for line in describe.warnings_of(plan):
-            typer.echo(f"warning: {line}", err=True)
+            _echo(f"warning: {line}", err=True)
     with _progress(plan, quiet) as on_event:
         result = merge_api(plan, out, overwrite=overwrite, on_event=on_event)
     if as_json:
-        typer.echo(json.dumps(result.report))
+        _echo(json.dumps(result.report))
     elif not quiet:
-        typer.echo(describe.result_text(result.path, result.report))
+        _echo(describe.result_text(result.path, result.report))
 
 
 @app.command("plan")
@@ -243,14 +243,14 @@ def plan_command(
         check_output(out, plan.shards, inputs=plan.inputs, overwrite=overwrite)
     if quiet:
         return
-    typer.echo(json.dumps(describe.plan_dict(plan)) if as_json else describe.plan_text(plan))
+    _echo(json.dumps(describe.plan_dict(plan)) if as_json else describe.plan_text(plan))
 
 
 @app.command("methods")
 def methods_command(as_json: Json = False, debug: Debug = False) -> None:
     """List the methods, their parameters and references."""
     methods = describe.methods_list()
-    typer.echo(json.dumps(methods) if as_json else describe.methods_text(methods))
+    _echo(json.dumps(methods) if as_json else describe.methods_text(methods))
 
 
 @app.command("inspect")
@@ -261,7 +261,7 @@ def inspect_command(
 ) -> None:
     """Show names, dtypes, shapes, sizes and the language model's layout, from headers alone."""
     facts = describe.inspect_dict(checkpoint)
-    typer.echo(json.dumps(facts) if as_json else describe.inspect_text(facts))
+    _echo(json.dumps(facts) if as_json else describe.inspect_text(facts))
 
 
 @app.command("demo")
@@ -276,8 +276,8 @@ def demo_command(
     """Merge the embedded family, real and trained, and evaluate it on held-out problems."""
     from lean_merge.demo.run import run_demo, table
 
-    results = run_demo(out, problems=problems, say=lambda line: typer.echo(line, err=True))
-    typer.echo(json.dumps(results) if as_json else table(results))
+    results = run_demo(out, problems=problems, say=lambda line: _echo(line, err=True))
+    _echo(json.dumps(results) if as_json else table(results))
 
 
 @contextmanager
@@ -300,7 +300,7 @@ def _progress(plan: Plan, quiet: bool) -> Iterator[Callable[[Event], None]]:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"lean-merge {__version__}")
+        _echo(f"lean-merge {__version__}")
         raise typer.Exit
 
 
@@ -311,6 +311,11 @@ def _root(
     ] = False,
 ) -> None:
     pass
+
+
+def _echo(text: str, *, err: bool = False) -> None:
+    """Print, with what would steer a terminal escaped: names come from strangers' files."""
+    typer.echo(plain(text), err=err)
 
 
 class _Terminated(KeyboardInterrupt):
@@ -354,5 +359,5 @@ def _fail(message: str, code: int, arguments: list[str]) -> None:
         import traceback
 
         traceback.print_exc()
-    print(f"lean-merge: {message}", file=sys.stderr)
+    print(f"lean-merge: {plain(message)}", file=sys.stderr)
     sys.exit(code)

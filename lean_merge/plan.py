@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from lean_merge.checkpoints import (
     safetensors_dtype,
     torch_dtype,
 )
-from lean_merge.errors import BudgetError, CoverageError, RecipeError
+from lean_merge.errors import BudgetError, CoverageError, RecipeError, shown
 from lean_merge.methods import AnalysisCost, Method, all_methods, canonical_name
 from lean_merge.output import OutputTensor, Shard, plan_shards
 from lean_merge.recipe import MergeRecipe, reject_unknown
@@ -152,13 +153,13 @@ def _typed(
     for name, value in values.items():
         default = fields[name].default
         if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+            value = float(value) if abs(value) < 2**64 else math.inf
         elif isinstance(default, tuple) and isinstance(value, str):
             value = tuple(part.strip() for part in value.split(",") if part.strip())
         elif isinstance(default, tuple) and isinstance(value, list):
             value = tuple(value)
         if type(value) is not type(default) and name != "rank":
-            raise RecipeError(f"{name} must be a {type(default).__name__}, not {value!r}.")
+            raise RecipeError(f"{name} must be a {type(default).__name__}, not {shown(value)}.")
         typed[name] = value
     return typed
 

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from lean_merge.errors import RecipeError
+from lean_merge.errors import RecipeError, shown
 from lean_merge.sizes import parse_size
+from lean_merge.yamlfile import MAX_TEXT, dump_yaml, parse_yaml
 
 OUT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 ROUNDINGS = ("nearest", "stochastic")
@@ -83,15 +82,24 @@ class MergeRecipe:
             *(("experts[].model", expert.model) for expert in self.experts),
         ]:
             if not isinstance(model, str) or not model:
-                raise RecipeError(f"{role} must name a folder or hub id, not {model!r}.")
+                raise RecipeError(f"{role} must name a folder or hub id, not {shown(model)}.")
+            if not _is_storable(model):
+                raise RecipeError(
+                    f"{role} {shown(model)} is not valid Unicode, so that no report could name it; "
+                    "rename the folder."
+                )
         if not isinstance(self.merge_method, str) or not self.merge_method:
-            raise RecipeError(f"merge_method must name a method, not {self.merge_method!r}.")
+            raise RecipeError(f"merge_method must name a method, not {shown(self.merge_method)}.")
         if not isinstance(self.allow_partial, bool):
-            raise RecipeError(f"allow_partial must be true or false, not {self.allow_partial!r}.")
+            raise RecipeError(
+                f"allow_partial must be true or false, not {shown(self.allow_partial)}."
+            )
         _one_of("out_dtype", self.out_dtype, OUT_DTYPES)
         _one_of("rounding", self.rounding, ROUNDINGS)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise RecipeError(f"seed must be a whole number from 0, not {self.seed!r}.")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**64:
+            raise RecipeError(
+                f"seed must be a whole number from 0 to 2^64 - 1, not {shown(self.seed)}."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe in the words of the field, plain types only."""
@@ -115,7 +123,7 @@ class MergeRecipe:
 
     def to_yaml(self) -> str:
         """The recipe as YAML that `from_yaml` reads back."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.to_dict())
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MergeRecipe:
@@ -136,18 +144,18 @@ class MergeRecipe:
 def load_recipe_file(path: Path) -> dict[str, Any]:
     """The plain data of a recipe file, for flags to override before it is checked."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        # A pipe has no size to look at beforehand, and a device no end.
+        with open(path, "rb") as stream:
+            data = stream.read(MAX_TEXT + 1)
+        text = data.decode("utf-8")
+    except (OSError, ValueError) as error:
         raise RecipeError(f"{path}: the recipe cannot be read ({error}).") from error
     return load_yaml(text)
 
 
 def load_yaml(text: str) -> dict[str, Any]:
-    """A YAML mapping as plain data. Raises RecipeError."""
-    try:
-        data = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise RecipeError(f"The recipe is not valid YAML: {error}") from error
+    """A recipe's YAML mapping as plain data. Raises RecipeError."""
+    data = parse_yaml(text, what="recipe")
     if not isinstance(data, dict):
         raise RecipeError("The recipe must be a YAML mapping, starting with merge_method: ...")
     return data
@@ -158,19 +166,19 @@ def reject_unknown(given: Iterable[Any], known: Iterable[str], where: str) -> No
     names = list(known)
     for key in given:
         if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)
+            near = difflib.get_close_matches(str(key)[:80], names, n=1, cutoff=0.0)
             hint = f"; the nearest known one is {near[0]!r}" if near else ""
-            raise RecipeError(f"Unknown key {key!r} in {where}{hint}.")
+            raise RecipeError(f"Unknown key {shown(key)} in {where}{hint}.")
 
 
 def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise RecipeError(f"{name} must be one of {', '.join(choices)}, not {value!r}.")
+        raise RecipeError(f"{name} must be one of {', '.join(choices)}, not {shown(value)}.")
 
 
 def _list(value: Any, name: str) -> list[Any]:
     if not isinstance(value, (list, tuple)):
-        raise RecipeError(f"{name} must be a list, not {value!r}.")
+        raise RecipeError(f"{name} must be a list, not {shown(value)}.")
     return list(value)
 
 
@@ -180,7 +188,7 @@ def _expert(entry: Any) -> Expert:
     if isinstance(entry, str):
         return Expert(entry)
     if not isinstance(entry, Mapping):
-        raise RecipeError(f"An expert must be a mapping with a model, not {entry!r}.")
+        raise RecipeError(f"An expert must be a mapping with a model, not {shown(entry)}.")
     reject_unknown(entry, ("model", "parameters"), "experts[]")
     if "model" not in entry:
         raise RecipeError("An expert lacks its model.")
@@ -193,11 +201,29 @@ def _frozen(parameters: Any, where: str) -> Parameters:
     if isinstance(parameters, tuple):
         parameters = dict(parameters)
     if not isinstance(parameters, Mapping):
-        raise RecipeError(f"{where} must be a mapping, not {parameters!r}.")
+        raise RecipeError(f"{where} must be a mapping, not {shown(parameters)}.")
     return tuple(
-        (str(name), tuple(value) if isinstance(value, list) else value)
+        (str(name), _frozen_value(value, f"{name} in {where}"))
         for name, value in parameters.items()
     )
+
+
+def _frozen_value(value: Any, where: str) -> Any:
+    """A parameter's value made hashable: words, numbers, truth values, and lists of these."""
+    items = value if isinstance(value, (list, tuple)) else [value]
+    for item in items:
+        if isinstance(item, str) and _is_storable(item):
+            continue
+        if not isinstance(item, (bool, int, float)) and item is not None:
+            raise RecipeError(f"{where} must be a word, a number or a list, not {shown(value)}.")
+        if isinstance(item, int) and abs(item) >= 2**64:
+            raise RecipeError(f"{where} must lie between -2^64 and 2^64, not {shown(item)}.")
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _is_storable(text: str) -> bool:
+    """Whether UTF-8 can hold `text`; names of files that it cannot hold come as surrogates."""
+    return "\0" not in text and text.encode("utf-8", "ignore").decode("utf-8") == text
 
 
 def _plain(parameters: Parameters) -> dict[str, Any]:

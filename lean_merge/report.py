@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from lean_merge.engine.run import RunResult, WeightResult
 from lean_merge.memory import Usage
+from lean_merge.output import remote_code
 from lean_merge.plan import Plan
 from lean_merge.version import __version__
 
@@ -28,7 +30,7 @@ def build_report(
     """The content of `lean_merge_report.json`; docs/formats.md explains every field."""
     rows = [row for weight in result.weights for row in weight_rows(plan, weight)]
     merged = {weight.name for weight in result.weights if weight.merged}
-    prediction = plan.prediction
+    prediction, code = plan.prediction, remote_code(plan.mllm)
     return {
         "version": REPORT_VERSION,
         "lean_merge": __version__,
@@ -53,8 +55,11 @@ def build_report(
             *plan.notes,
             *kept_warnings(result),
             *accuracy_warnings(result),
+            *non_finite_warnings(result),
+            *code_warnings(code),
         ],
         "skipped": list(plan.coverage.left_out),
+        "remote_code": list(code),
         "seconds": {phase: round(s, 3) for phase, s in result.seconds.items()},
         "bytes": {
             "read": result.bytes_read,
@@ -153,6 +158,29 @@ def accuracy_warnings(result: RunResult) -> list[str]:
             f"{len(angles)} weights; --svd exact computes them fully"
         )
     return warnings
+
+
+def non_finite_warnings(result: RunResult) -> list[str]:
+    """A warning of NaN or Inf in what was copied: a mask may hold them, a weight hardly."""
+    names = result.non_finite
+    if not names:
+        return []
+    shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    return [
+        f"{len(names)} of the tensors that are copied from the MLLM hold NaN or Inf ({shown}); "
+        "the output has them too"
+    ]
+
+
+def code_warnings(code: Sequence[str]) -> list[str]:
+    """A warning that the MLLM brings code, and that nobody has looked at it."""
+    if not code:
+        return []
+    shown = ", ".join(code[:4]) + (", ..." if len(code) > 4 else "")
+    return [
+        f"the MLLM brings code of its own ({shown}); it was copied as data and not run, and is "
+        "run by who loads the output with trust_remote_code=True"
+    ]
 
 
 def to_json(report: dict[str, Any]) -> bytes:

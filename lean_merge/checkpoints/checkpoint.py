@@ -11,13 +11,18 @@ from typing import Any
 
 from lean_merge.checkpoints.header import TensorSpec, read_header
 from lean_merge.checkpoints.hub import is_hub_id, snapshot
-from lean_merge.checkpoints.jsonfile import read_object, shorten
+from lean_merge.checkpoints.jsonfile import read_object
 from lean_merge.checkpoints.safepaths import checked_file
-from lean_merge.errors import CheckpointError
+from lean_merge.errors import CheckpointError, is_plain, shown
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_MAX_JSON = 100_000_000
+_MAX_INDEX = 100_000_000
+_MAX_CONFIG = 10_000_000
+_MAX_FILE_NAME = 255
+_MAX_TENSORS = 500_000
+"""Five times those of the largest mixtures of experts; bounds what all shards take together."""
+_WORD = re.compile(r"[\w.-]{1,40}", re.ASCII)
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 # Buffers that older models saved and newer ones compute: loaders skip them too.
 _COMPUTED = ("rotary_emb.inv_freq", "position_ids", "masked_bias")
@@ -67,7 +72,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     try:
         path = Path(source).expanduser()
         is_file, is_dir = path.is_file(), path.is_dir()
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"{source}: cannot be looked up ({error}); check the path."
         ) from error
@@ -181,15 +186,20 @@ def read_index(file: Path) -> dict[str, str]:
         The file is damaged, or a name in it leads out of the folder.
     """
     mend = "download or save the checkpoint again"
-    index = read_object(checked_file(file.parent, file), limit=_MAX_JSON, what="index", mend=mend)
+    index = read_object(checked_file(file.parent, file), limit=_MAX_INDEX, what="index", mend=mend)
     named = index.get("weight_map")
     if not isinstance(named, dict) or not named:
         raise CheckpointError(f"{file}: has no weight_map; {mend}.")
     for tensor, name in named.items():
-        plain = isinstance(name, str) and not re.search(r"[/\\:\0]", name)
-        if not plain or not name.endswith(".safetensors") or name.startswith("."):
+        plain = isinstance(name, str) and is_plain(name) and not re.search(r"[/\\:]", name)
+        if (
+            not plain
+            or len(name) > _MAX_FILE_NAME
+            or not name.endswith(".safetensors")
+            or name.startswith(".")
+        ):
             raise CheckpointError(
-                f"{file}: puts tensor {shorten(tensor)} into {shorten(str(name))}, which is not "
+                f"{file}: puts tensor {shown(tensor)} into {shown(name)}, which is not "
                 f"the name of a .safetensors file in this folder; {mend}."
             )
     return named
@@ -205,10 +215,15 @@ def _assemble(
         for name, spec in specs.items():
             if name in tensors:
                 raise CheckpointError(
-                    f"{file}: holds tensor {shorten(name)}, and so does {tensors[name].file.name}; "
+                    f"{file}: holds tensor {shown(name)}, and so does {tensors[name].file.name}; "
                     "remove the file that is left over from another save."
                 )
             tensors[name] = spec
+        if len(tensors) > _MAX_TENSORS:
+            raise CheckpointError(
+                f"{file}: brings the checkpoint to more than {_MAX_TENSORS} tensors, which no "
+                "model has; pass another."
+            )
     if named is not None:
         tensors = _match_index(folder, tensors, named)
     return Checkpoint(source, folder, MappingProxyType(tensors), config, files)
@@ -221,13 +236,13 @@ def _match_index(
         spec = tensors.get(name)
         if spec is None or spec.file.name != file_name:
             raise CheckpointError(
-                f"{folder / file_name}: lacks tensor {shorten(name)}, which {INDEX} says it holds; "
+                f"{folder / file_name}: lacks tensor {shown(name)}, which {INDEX} says it holds; "
                 "download the checkpoint again."
             )
     for name, spec in tensors.items():
         if name not in named and not name.endswith(_COMPUTED):
             raise CheckpointError(
-                f"{spec.file}: holds tensor {shorten(name)}, which {INDEX} does not name; the "
+                f"{spec.file}: holds tensor {shown(name)}, which {INDEX} does not name; the "
                 "index and the shards are of different saves, so download the checkpoint again."
             )
     return {name: spec for name, spec in tensors.items() if name in named}
@@ -239,7 +254,7 @@ def _read_config(folder: Path) -> Mapping[str, Any] | None:
         return None
     config = read_object(
         checked_file(folder, file),
-        limit=_MAX_JSON,
+        limit=_MAX_CONFIG,
         what="config",
         mend="download or save the checkpoint again",
         unique=False,
@@ -248,9 +263,10 @@ def _read_config(folder: Path) -> Mapping[str, Any] | None:
         quantization = part.get("quantization_config")
         if isinstance(quantization, dict) and quantization:
             method = quantization.get("quant_method", "an unnamed method")
+            is_word = isinstance(method, str) and _WORD.fullmatch(method)
             raise CheckpointError(
-                f"{folder}: is quantised with {method}; merging needs the original weights in "
-                "bf16, fp16 or fp32, so pass that checkpoint."
+                f"{folder}: is quantised with {method if is_word else shown(method)}; merging "
+                "needs the original weights in bf16, fp16 or fp32, so pass that checkpoint."
             )
     return MappingProxyType(config)
 

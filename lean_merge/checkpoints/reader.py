@@ -10,9 +10,8 @@ import torch
 
 from lean_merge.checkpoints.descriptors import DescriptorPool
 from lean_merge.checkpoints.header import TensorSpec
-from lean_merge.checkpoints.jsonfile import shorten
 from lean_merge.checkpoints.pagecache import cached_share
-from lean_merge.errors import CheckpointError
+from lean_merge.errors import CheckpointError, shown
 
 # One read of more than 2 GiB - 4 KiB is cut short by Linux and refused by macOS.
 _LARGEST_READ = 1 << 30
@@ -103,13 +102,13 @@ class TensorReader:
                     count = self._read(descriptor, part, spec.offset + start + done)
                     if count == 0:
                         raise CheckpointError(
-                            f"{spec.file}: truncated while reading tensor {shorten(spec.name)}; "
+                            f"{spec.file}: truncated while reading tensor {shown(spec.name)}; "
                             "the file has changed since its header was read, so restore it."
                         )
                     done += count
         except OSError as error:
             raise CheckpointError(
-                f"{spec.file}: cannot read tensor {shorten(spec.name)} "
+                f"{spec.file}: cannot read tensor {shown(spec.name)} "
                 f"({error.strerror or error}); check the disk and the path."
             ) from error
         finally:

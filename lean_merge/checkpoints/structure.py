@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from lean_merge.checkpoints.checkpoint import Checkpoint
 from lean_merge.checkpoints.header import TensorSpec
+from lean_merge.errors import CoverageError
 
 QKV = "qkv_proj"
 GATE_UP = "gate_up_proj"
@@ -22,12 +24,16 @@ LEAVES = frozenset(
 )
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 _WEIGHT = ".weight"
+# Finding the language model compares every part with every other, kind of layer by kind of layer:
+# a checkpoint made of thousands would keep it busy for hours. Real ones have tens.
+_MAX_PARTS = 100
+_MAX_KINDS = 300
 
 Key = tuple[int, str]
 """(layer, rest): a weight's place in a language model, whatever its prefix."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Decoder:
     """The tensors under one prefix of a checkpoint, if they look like layers.
 
@@ -60,6 +66,7 @@ class Decoder:
         """The tensor at (layer, rest), of whatever shape."""
         return self.weights.get(key) or self.others.get(key)
 
+    @cached_property
     def layers(self) -> list[frozenset[str]]:
         """The distinct sets of rests that its layers are made of."""
         rests: dict[int, set[str]] = {}
@@ -71,12 +78,12 @@ class Decoder:
 
     def one_layer(self) -> frozenset[str]:
         """The rests of its fullest layer."""
-        return self.layers()[0]
+        return self.layers[0]
 
     def has_whole_layer_of(self, other: Decoder) -> bool:
         """Whether one layer here has every in-scope name of some layer of `other`."""
-        mine = self.layers()
-        return any(theirs <= each for theirs in other.layers() for each in mine)
+        mine = self.layers
+        return any(theirs <= each for theirs in other.layers for each in mine)
 
     def rank(self) -> tuple[int, int]:
         """How much it looks like the language model: fullness of its layers, then its bytes."""
@@ -117,7 +124,13 @@ def decoders(checkpoint: Checkpoint) -> dict[str, Decoder]:
         decoder.others[key] = spec
         if len(spec.shape) == 2 and segments[-1] not in _ROUTERS:
             decoder.unknown[key] = spec
-    return {prefix: decoder for prefix, decoder in found.items() if decoder.weights}
+    parts = {prefix: decoder for prefix, decoder in found.items() if decoder.weights}
+    if len(parts) > _MAX_PARTS or sum(len(part.layers) for part in parts.values()) > _MAX_KINDS:
+        raise CoverageError(
+            f"{checkpoint.source}: has layers under {len(parts)} prefixes, or of more than "
+            f"{_MAX_KINDS} kinds, which no model has; pass another checkpoint."
+        )
+    return parts
 
 
 def language_layout(checkpoint: Checkpoint) -> Mapping[str, int]:

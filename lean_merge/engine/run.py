@@ -58,6 +58,8 @@ class RunResult:
     """What happened to all of them, and where the time went, in seconds."""
 
     weights: list[WeightResult] = field(default_factory=list)
+    non_finite: list[str] = field(default_factory=list)
+    """Tensors out of scope that hold NaN or Inf."""
     seconds: dict[str, float] = field(default_factory=dict)
     bytes_read: int = 0
     peak_vram: int = 0
@@ -142,7 +144,8 @@ class _Engine:
 
     def copy(self, task: CopyTask) -> None:
         """A tensor out of scope."""
-        copy_tensor(self._reader, task.source, self._writer(task), self._buffer)
+        if not copy_tensor(self._reader, task.source, self._writer(task), self._buffer):
+            self._result.non_finite.append(task.source.name)
 
     def merge(self, task: WeightTask) -> bool:
         """A tensor in scope, one logical weight after another; True if any got an update."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lean_merge.budget import COPY_BUFFER, strip_rows
-from lean_merge.checkpoints import TensorReader, TensorSpec, as_bytes
+from lean_merge.checkpoints import FLOATING, TensorReader, TensorSpec, as_bytes, torch_dtype
 from lean_merge.engine.rounding import round_nearest, round_stochastic, rounding_generator
 from lean_merge.engine.taskvectors import TaskVectors, read_rows
 from lean_merge.engine.workers import Workers
@@ -19,6 +19,7 @@ from lean_merge.methods import Decision
 
 WriteBytes = Callable[[int, memoryview], None]
 """Writes bytes at an offset from the tensor's start."""
+_LOOKED_AT = FLOATING | {"F64"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +44,20 @@ class OutputRows:
     write: WriteBytes
 
 
-def copy_tensor(reader: TensorReader, spec: TensorSpec, write: WriteBytes, buffer: Tensor) -> None:
-    """Copy a tensor's bytes through `buffer` (uint8) without decoding them."""
+def copy_tensor(reader: TensorReader, spec: TensorSpec, write: WriteBytes, buffer: Tensor) -> bool:
+    """Copy a tensor's bytes through `buffer` (uint8) as they are; False if one is NaN or Inf."""
     view = as_bytes(buffer[:COPY_BUFFER])
+    dtype = torch_dtype(spec.dtype) if spec.dtype in _LOOKED_AT else None
+    finite = True
     for start in range(0, spec.nbytes, len(view)):
         part = view[: min(len(view), spec.nbytes - start)]
         reader.read_into(spec, start, part)
         write(start, part)
+        if dtype is not None and finite:
+            # Extremes need no temporary and pass on NaN.
+            ends = torch.aminmax(buffer[: len(part)].view(dtype))
+            finite = math.isfinite(float(ends.min)) and math.isfinite(float(ends.max))
+    return finite
 
 
 def write_rows(

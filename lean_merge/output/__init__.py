@@ -6,7 +6,7 @@ Shards, side files and model card become a checkpoint by one last rename.
 from lean_merge.output.card import license_of, model_card
 from lean_merge.output.folder import OutputFolder, check_output
 from lean_merge.output.layout import OutputTensor, Shard, index_json, plan_shards
-from lean_merge.output.sidefiles import copy_side_files, side_files
+from lean_merge.output.sidefiles import copy_side_files, remote_code, side_files
 
 __all__ = [
     "OutputFolder",
@@ -18,5 +18,6 @@ __all__ = [
     "license_of",
     "model_card",
     "plan_shards",
+    "remote_code",
     "side_files",
 ]

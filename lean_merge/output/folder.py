@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -205,7 +205,7 @@ class OutputFolder:
         except OSError as error:
             raise explain(file, error) from error
 
-    def write_file(self, name: str, data: bytes) -> None:
+    def write_file(self, name: str, data: bytes | Iterable[bytes]) -> None:
         """Writes a side file, replacing one of the same name.
 
         Parameters
@@ -213,7 +213,7 @@ class OutputFolder:
         name
             A plain file name, or one in additional_chat_templates/; not that of a weight file.
         data
-            Its content.
+            Its content, at once or by parts.
 
         Raises
         ------
@@ -229,7 +229,7 @@ class OutputFolder:
         try:
             file.parent.mkdir(exist_ok=True)
             with open(file, "wb") as stream:
-                stream.write(data)
+                stream.writelines([data] if isinstance(data, bytes) else data)
                 stream.flush()
                 os.fsync(stream.fileno())
         except OSError as error:
