@@ -20,6 +20,8 @@ OMITTED_WARNING = 0.025
 """Modelled share of an update beyond the computed rank from which the report warns."""
 ANGLE_WARNING = 0.1
 """Sine of the error of directions that carry an update from which the report warns."""
+DOUBT_WARNING = 0.05
+"""Share of a nuclear norm that may be rounding from which the report warns."""
 KEPT_WARNING = 0.9
 """Below this share of an update that survives rounding, the report warns."""
 
@@ -102,6 +104,7 @@ def weight_rows(plan: Plan, weight: WeightResult) -> list[dict[str, Any]]:
                 "similarity_max": record.similarity_max,
                 "lambda": record.lambda_,
                 "lambda_top_q": record.lambda_top_q,
+                "lambda_doubt": record.lambda_doubt,
                 "rank": record.rank,
                 "computed_rank": record.computed_rank,
                 "omitted_share": record.omitted_share,
@@ -145,12 +148,19 @@ def accuracy_warnings(result: RunResult) -> list[str]:
     """Warnings where the sketches did not reach the accuracy that they aim at."""
     selected = [r for weight in result.weights for r in weight.experts if r.selected]
     shares = [s for r in selected if (s := r.omitted_share or 0.0) > OMITTED_WARNING]
+    doubts = [d for r in selected if (d := r.lambda_doubt or 0.0) > DOUBT_WARNING]
     angles = [a for r in selected if (a := r.angle_error or 0.0) > ANGLE_WARNING]
     warnings = []
     if shares:
         warnings.append(
             f"directions beyond the computed rank may carry up to {max(shares):.0%} of the update "
             f"in {len(shares)} weights; --rank N computes more, --svd exact all"
+        )
+    if doubts:
+        warnings.append(
+            f"up to {max(doubts):.0%} of a nuclear norm, and with it of lambda, may be rounding in "
+            f"{len(doubts)} weights whose task vectors are nearly of low rank; --svd exact "
+            "computes it"
         )
     if angles:
         warnings.append(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lean_merge.budget import LANES, tile_rows
+from lean_merge.budget import LANES, strip_rows, tile_rows
 from lean_merge.checkpoints import (
     RowSlice,
     TensorReader,
@@ -24,6 +24,8 @@ from lean_merge.linalg import Pass, Products
 
 _WIDTH = 32
 """Widths of products are padded to a multiple of this."""
+_UNDERFLOWN = 1e-30
+"""Squares of norms that float32 holds only in part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,10 +153,13 @@ class TaskVectors:
 
     def _squared_norm(self, task_vector: Tensor, spec: TensorSpec, tile: slice) -> float:
         square = float(torch.linalg.vector_norm(task_vector, dtype=torch.float32)) ** 2
-        if math.isfinite(square):
+        if square > _UNDERFLOWN and math.isfinite(square):
             return square
+        if square <= _UNDERFLOWN and not bool((task_vector != 0).any()):
+            return 0.0
         self._refuse_non_finite(spec, tile)
-        # Finite numbers whose squares overflow float32, or whose difference overflows their dtype.
+        # Finite numbers whose squares overflow float32 or underflow it, or whose difference
+        # overflows their dtype.
         square = float(torch.linalg.vector_norm(task_vector, dtype=torch.float64)) ** 2
         if not math.isfinite(square):
             name = str(self.task_dtype).removeprefix("torch.")
@@ -241,14 +246,14 @@ class _Sums:
             return
         if self._dense is not None:
             self._dense[rows] = tile
-        tile = tile.to(self._dtype)
+        whole, tile = tile, tile.to(self._dtype)
         if request.gram is not None and self._y is not None:
             y = torch.mm(tile, request.gram, out=self._y[rows])
             self._z[lane].add_(tile.T @ y)
         if request.project is not None:
             self._projected[lane].add_(tile.T @ request.project[rows])
         if self._right is not None and self._times is not None:
-            self._times[rows] = (tile @ self._right)[:, : self._times.shape[1]]
+            self._times[rows] = _product(whole, tile, self._right)[:, : self._times.shape[1]]
 
     def finish(self) -> Products | None:
         """The lanes summed in order."""
@@ -261,6 +266,14 @@ class _Sums:
             times=self._times,
             dense=self._dense,
         )
+
+
+def _product(whole: Tensor, tile: Tensor, right: Tensor) -> Tensor:
+    """tile @ right in the dtype of `right`: the arithmetic one, or float32, strip by strip."""
+    if right.dtype == tile.dtype:
+        return tile @ right
+    strips = torch.split(whole, strip_rows(whole.shape[1]))
+    return torch.cat([strip.to(right.dtype) @ right for strip in strips])
 
 
 def _padded(columns: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ probes and four passes:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,11 @@ from lean_merge.linalg.passes import (
     remove_components,
 )
 
+_ROUNDING = 1e-5
+"""Share of the whole squared norm that is not told from the rounding of float32 products."""
+_NEARLY_ALL = 0.02
+"""Share below which what 16-bit products leave of the squared norm may be their rounding."""
+
 
 @dataclass(frozen=True, slots=True)
 class SingularSums:
@@ -38,6 +44,8 @@ class SingularSums:
     counts: Tensor
     nuclear: float
     """Sum of all singular values."""
+    doubt: float = 0.0
+    """Share of `nuclear` that is estimated where products hold little but rounding."""
 
     @classmethod
     def of_spectrum(cls, sigma: Tensor) -> SingularSums:
@@ -90,7 +98,7 @@ class Sketch:
     ) -> None:
         out_features, in_features = shape
         self._dtype = dtype
-        self._rounding = 1e-4 if dtype.itemsize < 4 else 1e-6
+        self._rounding = _ROUNDING
         self._wide = in_features > out_features
         known = 0 if deflate is None else deflate.shape[1]
         self._rest = min(shape) - known
@@ -147,22 +155,50 @@ class Sketch:
             self._take_deflated(products.times[:, : self._deflate.shape[1]])
         self._begin()
 
+    def recheck_pass(self, squared_norm: float) -> Pass | None:
+        """The pass that `recheck` expects, where the deflated vectors hold nearly all of B.
+
+        What they leave is then a difference of two large sums, which takes float32 products.
+        """
+        if self._deflate is None or self._dtype.itemsize >= 4:
+            return None
+        if self._remaining(squared_norm) > _NEARLY_ALL * squared_norm:
+            return None
+        return Pass(times=self._deflate.float())
+
+    def recheck(self, products: Products) -> None:
+        """Take in the deflated vectors' float32 products."""
+        assert products.times is not None and self._deflate is not None
+        self._leading = self._values(products.times, self._deflate.float()).theta.sqrt()
+
+    def _remaining(self, squared_norm: float) -> float:
+        return squared_norm - float((self._leading**2).sum())
+
+    @staticmethod
+    def _values(images: Tensor, vectors: Tensor) -> Ritz:
+        # Rounded vectors have lengths that are not 1, and what is left of the whole norm would be
+        # the rounding of the largest values.
+        return generalized_ritz(gram64(images, images), gram64(vectors, vectors))
+
     def _take_deflated(self, images: Tensor) -> None:
         """Singular values of B restricted to the deflated vectors, and their share of the start."""
         assert self._deflate is not None
-        values, vectors = torch.linalg.eigh(gram64(images, images))
-        self._leading = values.flip(0).clamp_min(0).sqrt()
+        pairs = self._values(images, self._deflate.to(self._dtype))
+        self._leading = pairs.theta.sqrt()
         remove_components(self._start, self._deflate)
         if self._wide:
             # B^T (P - U U^T P) = (I - V V^T) B^T P for singular U, V: no second pass.
-            inverse = torch.where(values > 0, values.rsqrt(), torch.zeros_like(values))
+            inverse = torch.where(
+                pairs.theta > 0, pairs.theta.rsqrt(), torch.zeros_like(pairs.theta)
+            )
             probe = self._probe.float()
-            remove_components(probe, images @ (vectors * inverse).float().to(images.device))
+            weights = (pairs.coefficients * inverse).float().to(images.device)
+            remove_components(probe, images @ weights)
             self._probe = probe
 
     def sums(self, squared_norm: float) -> SingularSums:
         """The spectrum's sums, given the exact ||B||_F^2."""
-        remaining = squared_norm - float((self._leading**2).sum())
+        remaining = self._remaining(squared_norm)
         if self._rest <= 0 or squared_norm == 0.0:
             return SingularSums.of_spectrum(self._leading)
         gauss, radau, total = self._rules()
@@ -170,16 +206,23 @@ class Sketch:
         trusted = remaining > self._rounding * squared_norm
         second_moment = remaining / self._rest if trusted else None
         above = _mean_root(gauss, total, second_moment)
-        below = _mean_root(radau, total, second_moment)
+        # Where nothing but rounding is left, its Radau rule has more mass than the probes.
+        sound = float(radau.mass.sum()) <= 1.05 * total
+        below = _mean_root(radau, total, second_moment) if sound else above
         tail = self._rest * max(0.0, (2 * above + below) / 3)
+        # Cauchy and Schwarz: what is left of the norm bounds the sum, even if only up to rounding.
+        most = max(remaining, self._rounding * squared_norm)
+        tail = min(tail, math.sqrt(self._rest * most))
         nodes, counts = gauss.theta.sqrt(), self._rest * gauss.mass / total
         nodes = nodes * (tail / max(float((nodes * counts).sum()), 1e-300))
         values = torch.cat([self._leading, nodes])
         order = torch.argsort(values, descending=True)
+        nuclear = max(float(self._leading.sum()) + tail, 1e-300)
         return SingularSums(
             values=values[order],
             counts=torch.cat([torch.ones_like(self._leading), counts])[order],
-            nuclear=float(self._leading.sum()) + tail,
+            nuclear=nuclear,
+            doubt=0.0 if trusted else tail / nuclear,
         )
 
     def _rules(self) -> tuple[_Rule, _Rule, float]:
@@ -226,4 +269,5 @@ def _mean_root(rule: _Rule, total: float, second_moment: float | None) -> float:
         slope = covariance / variance
     else:
         slope = 0.5 * root / mean if mean > 0 else 0.0
-    return root + slope * (second_moment - mean)
+    # By Jensen no mean of roots exceeds the root of the mean.
+    return min(root + slope * (second_moment - mean), math.sqrt(second_moment))

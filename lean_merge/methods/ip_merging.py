@@ -307,10 +307,11 @@ class IPMerging(Method[IPMergingParameters]):
         records = []
         for k, alignment in enumerate(aligned):
             if alignment.subspace == 0:
-                of = "MLLM" if spectra[0].rank == 0 else "expert"
-                records.append(
-                    ExpertRecord(False, f"the {of}'s task vector is zero", rank=0, update_norm=0.0)
-                )
+                role = 0 if spectra[0].rank == 0 else k + 1
+                reason = f"the {'expert' if role else 'MLLM'}'s task vector is zero"
+                if spectra[role].is_faint:
+                    reason += " to within what a sketch can tell; --svd exact can tell more"
+                records.append(ExpertRecord(False, reason, rank=0, update_norm=0.0))
                 continue
             full, top_q = _ratios(spectra, alignment, k)
             sign = ">=" if alignment.selected else "<"
@@ -323,6 +324,7 @@ class IPMerging(Method[IPMergingParameters]):
                     similarity_max=float(alignment.similarity.max()),
                     lambda_=full,
                     lambda_top_q=top_q,
+                    lambda_doubt=_doubt(spectra, k) if alignment.selected else None,
                     rank=alignment.subspace,
                     computed_rank=alignment.similarity.numel(),
                     omitted_share=alignment.omitted.share + alignment.omitted.deviation
@@ -365,6 +367,13 @@ def _padded(gamma: Tensor, kept: Tensor) -> Tensor:
     padded = torch.zeros(max(int(kept.max()) + 1, gamma.numel()), dtype=gamma.dtype)
     padded[: gamma.numel()] = gamma
     return padded[kept]
+
+
+def _doubt(spectra: list[Spectrum], k: int) -> float:
+    """Share of lambda's two sums that rounding may have made."""
+    return max(
+        0.0 if each.sums is None else each.sums.doubt for each in (spectra[0], spectra[k + 1])
+    )
 
 
 def _ratios(

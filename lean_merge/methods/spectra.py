@@ -37,6 +37,8 @@ QUADRATURE_BLOCK, QUADRATURE_DEPTH = 32, 4
 """Probes, and quadrature nodes of each, for the sums of singular values."""
 ANGLE = 0.03
 """Sine of the angle error that directions which carry the update may have."""
+FAINT = 1e-30
+"""Squared norm below which float32 no longer holds the products of a sketch."""
 GAP = 0.05
 """Relative distance of sigma_1 and sigma_2 below which the first direction is ill-defined."""
 
@@ -73,6 +75,8 @@ class Spectrum:
     """(sigma_1 - sigma_2) / sigma_1."""
     sums: SingularSums | None = None
     is_whole: bool = False
+    is_faint: bool = False
+    """Not zero, but so small that its products underflow; its rank is then 0."""
 
     @property
     def has_gap(self) -> bool:
@@ -147,7 +151,7 @@ class Effort:
         small = 10 * columns**2 * 8
         each = krylov + temporary + vectors + images + small
         # The rank grows at the first look or never.
-        passes = max(1 + MAX_DEPTH, 1 + MIN_DEPTH + 1 + GROWN_DEPTH) + 1 + QUADRATURE_DEPTH
+        passes = max(1 + MAX_DEPTH, 1 + MIN_DEPTH + 1 + GROWN_DEPTH) + 2 + QUADRATURE_DEPTH
         return AnalysisCost(self.roles * each, block, passes)
 
 
@@ -203,7 +207,8 @@ def _sketched(weight: WeightContext, effort: Effort, judge: Judge) -> PassesOf[l
         while verdict is Verdict.MORE and _depth(sketches) < effort.depth_limit(rank):
             yield from _one_pass(weight, sketches)
             if _depth(sketches) >= MIN_DEPTH:
-                spectra = weight.parallel(partial(_spectrum, rank, weight.shape), sketches)
+                found = weight.parallel(partial(_spectrum, rank, weight.shape), sketches)
+                spectra = _without_faint(found, weight.squared_norms())
                 may_grow = rank < effort.largest and _depth(sketches) == MIN_DEPTH
                 verdict = judge(spectra, may_grow)
         if verdict is not Verdict.GROW:
@@ -224,6 +229,13 @@ def _deflated_sums(
     if carried is not None:
         images = [_times(products)[:, -carried.shape[1] :] for products in got[1:]]
     weight.parallel(_absorb, list(zip(sketches, got, strict=True)))
+    norms = weight.squared_norms()
+    again = [sketch.recheck_pass(norm) for sketch, norm in zip(sketches, norms, strict=True)]
+    if any(again):
+        got = yield again
+        for sketch, products in zip(sketches, got, strict=True):
+            if products is not None:
+                sketch.recheck(products)
     while _depth(sketches) < QUADRATURE_DEPTH:
         yield from _one_pass(weight, sketches)
     return _with_sums(weight, spectra, sketches), images
@@ -281,6 +293,14 @@ def _spectrum(rank: int, shape: tuple[int, int], sketch: Sketch) -> Spectrum:
         rank=min(shape) if numerical == sketch.krylov.columns else numerical,
         gap=_gap(found.sigma),
     )
+
+
+def _without_faint(spectra: Sequence[Spectrum], norms: Sequence[float]) -> list[Spectrum]:
+    """The spectra; those whose products underflowed have no rank."""
+    return [
+        replace(spectrum, rank=0, is_faint=True) if 0 < norm < FAINT else spectrum
+        for spectrum, norm in zip(spectra, norms, strict=True)
+    ]
 
 
 def _gap(sigma: Tensor) -> float:
