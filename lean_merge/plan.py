@@ -27,7 +27,7 @@ from lean_merge.checkpoints import (
 )
 from lean_merge.errors import BudgetError, CoverageError, RecipeError, shown
 from lean_merge.methods import AnalysisCost, Method, all_methods, canonical_name
-from lean_merge.output import OutputTensor, Shard, plan_shards
+from lean_merge.output import OutputTensor, Shard, plan_shards, side_files
 from lean_merge.recipe import MergeRecipe, reject_unknown
 
 
@@ -181,6 +181,8 @@ def plan(recipe: MergeRecipe, resources: Resources | None = None) -> Plan:
     base = open_checkpoint(recipe.base_model)
     mllm = open_checkpoint(recipe.mllm_model)
     experts = tuple(open_checkpoint(expert.model) for expert in recipe.experts)
+    # Refused now rather than when they are copied, after the work is done.
+    side_files(mllm.path)
     coverage = map_roles(base, mllm, experts, allow_partial=recipe.allow_partial)
     for weight in coverage.weights:
         _check_arithmetic(weight)

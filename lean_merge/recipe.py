@@ -203,7 +203,7 @@ def _frozen(parameters: Any, where: str) -> Parameters:
     if not isinstance(parameters, Mapping):
         raise RecipeError(f"{where} must be a mapping, not {shown(parameters)}.")
     return tuple(
-        (str(name), _frozen_value(value, f"{name} in {where}"))
+        (str(name), _frozen_value(value, f"{shown(name)} in {where}"))
         for name, value in parameters.items()
     )
 

@@ -41,10 +41,11 @@ def parsed_bytes(data: bytes) -> int:
     escaped = 9 if b"\\u" in data else 4  # strings of the widest characters, built by parts
     contents = 1 if wide == 1 and escaped == 4 else escaped
     return (
-        (wide + contents) * len(data)
+        (64 << 10)
+        + (wide + contents) * len(data)
         + 104 * (data.count(b"{") + data.count(b"["))
         + 300 * data.count(b":")
-        + 36 * data.count(b",")
+        + 42 * data.count(b",")
         + 30 * data.count(b'"')
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -146,7 +147,7 @@ def _tokenizer_digest(checkpoint: Checkpoint) -> bytes | None:
     file = checkpoint.path / "tokenizer.json"
     digest = hashlib.sha256()
     try:
-        if not file.exists():
+        if not os.path.lexists(file):
             return None
         with open(checked_file(checkpoint.path, file), "rb") as stream:
             for _ in range(0, _MAX_TOKENIZER, _CHUNK):

@@ -151,7 +151,8 @@ class TensorReader:
         try:
             with self._files.use(spec.file) as descriptor:
                 return cached_share(descriptor, spec.offset + start, length) > 0.5
-        except OSError:
+        except (OSError, ValueError):
+            # A ValueError is a file that has become shorter: the read that follows says so.
             return True
 
     def _advise(self, spec: TensorSpec, start: int, length: int | None, advice: str) -> None:

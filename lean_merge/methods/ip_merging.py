@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lean_merge.errors import RecipeError
+from lean_merge.errors import RecipeError, shown
 from lean_merge.linalg import (
     Omitted,
     Pass,
@@ -105,15 +105,17 @@ class IPMergingParameters:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise RecipeError(
-                    f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}."
+                    f"{name} must be one of {', '.join(choices)}, not {shown(getattr(self, name))}."
                 )
         if frozenset(self.stages) not in _STAGE_SETS or len(set(self.stages)) != len(self.stages):
             raise RecipeError(
-                f"stages {','.join(map(str, self.stages))!r} is not defined; choose select; "
+                f"stages {shown(list(self.stages))} is not defined; choose select; "
                 "select,rescale; select,project; or select,rescale,project."
             )
         if self.rank != "auto" and not (type(self.rank) is int and self.rank >= 1):
-            raise RecipeError(f"rank must be 'auto' or a whole number from 1, not {self.rank!r}.")
+            raise RecipeError(
+                f"rank must be 'auto' or a whole number from 1, not {shown(self.rank)}."
+            )
 
 
 @dataclass(frozen=True, slots=True)
