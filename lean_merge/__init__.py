@@ -1,6 +1,6 @@
 """Streaming IP-Merging: give a multimodal model the abilities of a text model, without training."""
 
-from lean_merge.api import MergeResult, merge
+from lean_merge.api import MergeResult, merge, stream
 from lean_merge.checkpoints import Checkpoint, open_checkpoint
 from lean_merge.engine.run import Event
 from lean_merge.errors import (
@@ -35,4 +35,5 @@ __all__ = [
     "merge",
     "open_checkpoint",
     "plan",
+    "stream",
 ]

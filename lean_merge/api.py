@@ -2,40 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from lean_merge import memory
-from lean_merge.engine.run import Event, run
+from lean_merge.engine.adapter import AdapterSink
+from lean_merge.engine.run import Event, RunResult, run, steps
+from lean_merge.engine.sinks import CheckpointSink, DecisionSink, TensorSink
 from lean_merge.errors import RecipeError
-from lean_merge.output import OutputFolder, copy_side_files, license_of, model_card
-from lean_merge.plan import Plan, Resources
+from lean_merge.output import (
+    FactorStore,
+    OutputFolder,
+    adapter_card,
+    copy_side_files,
+    license_of,
+    model_card,
+    write_adapter,
+)
+from lean_merge.plan import Plan, Resources, plan_stream
 from lean_merge.plan import plan as make_plan
 from lean_merge.recipe import MergeRecipe
-from lean_merge.report import REPORT, build_report, summary, to_json
+from lean_merge.report import REPORT, adapter_summary, build_report, summary, to_json
 
 RECIPE = "lean_merge_recipe.yml"
 
 
 @dataclass(frozen=True, slots=True)
 class MergeResult:
-    """A finished merge: where it is, and its report."""
+    """A finished merge: where it is, None if nothing was written, and its report."""
 
-    path: Path
+    path: Path | None
     report: dict[str, Any]
 
 
 def merge(
     work: MergeRecipe | Plan,
-    out: str | Path,
+    out: str | Path | None = None,
     *,
     resources: Resources | None = None,
     overwrite: bool = False,
     on_event: Callable[[Event], None] | None = None,
 ) -> MergeResult:
-    """Merge, and write a checkpoint that `from_pretrained` loads.
+    """Merge, and write what the recipe's `output` says.
+
+    That is a checkpoint that `from_pretrained` loads, an adapter that PEFT loads, or with `none`
+    the report alone, into `out` if there is one.
 
     Parameters
     ----------
@@ -57,40 +73,117 @@ def merge(
     """
     if isinstance(work, Plan) and resources is not None:
         raise RecipeError("A plan has its resources; give others when it is made.")
+    check_has_folder(work.recipe if isinstance(work, Plan) else work, out)
     with memory.PeakSampler() as sampler:
         baseline = sampler.peak
         plan = work if isinstance(work, Plan) else make_plan(work, resources)
-        with OutputFolder.create(
-            Path(out), plan.shards, inputs=plan.inputs, overwrite=overwrite
-        ) as folder:
-            result = run(plan, folder, on_event or (lambda event: None))
-            headers = sum(len(shard.header) for shard in plan.shards)
+        with _folder(plan, out, overwrite=overwrite) as folder:
+            result = _carry_out(plan, folder, on_event or (lambda event: None))
             sampler.sample()
             report = build_report(
                 plan,
                 result,
-                bytes_written=folder.bytes_written + headers,
+                bytes_written=0 if folder is None else folder.bytes_written + _headers(folder),
                 peak=sampler.peak,
                 baseline=baseline,
             )
-            write_companions(plan, folder, report)
-            folder.seal()
-    return MergeResult(path=folder.final, report=report)
+            if folder is not None:
+                write_companions(plan, folder, report)
+                folder.seal()
+    return MergeResult(path=None if folder is None else folder.final, report=report)
+
+
+def check_has_folder(recipe: MergeRecipe, out: str | Path | None) -> None:
+    """Raises RecipeError if the recipe's output needs a folder and there is none."""
+    if out is None and recipe.output != "none":
+        raise RecipeError(
+            f"Output {recipe.output} needs a folder; give one with --out, or --output none."
+        )
+
+
+def stream(
+    recipe: MergeRecipe, *, resources: Resources | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Merge in memory: the name and the finished tensor of everything that the MLLM holds.
+
+    They come under the MLLM's own names, in the order of its files, each as it is made. A tensor is
+    on the CPU, in memory of its own, and the caller's from then on: `resources.memory` covers what
+    the engine holds beside it, one tensor in the making included. Nothing is written. Leaving the
+    loop early, or closing the iterator, ends the merge.
+
+    Parameters
+    ----------
+    recipe
+        With output `checkpoint`, whose tensors these are, byte for byte.
+    resources
+        Device, memory and threads.
+
+    Raises
+    ------
+    LeanMergeError
+        What headers tell at once, the rest when the tensor's turn comes.
+    """
+    return _tensors(plan_stream(recipe, resources))
+
+
+def _tensors(plan: Plan) -> Generator[tuple[str, Tensor], None, None]:
+    sink = TensorSink(plan)
+    with closing(steps(plan, sink, RunResult())) as events:
+        for event in events:
+            yield event.name, sink.take()
+
+
+def _folder(
+    plan: Plan, out: str | Path | None, *, overwrite: bool
+) -> AbstractContextManager[OutputFolder | None]:
+    if out is None:
+        return nullcontext()
+    return OutputFolder.create(Path(out), plan.shards, inputs=plan.inputs, overwrite=overwrite)
+
+
+def _carry_out(
+    plan: Plan, folder: OutputFolder | None, on_event: Callable[[Event], None]
+) -> RunResult:
+    """Run the plan into the sink of its output."""
+    if folder is None or plan.recipe.output == "none":
+        return run(plan, DecisionSink(), on_event)
+    if plan.recipe.output == "checkpoint":
+        return run(plan, CheckpointSink(plan, folder), on_event)
+    with FactorStore(folder.path) as store:
+        sink = AdapterSink(plan, store)
+        result = run(plan, sink, on_event)
+        with result.timed("write"):
+            write_adapter(
+                folder,
+                store,
+                sink.modules,
+                dtype=plan.adapter_dtype,
+                base_model=plan.recipe.mllm_model,
+            )
+    return result
+
+
+def _headers(folder: OutputFolder) -> int:
+    return sum(len(shard.header) for shard in folder.shards)
 
 
 def write_companions(plan: Plan, folder: OutputFolder, report: dict[str, Any]) -> None:
-    """Side files of the MLLM, recipe, report and model card."""
+    """Recipe, report and card; beside a checkpoint the MLLM's side files too."""
     recipe = plan.recipe
-    dtype = None if recipe.out_dtype == "auto" else recipe.out_dtype
-    copy_side_files(plan.mllm.path, folder, out_dtype=dtype)
-    card = model_card(
-        recipe_yaml=recipe.to_yaml(),
-        base=recipe.base_model,
-        mllm=recipe.mllm_model,
-        experts=[expert.model for expert in recipe.experts],
-        license_fields=license_of(plan.mllm.path),
-        summary=summary(report),
-    )
-    folder.write_file("README.md", card.encode())
+    about: dict[str, Any] = {
+        "recipe_yaml": recipe.to_yaml(),
+        "base": recipe.base_model,
+        "mllm": recipe.mllm_model,
+        "experts": [expert.model for expert in recipe.experts],
+        "license_fields": license_of(plan.mllm.path),
+    }
+    if recipe.output == "checkpoint":
+        dtype = None if recipe.out_dtype == "auto" else recipe.out_dtype
+        copy_side_files(plan.mllm.path, folder, out_dtype=dtype)
+        card = model_card(**about, summary=summary(report))
+        folder.write_file("README.md", card.encode())
+    elif recipe.output == "lora":
+        card = adapter_card(**about, summary=adapter_summary(report))
+        folder.write_file("README.md", card.encode())
     folder.write_file(RECIPE, recipe.to_yaml().encode())
     folder.write_file(REPORT, to_json(report))

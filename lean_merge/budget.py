@@ -6,13 +6,18 @@ counts are bytes of anonymous memory, or of device memory where the arithmetic r
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lean_merge.errors import BudgetError
 from lean_merge.sizes import format_size
 
-TILE_ELEMENTS = 1 << 20
-"""Elements of a canonical row tile: the unit of reading, arithmetic and summation order."""
+TILE_ELEMENTS = 1 << 21
+"""Elements of a canonical row tile: the unit of products and of summation order."""
+TILE_ROWS = 96
+"""Rows of a tile at least: with fewer, a pass spends its time on adding up partial sums [in, b]."""
+READ_ELEMENTS = 1 << 18
+"""Elements of the row strips in which tiles are read and task vectors formed, inside a cache."""
 STRIP_ELEMENTS = 1 << 17
 """Elements of the row strips in which an update is added and rounded; float32 ones fit a cache."""
 LANES = 4
@@ -20,18 +25,34 @@ LANES = 4
 SLACK = 40 << 20
 """Small objects, thread stacks, what the allocator rounds up or keeps, and the kernels and buffers
 that the mathematical libraries make for each shape they meet: these settle at about 30 MiB."""
+WIDEST = 8
+"""Bytes of a number in the widest dtype of an output."""
 COPY_BUFFER = 4 << 20
 """The buffer through which tensors out of scope are copied."""
 
 
 def tile_rows(in_features: int) -> int:
     """Rows of a canonical tile of a weight with `in_features` columns."""
-    return max(16, TILE_ELEMENTS // in_features // 16 * 16)
+    return max(TILE_ROWS, TILE_ELEMENTS // in_features // 16 * 16)
 
 
-def strip_rows(in_features: int) -> int:
-    """Rows of a strip; divides no tile on purpose, tiles are cut into strips from their start."""
-    return max(4, STRIP_ELEMENTS // in_features // 4 * 4)
+def row_tiles(shape: tuple[int, int]) -> Iterator[slice]:
+    """The canonical row tiles of a weight [out, in], in order."""
+    rows = tile_rows(shape[1])
+    for start in range(0, shape[0], rows):
+        yield slice(start, min(start + rows, shape[0]))
+
+
+def strips(rows: slice, in_features: int, elements: int) -> Iterator[slice]:
+    """`rows` cut from their start into strips of at most so many elements, or 4 rows."""
+    height = strip_rows(in_features, elements)
+    for start in range(rows.start, rows.stop, height):
+        yield slice(start, min(start + height, rows.stop))
+
+
+def strip_rows(in_features: int, elements: int) -> int:
+    """Rows of a strip of at most so many elements; 4 at least."""
+    return max(4, elements // in_features // 4 * 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +69,12 @@ class WeightShape:
     """Bytes of a number in the task vectors' dtype."""
     arithmetic_item: int
     """Bytes of a number in the dtype of products."""
+    widened: bool = False
+    """Whether any input is stored in another dtype than the task vectors'."""
+    scratch: int = 0
+    """Bytes that a worker holds to decode tiles of base, one role and the MLLM's rows."""
+    columns: bool = False
+    """Whether a role's rows are stored as columns, and so are read a tile at a time."""
 
     @property
     def tile(self) -> int:
@@ -60,6 +87,11 @@ class WeightShape:
         return -(-self.out_features // tile_rows(self.in_features))
 
     @property
+    def read_strip(self) -> int:
+        """Elements of a strip that is read at once."""
+        return min(self.tile, strip_rows(self.in_features, READ_ELEMENTS) * self.in_features)
+
+    @property
     def resident_tile(self) -> int:
         """Bytes of one tile of all task vectors."""
         return self.roles * self.tile * self.task_item
@@ -68,31 +100,44 @@ class WeightShape:
 def worker_bytes(weight: WeightShape, widest: int) -> int:
     """Buffers of one worker thread during a pass.
 
-    Raw tiles of base and one role; their float32 copies where the task vectors are float32 but the
-    storage is not; a non-resident tile of all task vectors; its copy in the arithmetic dtype; and
-    the product of a tile before it is added to its lane.
+    Raw strips of base and one role, and what decoding them takes; their copies in the task vectors'
+    dtype where any is stored in another, and one in float32 whose norm is taken; a non-resident
+    tile of all task vectors; its copy in the arithmetic dtype; and the product of a tile before it
+    is added to its lane. Of rows that are stored as columns, a raw tile and the base's in order.
     """
-    tile = weight.tile
-    raw = 2 * tile * weight.stored_item
-    mixed = 2 * tile * 4 if weight.task_item > weight.stored_item else 0
+    tile, strip = weight.tile, weight.read_strip
+    raw = 2 * strip * weight.stored_item
+    mixed = strip * (2 * weight.task_item if weight.widened else 0) + strip * 4
     scratch = weight.resident_tile
     converted = tile * weight.arithmetic_item if weight.arithmetic_item != weight.task_item else 0
-    product = weight.in_features * widest * (weight.arithmetic_item + 4)
-    return raw + mixed + scratch + converted + product
+    product = weight.in_features * widest * weight.arithmetic_item
+    whole = tile * (weight.stored_item + weight.task_item) if weight.columns else 0
+    return raw + mixed + scratch + converted + product + weight.scratch + whole
 
 
 def apply_bytes(weight: WeightShape) -> int:
-    """Buffers of one worker while it adds and rounds: a raw tile, and strips of 4-byte numbers.
+    """Buffers of one worker while it adds and rounds: a raw strip, and strips of 4-byte numbers.
 
-    Update, sum, change and rounded result are four; stochastic rounding holds ten more.
+    Update, sum, change and rounded result are four; stochastic rounding holds ten more. Where rows
+    are written as columns, a raw tile, and one of the output that waits until it is whole.
     """
-    strip = min(weight.tile, strip_rows(weight.in_features) * weight.in_features)
-    return weight.tile * weight.stored_item + 14 * strip * 4
+    strip = min(weight.tile, strip_rows(weight.in_features, STRIP_ELEMENTS) * weight.in_features)
+    whole = weight.tile * (weight.stored_item + WIDEST) if weight.columns else 0
+    return weight.read_strip * weight.stored_item + 14 * strip * 4 + whole
 
 
 def lane_bytes(weight: WeightShape, widest: int) -> int:
     """Partial sums [in, widest] in float32 of every lane and task vector, and their total."""
     return (LANES + 1) * weight.roles * weight.in_features * widest * 4
+
+
+def truncation_bytes(rank: int) -> int:
+    """Cutting factors of `rank` to an adapter's: a dozen matrices [rank, rank] in float64.
+
+    Gram matrices, eigenvectors, their products and LAPACK's workspace; beside them, strips of the
+    factors in float64, and of the cut ones.
+    """
+    return 12 * rank**2 * 8 + 4 * STRIP_ELEMENTS * 8
 
 
 def host_bytes(weight: WeightShape, *, widest: int, workspace: int, workers: int) -> int:

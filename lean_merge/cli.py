@@ -17,6 +17,7 @@ import typer
 from tqdm import tqdm
 
 from lean_merge import describe
+from lean_merge.api import check_has_folder
 from lean_merge.api import merge as merge_api
 from lean_merge.engine.run import Event
 from lean_merge.errors import LeanMergeError, RecipeError, plain
@@ -66,8 +67,23 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Any other parameter of the method."),
 ]
+Output = Annotated[
+    str | None,
+    typer.Option(help="checkpoint; lora, an adapter; or none, the analysis alone."),
+]
+LoraRank = Annotated[
+    str | None, typer.Option(help="auto keeps each update; or the rank of every weight.")
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(help="Merge only what this regex, or 'layers: 0-15', names; may be repeated."),
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option(help="Copy what this regex, or 'layers: 0-15', names.")
+]
 OutDtype = Annotated[
-    str | None, typer.Option(help="auto, float32, bfloat16 or float16, of in-scope weights.")
+    str | None,
+    typer.Option(help="auto, float32, bfloat16 or float16, of in-scope weights or adapter."),
 ]
 Rounding = Annotated[str | None, typer.Option(help="nearest or stochastic.")]
 ShardSize = Annotated[str | None, typer.Option(help="Largest shard: 5GB, 2GiB, 500MB.")]
@@ -118,6 +134,10 @@ def _recipe(file: Path | None, given: dict[str, Any], parameters: dict[str, Any]
     return MergeRecipe.from_dict(data)
 
 
+def _rank(text: str | None) -> int | str | None:
+    return int(text) if text and text.lstrip("-").isdigit() else text
+
+
 def _work(
     recipe: RecipeFile = None,
     base: Base = None,
@@ -134,6 +154,10 @@ def _work(
     svd: Svd = None,
     importance: Importance = None,
     set_: Set = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    output: Output = None,
+    lora_rank: LoraRank = None,
     out_dtype: OutDtype = None,
     rounding: Rounding = None,
     shard_size: ShardSize = None,
@@ -143,8 +167,8 @@ def _work(
     memory: Memory = None,
     vram: Vram = None,
     threads: Threads = None,
-) -> Plan:
-    """The plan that the options shared by `merge` and `plan` ask for."""
+) -> tuple[MergeRecipe, Resources]:
+    """What the options shared by `merge` and `plan` ask for."""
     parameters: dict[str, Any] = {
         "threshold": threshold,
         "select_by": select_by,
@@ -152,7 +176,7 @@ def _work(
         "nuclear": nuclear,
         "stages": stages,
         "scale": scale,
-        "rank": int(rank) if rank and rank.lstrip("-").isdigit() else rank,
+        "rank": _rank(rank),
         "svd": svd,
         "importance": importance,
     }
@@ -166,6 +190,10 @@ def _work(
         "mllm_model": mllm,
         "experts": list(expert) if expert else None,
         "merge_method": method,
+        "include": list(include) if include else None,
+        "exclude": list(exclude) if exclude else None,
+        "output": output,
+        "lora_rank": _rank(lora_rank),
         "out_dtype": out_dtype,
         "rounding": rounding,
         "shard_size": shard_size,
@@ -178,7 +206,7 @@ def _work(
         vram=None if vram is None else parse_size(vram),
         threads=threads,
     )
-    return make_plan(_recipe(recipe, wanted, parameters), resources)
+    return _recipe(recipe, wanted, parameters), resources
 
 
 def _shares_options_of_work(command: Callable[..., None]) -> Callable[..., None]:
@@ -202,7 +230,9 @@ def _shares_options_of_work(command: Callable[..., None]) -> Callable[..., None]
 @_shares_options_of_work
 def merge_command(
     work: dict[str, Any],
-    out: Annotated[Path, typer.Option(help="Output folder.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder; --output none needs none.")
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output once the new is complete.")
     ] = False,
@@ -210,8 +240,12 @@ def merge_command(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Merge, and write a checkpoint that from_pretrained loads."""
-    plan = _work(**work)
+    """Merge, and write a checkpoint that from_pretrained loads, or an adapter that PEFT loads."""
+    if out is None and work["recipe"] is None and work["output"] != "none":
+        raise RecipeError("Missing --out, the output folder; or give --output none.")
+    recipe, resources = _work(**work)
+    check_has_folder(recipe, out)
+    plan = make_plan(recipe, resources)
     if not (quiet or as_json):
         for line in describe.warnings_of(plan):
             _echo(f"warning: {line}", err=True)
@@ -238,7 +272,7 @@ def plan_command(
     debug: Debug = False,
 ) -> None:
     """Read headers only: what would be merged and copied, memory, disk, bytes."""
-    plan = _work(**work)
+    plan = make_plan(*_work(**work))
     if out is not None:
         check_output(out, plan.shards, inputs=plan.inputs, overwrite=overwrite)
     if quiet:

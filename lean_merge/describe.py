@@ -38,6 +38,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "counts": {
             "in_scope": len(plan.weights),
             "copied": len(plan.copies),
+            "filtered": len(plan.scope.filtered),
             "skipped": len(plan.coverage.left_out),
         },
         "device": plan.device,
@@ -50,7 +51,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "weights": [
             {
                 "name": task.weight.mllm.name,
-                "base": task.weight.base.name,
+                "base": task.weight.slices[0].base.name,
                 "shape": list(task.weight.mllm.shape),
                 "logical": [rows.canonical for rows in task.weight.slices],
                 "resident_tiles": list(task.resident),
@@ -58,6 +59,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
             for task in plan.weights
         ],
         "copied": [task.tensor.name for task in plan.copies],
+        "filtered": dict(plan.scope.filtered),
     }
 
 
@@ -74,8 +76,9 @@ def plan_text(plan: Plan) -> str:
         *(f"{role:<9} {prefix}*" for role, prefix in plan.coverage.prefixes.items()),
         f"in scope  {len(plan.weights)} tensors: {_counted(leaves)}",
         f"copied    {len(plan.copies)} tensors: {_counted(copied)}",
+        f"filtered  {_counted(Counter(plan.scope.filtered.values()))}",
         f"skipped   {len(plan.coverage.left_out)}",
-        f"output    {len(plan.shards)} shard(s), {format_size(predicted.bytes_written)} on disk",
+        f"output    {_output(plan)}",
         f"reads    {reads} {format_size(predicted.bytes_read)}",
         f"memory    {format_size(predicted.peak_memory)} of {format_size(plan.memory)} allowed",
         f"device    {plan.device}, {plan.threads} thread(s)",
@@ -85,15 +88,26 @@ def plan_text(plan: Plan) -> str:
     return "\n".join([*lines, *(f"warning: {line}" for line in warnings_of(plan))])
 
 
-def result_text(path: Path, report: dict[str, Any]) -> str:
+def _output(plan: Plan) -> str:
+    size = format_size(plan.prediction.bytes_written)
+    if plan.recipe.output == "lora":
+        return f"adapter, at most {size} on disk"
+    if plan.recipe.output == "none":
+        return "none, the report alone"
+    return f"{len(plan.shards)} shard(s), {size} on disk"
+
+
+def result_text(path: Path | None, report: dict[str, Any]) -> str:
     """What a finished merge did, for people."""
     counts, seconds, used = report["counts"], report["seconds"], report["memory"]
+    done = "selected" if report["recipe"]["output"] == "none" else "merged"
+    details = f"; details in {REPORT}" if path else "; --json prints the details"
     lines = [
-        f"{path}: {counts['merged']} weights merged, {counts['unchanged']} in scope unchanged, "
-        f"{counts['copied']} tensors copied, {counts['skipped']} skipped",
+        f"{path or 'analysis'}: {counts['merged']} weights {done}, {counts['unchanged']} in scope "
+        f"unchanged, {counts['copied']} tensors copied, {counts['skipped']} skipped",
         f"{sum(seconds.values()):.1f} s, {format_size(report['bytes']['read'])} read, "
         f"{format_size(report['bytes']['written'])} written, peak memory "
-        f"{format_size(used['peak_anonymous'])}; details in {REPORT}",
+        f"{format_size(used['peak_anonymous'])}{details}",
     ]
     return "\n".join([*lines, *(f"warning: {line}" for line in report["warnings"])])
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,31 @@ from lean_merge.checkpoints import (
     FLOATING,
     Checkpoint,
     Coverage,
+    LogicalWeight,
     MappedWeight,
     TensorSpec,
+    WeightSource,
     common_dtype,
     map_roles,
+    module_name,
     open_checkpoint,
     safetensors_dtype,
     torch_dtype,
 )
-from lean_merge.errors import BudgetError, CoverageError, RecipeError, shown
-from lean_merge.methods import AnalysisCost, Method, all_methods, canonical_name
-from lean_merge.output import OutputTensor, Shard, plan_shards, side_files
-from lean_merge.recipe import MergeRecipe, reject_unknown
+from lean_merge.errors import BudgetError, CoverageError, RecipeError
+from lean_merge.methods import AnalysisCost, Method
+from lean_merge.output import (
+    AdapterModule,
+    OutputTensor,
+    Shard,
+    StoredFactors,
+    adapter_layout,
+    plan_shards,
+    side_files,
+)
+from lean_merge.parameters import MethodTable, build_method
+from lean_merge.recipe import MergeRecipe
+from lean_merge.scope import Scope, filter_weights, places_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +74,18 @@ class CopyTask:
 
 @dataclass(frozen=True, slots=True)
 class WeightTask:
-    """An in-scope tensor; `resident` tells for each logical weight how many tiles are kept."""
+    """An in-scope tensor.
+
+    For each of its logical weights, `resident` tells how many tiles are kept, `methods` how it is
+    merged, and `filtered` why not: a part of a fused tensor that a filter takes has no method.
+    """
 
     shard: int
     tensor: OutputTensor
     weight: MappedWeight
     resident: tuple[int, ...]
+    methods: tuple[Method[Any] | None, ...]
+    filtered: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +93,8 @@ class Prediction:
     """Bytes that the run will read, write, and hold at most.
 
     `exact_reads` is False where weights are read again for every pass of an analysis whose number
-    of passes depends on the data; `bytes_read` is then the most that can be.
+    of passes depends on the data; `bytes_read` is then the most that can be. `exact_writes` is
+    False for an adapter, whose ranks depend on the data; `disk` holds it twice for a moment.
     """
 
     peak_memory: int
@@ -84,6 +103,7 @@ class Prediction:
     bytes_written: int
     disk: int
     exact_reads: bool
+    exact_writes: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +116,7 @@ class Plan:
     mllm: Checkpoint
     experts: tuple[Checkpoint, ...]
     coverage: Coverage
+    scope: Scope
     shards: tuple[Shard, ...]
     tasks: tuple[CopyTask | WeightTask, ...]
     device: str
@@ -116,56 +137,29 @@ class Plan:
         """The tasks in scope."""
         return tuple(task for task in self.tasks if isinstance(task, WeightTask))
 
+    def adapter_module(self, task: WeightTask, parts: tuple[StoredFactors, ...]) -> AdapterModule:
+        """The module of an in-scope tensor, named as transformers loads it."""
+        prefix = self.coverage.prefixes["mllm"]
+        name = module_name(task.tensor.name, prefix=prefix, config=self.mllm.config)
+        return AdapterModule(name, task.weight.mllm.shape[1], parts)
+
+    @property
+    def adapter_dtype(self) -> torch.dtype:
+        """Of an adapter's factors."""
+        wanted = self.recipe.out_dtype
+        return torch.float32 if wanted == "auto" else _dtype_named(wanted)
+
     @property
     def copies(self) -> tuple[CopyTask, ...]:
         """The tasks out of scope."""
         return tuple(task for task in self.tasks if isinstance(task, CopyTask))
 
 
-def build_method(recipe: MergeRecipe) -> Method[Any]:
-    """The recipe's method with its parameters, checked. Raises RecipeError."""
-    methods = all_methods()
-    name = canonical_name(recipe.merge_method)
-    reject_unknown([name], methods, "merge_method")
-    fields = {f.name: f for f in methods[name].parameter_fields()}
-    own = [n for n, f in fields.items() if f.metadata.get("per_expert")]
-    reject_unknown(dict(recipe.parameters), fields, f"parameters of {name}")
-    for expert in recipe.experts:
-        reject_unknown(dict(expert.parameters), own, f"parameters of an expert of {name}")
-    try:
-        return methods[name](
-            [
-                methods[name].parameters_type(
-                    **_typed({**dict(recipe.parameters), **dict(expert.parameters)}, fields)
-                )
-                for expert in recipe.experts
-            ]
-        )
-    except TypeError as error:
-        raise RecipeError(f"The parameters of {name} make no sense: {error}.") from error
-
-
-def _typed(
-    values: Mapping[str, Any], fields: Mapping[str, dataclasses.Field[Any]]
-) -> dict[str, Any]:
-    """YAML's and the command line's looser types made those of the parameters' defaults."""
-    typed = {}
-    for name, value in values.items():
-        default = fields[name].default
-        if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value) if abs(value) < 2**64 else math.inf
-        elif isinstance(default, tuple) and isinstance(value, str):
-            value = tuple(part.strip() for part in value.split(",") if part.strip())
-        elif isinstance(default, tuple) and isinstance(value, list):
-            value = tuple(value)
-        if type(value) is not type(default) and name != "rank":
-            raise RecipeError(f"{name} must be a {type(default).__name__}, not {shown(value)}.")
-        typed[name] = value
-    return typed
-
-
 def plan(recipe: MergeRecipe, resources: Resources | None = None) -> Plan:
     """Read the headers of all checkpoints and lay out the whole merge.
+
+    An adapter's files are laid out once its ranks are known, so `Plan.shards` is empty; so it is
+    where nothing is written.
 
     Raises
     ------
@@ -176,32 +170,70 @@ def plan(recipe: MergeRecipe, resources: Resources | None = None) -> Plan:
     BudgetError
         The memory given is too small; the message names the smallest that works.
     """
-    resources = resources or Resources()
+    return _plan(recipe, resources or Resources(), recipe.output)
+
+
+def plan_stream(recipe: MergeRecipe, resources: Resources | None = None) -> Plan:
+    """The same for whole tensors in memory, one after the other in the order of the MLLM's files.
+
+    Raises as `plan`; RecipeError too for a recipe of another output.
+    """
+    if recipe.output != "checkpoint":
+        raise RecipeError(
+            f"A stream gives whole tensors, and the recipe asks for output {recipe.output}; leave "
+            "output out."
+        )
+    return _plan(recipe, resources or Resources(), "stream")
+
+
+def _plan(recipe: MergeRecipe, resources: Resources, output: str) -> Plan:
     method = build_method(recipe)
     base = open_checkpoint(recipe.base_model)
     mllm = open_checkpoint(recipe.mllm_model)
     experts = tuple(open_checkpoint(expert.model) for expert in recipe.experts)
     # Refused now rather than when they are copied, after the work is done.
     side_files(mllm.path)
-    coverage = map_roles(base, mllm, experts, allow_partial=recipe.allow_partial)
+    coverage = map_roles(
+        base, mllm, experts, allow_partial=recipe.allow_partial, names=recipe.name_rules()
+    )
     for weight in coverage.weights:
         _check_arithmetic(weight)
-    outputs = _outputs(recipe, mllm, coverage)
-    shards = plan_shards(list(outputs.values()), shard_size=recipe.shard_size)
+    places = places_of(coverage)
+    scope = filter_weights(list(places.values()), include=recipe.include, exclude=recipe.exclude)
+    methods = MethodTable(recipe)
+    methods.check_filters(list(places.values()))
+    by_weight = {
+        name: methods.at(place) for name, place in places.items() if name not in scope.filtered
+    }
+    outputs = _outputs(recipe, mllm, _merged(coverage, scope))
+    shards: tuple[Shard, ...] = ()
+    if output == "checkpoint":
+        shards = plan_shards(list(outputs.values()), shard_size=recipe.shard_size)
+    if output == "lora":
+        _check_low_rank(_merged(coverage, scope), by_weight)
     device, notes = resolve_device(resources.device)
     threads = _threads(resources.threads)
     limits = _limits(resources, device)
-    held = memory.usage().anonymous
-    layout = _Layout(method, device, min(threads, budget.LANES), *limits, held)
-    _check_budget(coverage, layout)
-    tasks = _tasks(mllm, coverage, outputs, shards, layout)
-    return Plan(
+    largest = max((tensor.nbytes for tensor in outputs.values()), default=0)
+    layout = _Layout(
+        methods=by_weight,
+        output=output,
+        device=device,
+        workers=min(threads, budget.LANES),
+        memory=limits[0],
+        vram=limits[1],
+        held=memory.usage().anonymous + (largest if output == "stream" else 0),
+    )
+    tasks = _tasks(mllm, coverage, scope, outputs, shards, layout)
+    _check_budget([task for task in tasks if isinstance(task, WeightTask)], layout)
+    unpredicted = Plan(
         recipe=recipe,
         method=method,
         base=base,
         mllm=mllm,
         experts=experts,
         coverage=coverage,
+        scope=scope,
         shards=shards,
         tasks=tasks,
         device=device,
@@ -209,13 +241,14 @@ def plan(recipe: MergeRecipe, resources: Resources | None = None) -> Plan:
         vram=limits[1],
         threads=threads,
         workers=layout.workers,
-        prediction=_predict(tasks, shards, layout),
+        prediction=Prediction(0, 0, 0, 0, 0, True, True),
         notes=tuple(notes),
     )
+    return dataclasses.replace(unpredicted, prediction=_predict(unpredicted, layout))
 
 
 def _check_arithmetic(weight: MappedWeight) -> None:
-    for spec in (weight.mllm, weight.base, *weight.experts):
+    for spec in weight.stored:
         if 0 in spec.shape:
             raise CoverageError(
                 f"{spec.file}: in-scope tensor {spec.name} has shape {list(spec.shape)}, no "
@@ -228,18 +261,25 @@ def _check_arithmetic(weight: MappedWeight) -> None:
             )
 
 
-def _outputs(recipe: MergeRecipe, mllm: Checkpoint, coverage: Coverage) -> dict[str, OutputTensor]:
+def _outputs(
+    recipe: MergeRecipe, mllm: Checkpoint, merged: Sequence[MappedWeight]
+) -> dict[str, OutputTensor]:
     """The MLLM's tensors, in its order, with the dtypes that are written."""
-    in_scope = {weight.mllm.name for weight in coverage.weights}
+    in_scope = {weight.mllm.name for weight in merged}
     outputs = {}
     for name, spec in mllm.tensors.items():
         dtype, size = spec.dtype, spec.nbytes
         if name in in_scope and recipe.out_dtype != "auto":
-            chosen = getattr(torch, recipe.out_dtype)
+            chosen = _dtype_named(recipe.out_dtype)
             dtype = safetensors_dtype(chosen)
             size = spec.nbytes // torch_dtype(spec.dtype).itemsize * chosen.itemsize
         outputs[name] = OutputTensor(name, dtype, spec.shape, size)
     return outputs
+
+
+def _dtype_named(name: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def resolve_device(wanted: str) -> tuple[str, list[str]]:
@@ -298,38 +338,52 @@ def arithmetic_dtype(task: torch.dtype, device: str) -> torch.dtype:
 class _Layout:
     """How a weight's memory is laid out, and with that what it costs."""
 
-    method: Method[Any]
+    methods: Mapping[str, Method[Any]]
+    """By canonical name; a weight that is filtered out has none."""
+    output: str
     device: str
     workers: int
     memory: int
     vram: int
     held: int
-    """Anonymous bytes of the process before the merge."""
+    """Anonymous bytes of the process before the merge, and of what the sink holds."""
 
-    def shape(self, weight: MappedWeight, rows: int) -> budget.WeightShape:
-        specs = (weight.base, weight.mllm, *weight.experts)
-        stored = [torch_dtype(spec.dtype) for spec in specs]
-        task = common_dtype(spec.dtype for spec in specs)
+    def shape(self, weight: LogicalWeight) -> budget.WeightShape:
+        task = common_dtype(source.dtype for source in weight.roles)
+        out_features, in_features = weight.shape
+        tile = min(out_features, budget.tile_rows(in_features))
+        scratch = [source.scratch(tile) for source in weight.roles]
         return budget.WeightShape(
-            out_features=rows,
-            in_features=weight.base.shape[1],
-            roles=1 + len(weight.experts),
-            stored_item=max(dtype.itemsize for dtype in stored),
+            out_features=out_features,
+            in_features=in_features,
+            roles=len(weight.others),
+            stored_item=max(torch_dtype(source.dtype).itemsize for source in weight.roles),
             task_item=task.itemsize,
             arithmetic_item=arithmetic_dtype(task, self.device).itemsize,
+            widened=any(torch_dtype(source.dtype) != task for source in weight.roles),
+            scratch=scratch[0] + max(scratch[1:]) + scratch[1],
+            columns=any(source.in_columns for source in weight.roles),
         )
 
     @property
     def on_cpu(self) -> bool:
         return torch.device(self.device).type == "cpu"
 
-    def cost(self, shape: budget.WeightShape) -> AnalysisCost:
-        """What the method's analysis of such a weight costs at most."""
-        return self.method.cost((shape.out_features, shape.in_features), item=shape.arithmetic_item)
+    def cost(self, weight: LogicalWeight) -> AnalysisCost:
+        """What the method's analysis of a weight costs at most, and the sink's work after it."""
+        method = self.methods.get(weight.canonical)
+        if method is None:
+            return AnalysisCost()
+        cost = method.cost(weight.shape, item=self.shape(weight).arithmetic_item)
+        if self.output != "lora":
+            return cost
+        # The analysis has let go of its own by then.
+        cut = budget.truncation_bytes(method.largest_rank(weight.shape))
+        return dataclasses.replace(cost, workspace=max(cost.workspace, cut))
 
-    def fixed(self, shape: budget.WeightShape) -> tuple[int, int]:
+    def fixed(self, weight: LogicalWeight) -> tuple[int, int]:
         """Bytes on the host and on the device with no tile resident."""
-        cost = self.cost(shape)
+        shape, cost = self.shape(weight), self.cost(weight)
         if self.on_cpu:
             host = budget.host_bytes(
                 shape, widest=cost.widest, workspace=cost.workspace, workers=self.workers
@@ -342,17 +396,16 @@ class _Layout:
         )
         return host, device
 
-    def needs(self, weight: MappedWeight, rows: int) -> tuple[int, int]:
+    def needs(self, weight: LogicalWeight) -> tuple[int, int]:
         """Bytes on host and device without which the weight cannot be merged."""
-        host, device = self.fixed(self.shape(weight, rows))
+        host, device = self.fixed(weight)
         return self.held + host, device
 
-    def resident(self, weight: MappedWeight, rows: int) -> int:
+    def resident(self, weight: LogicalWeight) -> int:
         """Tiles to keep in what the weight's needs leave free."""
-        shape = self.shape(weight, rows)
-        cost = self.cost(shape)
-        host, device = self.needs(weight, rows)
-        if cost.passes == 0:
+        shape = self.shape(weight)
+        host, device = self.needs(weight)
+        if self.cost(weight).passes == 0:
             return 0
         if self.on_cpu:
             return budget.resident_tiles(shape, self.memory - host)
@@ -360,34 +413,46 @@ class _Layout:
 
     def bytes_read(self, task: WeightTask) -> tuple[int, bool]:
         """Most bytes that the task reads, and whether it is exactly that many."""
-        weight, total, exact = task.weight, 0, True
-        others = (weight.mllm, *weight.experts)
-        item = {spec: spec.nbytes // spec.shape[0] for spec in (weight.base, *others)}
-        whole = self.method.reads_task_vectors()
-        for rows, resident in zip(task.weight.slices, task.resident, strict=True):
-            shape = self.shape(weight, rows.stop - rows.start)
-            cost = self.cost(shape)
-            kept = min(shape.out_features, resident * budget.tile_rows(shape.in_features))
-            again = shape.out_features - kept
-            all_rows = item[weight.base] + sum(item[spec] for spec in others)
+        total, exact = 0, True
+        for weight, resident, method in zip(
+            task.weight.slices, task.resident, task.methods, strict=True
+        ):
+            cost = self.cost(weight)
+            tiles = list(budget.row_tiles(weight.shape))
+            kept, again = tiles[:resident], tiles[resident:]
             if cost.passes:
-                total += all_rows * (kept + again * cost.passes)
-                exact = exact and again == 0
-            total += item[weight.mllm] * shape.out_features
-            if any(whole):
-                wanted = sum(item[spec] for spec, add in zip(others, whole, strict=True) if add)
-                total += (item[weight.base] + wanted) * again
-                exact = exact and (cost.passes == 0 or again == 0)
+                total += _bytes(weight.roles, kept) + _bytes(weight.roles, again) * cost.passes
+                exact = exact and not again
+            if not self.writes_rows:
+                continue
+            total += _bytes([weight.mllm], tiles)
+            whole = method.reads_task_vectors() if method else [False] * len(weight.others)
+            wanted = [source for source, add in zip(weight.others, whole, strict=True) if add]
+            if any(not source.is_difference for source in wanted):
+                wanted.append(weight.base)
+            if wanted:
+                total += _bytes(wanted, again)
+                exact = exact and (cost.passes == 0 or not again)
         return total, exact
 
+    @property
+    def writes_rows(self) -> bool:
+        """Whether the MLLM's rows are read once more, to be written with their update."""
+        return self.output in ("checkpoint", "stream")
 
-def _check_budget(coverage: Coverage, layout: _Layout) -> None:
+
+def _bytes(sources: Sequence[WeightSource], tiles: Sequence[slice]) -> int:
+    """What reading these tiles once reads."""
+    return sum(source.nbytes(rows) for source in sources for rows in tiles)
+
+
+def _check_budget(tasks: Sequence[WeightTask], layout: _Layout) -> None:
     """Raise BudgetError, with the smallest that works for all weights, if one does not fit."""
     needs = [
-        (*layout.needs(weight, rows.stop - rows.start), weight.mllm)
-        for weight in coverage.weights
-        for rows in weight.slices
+        (*layout.needs(part), task.weight.mllm) for task in tasks for part in task.weight.slices
     ]
+    if not needs:
+        return
     host, _, largest = max(needs, key=lambda need: need[0])
     name = f"{largest.name} {list(largest.shape)}"
     budget.check_fits(host, layout.memory, what="Memory", flag="--memory", name=name)
@@ -400,50 +465,114 @@ def _check_budget(coverage: Coverage, layout: _Layout) -> None:
 def _tasks(
     mllm: Checkpoint,
     coverage: Coverage,
+    scope: Scope,
     outputs: Mapping[str, OutputTensor],
     shards: tuple[Shard, ...],
     layout: _Layout,
 ) -> tuple[CopyTask | WeightTask, ...]:
-    """One task an output tensor, in the order of the bytes that are written."""
-    in_scope = {weight.mllm.name: weight for weight in coverage.weights}
+    """One task a tensor, in the order of the bytes that are written, else of those read.
+
+    A tensor of which no part is merged is copied, or left alone where nothing is copied.
+    """
+    merged = {weight.mllm.name: weight for weight in _merged(coverage, scope)}
+    ordered = [(0, name) for name in outputs]
+    if shards:
+        ordered = [
+            (index, name)
+            for index, shard in enumerate(shards)
+            for name in sorted(shard.offsets, key=lambda n: shard.offsets[n])
+        ]
     tasks: list[CopyTask | WeightTask] = []
-    for index, shard in enumerate(shards):
-        for name in sorted(shard.offsets, key=lambda n: shard.offsets[n]):
-            weight = in_scope.get(name)
-            if weight is None:
-                tasks.append(CopyTask(index, outputs[name], mllm.tensors[name]))
-                continue
-            resident = tuple(layout.resident(weight, s.stop - s.start) for s in weight.slices)
-            tasks.append(WeightTask(index, outputs[name], weight, resident))
+    for index, name in ordered:
+        weight = merged.get(name)
+        if weight is not None:
+            tasks.append(
+                WeightTask(
+                    index,
+                    outputs[name],
+                    weight,
+                    resident=tuple(layout.resident(part) for part in weight.slices),
+                    methods=tuple(layout.methods.get(part.canonical) for part in weight.slices),
+                    filtered=tuple(scope.reason(part) for part in weight.slices),
+                )
+            )
+        elif layout.writes_rows:
+            tasks.append(CopyTask(index, outputs[name], mllm.tensors[name]))
     return tuple(tasks)
 
 
-def _predict(
-    tasks: tuple[CopyTask | WeightTask, ...], shards: tuple[Shard, ...], layout: _Layout
-) -> Prediction:
+def _merged(coverage: Coverage, scope: Scope) -> list[MappedWeight]:
+    """The tensors of which at least one part is not filtered out."""
+    return [
+        weight
+        for weight in coverage.weights
+        if any(not scope.reason(part) for part in weight.slices)
+    ]
+
+
+def _check_low_rank(weights: Sequence[MappedWeight], methods: Mapping[str, Method[Any]]) -> None:
+    """Raise RecipeError for an update that no adapter holds."""
+    for weight in weights:
+        if ".experts." in weight.mllm.name or len(weight.mllm.shape) != 2:
+            raise RecipeError(
+                f"An adapter cannot hold {weight.mllm.name}: transformers stacks the experts of a "
+                "mixture when it loads them, each with a rank of its own. Leave them out with "
+                "--exclude experts, or write a checkpoint."
+            )
+        for part in weight.slices:
+            method = methods.get(part.canonical)
+            if method is not None and any(method.reads_task_vectors()):
+                raise RecipeError(
+                    f"The update of {part.canonical} has full rank, which no adapter holds: "
+                    f"{method.name} adds whole task vectors. Use ip_merging with project among its "
+                    "stages, or --output checkpoint."
+                )
+
+
+def _predict(plan: Plan, layout: _Layout) -> Prediction:
     host = vram = read = 0
     exact = True
-    for task in tasks:
+    for task in plan.tasks:
         if isinstance(task, CopyTask):
             read += task.source.nbytes
             continue
-        for rows, resident in zip(task.weight.slices, task.resident, strict=True):
-            shape = layout.shape(task.weight, rows.stop - rows.start)
-            on_host, on_device = layout.fixed(shape)
-            kept = resident * shape.resident_tile
+        for part, resident in zip(task.weight.slices, task.resident, strict=True):
+            on_host, on_device = layout.fixed(part)
+            kept = resident * layout.shape(part).resident_tile
             host = max(host, on_host + (kept if layout.on_cpu else 0))
             vram = max(vram, on_device + (0 if layout.on_cpu else kept))
         most, known = layout.bytes_read(task)
         read, exact = read + most, exact and known
-    written = sum(shard.size for shard in shards)
+    written = sum(shard.size for shard in plan.shards)
+    disk = written
+    if layout.output == "lora":
+        written, disk = _adapter_bytes(plan)
     return Prediction(
         peak_memory=layout.held + host,
         peak_vram=vram,
         bytes_read=read,
         bytes_written=written,
-        disk=written,
+        disk=disk,
         exact_reads=exact,
+        exact_writes=layout.output != "lora",
     )
+
+
+def _adapter_bytes(plan: Plan) -> tuple[int, int]:
+    """Most bytes of adapter_model.safetensors, and of it and the float32 factors before it."""
+    modules = []
+    for task in plan.weights:
+        parts = []
+        for part, method in zip(task.weight.slices, task.methods, strict=True):
+            rank = method.largest_rank(part.shape) if method else 0
+            if isinstance(plan.recipe.lora_rank, int):
+                rank = min(rank, plan.recipe.lora_rank)
+            parts.append(StoredFactors(part.shape[0], rank))
+        modules.append(plan.adapter_module(task, tuple(parts)))
+    size = adapter_layout(modules, plan.adapter_dtype).size
+    factors = sum(m.rank * m.in_features for m in modules)
+    factors += sum(part.rows * part.rank for m in modules for part in m.parts)
+    return size, size + 4 * factors
 
 
 __all__ = [
@@ -456,5 +585,6 @@ __all__ = [
     "arithmetic_dtype",
     "build_method",
     "plan",
+    "plan_stream",
     "resolve_device",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,23 @@ from typing import Any
 
 from lean_merge.errors import RecipeError, shown
 from lean_merge.sizes import parse_size
+from lean_merge.values import ANY, Filtered
 from lean_merge.yamlfile import MAX_TEXT, dump_yaml, parse_yaml
 
 OUT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 ROUNDINGS = ("nearest", "stochastic")
+OUTPUTS = ("checkpoint", "lora", "none")
+_PLAIN_FIELDS = (
+    "output",
+    "lora_rank",
+    "out_dtype",
+    "rounding",
+    "seed",
+    "shard_size",
+    "allow_partial",
+)
 Parameters = tuple[tuple[str, Any], ...]
+NameRules = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +52,18 @@ class MergeRecipe:
     merge_method : str
         Name of a registered method.
     parameters : tuple of (name, value)
-        The method's parameters, common to all experts.
+        The method's parameters, common to all experts. A value that differs between weights is a
+        list of numbers, interpolated over the layers, or of `filter` and `value`.
+    include, exclude : tuple of str
+        Regular expressions on the weights' names, or `layers: 0-15`. A weight is merged if it is
+        in `include`, where that is given, and not in `exclude`; the others are copied.
+    output : str
+        `checkpoint`, a whole model; `lora`, an adapter for the MLLM; or `none`, analysis alone.
+    lora_rank : int or str
+        Rank of each weight in an adapter: `auto`, the smallest that keeps the update, or a number.
     out_dtype : str
-        `auto` keeps each MLLM weight's dtype; else the dtype of the in-scope weights.
+        `auto` keeps each MLLM weight's dtype; else the dtype of the in-scope weights. An adapter's
+        factors are float32 with `auto`.
     rounding : str
         `nearest`, or `stochastic` for out dtypes below float32.
     seed : int
@@ -50,6 +72,9 @@ class MergeRecipe:
         Largest shard in bytes.
     allow_partial : bool
         Go on where in-scope weights do not map to every role, leaving them as the MLLM has them.
+    names : tuple of (pattern, template), or of (role, such a tuple)
+        How tensors' names become the base's, where structure does not tell: by regular expression,
+        with groups in the template. Of the MLLM, or of the named roles.
 
     Raises
     ------
@@ -62,17 +87,25 @@ class MergeRecipe:
     experts: tuple[Expert, ...]
     merge_method: str = "ip_merging"
     parameters: Parameters = ()
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    output: str = "checkpoint"
+    lora_rank: int | str = "auto"
     out_dtype: str = "auto"
     rounding: str = "nearest"
     seed: int = 0
     shard_size: int = 5 * 10**9
     allow_partial: bool = False
+    names: Parameters = ()
 
     def __post_init__(self) -> None:
         # Lists, mappings and sizes in words are taken too, and made hashable.
         experts = tuple(_expert(entry) for entry in _list(self.experts, "experts"))
         object.__setattr__(self, "experts", experts)
         object.__setattr__(self, "parameters", _frozen(self.parameters, "parameters"))
+        object.__setattr__(self, "names", _names(self.names, len(experts)))
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, _filters(getattr(self, name), name))
         object.__setattr__(self, "shard_size", parse_size(self.shard_size))
         if not self.experts:
             raise RecipeError("A merge needs at least one expert; name it with --expert.")
@@ -93,6 +126,11 @@ class MergeRecipe:
         if not isinstance(self.allow_partial, bool):
             raise RecipeError(
                 f"allow_partial must be true or false, not {shown(self.allow_partial)}."
+            )
+        _one_of("output", self.output, OUTPUTS)
+        if self.lora_rank != "auto" and not (type(self.lora_rank) is int and self.lora_rank >= 1):
+            raise RecipeError(
+                f"lora_rank must be 'auto' or a whole number from 1, not {shown(self.lora_rank)}."
             )
         _one_of("out_dtype", self.out_dtype, OUT_DTYPES)
         _one_of("rounding", self.rounding, ROUNDINGS)
@@ -117,9 +155,21 @@ class MergeRecipe:
         }
         if self.parameters:
             recipe["parameters"] = _plain(self.parameters)
-        for name in ("out_dtype", "rounding", "seed", "shard_size", "allow_partial"):
+        for name in ("include", "exclude"):
+            if getattr(self, name):
+                recipe[name] = list(getattr(self, name))
+        for name in _PLAIN_FIELDS:
             recipe[name] = getattr(self, name)
+        if self.names:
+            recipe["names"] = {
+                key: value if isinstance(value, str) else dict(value) for key, value in self.names
+            }
         return recipe
+
+    def name_rules(self) -> dict[str, NameRules]:
+        """The rules of `names` by role."""
+        by_role = any(not isinstance(rules, str) for _, rules in self.names)
+        return dict(self.names if by_role else [("mllm", self.names)] if self.names else [])
 
     def to_yaml(self) -> str:
         """The recipe as YAML that `from_yaml` reads back."""
@@ -203,22 +253,70 @@ def _frozen(parameters: Any, where: str) -> Parameters:
     if not isinstance(parameters, Mapping):
         raise RecipeError(f"{where} must be a mapping, not {shown(parameters)}.")
     return tuple(
-        (str(name), _frozen_value(value, f"{shown(name)} in {where}"))
+        (str(name), _frozen_value(value, f"{where}: {shown(name)}"))
         for name, value in parameters.items()
     )
 
 
 def _frozen_value(value: Any, where: str) -> Any:
-    """A parameter's value made hashable: words, numbers, truth values, and lists of these."""
-    items = value if isinstance(value, (list, tuple)) else [value]
-    for item in items:
-        if isinstance(item, str) and _is_storable(item):
-            continue
-        if not isinstance(item, (bool, int, float)) and item is not None:
-            raise RecipeError(f"{where} must be a word, a number or a list, not {shown(value)}.")
-        if isinstance(item, int) and abs(item) >= 2**64:
-            raise RecipeError(f"{where} must lie between -2^64 and 2^64, not {shown(item)}.")
-    return tuple(value) if isinstance(value, list) else value
+    if not isinstance(value, (list, tuple)):
+        return _scalar(value, where)
+    if any(isinstance(each, (Mapping, Filtered)) for each in value):
+        return tuple(_filtered(each, where) for each in value)
+    return tuple(_scalar(each, where) for each in value)
+
+
+def _scalar(value: Any, where: str) -> Any:
+    """`value`, a word, a number or a truth value; anything else could not be hashed or written."""
+    if isinstance(value, str) and _is_storable(value):
+        return value
+    if isinstance(value, int) and abs(value) >= 2**64:
+        raise RecipeError(f"{where} must lie between -2^64 and 2^64, not {shown(value)}.")
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    raise RecipeError(f"{where} must be a word, a number or a list of such, not {shown(value)}.")
+
+
+def _filtered(entry: Any, where: str) -> Filtered:
+    if isinstance(entry, Filtered):
+        return entry
+    if not isinstance(entry, Mapping):
+        return Filtered(ANY, _tuple(entry, where))
+    reject_unknown(entry, ("filter", "value"), where)
+    if "value" not in entry:
+        raise RecipeError(f"{where}: an entry lacks its value; write filter: mlp, value: 0.5.")
+    wanted = entry.get("filter", ANY)
+    return Filtered(
+        _filter(ANY if wanted is None else wanted, where), _tuple(entry["value"], where)
+    )
+
+
+def _filters(entries: Any, name: str) -> tuple[str, ...]:
+    if entries is None:
+        return ()
+    if isinstance(entries, (str, Mapping)):
+        entries = [entries]
+    return tuple(_filter(entry, name) for entry in _list(entries, name))
+
+
+def _filter(entry: Any, where: str) -> str:
+    """A filter's text; YAML reads `layers: 0-15` in a list as a mapping."""
+    if isinstance(entry, Mapping) and set(entry) == {"layers"}:
+        wanted = entry["layers"]
+        parts = wanted if isinstance(wanted, (list, tuple)) else [wanted]
+        return f"layers: {','.join(map(str, parts))}"
+    if not isinstance(entry, str) or not entry:
+        raise RecipeError(
+            f"{where}: a filter must be a regular expression or a range such as layers: 0-15, not "
+            f"{shown(entry)}."
+        )
+    return entry
+
+
+def _tuple(value: Any, where: str) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_scalar(each, where) for each in value)
+    return _scalar(value, where)
 
 
 def _is_storable(text: str) -> bool:
@@ -227,4 +325,44 @@ def _is_storable(text: str) -> bool:
 
 
 def _plain(parameters: Parameters) -> dict[str, Any]:
-    return {n: list(v) if isinstance(v, tuple) else v for n, v in parameters}
+    return {name: _plain_value(value) for name, value in parameters}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, Filtered):
+        own = {} if value.filter == ANY else {"filter": value.filter}
+        return {**own, "value": _plain_value(value.value)}
+    return [_plain_value(each) for each in value] if isinstance(value, tuple) else value
+
+
+def _names(names: Any, experts: int) -> Parameters:
+    """The rules of `names`, checked, with roles only where they were given by role."""
+    if isinstance(names, (tuple, Mapping)) and any(
+        isinstance(value, (Mapping, tuple)) for value in dict(names).values()
+    ):
+        rules = tuple((str(role), value) for role, value in dict(names).items())
+    else:
+        return _rules(_frozen(names, "names"), "names")
+    roles = ["base", "mllm", *(f"expert {number}" for number in range(1, experts + 1))]
+    reject_unknown((role for role, _ in rules), roles, "names, by role")
+    return tuple(
+        (role, _rules(_frozen(value, f"names.{role}"), f"names.{role}")) for role, value in rules
+    )
+
+
+def _rules(rules: Parameters, where: str) -> NameRules:
+    """Regular expressions and templates that fit each other. Raises RecipeError."""
+    for pattern, template in rules:
+        if not isinstance(template, str):
+            raise RecipeError(
+                f"{where}: {shown(pattern)} must lead to a name, not {shown(template)}."
+            )
+        try:
+            # Substituting in no text checks that the template's groups are the pattern's.
+            re.compile(pattern).sub(template, "")
+        except (re.error, IndexError, OverflowError, RecursionError) as error:
+            raise RecipeError(
+                f"{where}: {shown(pattern)} with {shown(template)} is not a regular expression and "
+                f"its template ({error})."
+            ) from error
+    return rules

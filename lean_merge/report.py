@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lean_merge.engine.run import RunResult, WeightResult
+from lean_merge.engine.update import Truncated, Written
 from lean_merge.memory import Usage
 from lean_merge.output import remote_code
 from lean_merge.plan import Plan
@@ -22,6 +23,8 @@ ANGLE_WARNING = 0.1
 """Sine of the error of directions that carry an update from which the report warns."""
 DOUBT_WARNING = 0.05
 """Share of a nuclear norm that may be rounding from which the report warns."""
+CUT_WARNING = 0.05
+"""Above this share of an update's norm that an adapter's rank cuts off, the report warns."""
 KEPT_WARNING = 0.9
 """Below this share of an update that survives rounding, the report warns."""
 
@@ -48,6 +51,7 @@ def build_report(
             "merged": len(merged),
             "unchanged": len(plan.weights) - len(merged),
             "copied": len(plan.copies),
+            "filtered": len(plan.scope.filtered),
             "skipped": len(plan.coverage.left_out),
             "tensors": len(plan.tasks),
             "logical_weights": len(result.weights),
@@ -59,8 +63,10 @@ def build_report(
             *accuracy_warnings(result),
             *non_finite_warnings(result),
             *code_warnings(code),
+            *adapter_warnings(result),
         ],
         "skipped": list(plan.coverage.left_out),
+        "filtered": dict(plan.scope.filtered),
         "remote_code": list(code),
         "seconds": {phase: round(s, 3) for phase, s in result.seconds.items()},
         "bytes": {
@@ -69,6 +75,7 @@ def build_report(
             "read_predicted_exactly": prediction.exact_reads,
             "written": bytes_written,
             "written_predicted": prediction.bytes_written,
+            "written_predicted_exactly": prediction.exact_writes,
         },
         "memory": {
             "limit": plan.memory,
@@ -89,6 +96,7 @@ def build_report(
 def weight_rows(plan: Plan, weight: WeightResult) -> list[dict[str, Any]]:
     """One row for each expert of a logical weight."""
     kept = update_kept(weight)
+    cut = weight.stored if isinstance(weight.stored, Truncated) else None
     rows = []
     for expert, (record, square) in enumerate(
         zip(weight.experts, weight.squared_norms[1:], strict=True)
@@ -112,6 +120,8 @@ def weight_rows(plan: Plan, weight: WeightResult) -> list[dict[str, Any]]:
                 "gap": record.gap,
                 "update_norm": record.update_norm,
                 "update_kept": kept,
+                "lora_rank": cut.rank if cut else None,
+                "lora_error": cut.error if cut else None,
                 "mllm_task_vector_norm": _root(weight.squared_norms[0]),
                 "expert_task_vector_norm": _root(square),
                 "passes": weight.passes,
@@ -121,12 +131,12 @@ def weight_rows(plan: Plan, weight: WeightResult) -> list[dict[str, Any]]:
 
 
 def update_kept(weight: WeightResult) -> float | None:
-    """<stored change, update> / ||update||^2; 0 if the update is zero, None if there is none."""
-    if not weight.merged:
+    """<stored change, update> / ||update||^2; 0 for a zero update, None where no sum was stored."""
+    if not weight.merged or not isinstance(weight.stored, Written):
         return None
-    if weight.written.squared == 0.0:
+    if weight.stored.squared == 0.0:
         return 0.0
-    return weight.written.along / weight.written.squared
+    return weight.stored.along / weight.stored.squared
 
 
 def kept_warnings(result: RunResult) -> list[str]:
@@ -193,6 +203,18 @@ def code_warnings(code: Sequence[str]) -> list[str]:
     ]
 
 
+def adapter_warnings(result: RunResult) -> list[str]:
+    """A warning where a rank that was asked for cuts off a good part of the updates."""
+    cuts = [w.stored.error for w in result.weights if isinstance(w.stored, Truncated)]
+    large = [error for error in cuts if error > CUT_WARNING]
+    if not large:
+        return []
+    return [
+        f"the adapter's rank cuts off up to {max(large):.0%} of the update's norm in {len(large)} "
+        f"of {len(cuts)} weights; --lora-rank auto keeps it"
+    ]
+
+
 def to_json(report: dict[str, Any]) -> bytes:
     """Readable JSON, in which a number that is none is null."""
     text = json.dumps(_finite(report), indent=1, allow_nan=False, ensure_ascii=False)
@@ -215,6 +237,19 @@ def summary(report: dict[str, Any]) -> str:
         f"in scope but kept as they were, and {counts['copied']} tensors out of scope (vision "
         f"tower, projector, embeddings, norms) are the MLLM's, byte for byte. `{REPORT}` tells for "
         "each weight what was decided and why."
+    )
+
+
+def adapter_summary(report: dict[str, Any]) -> str:
+    """A few sentences for an adapter's card."""
+    counts = report["counts"]
+    ranks = [row["lora_rank"] for row in report["weights"] if row["lora_rank"]]
+    errors = [row["lora_error"] for row in report["weights"] if row["lora_rank"]]
+    return (
+        f"{counts['merged']} weights of the language model get an update, {counts['unchanged']} "
+        f"were in scope but stay as they are. The ranks are {min(ranks)} to {max(ranks)}; they cut "
+        f"off at most {max(errors):.1e} of an update's Frobenius norm. `{REPORT}` tells for each "
+        "weight what was decided and why."
     )
 
 

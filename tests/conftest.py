@@ -7,20 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from families import SKETCHED, SMALL, Triple, save_family, write_triple
+from families import SKETCHED, SMALL, Triple, write_triple
+from family_table import build
+from family_table import family as entry
 
 from lean_merge import MergeResult
 
 
 @pytest.fixture(scope="session")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Triple]:
-    """Families as transformers saves them, by name and options of `save_family`."""
+    """Families as transformers saves them, by name and options of `build`."""
     made: dict[Any, Triple] = {}
 
     def get(name: str, **options: Any) -> Triple:
         key = (name, tuple(options.items()))
         if key not in made:
-            made[key] = save_family(tmp_path_factory.mktemp("family"), name, **options)
+            made[key] = build(entry(name), tmp_path_factory.mktemp("family"), **options)
         return made[key]
 
     return get

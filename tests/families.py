@@ -7,16 +7,16 @@ others. Where each role keeps a weight is spelt out here and not taken from the 
 
 from __future__ import annotations
 
-import copy
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from layouts import Where
 from oracle import Matrix, Oracle, ip_merging
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -36,36 +36,25 @@ LEAVES = (
     "mlp.down_proj",
 )
 INDEX = "model.safetensors.index.json"
-TEXT = dict(
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=96,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-VISION = dict(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    image_size=16,
-    patch_size=8,
-    projection_dim=16,
-)
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Rows `rows` of the tensors that hold one logical weight."""
+    """One logical weight and where the text models and the MLLM keep it."""
 
     canonical: str
-    base: str
-    mllm: str
-    rows: slice = field(default_factory=lambda: slice(None))
+    in_base: Where
+    in_mllm: Where
+
+    @property
+    def base(self) -> str:
+        """The text models' tensor."""
+        return self.in_base.name
+
+    @property
+    def mllm(self) -> str:
+        """The MLLM's tensor."""
+        return self.in_mllm.name
 
 
 @dataclass(frozen=True)
@@ -167,10 +156,10 @@ def cases(triple: Triple, result: MergeResult) -> Iterator[Case]:
     for slot in triple.slots:
         yield Case(
             slot,
-            as_matrix(base[slot.base][slot.rows]),
-            as_matrix(mllm[slot.mllm][slot.rows]),
-            tuple(as_matrix(expert[slot.base][slot.rows]) for expert in experts),
-            out[slot.mllm][slot.rows],
+            as_matrix(slot.in_base.get(base)),
+            as_matrix(slot.in_mllm.get(mllm)),
+            tuple(as_matrix(slot.in_base.get(expert)) for expert in experts),
+            slot.in_mllm.get(out),
         )
 
 
@@ -227,199 +216,6 @@ def tune(weight: Tensor, canonical: str, role: int, *, size: float = 0.1) -> Ten
     return weight + task_vector(tuple(weight.shape), canonical, role, size=norm)
 
 
-# --- transformers' own classes ---------------------------------------------------------------
-
-
-def _tune_layers(layers: Any, source: Any, role: int) -> None:
-    """Give `layers` the weights of `source`, those in scope tuned as `role`."""
-    with torch.no_grad():
-        for name, weight in source.named_parameters():
-            number, _, rest = name.partition(".")
-            stem = rest.removesuffix(".weight")
-            target = layers.get_parameter(name)
-            if stem in LEAVES and name.endswith(".weight"):
-                target.copy_(tune(weight, f"layers.{number}.{stem}", role))
-            elif stem.endswith("_proj") and name.endswith(".weight"):
-                target.copy_(weight)
-                for canonical, rows in _logical(number, stem, weight):
-                    target[rows] = tune(weight[rows], canonical, role)
-            else:
-                target.copy_(weight + 0.01 * (role + 1))
-
-
-def _logical(number: str, stem: str, weight: Tensor) -> list[tuple[str, slice]]:
-    """The logical matrices of Phi-3's fused weights, by the sizes of `TEXT`."""
-    pairs = TEXT["num_key_value_heads"] * TEXT["hidden_size"] // TEXT["num_attention_heads"]
-    heights = {
-        "self_attn.qkv_proj": {
-            "self_attn.q_proj": TEXT["hidden_size"],
-            "self_attn.k_proj": pairs,
-            "self_attn.v_proj": pairs,
-        },
-        "mlp.gate_up_proj": {
-            "mlp.gate_proj": TEXT["intermediate_size"],
-            "mlp.up_proj": TEXT["intermediate_size"],
-        },
-    }.get(stem, {stem: weight.shape[0]})
-    slices, start = [], 0
-    for leaf, height in heights.items():
-        slices.append((f"layers.{number}.{leaf}", slice(start, start + height)))
-        start += height
-    assert start == weight.shape[0]
-    return slices
-
-
-def _text_model(kind: str) -> Any:
-    import transformers as tf
-
-    tf.utils.logging.disable_progress_bar()
-    classes = {
-        "llama": (tf.LlamaForCausalLM, tf.LlamaConfig),
-        "qwen2": (tf.Qwen2ForCausalLM, tf.Qwen2Config),
-        "phi3": (tf.Phi3ForCausalLM, tf.Phi3Config),
-    }
-    model, config = classes[kind]
-    return model(config(**TEXT))
-
-
-def _mllm(kind: str) -> tuple[Any, Any]:
-    """A multimodal model and its language layers."""
-    import transformers as tf
-
-    mrope = TEXT | {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
-    if kind == "llava":
-        model: Any = tf.LlavaForConditionalGeneration(
-            tf.LlavaConfig(
-                text_config=tf.LlamaConfig(**TEXT | {"vocab_size": 104}),
-                vision_config=tf.CLIPVisionConfig(**VISION),
-                image_token_index=100,
-            )
-        )
-    elif kind == "qwen2_5_vl":
-        model = tf.Qwen2_5_VLForConditionalGeneration(
-            tf.Qwen2_5_VLConfig(
-                text_config=mrope,
-                vision_config=dict(
-                    depth=2,
-                    hidden_size=32,
-                    intermediate_size=48,
-                    num_heads=4,
-                    out_hidden_size=64,
-                    patch_size=8,
-                    spatial_merge_size=2,
-                    fullatt_block_indexes=[1],
-                ),
-            )
-        )
-    elif kind == "qwen2_vl":
-        model = tf.Qwen2VLForConditionalGeneration(
-            tf.Qwen2VLConfig(
-                text_config=mrope,
-                vision_config=dict(
-                    depth=2, embed_dim=32, hidden_size=64, num_heads=4, mlp_ratio=2, patch_size=8
-                ),
-            )
-        )
-    else:
-        raise AssertionError(kind)
-    return model, model.model.language_model.layers
-
-
-@dataclass(frozen=True)
-class Family:
-    """What a family is made of, and where its MLLM keeps its layers on the disk."""
-
-    text: str
-    mllm: str | None
-    prefix: str
-    loader: str
-
-
-FAMILIES = {
-    "llava": Family("llama", "llava", "model.language_model.", "LlavaForConditionalGeneration"),
-    "llava-old": Family("llama", "llava", "language_model.model.", "LlavaForConditionalGeneration"),
-    "qwen2.5-vl": Family("qwen2", "qwen2_5_vl", "model.", "Qwen2_5_VLForConditionalGeneration"),
-    "qwen2-vl": Family("qwen2", "qwen2_vl", "model.", "Qwen2VLForConditionalGeneration"),
-    "llama": Family("llama", None, "model.", "LlamaForCausalLM"),
-    "phi3": Family("phi3", None, "model.", "Phi3ForCausalLM"),
-}
-
-
-def save_family(
-    folder: Path,
-    name: str,
-    *,
-    dtype: torch.dtype = torch.float32,
-    experts: int = 1,
-    max_shard_size: str = "50GB",
-) -> Triple:
-    """A family as its own classes save it."""
-    family = FAMILIES[name]
-    torch.manual_seed(zlib.crc32(name.encode()))
-    base = _text_model(family.text)
-    if family.mllm is None:
-        mllm = copy.deepcopy(base)
-        layers = mllm.model.layers
-    else:
-        mllm, layers = _mllm(family.mllm)
-    _tune_layers(layers, base.model.layers, 0)
-    tuned = []
-    for number in range(1, experts + 1):
-        expert = copy.deepcopy(base)
-        _tune_layers(expert.model.layers, base.model.layers, number)
-        with torch.no_grad():
-            expert.lm_head.weight.add_(0.02)
-        tuned.append(expert)
-    roles = {"base": base, "mllm": mllm} | {f"expert{n}": each for n, each in enumerate(tuned, 1)}
-    for role, model in roles.items():
-        model.to(dtype).save_pretrained(folder / role, max_shard_size=max_shard_size)
-    save_tokenizer(folder / "mllm")
-    if family.mllm is not None:
-        rename(folder / "mllm", family)
-    slots = _slots(load(folder / "base"), family.prefix)
-    paths = tuple(folder / f"expert{n}" for n in range(1, experts + 1))
-    return Triple(folder / "base", folder / "mllm", paths, slots, family.loader)
-
-
-def _slots(base: Mapping[str, Tensor], prefix: str) -> tuple[Slot, ...]:
-    slots = []
-    for name, weight in base.items():
-        parts = name.split(".")
-        if parts[:2] != ["model", "layers"] or not name.endswith("_proj.weight"):
-            continue
-        stem = ".".join(parts[3:-1])
-        for canonical, rows in _logical(parts[2], stem, weight):
-            slots.append(Slot(canonical, name, prefix + name.removeprefix("model."), rows))
-    return tuple(slots)
-
-
-def _layout(name: str, family: Family) -> str:
-    """A tensor's name in the family's layout, from either layout that transformers writes."""
-    tail = name
-    for prefix in ("model.language_model.", "language_model.model."):
-        if name.startswith(prefix):
-            return family.prefix + name.removeprefix(prefix)
-    if family.mllm == "llava":
-        tail = tail.removeprefix("model.").removeprefix("language_model.")
-        if family.prefix == "language_model.model.":
-            return f"language_model.{tail}" if tail.startswith("lm_head") else tail
-        return tail if tail.startswith("lm_head") else f"model.{tail}"
-    return tail.removeprefix("model.") if tail.startswith("model.visual.") else tail
-
-
-def rename(folder: Path, family: Family) -> None:
-    """Rewrite a checkpoint's names in the family's layout, in place."""
-    weight_map = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors = {_layout(name, family): tensor for name, tensor in load_file(file).items()}
-        save_file(tensors, file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file.name)
-    if (folder / INDEX).exists():
-        index = json.loads((folder / INDEX).read_text())
-        index["weight_map"] = weight_map
-        (folder / INDEX).write_text(json.dumps(index))
-
-
 def save_tokenizer(folder: Path) -> None:
     """A word-level tokenizer of eight words."""
     from tokenizers import Tokenizer
@@ -464,7 +260,7 @@ def write_triple(
         config = {"model_type": "llama", "dtype": str(dtype).removeprefix("torch.")}
         (folder / role / "config.json").write_text(json.dumps(config))
     slots = tuple(
-        Slot(canonical, f"model.{canonical}.weight", f"model.{canonical}.weight")
+        Slot(canonical, Where(f"model.{canonical}.weight"), Where(f"model.{canonical}.weight"))
         for canonical in shapes
     )
     paths = tuple(folder / f"expert{n}" for n in range(1, experts + 1))
@@ -478,7 +274,6 @@ SKETCHED = {"layers.0.self_attn.q_proj": (528, 560), "layers.0.self_attn.v_proj"
 
 __all__ = [
     "ALIGNED",
-    "FAMILIES",
     "SKETCHED",
     "SMALL",
     "Case",
@@ -490,7 +285,6 @@ __all__ = [
     "relative_error",
     "replace",
     "rows_of",
-    "save_family",
     "shard_names",
     "write_triple",
 ]

@@ -65,6 +65,7 @@ def test_merge_prints_its_report_as_json(call: Call, small: Triple, tmp_path: Pa
         "merged": 2,
         "unchanged": 0,
         "copied": 1,
+        "filtered": 0,
         "skipped": 0,
         "logical_weights": 2,
         "tensors": 3,

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from families import (
-    FAMILIES,
     INDEX,
     SMALL,
     Case,
@@ -26,6 +25,7 @@ from families import (
     tune,
     write_triple,
 )
+from family_table import family as entry
 
 from lean_merge import MergeResult, Resources, open_checkpoint
 from lean_merge import plan as make_plan
@@ -131,14 +131,10 @@ def test_the_output_has_the_mllms_tensors_and_only_weights_in_scope_change(
 
 @each_layout
 def test_transformers_loads_the_output_and_its_numbers(merged: Merged, name: str, options: Any):
-    import transformers
-
     triple, result = merged(name, **options)
-    model, info = getattr(transformers, triple.loader).from_pretrained(
-        result.path, output_loading_info=True
-    )
+    model, info = type(entry(name).model()).from_pretrained(result.path, output_loading_info=True)
     assert not any(info.values()), info
-    layers = model.model.language_model.layers if FAMILIES[name].mllm else model.model.layers
+    layers = model.model.language_model.layers if entry(name).make else model.model.layers
     stored = load(result.path)
     for slot in triple.slots:
         loaded = layers.get_parameter(slot.base.removeprefix("model.layers."))

@@ -553,7 +553,7 @@ def test_a_model_without_code_has_none_in_the_report(small: Triple, tmp_path: Pa
         {"parameters": {"svd": {"a": 1}}},
         {"parameters": {"stages": [["select"]]}},
         {"parameters": {"select_by": "x" * 4000}},
-        {"experts": [{"model": "x", "parameters": {"threshold": [1] * 4000}}]},
+        {"experts": [{"model": "x", "parameters": {"threshold": [{}] * 4000}}]},
         {"base_model": "a\0b"},
         {"out_dtype": {"a": "b" * 4000}},
     ],

@@ -14,6 +14,7 @@ from spectra import NOISE, orthonormal, spectrum
 
 from lean_merge.linalg import (
     BlockKrylov,
+    Deflation,
     Pass,
     SingularSums,
     Sketch,
@@ -42,7 +43,7 @@ def sketched(
     depth: int,
     *,
     dtype: torch.dtype = torch.float32,
-    deflate: torch.Tensor | None = None,
+    deflate: Deflation | None = None,
 ) -> Sketch:
     sketch = Sketch(
         (matrix.shape[0], matrix.shape[1]),
@@ -91,8 +92,10 @@ def test_deflated_quadrature_gives_the_nuclear_norm(kind: str, shape: tuple[int,
     matrix = matrix_of(kind, shape)
     sigma = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
     square = float(matrix.double().square().sum())
-    vectors = sketched(matrix, 4).krylov.singular_triplets(48).vectors
-    sums = sketched(matrix, 4, deflate=vectors).sums(square)
+    found = sketched(matrix, 4).krylov
+    count = int((found.singular_triplets(48).angles < 0.1).long().cumprod(0).sum())
+    settled = found.settled(count)
+    sums = sketched(matrix, 4, deflate=settled).sums(square)
     assert sums.nuclear == pytest.approx(sigma.sum(), rel=0.01)
     assert float(sums.counts.sum()) == pytest.approx(min(shape), rel=0.1)
     for count in (16, 100):

@@ -97,11 +97,11 @@ def test_every_family_is_mapped_whole(
     for weight in coverage.weights:
         (whole,) = weight.slices
         assert weight.mllm.name == f"{prefix}{whole.canonical}.weight"
-        assert {each.name for each in (weight.base, *weight.experts)} == {
+        assert {each.name for each in (whole.base, *whole.experts)} == {
             f"model.{whole.canonical}.weight"
         }
-        assert len(weight.experts) == experts
-        assert (whole.start, whole.stop) == (0, weight.mllm.shape[0])
+        assert len(whole.experts) == experts
+        assert whole.place.is_block and whole.place.shape == weight.mllm.shape
     places = [list(mllm.tensors).index(weight.mllm.name) for weight in coverage.weights]
     assert places == sorted(places)
 
@@ -200,12 +200,14 @@ def test_the_configs_of_transformers_5_are_understood(saved: Any):
 
 def test_fused_weights_are_split_by_the_config(saved: Any):
     coverage = map_roles(saved("phi3"), saved("phi3"), [saved("phi3")])
-    rows = {each.canonical: (each.start, each.stop) for w in coverage.weights for each in w.slices}
+    places = {each.canonical: each.place for w in coverage.weights for each in w.slices}
+    rows = {name: (each.first // 32, each.shape[0]) for name, each in places.items()}
     assert rows["layers.1.self_attn.q_proj"] == (0, 32)
-    assert rows["layers.1.self_attn.k_proj"] == (32, 48)
-    assert rows["layers.1.self_attn.v_proj"] == (48, 64)
+    assert rows["layers.1.self_attn.k_proj"] == (32, 16)
+    assert rows["layers.1.self_attn.v_proj"] == (48, 16)
     assert rows["layers.1.mlp.gate_proj"] == (0, 48)
-    assert rows["layers.1.mlp.up_proj"] == (48, 96)
+    assert rows["layers.1.mlp.up_proj"] == (48, 48)
+    assert all(each.is_block for each in places.values())
     assert coverage.warnings == ()
 
 
@@ -343,14 +345,34 @@ def test_a_deeper_role_is_refused_and_reported_when_partial_is_allowed(build: Bu
     assert len(coverage.left_out) == 1
 
 
-def test_a_stack_of_experts_is_refused_by_name(build: Build):
-    stack = "model.layers.0.mlp.experts.gate_up_proj"
-    shapes = decoder_shapes() | {stack: (4, 16, 8)}
-    roles = [build(name, shapes) for name in "bme"]
+STACK = "model.layers.0.mlp.experts."
+
+
+@pytest.mark.parametrize(
+    ("shapes", "why"),
+    [
+        ({"gate_up_proj": (4, 24, 8)}, "gate_up_proj [4, 24, 8]"),
+        ({"gate_up_proj": (4, 16, 16)}, "gate_up_proj [4, 16, 16]"),
+        ({"gate_proj": (4, 16, 16), "down_proj": (4, 16, 16)}, "down_proj [4, 16, 16]"),
+        ({"gate_up_proj": (4, 24, 16), "down_proj": (4, 16, 8)}, "that fit no layout"),
+        ({"gate_up_proj": (4, 24, 16), "down_proj": (3, 16, 12)}, "that fit no layout"),
+        ({"gate_up_proj": (4, 23, 16)}, "that fit no layout"),
+        ({"gate_up_proj": (4, 24, 16), "gate_up_proj_bias": (4, 24)}, "may be interleaved"),
+        ({"down_proj": (4, 2, 16, 8)}, "layout that is not known"),
+        ({"mlp.w1": (4, 16, 8)}, "layout that is not known"),
+    ],
+)
+def test_a_stack_of_experts_that_cannot_be_told_apart_is_refused_by_name(
+    build: Build, shapes: dict[str, tuple[int, ...]], why: str
+):
+    stack = {f"{STACK}{leaf}": shape for leaf, shape in shapes.items()}
+    roles = [build(name, decoder_shapes() | stack) for name in "bme"]
     with pytest.raises(CoverageError) as caught:
         map_roles(roles[0], roles[1], roles[2:])
-    assert stack in str(caught.value)
-    assert "not supported yet" in str(caught.value)
+    assert f"{next(iter(stack))}: the base stores these experts in one tensor" in str(caught.value)
+    assert why in str(caught.value)
+    coverage = map_roles(roles[0], roles[1], roles[2:], allow_partial=True)
+    assert len(coverage.weights) == 14
 
 
 @pytest.mark.parametrize("bad", ["base", "mllm"])

@@ -22,6 +22,7 @@ from families import (
     rows_of,
     write_triple,
 )
+from layouts import Where
 from oracle import ip_merging
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -261,7 +262,7 @@ def plain_triple(folder: Path, shape: tuple[int, int], dtype: torch.dtype) -> Tr
         (folder / role).mkdir(parents=True)
         weight = _randn(*shape, seed=50 + number).to(dtype)
         save_file({Q_PROJ: weight}, folder / role / "model.safetensors")
-    slot = Slot(NAME, Q_PROJ, Q_PROJ)
+    slot = Slot(NAME, Where(Q_PROJ), Where(Q_PROJ))
     return Triple(folder / "base", folder / "mllm", (folder / "expert1",), (slot,))
 
 

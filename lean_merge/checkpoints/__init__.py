@@ -13,28 +13,32 @@ from lean_merge.checkpoints.dtypes import (
     torch_dtype,
 )
 from lean_merge.checkpoints.header import TensorSpec, read_header
+from lean_merge.checkpoints.modules import module_name
 from lean_merge.checkpoints.names import (
     Coverage,
+    LogicalWeight,
     MappedWeight,
-    RowSlice,
     language_layout,
     map_roles,
 )
 from lean_merge.checkpoints.reader import TensorReader, as_bytes
+from lean_merge.checkpoints.rows import WeightSource
 
 __all__ = [
     "FLOATING",
     "ITEM_BITS",
     "Checkpoint",
     "Coverage",
+    "LogicalWeight",
     "MappedWeight",
-    "RowSlice",
     "TensorReader",
     "TensorSpec",
+    "WeightSource",
     "as_bytes",
     "common_dtype",
     "language_layout",
     "map_roles",
+    "module_name",
     "open_checkpoint",
     "read_header",
     "safetensors_dtype",

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from lean_merge.checkpoints.checkpoint import Checkpoint
 from lean_merge.checkpoints.dtypes import FLOATING
 from lean_merge.checkpoints.header import TensorSpec
-from lean_merge.checkpoints.kinship import HEADS, head_counts, sizes
+from lean_merge.checkpoints.kinship import HEADS, head_counts, heads, sizes
+from lean_merge.checkpoints.placement import Place
 from lean_merge.checkpoints.structure import Decoder, Key, decoders
 from lean_merge.errors import CoverageError
 
 FAMILY = "pass checkpoints that were all tuned from one base"
+NAMES = "say which tensors are the base's with names: in the recipe"
 _SHOWN = 8
 
 
@@ -26,19 +29,17 @@ class Faults:
     """Collects what does not map, a line each."""
 
     lines: list[str] = field(default_factory=list)
-    stacked: bool = False
 
     def add(self, role: str, key: Key, fault: str) -> None:
         """Notes that `role` has a `fault` at (layer, rest)."""
         self.lines.append(f"layers.{key[0]}.{key[1]}: the {title(role)} {fault}")
 
     def check_decoder(self, role: str, decoder: Decoder, base: Decoder) -> None:
-        """Notes what no weight of the base would reveal: stacked experts and surplus layers."""
-        self.stacked |= bool(decoder.stacked)
+        """Notes what no weight of the base would reveal: unclear stacks and surplus layers."""
         self.lines += [
-            f"{name}: the {title(role)} stores these experts as one tensor, which is not "
-            "supported yet"
-            for name in decoder.stacked
+            f"{name}: the {title(role)} stores these experts in one tensor {why}, so it cannot be "
+            "told which numbers are whose"
+            for name, why in decoder.unclear.items()
         ]
         if decoder.depth > base.depth:
             self.lines.append(
@@ -46,54 +47,77 @@ class Faults:
                 f"the base only {base.depth}"
             )
 
-    def counterpart(
-        self, role: str, decoder: Decoder, key: Key, base: TensorSpec
-    ) -> TensorSpec | None:
-        """The tensor of `role` that belongs to the base's tensor at `key`; else notes why not."""
-        spec = decoder.find(key)
-        if spec is None:
+    def counterpart(self, role: str, decoder: Decoder, key: Key, base: Place) -> Place | None:
+        """Where `role` has what the base has at `key`; else notes why not."""
+        place = decoder.weights.get(key)
+        other = decoder.others.get(key)
+        if place is None and other is None:
             self.add(role, key, "lacks it")
-        elif spec.shape != base.shape:
-            theirs, ours = list(spec.shape), list(base.shape)
-            self.add(role, key, f"has the shape {theirs}, the base {ours}")
-        elif spec.dtype not in FLOATING:
-            self.add(role, key, f"has the dtype {spec.dtype}, which cannot be merged")
+            return None
+        shape = place.shape if place is not None else other.shape if other is not None else ()
+        if place is None or shape != base.shape:
+            self.add(role, key, f"has the shape {list(shape)}, the base {list(base.shape)}")
+        elif place.tensor.dtype not in FLOATING:
+            self.add(role, key, f"has the dtype {place.tensor.dtype}, which cannot be merged")
         else:
-            return spec
+            return place
         return None
 
 
-def locate(base: Checkpoint, others: Mapping[str, Checkpoint]) -> dict[str, Decoder]:
+def locate(
+    base: Checkpoint,
+    others: Mapping[str, Checkpoint],
+    named: Mapping[str, Mapping[str, TensorSpec]] = MappingProxyType({}),
+) -> dict[str, Decoder]:
     """The language model in each role, "base" first.
+
+    Parameters
+    ----------
+    base, others
+        The checkpoints, by role.
+    named
+        Of roles whose tensors the recipe renames, all tensors by the names to go by. Their language
+        model is where the base's is.
 
     Raises
     ------
     CoverageError
         A role has no layers like the base's, or several that are equally like them.
     """
-    candidates = decoders(base)
+    roles = {"base": base, **others}
+    known = [each for each in map(heads, roles.values()) if each is not None]
+    all_found = {}
+    for role, checkpoint in roles.items():
+        own = heads(checkpoint)
+        tensors = named.get(role, checkpoint.tensors)
+        all_found[role] = decoders(tensors, known if own is None else [own, *known])
+    candidates = all_found.pop("base")
     if not candidates:
         raise CoverageError(
             f"{base.source}: the base has no language model layers (…layers.N.…q_proj.weight and "
             "the like); pass the text model that the others were tuned from."
         )
-    found = {role: decoders(other) for role, other in others.items()}
     fitting = [
         candidate
         for candidate in candidates.values()
         if all(
-            any(d.has_whole_layer_of(candidate) for d in each.values()) for each in found.values()
+            any(d.has_whole_layer_of(candidate) for d in each.values())
+            for each in all_found.values()
         )
     ]
     # A base that is itself multimodal has towers too: its decoder has the fullest layers.
     best = _only_best("base", base, {d.prefix: d.rank() for d in fitting or candidates.values()})
     chosen = candidates[best]
-    return {"base": chosen} | {
-        role: _like(chosen, role, others[role], each) for role, each in found.items()
-    }
+    located = {"base": chosen}
+    for role, each in all_found.items():
+        if role in named and best in each:
+            each = {best: each[best]}
+        located[role] = _like(chosen, role, others[role], each)
+    return located
 
 
 def _like(base: Decoder, role: str, source: Checkpoint, found: dict[str, Decoder]) -> Decoder:
+    found = {prefix: decoder.numbered_as(base) for prefix, decoder in found.items()}
     fitting = {p: d for p, d in found.items() if d.has_whole_layer_of(base)}
     if not fitting:
         names = base.one_layer()
@@ -103,13 +127,14 @@ def _like(base: Decoder, role: str, source: Checkpoint, found: dict[str, Decoder
         else:
             lacking = sorted(names - closest.one_layer())
             fault = f"has layers under {closest.prefix!r}, but they lack {', '.join(lacking)}"
-        raise CoverageError(f"{source.source}: the {title(role)} {fault}; {FAMILY}.")
-    # Names count before shapes: a tower may share a width with the base, never its whole layer.
+        raise CoverageError(f"{source.source}: the {title(role)} {fault}; {FAMILY}, or {NAMES}.")
+    # Names count before shapes: a tower may share a width with the base, rarely a whole layer.
     scores = {}
     for prefix, decoder in fitting.items():
         shared = [key for key in base.weights if key in decoder.weights]
         equal = [key for key in shared if decoder.weights[key].shape == base.weights[key].shape]
-        scores[prefix] = (len(shared), len(equal))
+        exact = [key for key in equal if (key in decoder.exact) == (key in base.exact)]
+        scores[prefix] = (len(shared), len(equal), len(exact))
     return found[_only_best(role, source, scores)]
 
 
@@ -119,7 +144,8 @@ def _only_best(role: str, source: Checkpoint, scores: Mapping[str, tuple[int, ..
     if len(best) > 1:
         raise CoverageError(
             f"{source.source}: the {title(role)} has several equally likely language models, under "
-            f"{', '.join(map(repr, sorted(best)))}; pass a checkpoint with only one of them."
+            f"{', '.join(map(repr, sorted(best)))}; pass a checkpoint with only one of them, or "
+            f"{NAMES}."
         )
     return best[0]
 
@@ -161,11 +187,10 @@ def report(
     shown = "".join(f"\n  {line}" for line in faults.lines[:_SHOWN])
     rest = len(faults.lines) - _SHOWN
     more = f"\n  ... and {rest} more" if rest > 0 else ""
-    mend = "pass a mixture of experts stored expert by expert" if faults.stacked else FAMILY
     partial = (
         f", or merge only the {mapped} weights that map with --allow-partial" if mapped else ""
     )
     return (
         f"The models do not map onto each other at {len(faults.lines)} places.{reason}"
-        f"{shown}{more}\n{mend[0].upper()}{mend[1:]}{partial}."
+        f"{shown}{more}\n{FAMILY[0].upper()}{FAMILY[1:]}{partial}."
     )

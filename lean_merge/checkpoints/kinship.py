@@ -10,8 +10,9 @@ from typing import Any
 
 from lean_merge.checkpoints.checkpoint import Checkpoint
 from lean_merge.checkpoints.jsonfile import read_object
+from lean_merge.checkpoints.placement import INTERLEAVED_QKV, QKV, Heads
 from lean_merge.checkpoints.safepaths import checked_file
-from lean_merge.checkpoints.structure import GATE_UP, INTERLEAVED_QKV, QKV, Decoder
+from lean_merge.checkpoints.structure import Decoder
 from lean_merge.errors import CheckpointError, shown
 
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
@@ -43,28 +44,27 @@ def head_counts(checkpoint: Checkpoint) -> dict[str, int]:
     return {key: value for key, value in stated.items() if type(value) is int and value > 0}
 
 
-def qkv_rows(checkpoint: Checkpoint, rows: int) -> tuple[int, int, int] | None:
-    """Rows of q, k and v in a fused matrix of `rows` rows; None if the config does not tell."""
+def heads(checkpoint: Checkpoint) -> Heads | None:
+    """The heads of the language model; None if the config does not tell."""
     stated = head_counts(checkpoint)
-    heads = stated.get("num_attention_heads")
-    if heads is None:
+    queries = stated.get("num_attention_heads")
+    if queries is None:
         return None
     size = stated.get("head_dim")
     if size is None:
         hidden = text_config(checkpoint).get("hidden_size")
         if type(hidden) is not int:
             return None
-        size = hidden // heads
-    pairs = stated.get("num_key_value_heads", heads)
-    split = (heads * size, pairs * size, pairs * size)
-    return split if sum(split) == rows else None
+        size = hidden // queries
+    pairs = stated.get("num_key_value_heads", queries)
+    return Heads(queries, pairs, size) if size > 0 and queries % pairs == 0 else None
 
 
 def sizes(checkpoint: Checkpoint, decoder: Decoder) -> dict[str, int]:
     """The language model's sizes in words, from its shapes, and from its config for heads."""
     result = {"number of layers": decoder.depth}
-    for (_, rest), spec in decoder.weights.items():
-        rows, columns = spec.shape
+    for (_, rest), place in decoder.weights.items():
+        rows, columns = place.shape
         leaf = rest.rsplit(".", 1)[-1]
         if leaf in {"q_proj", "k_proj", QKV, INTERLEAVED_QKV}:
             result.setdefault("hidden size", columns)
@@ -72,10 +72,8 @@ def sizes(checkpoint: Checkpoint, decoder: Decoder) -> dict[str, int]:
             result.setdefault("key/value width", rows)
         if "expert" in rest:
             continue
-        if leaf in {"gate_proj", "up_proj", "w1", "w3"}:
+        if leaf in {"gate_proj", "up_proj"}:
             result.setdefault("intermediate size", rows)
-        elif leaf == GATE_UP:
-            result.setdefault("intermediate size", rows // 2)
     result.update({HEADS[key]: value for key, value in head_counts(checkpoint).items()})
     return result
 

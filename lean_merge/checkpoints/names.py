@@ -4,62 +4,97 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from lean_merge.checkpoints.checkpoint import Checkpoint
 from lean_merge.checkpoints.dtypes import FLOATING
 from lean_merge.checkpoints.gate import Faults, check_heads, locate, report, title
 from lean_merge.checkpoints.header import TensorSpec
-from lean_merge.checkpoints.kinship import config_warnings, qkv_rows, tokenizer_warnings
-from lean_merge.checkpoints.structure import (
-    GATE_UP,
-    INTERLEAVED_QKV,
-    QKV,
-    Decoder,
-    Key,
-    language_layout,
-)
+from lean_merge.checkpoints.kinship import config_warnings, tokenizer_warnings
+from lean_merge.checkpoints.placement import FUSED, Place
+from lean_merge.checkpoints.renaming import NameRules, renamed
+from lean_merge.checkpoints.rows import WeightSource, source
+from lean_merge.checkpoints.structure import Decoder, Key, language_layout
 from lean_merge.errors import CoverageError
 
-__all__ = ["Coverage", "MappedWeight", "RowSlice", "language_layout", "map_roles"]
+__all__ = ["Coverage", "LogicalWeight", "MappedWeight", "language_layout", "map_roles"]
 
 
 @dataclass(frozen=True, slots=True)
-class RowSlice:
-    """One logical matrix inside a stored tensor.
+class LogicalWeight:
+    """One matrix of the model's mathematics, and how its rows are had in every role.
 
     Attributes
     ----------
     canonical
-        Its name on the base's side without prefix and ".weight": "layers.3.self_attn.q_proj".
-    start, stop
-        Its rows in the stored tensor.
+        Its name in the words of Llama, whatever the storage: "layers.3.self_attn.q_proj", with the
+        number of the base's layer.
+    place
+        Where it lies in the MLLM's stored tensor, and so is written.
+    base, mllm
+        Its rows in these roles, counted from 0.
+    experts
+        The same for each expert, in the caller's order.
     """
 
     canonical: str
-    start: int
-    stop: int
+    place: Place
+    base: WeightSource
+    mllm: WeightSource
+    experts: tuple[WeightSource, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """out, in."""
+        return self.base.shape
+
+    @property
+    def others(self) -> tuple[WeightSource, ...]:
+        """The roles that have a task vector: the MLLM, then the experts."""
+        return self.mllm, *self.experts
+
+    @property
+    def roles(self) -> tuple[WeightSource, ...]:
+        """All roles, the base first."""
+        return self.base, *self.others
 
 
 @dataclass(frozen=True, slots=True)
 class MappedWeight:
-    """One stored tensor of the MLLM and its counterparts, all of one shape.
+    """One stored tensor of the MLLM and the logical weights in it.
 
     Attributes
     ----------
-    mllm, base
-        The counterparts.
-    experts
-        One for each expert, in the caller's order.
+    mllm
+        The tensor.
     slices
-        The logical matrices in it: one whole, or q, k, v, or gate, up; their rows tile it.
+        The logical weights: one whole, or q, k, v, or gate, up, or those of many experts; together
+        they are all of the tensor.
     """
 
     mllm: TensorSpec
-    base: TensorSpec
-    experts: tuple[TensorSpec, ...]
-    slices: tuple[RowSlice, ...]
+    slices: tuple[LogicalWeight, ...]
+
+    @property
+    def stored(self) -> tuple[TensorSpec, ...]:
+        """Every tensor that is read to merge it, each once."""
+        roles = (source for rows in self.slices for source in rows.roles)
+        return tuple(dict.fromkeys(spec for source in roles for spec in source.stored))
+
+    @property
+    def extents(self) -> tuple[TensorSpec, ...]:
+        """The parts of them that are read, none of them twice."""
+        found: list[TensorSpec] = []
+        parts = {part for each in self.slices for role in each.roles for part in role.extents}
+        for part in sorted(parts, key=lambda each: (each.file, each.offset)):
+            last = found[-1] if found else None
+            if last is None or last.file != part.file or part.offset > last.offset + last.nbytes:
+                found.append(part)
+            else:
+                end = max(part.offset + part.nbytes, last.offset + last.nbytes)
+                found[-1] = replace(last, nbytes=end - last.offset)
+        return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +125,13 @@ def map_roles(
     experts: Sequence[Checkpoint],
     *,
     allow_partial: bool = False,
+    names: Mapping[str, NameRules] = MappingProxyType({}),
 ) -> Coverage:
     """Maps every in-scope weight of the base, or says why that cannot be done.
 
-    In scope are the 2-D weights of attention and feed-forward layers, experts of a mixture
-    included; norms, biases, routers, embeddings and everything outside the language model are not.
+    In scope are the matrices of attention and feed-forward layers, experts of a mixture included,
+    however they are stored. Norms, biases, routers, embeddings and everything outside the language
+    model are not.
 
     Parameters
     ----------
@@ -106,73 +143,92 @@ def map_roles(
         Language models tuned from `base`.
     allow_partial
         Leave out what does not map, instead of raising.
+    names
+        By role ("mllm", "expert 1", "base"), how names become the base's; see `renamed`.
 
     Raises
     ------
+    RecipeError
+        `names` does not fit the checkpoints.
     CoverageError
         A weight has no counterpart of its shape in some role, the roles have different heads, the
         language model cannot be told from other parts, or nothing maps at all.
     """
     others = {"mllm": mllm} | {f"expert {n}": each for n, each in enumerate(experts, start=1)}
-    found = locate(base, others)
+    roles = {"base": base, **others}
+    found = locate(base, others, {role: renamed(roles[role], role, names[role]) for role in names})
     faults = Faults()
     for role, decoder in found.items():
         faults.check_decoder(role, decoder, found["base"])
-    mapped: dict[str, MappedWeight] = {}
-    unsplit: Counter[str] = Counter()
-    for key, spec in found["base"].weights.items():
-        specs = [faults.counterpart(role, found[role], key, spec) for role in others]
-        present = tuple(each for each in specs if each is not None)
-        if spec.dtype not in FLOATING:
-            faults.add("base", key, f"has the dtype {spec.dtype}, which cannot be merged")
-        elif len(present) == len(specs):
-            slices = _slices(key, spec.shape[0], (base, *others.values()), unsplit)
-            mapped[present[0].name] = MappedWeight(present[0], spec, present[1:], slices)
-    if faults.lines and not (allow_partial and mapped):
-        roles = {"base": base, **others}
-        raise CoverageError(report(faults, roles, found, mapped=len(mapped)))
+    mapped: dict[Key, LogicalWeight] = {}
+    for key, place in found["base"].weights.items():
+        theirs = [faults.counterpart(role, found[role], key, place) for role in others]
+        present = [each for each in theirs if each is not None]
+        if place.tensor.dtype not in FLOATING:
+            faults.add("base", key, f"has the dtype {place.tensor.dtype}, which cannot be merged")
+        elif len(present) == len(theirs):
+            mapped[key] = _logical(key, place, present)
+    weights = _by_tensor(found["base"], found["mllm"], mapped, faults)
+    if faults.lines and not (allow_partial and weights):
+        raise CoverageError(report(faults, roles, found, mapped=len(weights)))
     check_heads(base, others)
-    warnings = _scope_warnings(found["base"], found["mllm"], unsplit)
+    warnings = _scope_warnings(found["base"], found["mllm"])
     for role, other in others.items():
         warnings += config_warnings(base, other, title(role))
     warnings += tokenizer_warnings(base, {title(role): each for role, each in others.items()})
     return Coverage(
-        weights=tuple(mapped[name] for name in mllm.tensors if name in mapped),
+        weights=tuple(weights[name] for name in mllm.tensors if name in weights),
         left_out=tuple(faults.lines),
         prefixes=MappingProxyType({role: each.prefix for role, each in found.items()}),
         warnings=tuple(warnings),
     )
 
 
-def _slices(
-    key: Key, rows: int, checkpoints: Sequence[Checkpoint], unsplit: Counter[str]
-) -> tuple[RowSlice, ...]:
-    layer, rest = key
-    parent, _, leaf = f"layers.{layer}.{rest}".rpartition(".")
-    parts: dict[str, int] = {leaf: rows}
-    if leaf == GATE_UP and rows % 2 == 0:
-        parts = {"gate_proj": rows // 2, "up_proj": rows // 2}
-    elif leaf == QKV:
-        splits = (qkv_rows(checkpoint, rows) for checkpoint in checkpoints)
-        split = next((each for each in splits if each is not None), None)
-        if split is not None:
-            parts = dict(zip(("q_proj", "k_proj", "v_proj"), split, strict=True))
-    if leaf in parts and leaf in {GATE_UP, QKV, INTERLEAVED_QKV}:
-        unsplit[leaf] += 1
-    slices, start = [], 0
-    for name, count in parts.items():
-        slices.append(RowSlice(f"{parent}.{name}", start, start + count))
-        start += count
-    return tuple(slices)
+def _logical(key: Key, base: Place, others: Sequence[Place]) -> LogicalWeight:
+    mllm, *experts = map(source, others)
+    return LogicalWeight(f"layers.{key[0]}.{key[1]}", others[0], source(base), mllm, tuple(experts))
 
 
-def _scope_warnings(base: Decoder, mllm: Decoder, unsplit: Counter[str]) -> list[str]:
+def _by_tensor(
+    base: Decoder, mllm: Decoder, mapped: Mapping[Key, LogicalWeight], faults: Faults
+) -> dict[str, MappedWeight]:
+    """The stored tensors of the MLLM that are all made of mapped weights, by name.
+
+    One that holds a weight that does not map is left alone as a whole.
+    """
+    parts: dict[TensorSpec, list[Key]] = {}
+    for key, place in mllm.weights.items():
+        parts.setdefault(place.tensor, []).append(key)
+    weights = {}
+    for tensor, keys in parts.items():
+        slices = tuple(mapped[key] for key in keys if key in mapped)
+        if len(slices) == len(keys):
+            weights[tensor.name] = MappedWeight(tensor, slices)
+        elif slices:
+            for key in keys:
+                if key not in base.weights:
+                    faults.add("base", key, "lacks it")
+            faults.lines.append(
+                f"{tensor.name}: left as it is, because {len(keys) - len(slices)} of the "
+                f"{len(keys)} weights in it do not map"
+            )
+    return weights
+
+
+def _scope_warnings(base: Decoder, mllm: Decoder) -> list[str]:
     """What is merged as one, and what of the language layers is copied although it might matter."""
+    unsplit = Counter(rest.rpartition(".")[2] for _, rest in base.weights)
     warnings = [
-        f"{count} fused {leaf} weights are merged as one matrix each, because nothing says which "
-        "of their rows belong to which projection."
-        for leaf, count in unsplit.items()
+        f"{unsplit[leaf]} fused {leaf} weights are merged as one matrix each, because nothing says "
+        "which of their rows belong to which projection."
+        for leaf in sorted(FUSED & unsplit.keys())
     ]
+    if mllm.extra:
+        warnings.append(
+            f"{len(mllm.extra)} layers of the MLLM, such as {mllm.prefix}{mllm.extra[0]}, are of a "
+            "kind that the base lacks; they are copied as they are, and the others counted without "
+            "them."
+        )
     unknown = list(mllm.unknown)
     surplus = [key for key in mllm.weights if key not in base.weights and key[0] < base.depth]
     for keys, why in (

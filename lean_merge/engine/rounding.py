@@ -14,11 +14,6 @@ def rounding_generator(seed: int, name: str, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def round_nearest(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """`values` float32 to the nearest number of `dtype`, ties to even."""
-    return values.to(dtype)
-
-
 def round_stochastic(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Each of `values` (float32, CPU) to one of its two neighbours in `dtype`, right in the mean.
 

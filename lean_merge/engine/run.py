@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from lean_merge import budget
 from lean_merge.checkpoints import (
-    MappedWeight,
-    RowSlice,
+    LogicalWeight,
     TensorReader,
     TensorSpec,
     common_dtype,
-    torch_dtype,
 )
-from lean_merge.engine.prefetch import Flusher, Prefetcher
-from lean_merge.engine.taskvectors import Sources, TaskVectors
-from lean_merge.engine.update import OutputRows, Written, copy_tensor, write_rows
-from lean_merge.engine.workers import Workers, full_float32, worker_pool
+from lean_merge.engine.prefetch import Prefetcher
+from lean_merge.engine.sinks import Sink, Tools
+from lean_merge.engine.taskvectors import TaskVectors
+from lean_merge.engine.update import Truncated, Written
+from lean_merge.engine.workers import full_float32, worker_pool
 from lean_merge.memory import release_free_memory
-from lean_merge.methods import Decision, ExpertRecord, WeightContext
-from lean_merge.output import OutputFolder
+from lean_merge.methods import Decision, ExpertRecord, Method, WeightContext
 from lean_merge.plan import CopyTask, Plan, WeightTask, arithmetic_dtype
 
 READ_AHEAD = 512 << 20
@@ -42,14 +41,17 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class WeightResult:
-    """What happened to one logical weight; `squared_norms` are those of its task vectors."""
+    """What happened to one logical weight; `squared_norms` are those of its task vectors.
+
+    `stored` is what the sink kept of the update, None where it stored none.
+    """
 
     name: str
     canonical: str
     experts: tuple[ExpertRecord, ...]
     merged: bool
     squared_norms: tuple[float, ...]
-    written: Written
+    stored: Written | Truncated | None
     passes: int
 
 
@@ -75,138 +77,149 @@ class RunResult:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed
 
 
-def run(plan: Plan, folder: OutputFolder, on_event: Callable[[Event], None]) -> RunResult:
-    """Carry out every task of `plan`, writing to `folder`, which stays unsealed."""
+def run(plan: Plan, sink: Sink, on_event: Callable[[Event], None]) -> RunResult:
+    """Carry out every task of `plan` and give the results to `sink`."""
     result = RunResult()
+    with closing(steps(plan, sink, result)) as events:
+        for event in events:
+            on_event(event)
+    return result
+
+
+def steps(plan: Plan, sink: Sink, result: RunResult) -> Generator[Event, None, None]:
+    """Carry out `plan` task by task: an event after each, and what happened noted in `result`.
+
+    Torch's settings are the caller's again while it holds an event.
+    """
     on_cuda = torch.device(plan.device).type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(plan.device)
+    before = _Settings.now()
     with ExitStack() as stack:
         stack.enter_context(full_float32())
         reader = stack.enter_context(TensorReader())
         workers = stack.enter_context(worker_pool(plan.workers))
-        flusher = stack.enter_context(Flusher(folder))
+        stack.enter_context(sink)
         prefetcher = stack.enter_context(
             Prefetcher(reader, [_sources(task) for task in plan.tasks], ahead=READ_AHEAD)
         )
-        engine = _Engine(plan, folder, reader, workers, flusher, result)
+        buffer = torch.empty(budget.COPY_BUFFER, dtype=torch.uint8)
+        engine = _Engine(plan, sink, Tools(reader, workers, buffer), result)
         for index, task in enumerate(plan.tasks):
             if isinstance(task, CopyTask):
                 with result.timed("copy"):
-                    engine.copy(task)
+                    sink.copy(task, engine.tools)
                 merged = False
             else:
                 merged = engine.merge(task)
                 release_free_memory()
+            sink.finish(task)
             prefetcher.used(index)
-            on_event(Event(task.tensor.name, task.tensor.nbytes, merged))
+            with before.in_force():
+                yield Event(task.tensor.name, task.tensor.nbytes, merged)
         result.bytes_read = reader.bytes_read
+        result.non_finite = engine.tools.non_finite
         if on_cuda:
             result.peak_vram = torch.cuda.max_memory_reserved(plan.device)
-    return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """The settings of torch that the engine changes while it computes."""
+
+    threads: int
+    precision: str
+
+    @classmethod
+    def now(cls) -> _Settings:
+        return cls(torch.get_num_threads(), torch.get_float32_matmul_precision())
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """These settings inside the block; those before it afterwards."""
+        others = _Settings.now()
+        self._set()
+        try:
+            yield
+        finally:
+            others._set()
+
+    def _set(self) -> None:
+        torch.set_num_threads(self.threads)
+        torch.set_float32_matmul_precision(self.precision)
 
 
 def _sources(task: CopyTask | WeightTask) -> list[TensorSpec]:
     if isinstance(task, CopyTask):
         return [task.source]
-    return [task.weight.base, task.weight.mllm, *task.weight.experts]
+    return list(task.weight.extents)
 
 
 class _Engine:
-    def __init__(
-        self,
-        plan: Plan,
-        folder: OutputFolder,
-        reader: TensorReader,
-        workers: Workers,
-        flusher: Flusher,
-        result: RunResult,
-    ) -> None:
+    def __init__(self, plan: Plan, sink: Sink, tools: Tools, result: RunResult) -> None:
         self._plan = plan
-        self._folder = folder
-        self._reader = reader
-        self._workers = workers
-        self._flusher = flusher
+        self._sink = sink
+        self.tools = tools
         self._result = result
         self._device = torch.device(plan.device)
         self._arena = torch.empty(_arena_bytes(plan), dtype=torch.uint8, device=self._device)
-        self._buffer = torch.empty(budget.COPY_BUFFER, dtype=torch.uint8)
-
-    def _writer(self, task: CopyTask | WeightTask) -> Callable[[int, memoryview], None]:
-        shard = self._plan.shards[task.shard]
-        start = shard.offsets[task.tensor.name]
-
-        def write(offset: int, data: memoryview) -> None:
-            self._folder.write_at(shard, start + offset, data)
-            self._flusher.wrote(shard, data.nbytes)
-
-        return write
-
-    def copy(self, task: CopyTask) -> None:
-        """A tensor out of scope."""
-        if not copy_tensor(self._reader, task.source, self._writer(task), self._buffer):
-            self._result.non_finite.append(task.source.name)
 
     def merge(self, task: WeightTask) -> bool:
         """A tensor in scope, one logical weight after another; True if any got an update."""
         merged = False
-        for rows, resident in zip(task.weight.slices, task.resident, strict=True):
-            result = self._merge_rows(task, rows, resident)
+        for part in range(len(task.weight.slices)):
+            result = self._merge_rows(task, part)
             self._result.weights.append(result)
             merged = merged or result.merged
         return merged
 
-    def _merge_rows(self, task: WeightTask, rows: RowSlice, resident: int) -> WeightResult:
-        weight = task.weight
-        vectors = self._vectors(weight, rows, resident)
+    def _merge_rows(self, task: WeightTask, part: int) -> WeightResult:
+        weight = task.weight.slices[part]
+        vectors = self._vectors(weight, task.resident[part])
         context = WeightContext(
-            name=rows.canonical,
+            name=weight.canonical,
             shape=vectors.shape,
             seed=self._plan.recipe.seed,
             dtype=vectors.dtype,
             device=self._device,
             squared_norms=vectors.squared_norms,
-            parallel=self._workers.map,
+            parallel=self.tools.workers.map,
         )
         with self._result.timed("analyze"):
-            decision, passes = self._analyze(vectors, context)
-        output = OutputRows(
-            source=weight.mllm,
-            dtype=torch_dtype(task.tensor.dtype),
-            rounding=self._plan.recipe.rounding,
-            seed=self._plan.recipe.seed,
-            write=self._writer(task),
-        )
+            method = task.methods[part]
+            if method is None:
+                decision, passes = _left_alone(task.filtered[part], len(weight.experts)), 0
+            else:
+                decision, passes = self._analyze(method, vectors, context)
         with self._result.timed("write"):
-            written = write_rows(
-                vectors, decision, output, reader=self._reader, workers=self._workers
-            )
+            stored = self._sink.update(task, vectors, decision, self.tools)
         norms = vectors.squared_norms()
         return WeightResult(
-            name=weight.mllm.name,
-            canonical=rows.canonical,
+            name=task.tensor.name,
+            canonical=weight.canonical,
             experts=_with_norms(decision, norms),
             merged=decision.merges,
             squared_norms=tuple(norms),
-            written=written,
+            stored=stored,
             passes=passes,
         )
 
-    def _vectors(self, weight: MappedWeight, rows: RowSlice, resident: int) -> TaskVectors:
-        sources = Sources(rows=rows, base=weight.base, others=(weight.mllm, *weight.experts))
-        stored = common_dtype(spec.dtype for spec in (sources.base, *sources.others))
+    def _vectors(self, weight: LogicalWeight, resident: int) -> TaskVectors:
+        stored = common_dtype(source.dtype for source in weight.roles)
         return TaskVectors(
-            sources,
-            reader=self._reader,
-            workers=self._workers,
+            weight,
+            reader=self.tools.reader,
+            workers=self.tools.workers,
             arena=self._arena,
             resident=resident,
             dtype=arithmetic_dtype(stored, self._plan.device),
         )
 
-    def _analyze(self, vectors: TaskVectors, context: WeightContext) -> tuple[Decision, int]:
+    def _analyze(
+        self, method: Method[Any], vectors: TaskVectors, context: WeightContext
+    ) -> tuple[Decision, int]:
         """Drive the method's analysis: each time it asks, one pass over the rows."""
-        analysis = self._plan.method.analyze(context)
+        analysis = method.analyze(context)
         passes = 0
         try:
             wanted = next(analysis)
@@ -222,13 +235,17 @@ def _arena_bytes(plan: Plan) -> int:
     """The most that any logical weight keeps resident."""
     most = 0
     for task in plan.weights:
-        specs = (task.weight.base, task.weight.mllm, *task.weight.experts)
-        item = common_dtype(spec.dtype for spec in specs).itemsize
-        for rows, resident in zip(task.weight.slices, task.resident, strict=True):
-            in_features = task.weight.base.shape[1]
-            height = min(rows.stop - rows.start, resident * budget.tile_rows(in_features))
-            most = max(most, height * in_features * item * (len(specs) - 1))
+        for weight, resident in zip(task.weight.slices, task.resident, strict=True):
+            item = common_dtype(source.dtype for source in weight.roles).itemsize
+            out_features, in_features = weight.shape
+            height = min(out_features, resident * budget.tile_rows(in_features))
+            most = max(most, height * in_features * item * len(weight.others))
     return most
+
+
+def _left_alone(reason: str, experts: int) -> Decision:
+    """No update, for a part of a tensor that a filter takes."""
+    return Decision(experts=(ExpertRecord(selected=False, reason=reason),) * experts)
 
 
 def _with_norms(decision: Decision, squared_norms: list[float]) -> tuple[ExpertRecord, ...]:

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lean_merge.budget import LANES, strip_rows, tile_rows
-from lean_merge.checkpoints import (
-    RowSlice,
-    TensorReader,
-    TensorSpec,
-    as_bytes,
-    common_dtype,
-    torch_dtype,
-)
+from lean_merge.budget import LANES, READ_ELEMENTS, row_tiles, strips
+from lean_merge.checkpoints import LogicalWeight, TensorReader, WeightSource, common_dtype
 from lean_merge.engine.workers import Workers
 from lean_merge.errors import DataError
 from lean_merge.linalg import Pass, Products
@@ -28,27 +20,12 @@ _UNDERFLOWN = 1e-30
 """Squares of norms that float32 holds only in part."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sources:
-    """Where one logical weight lies in the checkpoints: rows `rows` of each tensor [*, in]."""
-
-    rows: RowSlice
-    base: TensorSpec
-    others: tuple[TensorSpec, ...]
-    """The MLLM's tensor, then the experts'."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """out, in of the logical weight."""
-        return self.rows.stop - self.rows.start, self.base.shape[1]
-
-
 class TaskVectors:
     """Row tiles of W_role - W_0 for the MLLM and every expert.
 
     Parameters
     ----------
-    sources
+    weight
         Where the numbers are.
     reader, workers
         Who reads, and who computes.
@@ -62,7 +39,7 @@ class TaskVectors:
 
     def __init__(
         self,
-        sources: Sources,
+        weight: LogicalWeight,
         *,
         reader: TensorReader,
         workers: Workers,
@@ -70,21 +47,17 @@ class TaskVectors:
         resident: int,
         dtype: torch.dtype,
     ) -> None:
-        self.sources = sources
-        self.shape = sources.shape
+        self.weight = weight
+        self.shape = weight.shape
         self.dtype = dtype
         self.device = arena.device
-        self.task_dtype = common_dtype(s.dtype for s in (sources.base, *sources.others))
+        self.task_dtype = common_dtype(source.dtype for source in weight.roles)
         self._reader = reader
         self._workers = workers
-        rows = tile_rows(self.shape[1])
-        self.tiles = [
-            slice(start, min(start + rows, self.shape[0]))
-            for start in range(0, self.shape[0], rows)
-        ]
+        self.tiles = list(row_tiles(self.shape))
         self._resident = self._lay_out(arena, min(resident, len(self.tiles)))
         self._formed = [False] * len(self.tiles)
-        self._squares: list[list[float | None]] = [[None] * len(sources.others) for _ in self.tiles]
+        self._squares: list[list[float | None]] = [[None] * len(weight.others) for _ in self.tiles]
 
     def _lay_out(self, arena: Tensor, count: int) -> list[list[Tensor]]:
         views, offset = [], 0
@@ -92,11 +65,22 @@ class TaskVectors:
             shape = (tile.stop - tile.start, self.shape[1])
             size = math.prod(shape) * self.task_dtype.itemsize
             of_tile = []
-            for _ in self.sources.others:
+            for _ in self.weight.others:
                 of_tile.append(arena[offset : offset + size].view(self.task_dtype).view(shape))
                 offset += size
             views.append(of_tile)
         return views
+
+    @property
+    def lanes(self) -> range:
+        """The lanes that get any tile."""
+        return range(min(LANES, len(self.tiles)))
+
+    def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The calling thread's reused buffer of that name, on the device of the arithmetic."""
+        if self.device.type == "cpu":
+            return self._workers.buffer(name, shape, dtype)
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
     def squared_norms(self) -> list[float]:
         """||W_role - W_0||_F^2 of every role; NaN for one whose tiles were not all read."""
@@ -117,61 +101,103 @@ class TaskVectors:
     def _form(self, index: int, wanted: Sequence[bool]) -> list[Tensor | None]:
         tile = self.tiles[index]
         shape = (tile.stop - tile.start, self.shape[1])
-        base = self._read(self.sources.base, tile, "base")
-        formed: list[Tensor | None] = []
-        for role, spec in enumerate(self.sources.others):
-            if not wanted[role]:
-                formed.append(None)
+        formed: list[Tensor | None] = [None] * len(wanted)
+        for role, is_wanted in enumerate(wanted):
+            if is_wanted and index < len(self._resident) and self.device.type == "cpu":
+                formed[role] = self._resident[index][role]
+            elif is_wanted:
+                formed[role] = self._workers.buffer(f"task {role}", shape, self.task_dtype)
+        squares = self._subtract(tile, formed)
+        for role, task_vector in enumerate(formed):
+            if task_vector is None:
                 continue
-            if index < len(self._resident) and self.device.type == "cpu":
-                out = self._resident[index][role]
-            else:
-                out = self._workers.buffer(f"task {role}", shape, self.task_dtype)
-            torch.sub(self._read(spec, tile, "role"), base, out=out)
-            if self._squares[index][role] is None:
-                self._squares[index][role] = self._squared_norm(out, spec, tile)
+            self._squares[index][role] = squares[role]
             if self.device.type != "cpu":
-                out = self._to_device(index, role, out)
-            formed.append(out)
+                formed[role] = self._to_device(index, role, task_vector)
         return formed
+
+    def _subtract(self, tile: slice, out: Sequence[Tensor | None]) -> list[float]:
+        """The task vectors' rows of `tile` into `out`, strip by strip, and their squared norms."""
+        squares = [0.0] * len(out)
+        whole = self._turn(tile, out)
+        for rows in strips(tile, self.shape[1], READ_ELEMENTS):
+            base: Tensor | None = None
+            for role, source in enumerate(self.weight.others):
+                into = out[role]
+                if into is None:
+                    continue
+                at = slice(rows.start - tile.start, rows.stop - tile.start)
+                strip = into[at]
+                own = strip if source.in_columns else self._read(source, rows, "role")
+                if source.is_difference:
+                    strip.copy_(own)
+                else:
+                    if base is None and whole is not None:
+                        base = whole[at]
+                    elif base is None:
+                        base = self._read(self.weight.base, rows, "base")
+                    torch.sub(own, base, out=strip)
+                squares[role] += self._squared_norm(strip, source, rows)
+        return squares
+
+    def _turn(self, tile: slice, out: Sequence[Tensor | None]) -> Tensor | None:
+        """Read whole tiles of rows that are stored as columns: the roles' into `out`.
+
+        Returns the base's, if it is stored so and is subtracted from any.
+        """
+        wanted = [
+            (source, into)
+            for source, into in zip(self.weight.others, out, strict=True)
+            if into is not None
+        ]
+        for source, into in wanted:
+            if source.in_columns:
+                into.copy_(source.read(tile, self._reader, self._workers.buffer, "columns"))
+        base = self.weight.base
+        if not base.in_columns or all(source.is_difference for source, _ in wanted):
+            return None
+        shape = (tile.stop - tile.start, self.shape[1])
+        whole = self._workers.buffer("base tile", shape, self.task_dtype)
+        return whole.copy_(base.read(tile, self._reader, self._workers.buffer, "columns"))
 
     def _to_device(self, index: int, role: int, tile: Tensor) -> Tensor:
         if index < len(self._resident):
             return self._resident[index][role].copy_(tile)
         return tile.to(self.device)
 
-    def _read(self, spec: TensorSpec, tile: slice, name: str) -> Tensor:
-        raw = read_rows(self._reader, self._workers, spec, self._stored(tile), name)
+    def _read(self, source: WeightSource, tile: slice, name: str) -> Tensor:
+        raw = source.read(tile, self._reader, self._workers.buffer, name)
         if raw.dtype == self.task_dtype:
             return raw
         wide = self._workers.buffer(f"{name} wide", tuple(raw.shape), self.task_dtype)
         return wide.copy_(raw)
 
-    def _stored(self, tile: slice) -> slice:
-        start = self.sources.rows.start
-        return slice(start + tile.start, start + tile.stop)
-
-    def _squared_norm(self, task_vector: Tensor, spec: TensorSpec, tile: slice) -> float:
-        square = float(torch.linalg.vector_norm(task_vector, dtype=torch.float32)) ** 2
+    def _squared_norm(self, task_vector: Tensor, source: WeightSource, rows: slice) -> float:
+        wide = task_vector
+        if task_vector.dtype is not torch.float32:
+            # Widened in the cache first: reductions that widen by themselves take thrice as long.
+            wide = self._workers.buffer("norm", tuple(task_vector.shape), torch.float32)
+            wide.copy_(task_vector)
+        square = float(torch.dot(wide.view(-1), wide.view(-1)))
         if square > _UNDERFLOWN and math.isfinite(square):
             return square
         if square <= _UNDERFLOWN and not bool((task_vector != 0).any()):
             return 0.0
-        self._refuse_non_finite(spec, tile)
-        # Finite numbers whose squares overflow float32 or underflow it, or whose difference
+        self._refuse_non_finite(source, rows)
+        # Finite numbers whose squares overflow or underflow float32, or whose difference
         # overflows their dtype.
         square = float(torch.linalg.vector_norm(task_vector, dtype=torch.float64)) ** 2
         if not math.isfinite(square):
             name = str(self.task_dtype).removeprefix("torch.")
             raise DataError(
-                f"{spec.file}: tensor {spec.name} differs from the base's by more than {name} can "
-                "hold; check both, or convert the checkpoints to float32 first."
+                f"{source.file}: tensor {source.name} differs from the base's by more than {name} "
+                "can hold; check both, or convert the checkpoints to float32 first."
             )
         return square
 
-    def _refuse_non_finite(self, spec: TensorSpec, tile: slice) -> None:
-        for suspect in (self.sources.base, spec):
-            raw = read_rows(self._reader, self._workers, suspect, self._stored(tile), "suspect")
+    def _refuse_non_finite(self, source: WeightSource, rows: slice) -> None:
+        for suspect in (self.weight.base, source):
+            raw = suspect.read(rows, self._reader, self._workers.buffer, "suspect")
             if not bool(torch.isfinite(raw).all()):
                 raise DataError(
                     f"{suspect.file}: tensor {suspect.name} holds NaN or Inf; it cannot be merged. "
@@ -184,19 +210,19 @@ class TaskVectors:
         Tile t adds to lane t mod LANES, and lanes are summed in order, so that the result depends
         neither on how many threads there are nor on which tiles are resident.
         """
-        sums = [_Sums(self, request) for request in wanted]
+        sums = [_Sums(self, role, request) for role, request in enumerate(wanted)]
         if self.device.type == "cpu":
-            self._workers.map(lambda lane: self._run_lane(lane, sums), range(LANES))
+            self._workers.map(lambda lane: self._run_lane(lane, sums), self.lanes)
         else:
-            for lane in range(LANES):
+            for lane in self.lanes:
                 self._run_lane(lane, sums)
         finished = [one.finish() for one in sums]
-        for spec, products in zip(self.sources.others, finished, strict=True):
+        for source, products in zip(self.weight.others, finished, strict=True):
             if products is not None and not products.is_finite():
                 raise DataError(
-                    f"{spec.file}: the task vector of {spec.name} is so large that its products "
-                    "overflow float32; compare the tensor with the base's, and restore the wrong "
-                    "one."
+                    f"{source.file}: the task vector of {source.name} is so large that its "
+                    "products overflow float32; compare the tensor with the base's, and restore "
+                    "the wrong one."
                 )
         return finished
 
@@ -205,15 +231,16 @@ class TaskVectors:
         for index in range(lane, len(self.tiles), LANES):
             for one, task_vector in zip(sums, self.tile(index, wanted), strict=True):
                 if task_vector is not None:
-                    one.add(lane, self.tiles[index], task_vector)
+                    one.add(lane, self.tiles[index], task_vector, first=index == lane)
 
 
 class _Sums:
     """The products of one task vector's pass while tiles come in."""
 
-    def __init__(self, owner: TaskVectors, request: Pass | None) -> None:
+    def __init__(self, owner: TaskVectors, role: int, request: Pass | None) -> None:
         self.request = request
         self._dtype = owner.dtype
+        self._buffer = owner.buffer
         if request is None:
             return
         out_features, in_features = owner.shape
@@ -224,23 +251,25 @@ class _Sums:
                 return None
             return torch.empty(rows, like.shape[1], dtype=dtype, device=device)
 
-        def lanes(like: Tensor | None) -> list[Tensor]:
+        def lanes(name: str, like: Tensor | None) -> list[Tensor]:
             if like is None:
                 return []
             shape = in_features, like.shape[1]
-            return [torch.zeros(shape, device=device) for _ in range(LANES)]
+            return [
+                owner.buffer(f"{name} {role} {lane}", shape, torch.float32) for lane in owner.lanes
+            ]
 
         self._right = None if request.times is None else _padded(request.times)
         self._y = empty(out_features, request.gram, owner.dtype)
         self._times = empty(out_features, request.times, torch.float32)
-        self._z = lanes(request.gram)
-        self._projected = lanes(request.project)
+        self._z = lanes("gram", request.gram)
+        self._projected = lanes("project", request.project)
         self._dense = (
             torch.empty(out_features, in_features, device=device) if request.dense else None
         )
 
-    def add(self, lane: int, rows: slice, tile: Tensor) -> None:
-        """Take in one tile [t, in]."""
+    def add(self, lane: int, rows: slice, tile: Tensor, *, first: bool) -> None:
+        """Take in one tile [t, in], the `first` of its lane or a later one."""
         request = self.request
         if request is None:
             return
@@ -249,11 +278,20 @@ class _Sums:
         whole, tile = tile, tile.to(self._dtype)
         if request.gram is not None and self._y is not None:
             y = torch.mm(tile, request.gram, out=self._y[rows])
-            self._z[lane].add_(tile.T @ y)
+            self._accumulate(self._z[lane], tile, y, first=first)
         if request.project is not None:
-            self._projected[lane].add_(tile.T @ request.project[rows])
+            self._accumulate(self._projected[lane], tile, request.project[rows], first=first)
         if self._right is not None and self._times is not None:
             self._times[rows] = _product(whole, tile, self._right)[:, : self._times.shape[1]]
+
+    def _accumulate(self, total: Tensor, tile: Tensor, left: Tensor, *, first: bool) -> None:
+        """total += tile^T left."""
+        product = self._buffer("product", tuple(total.shape), self._dtype)
+        torch.mm(tile.T, left, out=product)
+        if first:
+            total.copy_(product)
+        else:
+            total.add_(product)
 
     def finish(self) -> Products | None:
         """The lanes summed in order."""
@@ -272,8 +310,8 @@ def _product(whole: Tensor, tile: Tensor, right: Tensor) -> Tensor:
     """tile @ right in the dtype of `right`: the arithmetic one, or float32, strip by strip."""
     if right.dtype == tile.dtype:
         return tile @ right
-    strips = torch.split(whole, strip_rows(whole.shape[1]))
-    return torch.cat([strip.to(right.dtype) @ right for strip in strips])
+    cut = strips(slice(0, whole.shape[0]), whole.shape[1], READ_ELEMENTS)
+    return torch.cat([whole[rows].to(right.dtype) @ right for rows in cut])
 
 
 def _padded(columns: Tensor) -> Tensor:
@@ -288,18 +326,7 @@ def _padded(columns: Tensor) -> Tensor:
 def _ordered_sum(lanes: list[Tensor]) -> Tensor | None:
     if not lanes:
         return None
-    total = lanes[0]
+    total = lanes[0].clone()
     for lane in lanes[1:]:
         total += lane
     return total
-
-
-def read_rows(
-    reader: TensorReader, workers: Workers, spec: TensorSpec, rows: slice, name: str
-) -> Tensor:
-    """Rows of a stored tensor [*, in] in this thread's reused buffer `name`."""
-    dtype = torch_dtype(spec.dtype)
-    shape = (rows.stop - rows.start, spec.shape[1])
-    buffer = workers.buffer(name, shape, dtype)
-    reader.read_into(spec, rows.start * spec.shape[1] * dtype.itemsize, as_bytes(buffer))
-    return buffer

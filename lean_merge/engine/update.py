@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lean_merge.budget import COPY_BUFFER, strip_rows
+from lean_merge.budget import COPY_BUFFER, READ_ELEMENTS, STRIP_ELEMENTS, strips
 from lean_merge.checkpoints import FLOATING, TensorReader, TensorSpec, as_bytes, torch_dtype
-from lean_merge.engine.rounding import round_nearest, round_stochastic, rounding_generator
-from lean_merge.engine.taskvectors import TaskVectors, read_rows
+from lean_merge.engine.rounding import round_stochastic, rounding_generator
+from lean_merge.engine.taskvectors import TaskVectors
+from lean_merge.engine.tilestore import TileStore, WriteBytes
 from lean_merge.engine.workers import Workers
 from lean_merge.errors import DataError
 from lean_merge.methods import Decision
 
-WriteBytes = Callable[[int, memoryview], None]
-"""Writes bytes at an offset from the tensor's start."""
 _LOOKED_AT = FLOATING | {"F64"}
 
 
@@ -34,10 +32,17 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True)
+class Truncated:
+    """What an adapter keeps of an update: its rank, and the relative Frobenius error of the cut."""
+
+    rank: int
+    error: float
+
+
+@dataclass(frozen=True, slots=True)
 class OutputRows:
     """How one logical weight's rows are written."""
 
-    source: TensorSpec
     dtype: torch.dtype
     rounding: str
     seed: int
@@ -99,110 +104,106 @@ class _RowWriter:
         self._output = output
         self._reader = reader
         self._workers = workers
-        self._item = output.dtype.itemsize * vectors.shape[1]
         wanted = tuple(bool(c) for c in decision.coefficients)
-        self._wanted = wanted or (False,) * len(vectors.sources.others)
+        self._wanted = wanted or (False,) * len(vectors.weight.others)
         # Rows that no pass has read have not been checked for NaN and Inf.
         self._seen = not math.isnan(vectors.squared_norms()[0])
 
     def write_tile(self, index: int) -> Written:
         """Write one tile, strip by strip."""
         tile = self._vectors.tiles[index]
-        first = self._vectors.sources.rows.start
-        stored = slice(first + tile.start, first + tile.stop)
-        source = self._output.source
-        weights = read_rows(self._reader, self._workers, source, stored, "mllm")
+        store = TileStore(
+            self._vectors.weight,
+            tile,
+            dtype=self._output.dtype,
+            write=self._output.write,
+            reader=self._reader,
+            workers=self._workers,
+        )
         if not self._decision.merges:
-            self._write_unchanged(stored.start, weights)
+            for rows in strips(tile, self._vectors.shape[1], READ_ELEMENTS):
+                self._write_unchanged(rows, store)
             return Written(0.0, 0.0)
         task_vectors: list[Tensor | None] = [None] * len(self._wanted)
         if any(self._wanted):
             task_vectors = self._vectors.tile(index, self._wanted)
         generator = None
         if self._output.rounding == "stochastic":
-            generator = rounding_generator(
-                self._output.seed, self._vectors.sources.rows.canonical, index
-            )
-        height = strip_rows(self._vectors.shape[1])
+            generator = rounding_generator(self._output.seed, self._vectors.weight.canonical, index)
         along = squared = 0.0
-        for start in range(0, tile.stop - tile.start, height):
-            strip = slice(start, min(start + height, tile.stop - tile.start))
-            part = self._write_strip(tile, strip, weights, task_vectors, generator)
+        for rows in strips(tile, self._vectors.shape[1], STRIP_ELEMENTS):
+            of_strip = [None if t is None else t[store.within(rows)] for t in task_vectors]
+            part = self._write_strip(rows, store, of_strip, generator)
             along, squared = along + part.along, squared + part.squared
         return Written(along, squared)
 
     def _write_strip(
         self,
-        tile: slice,
-        strip: slice,
-        weights: Tensor,
+        rows: slice,
+        store: TileStore,
         task_vectors: list[Tensor | None],
         generator: torch.Generator | None,
     ) -> Written:
-        shape = (strip.stop - strip.start, self._vectors.shape[1])
+        shape = (rows.stop - rows.start, self._vectors.shape[1])
         update = self._workers.buffer("update", shape, torch.float32)
-        self._compute(
-            slice(tile.start + strip.start, tile.start + strip.stop), strip, task_vectors, update
-        )
-        before = self._workers.buffer("before", shape, torch.float32).copy_(weights[strip])
+        self._compute(rows, task_vectors, update)
+        before = self._workers.buffer("before", shape, torch.float32).copy_(store.read(rows))
         after = self._workers.buffer("after", shape, torch.float32)
         torch.add(before, update, out=after)
-        rounded = self._checked(after, self._output.dtype, generator)
-        row = self._vectors.sources.rows.start + tile.start + strip.start
-        self._output.write(row * self._item, as_bytes(rounded))
-        change = after.copy_(rounded).sub_(before)
-        return Written(_dot(change, update), _dot(update, update))
+        rounded = self._rounded(after, generator)
+        change = self._workers.buffer("change", shape, torch.float32).copy_(rounded).sub_(before)
+        along, squared = _dot(change, update), _dot(update, update)
+        # Any NaN or Inf in the result is one in the product, which else is finite unless huge.
+        if not math.isfinite(along):
+            self._check_finite(after, rounded)
+        store.write(rows, rounded)
+        return Written(along, squared)
 
-    def _write_unchanged(self, first: int, weights: Tensor) -> None:
-        """The MLLM's rows: as they are, or strip by strip in another dtype."""
-        if self._seen and weights.dtype == self._output.dtype:
-            self._output.write(first * self._item, as_bytes(weights))
-            return
-        height = strip_rows(self._vectors.shape[1])
-        for start in range(0, weights.shape[0], height):
-            rounded = self._checked(
-                weights[start : start + height].float(), self._output.dtype, None
-            )
-            self._output.write((first + start) * self._item, as_bytes(rounded))
+    def _write_unchanged(self, rows: slice, store: TileStore) -> None:
+        """The MLLM's rows: as they are, or in another dtype."""
+        weights = store.read(rows)
+        if not self._seen or weights.dtype != self._output.dtype:
+            values = self._workers.buffer("before", tuple(weights.shape), torch.float32)
+            values.copy_(weights)
+            rounded = self._rounded(values, None)
+            if not math.isfinite(float(rounded.sum(dtype=torch.float32))):
+                self._check_finite(values, rounded)
+            weights = rounded
+        store.write(rows, weights)
 
-    def _compute(
-        self, rows: slice, strip: slice, task_vectors: list[Tensor | None], out: Tensor
-    ) -> None:
-        strips = [None if t is None else t[strip] for t in task_vectors]
+    def _compute(self, rows: slice, task_vectors: list[Tensor | None], out: Tensor) -> None:
         if self._vectors.device.type == "cpu":
-            self._decision.update(rows, strips, out)
+            self._decision.update(rows, task_vectors, out)
             return
         on_device = torch.empty_like(out, device=self._vectors.device)
-        self._decision.update(rows, strips, on_device)
+        self._decision.update(rows, task_vectors, on_device)
         out.copy_(on_device)
 
-    def _checked(
-        self, values: Tensor, dtype: torch.dtype, generator: torch.Generator | None
-    ) -> Tensor:
-        if generator is None:
-            rounded = round_nearest(values, dtype)
-        else:
-            rounded = round_stochastic(values, dtype, generator)
-        # A sum is finite unless a term is not, or very many are huge; only then look closer.
-        if math.isfinite(float(torch.linalg.vector_norm(rounded, ord=1, dtype=torch.float32))):
-            return rounded
+    def _rounded(self, values: Tensor, generator: torch.Generator | None) -> Tensor:
+        if generator is not None:
+            return round_stochastic(values, self._output.dtype, generator)
+        out = self._workers.buffer("rounded", tuple(values.shape), self._output.dtype)
+        return out.copy_(values)
+
+    def _check_finite(self, values: Tensor, rounded: Tensor) -> None:
+        """Refuse `rounded` if it holds NaN or Inf, saying which of the two ways they came."""
         if bool(torch.isfinite(rounded).all()):
-            return rounded
-        source = self._output.source
+            return
+        source = self._vectors.weight.mllm
         if not bool(torch.isfinite(values).all()):
             raise DataError(
                 f"{source.file}: merging tensor {source.name} gives NaN or Inf; check its numbers, "
                 "and those of the same weight in the other checkpoints."
             )
         raise DataError(
-            f"{source.file}: tensor {source.name} overflows {torch_name(dtype)}; choose another "
-            "--out-dtype, such as bfloat16 or float32."
+            f"{source.file}: tensor {source.name} overflows {torch_name(self._output.dtype)}; "
+            "choose another --out-dtype, such as bfloat16 or float32."
         )
 
 
 def _dot(first: Tensor, second: Tensor) -> float:
-    """Inner product in float64."""
-    return float(torch.dot(first.double().view(-1), second.double().view(-1)))
+    """Inner product of a strip, in float32: its sum is short."""
+    return float(torch.dot(first.view(-1), second.view(-1)))
 
 
 def torch_name(dtype: torch.dtype) -> str:
@@ -210,4 +211,4 @@ def torch_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-__all__ = ["OutputRows", "Written", "copy_tensor", "write_rows"]
+__all__ = ["OutputRows", "Truncated", "Written", "copy_tensor", "write_rows"]

@@ -4,7 +4,7 @@ Nothing here knows of files. A matrix is never held: its owner makes one pass ov
 each `Pass` that is asked for, and hands back the `Products`.
 """
 
-from lean_merge.linalg.krylov import BlockKrylov
+from lean_merge.linalg.krylov import BlockKrylov, Deflation
 from lean_merge.linalg.passes import Pass, Products, random_block
 from lean_merge.linalg.similarity import (
     Omitted,
@@ -15,14 +15,17 @@ from lean_merge.linalg.similarity import (
 )
 from lean_merge.linalg.sketch import SingularSums, Sketch
 from lean_merge.linalg.spectrum import exact_spectrum, numerical_rank
+from lean_merge.linalg.truncation import Truncation, truncate
 
 __all__ = [
     "BlockKrylov",
+    "Deflation",
     "Omitted",
     "Pass",
     "Products",
     "SingularSums",
     "Sketch",
+    "Truncation",
     "corresponding_cosines",
     "exact_spectrum",
     "importance",
@@ -30,4 +33,5 @@ __all__ = [
     "numerical_rank",
     "omitted_errors",
     "random_block",
+    "truncate",
 ]

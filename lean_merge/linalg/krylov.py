@@ -43,6 +43,19 @@ class Triplets:
 
 
 @dataclass(frozen=True, slots=True)
+class Deflation:
+    """Directions that are settled and kept out of a later sketch.
+
+    `vectors` [in, c] float32 are orthonormal, `images` [out, c] float32 are B times them and
+    orthogonal, and `sigma` [c] float64 are the images' lengths, descending.
+    """
+
+    vectors: Tensor
+    images: Tensor
+    sigma: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Ritz:
     """Ritz pairs: `theta` [k] descending approximates sigma^2; `coefficients` [m, k] in a basis."""
 
@@ -72,6 +85,7 @@ class BlockKrylov:
 
     def __init__(self, start: Tensor, *, dtype: torch.dtype, deflate: Tensor | None = None) -> None:
         self._dtype = dtype
+        self._rounded = dtype.itemsize < 4
         self._deflate = deflate
         self.q: list[Tensor] = []
         self.y: list[Tensor] = []
@@ -100,17 +114,17 @@ class BlockKrylov:
         z = products.z
         if self._deflate is not None:
             remove_components(z, self._deflate)
-        self.qq = grow_gram(self.qq, self.q, self._next)
-        self.yy = grow_gram(self.yy, self.y, products.y)
-        self.zz = grow_gram(self.zz, self.z, z)
+        self.qq = grow_gram(self.qq, self.q, self._next, rounded=self._rounded)
+        self.yy = grow_gram(self.yy, self.y, products.y, rounded=self._rounded)
+        self.zz = grow_gram(self.zz, self.z, z, rounded=self._rounded)
         self.q.append(self._next)
         self.y.append(products.y)
         self.z.append(z)
         self._next = self._orthonormal(z.clone())
 
     def _orthonormal(self, block: Tensor) -> Tensor:
-        # The stored basis is rounded, hence orthonormal only to 1e-3: two rounds leave 1e-6.
-        for _ in range(2):
+        # A basis that is rounded when stored is orthonormal only to 1e-3, whatever is done here.
+        for _ in range(1 if self._rounded else 2):
             if self._deflate is not None:
                 remove_components(block, self._deflate)
             for q in self.q:
@@ -124,6 +138,16 @@ class BlockKrylov:
     def left(self) -> Ritz:
         """Ritz pairs of B B^T on the span of the left blocks `y`: half an iteration further."""
         return generalized_ritz(self.zz, self.yy)
+
+    def settled(self, count: int) -> Deflation:
+        """The leading `count` directions in the right blocks' span, whose images are at hand."""
+        right = self.right()
+        weights = right.coefficients[:, :count].float()
+        return Deflation(
+            vectors=combine(self.q, weights),
+            images=combine(self.y, weights),
+            sigma=right.theta[:count].sqrt(),
+        )
 
     def singular_triplets(self, count: int) -> Triplets:
         """The leading `count` triplets.
@@ -192,16 +216,16 @@ def combine(blocks: list[Tensor], coefficients: Tensor) -> Tensor:
     return out
 
 
-def grow_gram(gram: Tensor, old: list[Tensor], new: Tensor) -> Tensor:
-    """The Gram matrix of [old..., new], given that of the old blocks."""
+def grow_gram(gram: Tensor, old: list[Tensor], new: Tensor, *, rounded: bool) -> Tensor:
+    """The Gram matrix of [old..., new], given that of the old blocks; `rounded` as in `gram64`."""
     size, width = gram.shape[0], new.shape[1]
     grown = gram.new_zeros(size + width, size + width)
     grown[:size, :size] = gram
     row = 0
     for block in old:
-        cross = gram64(block, new)
+        cross = gram64(block, new, rounded=rounded)
         grown[row : row + block.shape[1], size:] = cross
         grown[size:, row : row + block.shape[1]] = cross.T
         row += block.shape[1]
-    grown[size:, size:] = gram64(new, new)
+    grown[size:, size:] = gram64(new, new, rounded=rounded)
     return grown

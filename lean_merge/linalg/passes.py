@@ -55,18 +55,25 @@ def random_block(rows: int, columns: int, *, seed: int, name: str, role: str) ->
     return torch.randn(rows, columns, generator=generator)
 
 
-def gram64(a: Tensor, b: Tensor) -> Tensor:
+def gram64(a: Tensor, b: Tensor, *, rounded: bool = False) -> Tensor:
     """a^T b [m, n] in float64 for a [k, m] and b [k, n] of any floating dtype.
 
     The result is on the CPU, where small problems are solved faster than on any device. A device
     that lacks float64 sends its chunks there too.
+
+    Parameters
+    ----------
+    rounded
+        The blocks are products rounded to 16 bits, whose own error of 4e-3 hides that of float32
+        sums over a chunk; three times as fast.
     """
     if not has_float64(a.device):
         a, b = a.cpu(), b.cpu()
+    dtype = torch.float32 if rounded else torch.float64
     total = torch.zeros(a.shape[1], b.shape[1], dtype=torch.float64, device=a.device)
     for start in range(0, a.shape[0], CHUNK):
         rows = slice(start, start + CHUNK)
-        total.addmm_(a[rows].double().T, b[rows].double())
+        total += a[rows].to(dtype).T @ b[rows].to(dtype)
     return total.cpu()
 
 

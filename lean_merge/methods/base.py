@@ -147,6 +147,10 @@ class Method(abc.ABC, Generic[P]):
     def cost(self, shape: tuple[int, int], *, item: int) -> AnalysisCost:
         """Memory and passes of `analyze` for a weight of `shape`, at `item` bytes a product."""
 
+    def largest_rank(self, shape: tuple[int, int]) -> int:
+        """The most that the rank of `Decision.left @ right` can be for a weight of `shape`."""
+        return min(shape)
+
     def reads_task_vectors(self) -> tuple[bool, ...]:
         """Which task vectors an update adds whole: the MLLM's, then each expert's."""
         return (False,) * (len(self.parameters) + 1)

@@ -172,6 +172,10 @@ class IPMerging(Method[IPMergingParameters]):
         """That of the deepest look that the parameters allow."""
         return self._effort(shape).cost(item=item)
 
+    def largest_rank(self, shape: tuple[int, int]) -> int:
+        """As many as there are directions of the MLLM to project on."""
+        return self._effort(shape).largest
+
     def reads_task_vectors(self) -> tuple[bool, ...]:
         """The experts' without projection; with it, everything is in the factors."""
         whole = "project" not in self.common.stages
@@ -185,7 +189,8 @@ class IPMerging(Method[IPMergingParameters]):
         def judge(spectra: list[Spectrum], may_grow: bool) -> Verdict:
             return self._judge(self._align(weight, spectra), spectra, may_grow)
 
-        spectra = yield from find_spectra(weight, self._effort(weight.shape), judge)
+        effort = self._effort(weight.shape)
+        spectra = yield from find_spectra(weight, effort, judge)
         aligned = self._align(weight, spectra)
         if not any(alignment.selected for alignment in aligned):
             return Decision(experts=self._records(spectra, aligned, None))
@@ -193,7 +198,7 @@ class IPMerging(Method[IPMergingParameters]):
         if "project" in self.common.stages:
             kept = _kept_directions([a for a in aligned if a.selected])
             carried = spectra[0].vectors[:, kept]
-        spectra, images = yield from finish_spectra(weight, spectra, carried)
+        spectra, images = yield from finish_spectra(weight, effort, spectra, carried)
         return self._decide(weight, spectra, aligned, kept, images)
 
     def _align(self, weight: WeightContext, spectra: list[Spectrum]) -> list[_Alignment]:

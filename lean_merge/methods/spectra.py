@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lean_merge.linalg import (
+    Deflation,
     Pass,
     Products,
     SingularSums,
@@ -29,13 +30,16 @@ MAX_SUBSPACE = 1024
 """The largest subspace size q that the paper uses."""
 EXACT_BELOW = 512
 """Weights with min(out, in) up to this are decomposed whole: as cheap as a sketch, and exact."""
-MIN_DEPTH, MAX_DEPTH = 4, 10
-"""Krylov blocks before the first look, and the last one allowed."""
+LOOK_DEPTH, MIN_DEPTH, MAX_DEPTH = 2, 4, 8
+"""Krylov blocks before the first look, before the rank may be found too small, and at most."""
 GROWN_DEPTH = MIN_DEPTH + 1
 """Krylov blocks at most once the rank has grown: its wider blocks need fewer."""
-QUADRATURE_BLOCK, QUADRATURE_DEPTH = 32, 4
-"""Probes, and quadrature nodes of each, for the sums of singular values."""
-ANGLE = 0.03
+QUADRATURE_BLOCK, QUADRATURE_DEPTHS, GROWN_QUADRATURE = 32, (3, 6), 4
+"""Probes for the sums of singular values, fewest and most quadrature nodes of each, and most where
+the rank has grown."""
+SPREAD = 0.05
+"""Spread of the sums above which more nodes are asked for."""
+ANGLE = 0.02
 """Sine of the angle error that directions which carry the update may have."""
 FAINT = 1e-30
 """Squared norm below which float32 no longer holds the products of a sketch."""
@@ -77,6 +81,8 @@ class Spectrum:
     is_whole: bool = False
     is_faint: bool = False
     """Not zero, but so small that its products underflow; its rank is then 0."""
+    settled: Deflation | None = None
+    """What a second sketch may leave out; only where it is not whole."""
 
     @property
     def has_gap(self) -> bool:
@@ -140,7 +146,7 @@ class Effort:
         columns = max(
             MAX_DEPTH * _block(self.start),
             self.depth_limit(rank) * _block(rank),
-            QUADRATURE_DEPTH * QUADRATURE_BLOCK,
+            max(QUADRATURE_DEPTHS) * QUADRATURE_BLOCK,
         )
         # q and y in the arithmetic dtype, z in float32
         krylov = columns * (in_features * (item + 4) + out_features * item)
@@ -151,7 +157,10 @@ class Effort:
         small = 10 * columns**2 * 8
         each = krylov + temporary + vectors + images + small
         # The rank grows at the first look or never.
-        passes = max(1 + MAX_DEPTH, 1 + MIN_DEPTH + 1 + GROWN_DEPTH) + 2 + QUADRATURE_DEPTH
+        passes = max(
+            1 + MAX_DEPTH + 2 + max(QUADRATURE_DEPTHS),
+            1 + MIN_DEPTH + 1 + GROWN_DEPTH + 2 + GROWN_QUADRATURE,
+        )
         return AnalysisCost(self.roles * each, block, passes)
 
 
@@ -163,11 +172,13 @@ def find_spectra(weight: WeightContext, effort: Effort, judge: Judge) -> PassesO
 
 
 def finish_spectra(
-    weight: WeightContext, spectra: list[Spectrum], carried: Tensor | None
+    weight: WeightContext, effort: Effort, spectra: list[Spectrum], carried: Tensor | None
 ) -> PassesOf[tuple[list[Spectrum], list[Tensor]]]:
     """Spectra with accurate sums, and dM_k X [out, r] for each expert where X is `carried`."""
     if not all(spectrum.is_whole for spectrum in spectra):
-        return (yield from _deflated_sums(weight, spectra, carried))
+        has_grown = spectra[0].sigma.numel() > effort.start
+        most = GROWN_QUADRATURE if has_grown else max(QUADRATURE_DEPTHS)
+        return (yield from _deflated_sums(weight, spectra, carried, most))
     if carried is None:
         return spectra, []
     wanted = Pass(times=carried.to(weight.dtype))
@@ -206,39 +217,42 @@ def _sketched(weight: WeightContext, effort: Effort, judge: Judge) -> PassesOf[l
         verdict = Verdict.MORE
         while verdict is Verdict.MORE and _depth(sketches) < effort.depth_limit(rank):
             yield from _one_pass(weight, sketches)
-            if _depth(sketches) >= MIN_DEPTH:
+            if _depth(sketches) >= LOOK_DEPTH:
                 found = weight.parallel(partial(_spectrum, rank, weight.shape), sketches)
                 spectra = _without_faint(found, weight.squared_norms())
                 may_grow = rank < effort.largest and _depth(sketches) == MIN_DEPTH
                 verdict = judge(spectra, may_grow)
         if verdict is not Verdict.GROW:
+            spectra = weight.parallel(_with_settled, list(zip(spectra, sketches, strict=True)))
             return _with_sums(weight, spectra, sketches)
         rank = min(2 * rank, effort.largest)
 
 
 def _deflated_sums(
-    weight: WeightContext, spectra: list[Spectrum], carried: Tensor | None
+    weight: WeightContext, spectra: list[Spectrum], carried: Tensor | None, most: int
 ) -> PassesOf[tuple[list[Spectrum], list[Tensor]]]:
     """A second sketch of each task vector, outside the directions that are settled."""
-    settled = [_settled(spectrum) for spectrum in spectra]
+    settled = [spectrum.settled for spectrum in spectra]
     sketches = _sketches(weight, settled, QUADRATURE_BLOCK, "sums")
-    got = yield [
-        sketch.next_pass(times=carried if role else None) for role, sketch in enumerate(sketches)
-    ]
-    images = []
-    if carried is not None:
-        images = [_times(products)[:, -carried.shape[1] :] for products in got[1:]]
-    weight.parallel(_absorb, list(zip(sketches, got, strict=True)))
     norms = weight.squared_norms()
     again = [sketch.recheck_pass(norm) for sketch, norm in zip(sketches, norms, strict=True)]
     if any(again):
-        got = yield again
-        for sketch, products in zip(sketches, got, strict=True):
+        for sketch, products in zip(sketches, (yield again), strict=True):
             if products is not None:
                 sketch.recheck(products)
-    while _depth(sketches) < QUADRATURE_DEPTH:
+    asked = [sketch.next_pass() for sketch in sketches]
+    if carried is not None:
+        times = carried.to(weight.dtype)
+        asked[1:] = [replace(one, times=times) for one in asked[1:]]
+    got = yield asked
+    images = [] if carried is None else [_times(products) for products in got[1:]]
+    weight.parallel(_absorb, list(zip(sketches, got, strict=True)))
+    while True:
+        if _depth(sketches) >= min(QUADRATURE_DEPTHS):
+            spectra = _with_sums(weight, spectra, sketches)
+            if _depth(sketches) >= most or max(_spreads(spectra)) <= SPREAD:
+                return spectra, images
         yield from _one_pass(weight, sketches)
-    return _with_sums(weight, spectra, sketches), images
 
 
 def _one_pass(weight: WeightContext, sketches: Sequence[Sketch]) -> PassesOf[None]:
@@ -254,7 +268,7 @@ def _absorb(pair: tuple[Sketch, Products | None]) -> None:
 
 
 def _sketches(
-    weight: WeightContext, deflate: Sequence[Tensor | None], block: int, purpose: str
+    weight: WeightContext, deflate: Sequence[Deflation | None], block: int, purpose: str
 ) -> list[Sketch]:
     """A fresh sketch of each task vector, kept off the directions in `deflate`."""
 
@@ -319,12 +333,18 @@ def _with_sums(
     return weight.parallel(with_sums, range(len(spectra)))
 
 
-def _settled(spectrum: Spectrum) -> Tensor:
-    """Leading right vectors whose angle error is small, for deflation."""
-    if spectrum.rank == 0:
-        return spectrum.vectors[:, :0]
-    good = (spectrum.angles < 5 * ANGLE) & (spectrum.sigma > 1e-5 * spectrum.sigma[0])
-    return spectrum.vectors[:, : int(good.long().cumprod(0).sum())]
+def _spreads(spectra: Sequence[Spectrum]) -> list[float]:
+    return [spectrum.sums.spread for spectrum in spectra if spectrum.sums is not None]
+
+
+def _with_settled(pair: tuple[Spectrum, Sketch]) -> Spectrum:
+    """With the leading directions whose angle error is small, for deflation."""
+    spectrum, sketch = pair
+    count = 0
+    if spectrum.rank:
+        good = (spectrum.angles < 5 * ANGLE) & (spectrum.sigma > 1e-5 * spectrum.sigma[0])
+        count = int(good.long().cumprod(0).sum())
+    return replace(spectrum, settled=sketch.krylov.settled(count))
 
 
 def _times(products: Products | None) -> Tensor:

@@ -39,25 +39,71 @@ def model_card(
         Markdown: what was merged, copied and skipped.
     """
     named = [_public_name(source) for source in (mllm, base, *experts)]
-    front = {
-        "base_model": list(dict.fromkeys(named)),
-        "library_name": "transformers",
-        "tags": ["merge", "lean-merge"],
-        **{key: license_fields[key] for key in _LICENSE_FIELDS if key in license_fields},
-    }
+    given = ", ".join(named[2:])
+    return _card(
+        front={
+            "base_model": list(dict.fromkeys(named)),
+            "library_name": "transformers",
+            "tags": ["merge", "lean-merge"],
+        },
+        license_fields=license_fields,
+        body=(
+            f"# {named[0].rsplit('/', 1)[-1]} merged with {given}\n\n"
+            f"The language model of {named[0]} was merged with {given} by lean-merge, without "
+            f"training. {named[1]} is the base that they were tuned from. Everything else, vision "
+            f"tower and processor included, is {named[0]}'s own.\n\n"
+            f"{summary.strip()}"
+        ),
+        recipe_yaml=recipe_yaml,
+    )
+
+
+def adapter_card(
+    *,
+    recipe_yaml: str,
+    base: str,
+    mllm: str,
+    experts: Sequence[str],
+    license_fields: Mapping[str, str],
+    summary: str,
+) -> str:
+    """The content of an adapter's README.md; the parameters are those of `model_card`."""
+    named = [_public_name(source) for source in (mllm, base, *experts)]
+    given = ", ".join(named[2:])
+    return _card(
+        front={
+            "base_model": named[0],
+            "base_model_relation": "adapter",
+            "library_name": "peft",
+            "tags": ["merge", "lean-merge", "lora"],
+        },
+        license_fields=license_fields,
+        body=(
+            f"# {given} as an adapter for {named[0].rsplit('/', 1)[-1]}\n\n"
+            f"What lean-merge adds to the language model of {named[0]} when it merges it with "
+            f"{given}, without training, as a LoRA adapter. {named[1]} is the base that they were "
+            "tuned from.\n\n"
+            "```python\n"
+            "from peft import PeftModel\n\n"
+            f"# model: {named[0]}, loaded with transformers\n"
+            'model = PeftModel.from_pretrained(model, "path/of/this/folder")\n'
+            "```\n\n"
+            f"{summary.strip()}"
+        ),
+        recipe_yaml=recipe_yaml,
+    )
+
+
+def _card(
+    *, front: dict[str, object], license_fields: Mapping[str, str], body: str, recipe_yaml: str
+) -> str:
+    front = front | {key: license_fields[key] for key in _LICENSE_FIELDS if key in license_fields}
     matter = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
     # A fence longer than any in the recipe, so that no line of it ends the block.
     runs = [len(run) for run in re.findall(r"`+", recipe_yaml)]
     fence = "`" * max(3, *(run + 1 for run in runs)) if runs else "```"
-    given = ", ".join(named[2:])
     return (
-        f"---\n{matter}---\n\n"
-        f"# {named[0].rsplit('/', 1)[-1]} merged with {given}\n\n"
-        f"The language model of {named[0]} was merged with {given} by lean-merge, without "
-        f"training. {named[1]} is the base that they were tuned from. Everything else, vision "
-        f"tower and processor included, is {named[0]}'s own.\n\n"
-        f"{summary.strip()}\n\n"
-        f"## Recipe\n\n{fence}yaml\n{recipe_yaml.strip()}\n{fence}\n"
+        f"---\n{matter}---\n\n{body}\n\n## Recipe\n\n{fence}yaml\n{recipe_yaml.strip()}\n{fence}\n"
     )
 
 

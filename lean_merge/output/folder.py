@@ -129,6 +129,25 @@ class OutputFolder:
             raise
         return folder
 
+    def add(self, shard: Shard) -> None:
+        """Reserves one more weight file, whose layout only the run could tell.
+
+        Raises
+        ------
+        BudgetError
+            The disk lacks the space.
+        OutputError
+            The file cannot be made.
+        """
+        if self._closed:
+            raise ValueError("The output folder is closed.")
+        check_free_space(self.path, shard.size, freed=0)
+        try:
+            self._reserve(shard)
+        except OSError as error:
+            raise explain(self.path, error) from error
+        self.shards = (*self.shards, shard)
+
     def _reserve(self, shard: Shard) -> None:
         file = self._partial(shard.file_name)
         os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
@@ -265,7 +284,7 @@ class OutputFolder:
                     "so something else wrote to it; run the merge again."
                 )
         names = [shard.file_name for shard in self.shards]
-        if names != [SINGLE]:
+        if len(names) > 1:
             self.write_file(f"{INDEX}{PARTIAL}", index_json(self.shards))
             names.append(INDEX)
         # Windows renames no open file.

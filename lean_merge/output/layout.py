@@ -17,6 +17,9 @@ from lean_merge.checkpoints.dtypes import LAYOUT_RANK, tensor_nbytes
 from lean_merge.checkpoints.header import MAX_HEADER
 from lean_merge.errors import OutputError
 
+ADAPTER = "adapter_model.safetensors"
+"""The weight file of an adapter."""
+
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
@@ -111,6 +114,11 @@ def plan_shards(tensors: Sequence[OutputTensor], *, shard_size: int) -> tuple[Sh
         _shard(name, group)
         for name, group in zip([SINGLE] if count == 1 else names, groups, strict=True)
     )
+
+
+def single_file(file_name: str, tensors: Sequence[OutputTensor]) -> Shard:
+    """The layout of all tensors in one file of that name. Raises OutputError as `plan_shards`."""
+    return _shard(file_name, list(tensors))
 
 
 def _shard(file_name: str, tensors: list[OutputTensor]) -> Shard:

@@ -14,8 +14,11 @@ from pathlib import Path
 
 from lean_merge.checkpoints.checkpoint import INDEX, SINGLE
 from lean_merge.errors import OutputError
+from lean_merge.output.layout import ADAPTER
 from lean_merge.output.storage import lock_folder, sync_folder
 
+_REPORTS = frozenset({"lean_merge_report.json", "lean_merge_recipe.yml"})
+"""What the output of an analysis alone is made of."""
 _OURS = frozenset({"additional_chat_templates", ".cache"})
 
 
@@ -35,7 +38,8 @@ def refuse_to_lose(folder: Path, *, overwrite: bool) -> None:
     if lock is not None:
         os.close(lock)
     names = {each.name for each in folder.iterdir()}
-    if not any(name.endswith((".safetensors", ".safetensors.partial")) for name in names):
+    model = any(name.endswith((".safetensors", ".safetensors.partial")) for name in names)
+    if not model and not names <= _REPORTS:
         raise OutputError(
             f"{folder}: is not empty and holds no model that could be overwritten; choose another "
             "folder, or empty it yourself."
@@ -70,7 +74,7 @@ class Replacement:
             return
         if not self.final.exists():
             # Both are whole here; the newer one is what that run was asked for.
-            complete = any((self.new / name).exists() for name in (INDEX, SINGLE))
+            complete = any((self.new / name).exists() for name in (INDEX, SINGLE, ADAPTER))
             os.replace(self.new if complete else self.old, self.final)
         self._delete(self.old)
 

@@ -53,6 +53,25 @@ def write_all(descriptor: int, data: memoryview, offset: int) -> None:
                 done += os.write(descriptor, part)
 
 
+def read_all(descriptor: int, out: memoryview, offset: int) -> bool:
+    """Fills `out` from `offset`; False if the file ends before. OSError."""
+    done = 0
+    while done < out.nbytes:
+        part = out[done : done + _LARGEST_WRITE]
+        if hasattr(os, "preadv"):
+            count = os.preadv(descriptor, [part], offset + done)
+        else:
+            with _seek_lock:
+                os.lseek(descriptor, offset + done, os.SEEK_SET)
+                data = os.read(descriptor, part.nbytes)
+            part[: len(data)] = data
+            count = len(data)
+        if count == 0:
+            return False
+        done += count
+    return True
+
+
 def sync_data(descriptor: int) -> None:
     """Waits until a file's bytes are on the disk. OSError."""
     if hasattr(os, "fdatasync"):

@@ -1,0 +1,78 @@
+"""The sink that keeps every update as factors of a LoRA adapter."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lean_merge.budget import STRIP_ELEMENTS
+from lean_merge.engine.sinks import Sink, Tools
+from lean_merge.engine.taskvectors import TaskVectors
+from lean_merge.engine.update import Truncated
+from lean_merge.linalg import truncate
+from lean_merge.methods import Decision
+from lean_merge.output import AdapterModule, FactorStore, StoredFactors
+from lean_merge.plan import CopyTask, Plan, WeightTask
+
+ADAPTER_ERROR = 2e-4
+"""Largest relative Frobenius error of an update that `--lora-rank auto` cuts off."""
+
+
+class AdapterSink(Sink):
+    """Factors of every update, cut to the rank that the recipe wants.
+
+    Parameters
+    ----------
+    plan
+        Of a merge whose updates are of low rank.
+    store
+        Where the factors wait.
+
+    Attributes
+    ----------
+    modules
+        Those with an update, in the order of the tasks.
+    """
+
+    def __init__(self, plan: Plan, store: FactorStore) -> None:
+        self._plan = plan
+        self._store = store
+        self._parts: list[StoredFactors] = []
+        wanted = plan.recipe.lora_rank
+        self._rank = None if isinstance(wanted, str) else wanted
+        self.modules: list[AdapterModule] = []
+
+    def copy(self, task: CopyTask, tools: Tools) -> None:
+        """An adapter holds no tensor out of scope."""
+
+    def update(
+        self, task: WeightTask, vectors: TaskVectors, decision: Decision, tools: Tools
+    ) -> Truncated | None:
+        """B [out, k] and A [k, in] to the store, with the error of the cut."""
+        out_features = vectors.shape[0]
+        if decision.left is None or decision.right is None:
+            self._parts.append(StoredFactors(out_features))
+            return None
+        cut = truncate(decision.left, decision.right, error=ADAPTER_ERROR, rank=self._rank)
+        if cut.rank == 0:
+            self._parts.append(StoredFactors(out_features))
+            return Truncated(0, cut.error)
+        b = self._append(decision.left, cut.of_left.to(decision.left.device))
+        a = self._append(cut.of_right.to(decision.right.device), decision.right)
+        self._parts.append(StoredFactors(out_features, cut.rank, a, b))
+        return Truncated(cut.rank, cut.error)
+
+    def _append(self, left: Tensor, right: Tensor) -> int:
+        """The product's rows, strip by strip; where they begin."""
+        height = max(1, STRIP_ELEMENTS // max(right.shape))
+        starts = [
+            self._store.append(torch.mm(left[first : first + height], right).cpu())
+            for first in range(0, left.shape[0], height)
+        ]
+        return starts[0]
+
+    def finish(self, task: CopyTask | WeightTask) -> None:
+        """The parts of a fused weight become one module."""
+        parts, self._parts = tuple(self._parts), []
+        if isinstance(task, WeightTask) and any(part.rank for part in parts):
+            self.modules.append(self._plan.adapter_module(task, parts))

@@ -1,0 +1,276 @@
+"""A merge as a LoRA adapter in PEFT's format: factors collected, then laid out and written.
+
+Ranks are known only once a weight was analysed, and a safetensors file begins with all shapes. So
+the factors wait on the output's disk, in a file without a name that vanishes with the process.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lean_merge.checkpoints.dtypes import safetensors_dtype
+from lean_merge.checkpoints.reader import as_bytes
+from lean_merge.errors import DataError, OutputError
+from lean_merge.output.folder import OutputFolder
+from lean_merge.output.layout import ADAPTER, OutputTensor, Shard, single_file
+from lean_merge.output.storage import explain, read_all, write_all
+
+ADAPTER_CONFIG = "adapter_config.json"
+_KEY = "base_model.model."
+_CHUNK = 1 << 20
+"""Numbers that pass through memory at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFactors:
+    """The update of rows of a module, b [rows, rank] @ a [rank, in], float32 in a `FactorStore`.
+
+    `a` and `b` are offsets there; without an update the rank is 0.
+    """
+
+    rows: int
+    rank: int = 0
+    a: int = 0
+    b: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterModule:
+    """One module of the adapter; its parts follow each other from row 0 to the last.
+
+    A fused weight has a part for each projection: A holds their rows below each other, and B is
+    block diagonal, so that the ranks add up.
+    """
+
+    name: str
+    in_features: int
+    parts: tuple[StoredFactors, ...]
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the module's weight."""
+        return sum(part.rows for part in self.parts)
+
+    @property
+    def rank(self) -> int:
+        """Of A and B."""
+        return sum(part.rank for part in self.parts)
+
+    @property
+    def key_a(self) -> str:
+        """The name of A [rank, in] as PEFT saves it."""
+        return f"{_KEY}{self.name}.lora_A.weight"
+
+    @property
+    def key_b(self) -> str:
+        """The name of B [out, rank]."""
+        return f"{_KEY}{self.name}.lora_B.weight"
+
+
+class FactorStore:
+    """Numbers on the disk of a folder, appended and read back; a context that ends them.
+
+    Raises OutputError or BudgetError where the disk refuses.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._size = 0
+        try:
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)
+        except OSError as error:
+            raise explain(folder, error) from error
+
+    def __enter__(self) -> FactorStore:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def append(self, numbers: Tensor) -> int:
+        """Keeps a contiguous CPU tensor; returns where it begins."""
+        data = as_bytes(numbers)
+        start = self._size
+        try:
+            write_all(self._file.fileno(), data, start)
+        except OSError as error:
+            raise explain(self._folder, error) from error
+        self._size += data.nbytes
+        return start
+
+    def read(self, start: int, out: Tensor) -> None:
+        """Fills a contiguous CPU tensor."""
+        try:
+            complete = read_all(self._file.fileno(), as_bytes(out), start)
+        except OSError as error:
+            raise explain(self._folder, error) from error
+        if not complete:
+            raise OutputError(
+                f"{self._folder}: the adapter's factors were cut short on the disk; run the merge "
+                "again."
+            )
+
+
+def adapter_layout(modules: Sequence[AdapterModule], dtype: torch.dtype) -> Shard:
+    """Where the factors of `modules` lie in adapter_model.safetensors."""
+    tensors = []
+    for module in modules:
+        shapes = {
+            module.key_a: (module.rank, module.in_features),
+            module.key_b: (module.out_features, module.rank),
+        }
+        for name, shape in shapes.items():
+            size = shape[0] * shape[1] * dtype.itemsize
+            tensors.append(OutputTensor(name, safetensors_dtype(dtype), shape, size))
+    return single_file(ADAPTER, tensors)
+
+
+def write_adapter(
+    folder: OutputFolder,
+    store: FactorStore,
+    modules: Sequence[AdapterModule],
+    *,
+    dtype: torch.dtype,
+    base_model: str,
+) -> None:
+    """Writes weights and adapter_config.json into an open folder, which stays unsealed.
+
+    Parameters
+    ----------
+    folder, store
+        Whereto, and where the factors are.
+    modules
+        Those with an update; at least one.
+    dtype
+        Of the factors in the file.
+    base_model
+        What the adapter belongs to: the MLLM, as the user named it.
+
+    Raises
+    ------
+    OutputError
+        There is no module, so that PEFT would refuse the adapter; or the disk refuses.
+    BudgetError
+        The disk is full.
+    """
+    if not modules:
+        raise OutputError(
+            f"{folder.final}: no weight was selected, so the adapter would be empty and PEFT would "
+            "refuse it; lower --threshold."
+        )
+    shard = adapter_layout(modules, dtype)
+    folder.add(shard)
+    chunk = torch.empty(_CHUNK)
+    for module in modules:
+        _write_a(folder, shard, store, module, dtype, chunk)
+        _write_b(folder, shard, store, module, dtype, chunk)
+    config = adapter_config(modules, base_model=base_model)
+    folder.write_file(ADAPTER_CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def _write_a(
+    folder: OutputFolder,
+    shard: Shard,
+    store: FactorStore,
+    module: AdapterModule,
+    dtype: torch.dtype,
+    chunk: Tensor,
+) -> None:
+    position = shard.offsets[module.key_a]
+    for part in module.parts:
+        count = part.rank * module.in_features
+        for start in range(0, count, _CHUNK):
+            numbers = chunk[: min(_CHUNK, count - start)]
+            store.read(part.a + start * 4, numbers)
+            data = as_bytes(_cast(numbers, dtype, module.name))
+            folder.write_at(shard, position, data)
+            position += data.nbytes
+
+
+def _write_b(
+    folder: OutputFolder,
+    shard: Shard,
+    store: FactorStore,
+    module: AdapterModule,
+    dtype: torch.dtype,
+    chunk: Tensor,
+) -> None:
+    position = shard.offsets[module.key_b]
+    before = 0
+    for part in module.parts:
+        height = max(1, _CHUNK // module.rank)
+        for start in range(0, part.rows, height):
+            rows = min(height, part.rows - start)
+            block = torch.zeros(rows, module.rank)
+            if part.rank:
+                numbers = chunk[: rows * part.rank].view(rows, part.rank)
+                store.read(part.b + start * part.rank * 4, numbers)
+                block[:, before : before + part.rank] = numbers
+            data = as_bytes(_cast(block, dtype, module.name))
+            folder.write_at(shard, position, data)
+            position += data.nbytes
+        before += part.rank
+
+
+def _cast(numbers: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    cast = numbers.to(dtype)
+    if not bool(torch.isfinite(cast).all()):
+        raise DataError(
+            f"The adapter's factors of {name} overflow {str(dtype).removeprefix('torch.')}; choose "
+            "--out-dtype float32 or bfloat16."
+        )
+    return cast
+
+
+def adapter_config(modules: Sequence[AdapterModule], *, base_model: str) -> dict[str, Any]:
+    """The content of adapter_config.json.
+
+    Every alpha is its rank, so PEFT's scaling alpha / rank is 1 everywhere, for loaders too that
+    know one alpha only. `r` is the largest rank; the patterns name the modules below it.
+    """
+    largest = max(module.rank for module in modules)
+    smaller = {module.name: module.rank for module in modules if module.rank < largest}
+    return {
+        "base_model_name_or_path": base_model,
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": smaller,
+        "alpha_pattern": smaller,
+        "target_modules": [module.name for module in modules],
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+    }
+
+
+__all__ = [
+    "ADAPTER",
+    "ADAPTER_CONFIG",
+    "AdapterModule",
+    "FactorStore",
+    "StoredFactors",
+    "adapter_config",
+    "adapter_layout",
+    "write_adapter",
+]

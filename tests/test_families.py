@@ -1,0 +1,103 @@
+"""Every family that is named is merged, reloaded and compared with the oracle."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from families import cases, load, rows_of
+from family_table import FAMILIES, Family, build, page, reloaded
+from test_end_to_end import EXACT, compare
+
+DOCS = Path(__file__).parents[1] / "docs" / "families.md"
+NAMED = """
+LLaVA, LLaVA-NeXT, LLaVA-OneVision, VipLLaVA, LLaVA (original), Qwen2-VL, Qwen2.5-VL, Qwen3-VL,
+Idefics2, Idefics3, SmolVLM, InternVL, InternVL (original), Mistral3, Pixtral, Gemma3, PaliGemma,
+Mllama, Phi-3-vision (original), Mixture of experts
+"""
+"""The families that the documentation promises; each must be in the table."""
+each_family = pytest.mark.parametrize("entry", FAMILIES, ids=lambda entry: entry.key)
+
+
+def test_every_family_that_is_named_is_tested():
+    assert {name.strip() for name in NAMED.split(",")} <= {entry.name for entry in FAMILIES}
+    assert len({entry.key for entry in FAMILIES}) == len(FAMILIES)
+    sparse = {entry.layout.mlp for entry in FAMILIES if entry.name == "Mixture of experts"}
+    assert sparse == {"each", "rows"}
+    prefixes = {
+        entry.name: {other.layout.prefix for other in FAMILIES if other.name == entry.name}
+        for entry in FAMILIES
+    }
+    for name in ("LLaVA", "LLaVA-NeXT", "Qwen2-VL", "InternVL", "Mistral3", "Gemma3", "Mllama"):
+        assert len(prefixes[name]) == 2, name
+
+
+def numbers(tensors: dict[str, torch.Tensor]) -> set[bytes]:
+    """The rows of all matrices, and the columns of stacked ones, as bytes."""
+    found = set()
+    for tensor in tensors.values():
+        if tensor.dim() == 2:
+            found.update(row.numpy().tobytes() for row in tensor)
+        elif tensor.dim() == 3:
+            for way in (tensor, tensor.transpose(1, 2).contiguous()):
+                found.update(row.numpy().tobytes() for row in way.flatten(0, 1))
+    return found
+
+
+@each_family
+def test_a_family_is_merged_and_reloaded(entry: Family, tmp_path: Path):
+    triple = build(entry, tmp_path / "in", max_shard_size="200KB")
+    before = load(triple.mllm)
+    result = triple.merge(tmp_path / "out")
+    after, rows = load(result.path), rows_of(result)
+
+    # In scope: every logical weight, decided and computed as the oracle does.
+    assert rows.keys() == {slot.canonical for slot in triple.slots}
+    compare(list(cases(triple, result)), rows, median=EXACT, worst=EXACT)
+    kinds: dict[str, set[bool]] = {}
+    for slot in triple.slots:
+        row = rows[slot.canonical]
+        assert row["selected"] is triple.is_aligned(slot.canonical)
+        assert row["name"] == slot.mllm
+        kinds.setdefault(kind(slot.canonical), set()).add(row["selected"])
+    assert all(True in decided for decided in kinds.values()), kinds
+
+    # Out of scope: every byte is the MLLM's.
+    assert after.keys() == before.keys()
+    for slot in triple.slots:
+        if not rows[slot.canonical]["selected"]:
+            assert torch.equal(slot.in_mllm.get(after), slot.in_mllm.get(before))
+        slot.in_mllm.put(after, slot.in_mllm.get(before))
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype
+        assert torch.equal(after[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+    # What was planned is what was done.
+    figures = result.report["bytes"]
+    assert figures["read_predicted_exactly"]
+    assert (figures["read"], figures["written"]) == (
+        figures["read_predicted"],
+        figures["written_predicted"],
+    )
+
+    # It loads, whole, and the merged numbers arrive in the model.
+    held, info = reloaded(entry, result.path, tmp_path / "work")
+    assert not any(info.values()), info
+    arrived = numbers(held)
+    after = load(result.path)
+    for slot in triple.slots:
+        assert all(row.numpy().tobytes() in arrived for row in slot.in_mllm.get(after).contiguous())
+
+
+def kind(canonical: str) -> str:
+    """A projection, apart for experts of each sort: "experts.gate_proj"."""
+    parts = [part for part in canonical.split(".")[2:] if not part.isdigit()]
+    return ".".join(parts)
+
+
+def test_the_page_of_families_is_up_to_date():
+    if os.environ.get("LEAN_MERGE_WRITE_DOCS") == "1":
+        DOCS.write_text(page(), encoding="utf-8")
+    assert DOCS.read_text(encoding="utf-8") == page(), "write it with LEAN_MERGE_WRITE_DOCS=1"
