@@ -27,8 +27,8 @@ SLACK = 40 << 20
 that the mathematical libraries make for each shape they meet: these settle at about 30 MiB."""
 WIDEST = 8
 """Bytes of a number in the widest dtype of an output."""
-COPY_BUFFER = 4 << 20
-"""The buffer through which tensors out of scope are copied."""
+COPY_BUFFER = 2 << 20
+"""A worker's buffer through which tensors out of scope are copied."""
 
 
 def tile_rows(in_features: int) -> int:
@@ -146,7 +146,7 @@ def host_bytes(weight: WeightShape, *, widest: int, workspace: int, workers: int
     `workspace` and `widest` are the method's: 0 where the analysis runs on another device.
     """
     analysis = workers * worker_bytes(weight, widest) + lane_bytes(weight, widest) + workspace
-    return analysis + workers * apply_bytes(weight) + COPY_BUFFER + SLACK
+    return analysis + workers * (apply_bytes(weight) + COPY_BUFFER) + SLACK
 
 
 def device_bytes(weight: WeightShape, *, widest: int, workspace: int, workers: int) -> int:

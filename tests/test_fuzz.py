@@ -574,6 +574,15 @@ def test_a_rope_theta_of_any_kind_is_no_crash(tmp_path: Path, theta: Any):
     map_roles(ours, theirs, [ours])
 
 
+@pytest.mark.parametrize("key", ["num_attention_heads", "num_key_value_heads", "head_dim"])
+def test_a_head_count_of_thousands_of_digits_is_no_count(tmp_path: Path, key: str):
+    shapes = {"model.layers.0.self_attn.q_proj.weight": (4, 4)}
+    for name, value in (("a", 4), ("b", 10**4200)):
+        save_checkpoint(tmp_path / name, shapes, config={key: value})
+    ours, theirs = (open_checkpoint(tmp_path / name) for name in "ab")
+    read_or_refuse(lambda: map_roles(ours, theirs, [ours]))
+
+
 def test_the_licence_of_a_card_cannot_swell(small: Triple, tmp_path: Path):
     from lean_merge.output import license_of
 

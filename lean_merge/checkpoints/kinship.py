@@ -41,7 +41,7 @@ def head_counts(checkpoint: Checkpoint) -> dict[str, int]:
     """What the config states of `HEADS`; a value that it leaves to a default is absent."""
     config = text_config(checkpoint)
     stated = {key: config.get(key) for key in HEADS}
-    return {key: value for key, value in stated.items() if type(value) is int and value > 0}
+    return {key: value for key, value in stated.items() if type(value) is int and 0 < value < 2**31}
 
 
 def heads(checkpoint: Checkpoint) -> Heads | None:

@@ -47,8 +47,8 @@ class TensorReader:
         How many bytes it has read so far.
     """
 
-    def __init__(self, *, max_files: int = 64) -> None:
-        self._files = DescriptorPool(os.O_RDONLY, limit=max_files)
+    def __init__(self, *, max_files: int = 64, files: DescriptorPool | None = None) -> None:
+        self._files = files or DescriptorPool(os.O_RDONLY, limit=max_files)
         self._lock = threading.Lock()
         self._seek_lock = threading.Lock()
         self.bytes_read = 0
@@ -63,6 +63,10 @@ class TensorReader:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def counting(self) -> TensorReader:
+        """A reader of the same open files with a count of its own; not to be closed."""
+        return TensorReader(files=self._files)
 
     def close(self) -> None:
         """Closes its files; it cannot read any more."""

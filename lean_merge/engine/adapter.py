@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -42,14 +44,18 @@ class AdapterSink(Sink):
         self._rank = None if isinstance(wanted, str) else wanted
         self.modules: list[AdapterModule] = []
 
-    def copy(self, task: CopyTask, tools: Tools) -> None:
+    def copy(self, task: CopyTask, tools: Tools) -> Callable[[], None]:
         """An adapter holds no tensor out of scope."""
+        return lambda: None
 
     def update(
         self, task: WeightTask, vectors: TaskVectors, decision: Decision, tools: Tools
-    ) -> Truncated | None:
+    ) -> Callable[[], Truncated | None]:
         """B [out, k] and A [k, in] to the store, with the error of the cut."""
-        out_features = vectors.shape[0]
+        cut = self._store_factors(vectors.shape[0], decision)
+        return lambda: cut
+
+    def _store_factors(self, out_features: int, decision: Decision) -> Truncated | None:
         if decision.left is None or decision.right is None:
             self._parts.append(StoredFactors(out_features))
             return None

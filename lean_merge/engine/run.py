@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,15 +21,17 @@ from lean_merge.checkpoints import (
     common_dtype,
 )
 from lean_merge.engine.prefetch import Prefetcher
-from lean_merge.engine.sinks import Sink, Tools
+from lean_merge.engine.sinks import Sink, Stored, Tools
 from lean_merge.engine.taskvectors import TaskVectors
-from lean_merge.engine.update import Truncated, Written
 from lean_merge.engine.workers import full_float32, worker_pool
 from lean_merge.memory import release_free_memory
 from lean_merge.methods import Decision, ExpertRecord, Method, WeightContext
 from lean_merge.plan import CopyTask, Plan, WeightTask, arithmetic_dtype
 
 READ_AHEAD = 512 << 20
+"""Bytes that the page cache is asked for before they are used."""
+MOST_BEGUN = 8
+"""Tasks that may be on their way to the sink at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,7 @@ class WeightResult:
     experts: tuple[ExpertRecord, ...]
     merged: bool
     squared_norms: tuple[float, ...]
-    stored: Written | Truncated | None
+    stored: Stored
     passes: int
 
 
@@ -98,29 +102,41 @@ def steps(plan: Plan, sink: Sink, result: RunResult) -> Generator[Event, None, N
     with ExitStack() as stack:
         stack.enter_context(full_float32())
         reader = stack.enter_context(TensorReader())
-        workers = stack.enter_context(worker_pool(plan.workers))
+        # The threads write into the sink, so they end before it does.
         stack.enter_context(sink)
+        workers = stack.enter_context(worker_pool(plan.workers))
         prefetcher = stack.enter_context(
             Prefetcher(reader, [_sources(task) for task in plan.tasks], ahead=READ_AHEAD)
         )
-        buffer = torch.empty(budget.COPY_BUFFER, dtype=torch.uint8)
-        engine = _Engine(plan, sink, Tools(reader, workers, buffer), result)
+        engine = _Engine(plan, sink, Tools(reader, workers), result)
+        begun: deque[_Begun] = deque()
         for index, task in enumerate(plan.tasks):
-            if isinstance(task, CopyTask):
-                with result.timed("copy"):
-                    sink.copy(task, engine.tools)
-                merged = False
-            else:
-                merged = engine.merge(task)
-                release_free_memory()
-            sink.finish(task)
-            prefetcher.used(index)
-            with before.in_force():
-                yield Event(task.tensor.name, task.tensor.nbytes, merged)
-        result.bytes_read = reader.bytes_read
-        result.non_finite = engine.tools.non_finite
+            begun.append(engine.begin(index, task))
+            last = index == len(plan.tasks) - 1
+            while begun and (last or not sink.ahead or not _may_wait(begun)):
+                event = engine.finish(begun[0])
+                prefetcher.used(begun.popleft().index)
+                with before.in_force():
+                    yield event
+        result.non_finite = sorted(engine.tools.non_finite)
         if on_cuda:
             result.peak_vram = torch.cuda.max_memory_reserved(plan.device)
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A task that is given to the sink, and what waits until each of its parts is stored."""
+
+    index: int
+    task: CopyTask | WeightTask
+    reader: TensorReader
+    parts: tuple[Callable[[], WeightResult | None], ...]
+
+
+def _may_wait(begun: Sequence[_Begun]) -> bool:
+    """Whether all that is begun may go on by itself: few tasks, and one weight's factors."""
+    weights = sum(isinstance(each.task, WeightTask) for each in begun)
+    return len(begun) < MOST_BEGUN and weights < 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,18 +180,41 @@ class _Engine:
         self._device = torch.device(plan.device)
         self._arena = torch.empty(_arena_bytes(plan), dtype=torch.uint8, device=self._device)
 
-    def merge(self, task: WeightTask) -> bool:
-        """A tensor in scope, one logical weight after another; True if any got an update."""
-        merged = False
-        for part in range(len(task.weight.slices)):
-            result = self._merge_rows(task, part)
-            self._result.weights.append(result)
-            merged = merged or result.merged
-        return merged
+    def begin(self, index: int, task: CopyTask | WeightTask) -> _Begun:
+        """Copy, or analyse and decide; what is to be stored may still be on its way."""
+        tools = replace(self.tools, reader=self.tools.reader.counting())
+        parts: tuple[Callable[[], WeightResult | None], ...]
+        if isinstance(task, CopyTask):
+            parts = (self._sink.copy(task, tools),)
+        else:
+            parts = tuple(self._parts(task, tools))
+            release_free_memory()
+        return _Begun(index, task, tools.reader, parts)
 
-    def _merge_rows(self, task: WeightTask, part: int) -> WeightResult:
+    def _parts(self, task: WeightTask, tools: Tools) -> Iterator[Callable[[], WeightResult]]:
+        """The logical weights one after another; the factors of one may wait to be stored."""
+        waiting: Callable[[], WeightResult] | None = None
+        for part in range(len(task.weight.slices)):
+            begun = self._merge(task, part, tools)
+            if waiting is not None:
+                yield partial(_same, waiting())
+            waiting = begun
+        if waiting is not None:
+            yield waiting
+
+    def finish(self, begun: _Begun) -> Event:
+        """Wait until all of a task is stored, and note what happened."""
+        with self._result.timed("copy" if isinstance(begun.task, CopyTask) else "write"):
+            weights = [weight for part in begun.parts if (weight := part()) is not None]
+        self._result.weights.extend(weights)
+        self._result.bytes_read += begun.reader.bytes_read
+        self._sink.finish(begun.task)
+        tensor = begun.task.tensor
+        return Event(tensor.name, tensor.nbytes, any(weight.merged for weight in weights))
+
+    def _merge(self, task: WeightTask, part: int, tools: Tools) -> Callable[[], WeightResult]:
         weight = task.weight.slices[part]
-        vectors = self._vectors(weight, task.resident[part])
+        vectors = self._vectors(weight, task.resident[part], tools)
         context = WeightContext(
             name=weight.canonical,
             shape=vectors.shape,
@@ -183,7 +222,7 @@ class _Engine:
             dtype=vectors.dtype,
             device=self._device,
             squared_norms=vectors.squared_norms,
-            parallel=self.tools.workers.map,
+            parallel=tools.workers.map,
         )
         with self._result.timed("analyze"):
             method = task.methods[part]
@@ -192,24 +231,24 @@ class _Engine:
             else:
                 decision, passes = self._analyze(method, vectors, context)
         with self._result.timed("write"):
-            stored = self._sink.update(task, vectors, decision, self.tools)
+            stored = self._sink.update(task, vectors, decision, tools)
         norms = vectors.squared_norms()
-        return WeightResult(
+        return lambda: WeightResult(
             name=task.tensor.name,
             canonical=weight.canonical,
             experts=_with_norms(decision, norms),
             merged=decision.merges,
             squared_norms=tuple(norms),
-            stored=stored,
+            stored=stored(),
             passes=passes,
         )
 
-    def _vectors(self, weight: LogicalWeight, resident: int) -> TaskVectors:
+    def _vectors(self, weight: LogicalWeight, resident: int, tools: Tools) -> TaskVectors:
         stored = common_dtype(source.dtype for source in weight.roles)
         return TaskVectors(
             weight,
-            reader=self.tools.reader,
-            workers=self.tools.workers,
+            reader=tools.reader,
+            workers=tools.workers,
             arena=self._arena,
             resident=resident,
             dtype=arithmetic_dtype(stored, self._plan.device),
@@ -229,6 +268,10 @@ class _Engine:
         except StopIteration as end:
             decision: Decision = end.value
         return decision, passes
+
+
+def _same(result: WeightResult) -> WeightResult:
+    return result
 
 
 def _arena_bytes(plan: Plan) -> int:

@@ -6,6 +6,7 @@ import abc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,17 +23,27 @@ from lean_merge.plan import CopyTask, Plan, WeightTask
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """What a sink works with: who reads, who computes, and a reused uint8 buffer for copies."""
+    """What a sink works with: who reads, and who computes."""
 
     reader: TensorReader
     workers: Workers
-    buffer: Tensor
-    non_finite: list[str] = field(default_factory=list)
+    non_finite: set[str] = field(default_factory=set)
     """Names of copied tensors that hold NaN or Inf."""
 
 
+Stored = Written | Truncated | None
+"""What storing an update kept of it; None where nothing was lost or nothing stored."""
+
+
 class Sink(abc.ABC):
-    """Receives the plan's tasks in order, one at a time; a context while the engine runs."""
+    """Receives the plan's tasks in order; a context while the engine runs.
+
+    What `copy` and `update` return waits until that part is stored, which may go on while later
+    tasks are given.
+    """
+
+    ahead: ClassVar[bool] = False
+    """Whether a task may be given before the one before it is finished."""
 
     def __enter__(self) -> Sink:
         return self
@@ -46,7 +57,7 @@ class Sink(abc.ABC):
         return
 
     @abc.abstractmethod
-    def copy(self, task: CopyTask, tools: Tools) -> None:
+    def copy(self, task: CopyTask, tools: Tools) -> Callable[[], None]:
         """A tensor that goes over as it is."""
 
     @abc.abstractmethod
@@ -56,11 +67,11 @@ class Sink(abc.ABC):
         vectors: TaskVectors,
         decision: Decision,
         tools: Tools,
-    ) -> Written | Truncated | None:
-        """`vectors.weight`, one of `task`'s, with its decision; what storing it kept of it."""
+    ) -> Callable[[], Stored]:
+        """`vectors.weight`, one of `task`'s, with its decision."""
 
     def finish(self, task: CopyTask | WeightTask) -> None:
-        """All of `task` was given."""
+        """All of `task` was given and is stored; in the order of the tasks."""
         return
 
 
@@ -74,6 +85,8 @@ class CheckpointSink(Sink):
     folder
         Open; it stays unsealed.
     """
+
+    ahead = True
 
     def __init__(self, plan: Plan, folder: OutputFolder) -> None:
         self._plan = plan
@@ -92,10 +105,16 @@ class CheckpointSink(Sink):
     ) -> None:
         self._flusher.__exit__(kind, error, trace)
 
-    def copy(self, task: CopyTask, tools: Tools) -> None:
+    def copy(self, task: CopyTask, tools: Tools) -> Callable[[], None]:
         """The tensor's bytes, undecoded."""
-        if not copy_tensor(tools.reader, task.source, self._writer(task), tools.buffer):
-            tools.non_finite.append(task.source.name)
+        write = self._writer(task)
+        return copy_tensor(
+            task.source,
+            write,
+            reader=tools.reader,
+            workers=tools.workers,
+            non_finite=tools.non_finite,
+        )
 
     def update(
         self,
@@ -103,7 +122,7 @@ class CheckpointSink(Sink):
         vectors: TaskVectors,
         decision: Decision,
         tools: Tools,
-    ) -> Written:
+    ) -> Callable[[], Written]:
         """The rows with the update added, rounded once."""
         output = output_rows(self._plan, task, self._writer(task))
         return write_rows(vectors, decision, output, reader=tools.reader, workers=tools.workers)
@@ -145,14 +164,15 @@ class TensorSink(Sink):
         tensor, self._tensor = self._tensor, None
         return tensor
 
-    def copy(self, task: CopyTask, tools: Tools) -> None:
+    def copy(self, task: CopyTask, tools: Tools) -> Callable[[], None]:
         """The tensor as it is stored."""
         tensor = self._fresh(task)
         tools.reader.read_into(task.source, 0, as_bytes(tensor))
+        return _nothing
 
     def update(
         self, task: WeightTask, vectors: TaskVectors, decision: Decision, tools: Tools
-    ) -> Written:
+    ) -> Callable[[], Written]:
         """The rows with the update added, rounded once."""
         if self._tensor is None:
             self._fresh(task)
@@ -174,10 +194,16 @@ class TensorSink(Sink):
 class DecisionSink(Sink):
     """Nothing: what was decided is in the engine's results."""
 
-    def copy(self, task: CopyTask, tools: Tools) -> None:
+    def copy(self, task: CopyTask, tools: Tools) -> Callable[[], None]:
         """Nothing is copied."""
+        return _nothing
 
     def update(
         self, task: WeightTask, vectors: TaskVectors, decision: Decision, tools: Tools
-    ) -> None:
+    ) -> Callable[[], None]:
         """Nothing is stored."""
+        return _nothing
+
+
+def _nothing() -> None:
+    """There is nothing to wait for."""

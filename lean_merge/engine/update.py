@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,14 @@ class Written:
     along: float
     squared: float
 
+    @classmethod
+    def of(cls, parts: Sequence[Written]) -> Written:
+        """The sums over parts."""
+        return cls(
+            along=math.fsum(part.along for part in parts),
+            squared=math.fsum(part.squared for part in parts),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Truncated:
@@ -49,20 +58,32 @@ class OutputRows:
     write: WriteBytes
 
 
-def copy_tensor(reader: TensorReader, spec: TensorSpec, write: WriteBytes, buffer: Tensor) -> bool:
-    """Copy a tensor's bytes through `buffer` (uint8) as they are; False if one is NaN or Inf."""
-    view = as_bytes(buffer[:COPY_BUFFER])
+def copy_tensor(
+    spec: TensorSpec,
+    write: WriteBytes,
+    *,
+    reader: TensorReader,
+    workers: Workers,
+    non_finite: set[str],
+) -> Callable[[], None]:
+    """Begin to copy a tensor's bytes as they are; what is returned waits for the end.
+
+    The tensor's name is added to `non_finite` if a number in it is NaN or Inf.
+    """
     dtype = torch_dtype(spec.dtype) if spec.dtype in _LOOKED_AT else None
-    finite = True
-    for start in range(0, spec.nbytes, len(view)):
-        part = view[: min(len(view), spec.nbytes - start)]
+
+    def copy(start: int) -> None:
+        buffer = workers.buffer("copy", (COPY_BUFFER,), torch.uint8)
+        part = as_bytes(buffer)[: min(COPY_BUFFER, spec.nbytes - start)]
         reader.read_into(spec, start, part)
         write(start, part)
-        if dtype is not None and finite:
+        if dtype is not None:
             # Extremes need no temporary and pass on NaN.
             ends = torch.aminmax(buffer[: len(part)].view(dtype))
-            finite = math.isfinite(float(ends.min)) and math.isfinite(float(ends.max))
-    return finite
+            if not (math.isfinite(float(ends.min)) and math.isfinite(float(ends.max))):
+                non_finite.add(spec.name)
+
+    return workers.later(copy, range(0, spec.nbytes, COPY_BUFFER)).wait
 
 
 def write_rows(
@@ -72,10 +93,11 @@ def write_rows(
     *,
     reader: TensorReader,
     workers: Workers,
-) -> Written:
-    """Write W_mllm + update, rounded once, for all rows of one logical weight.
+) -> Callable[[], Written]:
+    """Begin to write W_mllm + update, rounded once, for all rows of one logical weight.
 
-    Without an update the rows are the MLLM's own, byte for byte where the dtype is the same.
+    Without an update the rows are the MLLM's own, byte for byte where the dtype is the same. What
+    is returned waits for the end. Task vectors are needed no longer when this returns.
 
     Raises
     ------
@@ -83,11 +105,13 @@ def write_rows(
         A result is NaN or Inf, or overflows the output dtype.
     """
     writer = _RowWriter(vectors, decision, output, reader, workers)
-    parts = workers.map(writer.write_tile, range(len(vectors.tiles)))
-    return Written(
-        along=math.fsum(part.along for part in parts),
-        squared=math.fsum(part.squared for part in parts),
-    )
+    tiles = range(len(vectors.tiles))
+    if any(decision.coefficients):
+        batch = workers.start(writer.write_tile, tiles)
+        batch.wait()
+    else:
+        batch = workers.later(writer.write_tile, tiles)
+    return lambda: Written.of(batch.results())
 
 
 class _RowWriter:

@@ -28,12 +28,16 @@ class Batch(Generic[R]):
         self._error: BaseException | None = None
         self._moved = threading.Condition()
 
-    def results(self) -> list[R]:
-        """All of them in the order of the items, waited for; raises what the function raised."""
+    def wait(self) -> None:
+        """Until all items are done; raises what the function raised."""
         with self._moved:
             self._moved.wait_for(lambda: not self._running and not self.has_more)
         if self._error is not None:
             raise self._error
+
+    def results(self) -> list[R]:
+        """All of them in the order of the items, waited for as in `wait`."""
+        self.wait()
         return self._results  # type: ignore[return-value]
 
     @property
@@ -91,10 +95,14 @@ class Workers:
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
         """Results in the order of `items`; after an error no further item is begun."""
-        return self._submit(self._now, function, items).results()
+        return self.start(function, items).results()
+
+    def start(self, function: Callable[[T], R], items: Iterable[T]) -> Batch[R]:
+        """The same, not waited for."""
+        return self._submit(self._now, function, items)
 
     def later(self, function: Callable[[T], R], items: Iterable[T]) -> Batch[R]:
-        """The same, done while the threads have nothing else to do."""
+        """The same again, done while the threads have nothing else to do."""
         return self._submit(self._later, function, items)
 
     def _submit(
