@@ -145,15 +145,15 @@ from pathlib import Path
 from lean_merge import cli
 from lean_merge.engine import run as engine
 
-copied = engine._Engine.merge
-def slow(self, task):
-    result = copied(self, task)
+finish = engine._Engine.finish
+def slow(self, begun):
+    result = finish(self, begun)
     Path(sys.argv[1]).touch()
     if sys.argv[2] == "raise":
         raise RuntimeError("an error that nobody foresaw")
     time.sleep(0.05)
     return result
-engine._Engine.merge = slow
+engine._Engine.finish = slow
 cli.main(sys.argv[3:])
 """
 
