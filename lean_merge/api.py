@@ -179,7 +179,7 @@ def write_companions(plan: Plan, folder: OutputFolder, report: dict[str, Any]) -
     }
     if recipe.output == "checkpoint":
         dtype = None if recipe.out_dtype == "auto" else recipe.out_dtype
-        copy_side_files(plan.mllm.path, folder, out_dtype=dtype)
+        copy_side_files(plan.mllm.path, folder, out_dtype=dtype, decoded=bool(plan.mllm.scales))
         card = model_card(**about, summary=summary(report))
         folder.write_file("README.md", card.encode())
     elif recipe.output == "lora":

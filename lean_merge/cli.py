@@ -19,6 +19,7 @@ from tqdm import tqdm
 from lean_merge import describe
 from lean_merge.api import check_has_folder
 from lean_merge.api import merge as merge_api
+from lean_merge.checkpoints import downloads_shown
 from lean_merge.engine.run import Event
 from lean_merge.errors import LeanMergeError, RecipeError, plain
 from lean_merge.output import check_output
@@ -245,7 +246,8 @@ def merge_command(
         raise RecipeError("Missing --out, the output folder; or give --output none.")
     recipe, resources = _work(**work)
     check_has_folder(recipe, out)
-    plan = make_plan(recipe, resources)
+    with downloads_shown(not quiet):
+        plan = make_plan(recipe, resources)
     if not (quiet or as_json):
         for line in describe.warnings_of(plan):
             _echo(f"warning: {line}", err=True)
@@ -272,7 +274,8 @@ def plan_command(
     debug: Debug = False,
 ) -> None:
     """Read headers only: what would be merged and copied, memory, disk, bytes."""
-    plan = make_plan(*_work(**work))
+    with downloads_shown(not quiet):
+        plan = make_plan(*_work(**work))
     if out is not None:
         check_output(out, plan.shards, inputs=plan.inputs, overwrite=overwrite)
     if quiet:
@@ -289,7 +292,7 @@ def methods_command(as_json: Json = False, debug: Debug = False) -> None:
 
 @app.command("inspect")
 def inspect_command(
-    checkpoint: Annotated[str, typer.Argument(help="Folder, .safetensors file or hub id.")],
+    checkpoint: Annotated[str, typer.Argument(help="Folder, weight file or hub id.")],
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -176,7 +176,7 @@ def _quantised(folder: Path) -> None:
 DAMAGES: list[tuple[Callable[[Path], None], list[str]]] = [
     (_missing, ["no such folder or file"]),
     (_empty, ["holds no .safetensors weights"]),
-    (_pickled, ["pytorch_model.bin", "convert it to safetensors"]),
+    (_pickled, ["pytorch_model.bin", "no PyTorch archive"]),
     (_absent_shard, ["model-00001-of-00001.safetensors"]),
     (_shard_outside, ["model.safetensors.index.json", "../base/model.safetensors"]),
     (_truncated, ["model.safetensors: ", "truncated"]),
@@ -188,7 +188,7 @@ DAMAGES: list[tuple[Callable[[Path], None], list[str]]] = [
     (_twice, ["model-00002-of-00002.safetensors", "and so does"]),
     (_unknown_dtype, [Q_PROJ, "unknown dtype 'F33'"]),
     (_unfinished, ["unfinished lean-merge output"]),
-    (_quantised, ["quantised with gptq"]),
+    (_quantised, ["quantised with GPTQ"]),
 ]
 
 

@@ -27,6 +27,7 @@ NAMED = re.compile(r"the smallest that works is --memory (\d+)MiB\.$")
 METHODS: dict[str, dict[str, Any]] = {
     "ip-merging": {},
     "stochastic": {"rounding": "stochastic", "seed": 7},
+    "adapter": {"output": "lora"},
     "whole": {"stages": ("select", "rescale")},
     "task-arithmetic": {"merge_method": "task_arithmetic", "symmetric": True, "scale": 0.4},
 }

@@ -169,7 +169,7 @@ def memory_example() -> str:
         f"{weight.tiles} x {weight.resident_tile / MIB:.2f}": tiles,
         "**all resident: full speed**": least + tiles,
     }
-    tile = f"{budget.tile_rows(shape[1])} rows a tile, {budget.strip_rows(shape[1])} a strip"
+    tile = f"{budget.tile_rows(shape[1])} rows a tile, {budget.strip_rows(shape[1], budget.STRIP_ELEMENTS)} a strip"
     lines = [f"| {tile} | MiB |", "|---|---|"]
     lines += [f"| {what} | {size / MIB:.1f} |" for what, size in rows.items()]
     return "\n" + "\n".join(lines) + "\n"
@@ -216,6 +216,25 @@ def test_the_readmes_test_command_is_one_line_and_what_ci_extracts():
 def test_recipes_in_the_documentation_are_recipes(page: Path):
     for text in blocks(page, "yaml"):
         build_method(MergeRecipe.from_yaml(text))
+
+
+def test_the_adapter_example_of_the_readme_prints_what_it_shows(tmp_path: Path):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (found,) = re.findall(
+        r"<!-- adapter example -->\n```python\n(.*?)```\n\n```text\n(.*?)```", text, re.DOTALL
+    )
+    code, wanted = found
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == wanted
+    assert (tmp_path / "sums-adapter" / "adapter_model.safetensors").stat().st_size < 9000
 
 
 def test_the_readme_and_the_formats_show_a_recipe():

@@ -50,13 +50,16 @@ class Prefetcher:
                         self._reader.prefetch(spec, start, length)
                     self._asked += length
 
-    def used(self, index: int) -> None:
-        """Task `index` is done: its bytes no longer count as ahead, and leave the page cache."""
-        for spec, start, length in self._fetched[index]:
-            self._reader.drop(spec, start, length)
+    def begin(self, index: int) -> None:
+        """Task `index` is begun: its bytes no longer count as ahead."""
         with self._moved:
             self._used += self._sizes[index]
             self._moved.notify_all()
+
+    def done(self, index: int) -> None:
+        """Task `index` needs its bytes no longer: they leave the page cache."""
+        for spec, start, length in self._fetched[index]:
+            self._reader.drop(spec, start, length)
 
     def __enter__(self) -> Prefetcher:
         self._thread.start()

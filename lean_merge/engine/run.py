@@ -26,7 +26,7 @@ from lean_merge.engine.taskvectors import TaskVectors
 from lean_merge.engine.workers import full_float32, worker_pool
 from lean_merge.memory import release_free_memory
 from lean_merge.methods import Decision, ExpertRecord, Method, WeightContext
-from lean_merge.plan import CopyTask, Plan, WeightTask, arithmetic_dtype
+from lean_merge.plan import CopyTask, Plan, WeightTask, arithmetic_dtype, needs_analysis
 
 READ_AHEAD = 512 << 20
 """Bytes that the page cache is asked for before they are used."""
@@ -111,11 +111,12 @@ def steps(plan: Plan, sink: Sink, result: RunResult) -> Generator[Event, None, N
         engine = _Engine(plan, sink, Tools(reader, workers), result)
         begun: deque[_Begun] = deque()
         for index, task in enumerate(plan.tasks):
+            prefetcher.begin(index)
             begun.append(engine.begin(index, task))
             last = index == len(plan.tasks) - 1
             while begun and (last or not sink.ahead or not _may_wait(begun)):
                 event = engine.finish(begun[0])
-                prefetcher.used(begun.popleft().index)
+                prefetcher.done(begun.popleft().index)
                 with before.in_force():
                     yield event
         result.non_finite = sorted(engine.tools.non_finite)
@@ -166,9 +167,7 @@ class _Settings:
 
 
 def _sources(task: CopyTask | WeightTask) -> list[TensorSpec]:
-    if isinstance(task, CopyTask):
-        return [task.source]
-    return list(task.weight.extents)
+    return list(task.stored if isinstance(task, CopyTask) else task.weight.extents)
 
 
 class _Engine:
@@ -230,6 +229,7 @@ class _Engine:
                 decision, passes = _left_alone(task.filtered[part], len(weight.experts)), 0
             else:
                 decision, passes = self._analyze(method, vectors, context)
+        decision = _explained(decision, weight)
         with self._result.timed("write"):
             stored = self._sink.update(task, vectors, decision, tools)
         norms = vectors.squared_norms()
@@ -258,6 +258,9 @@ class _Engine:
         self, method: Method[Any], vectors: TaskVectors, context: WeightContext
     ) -> tuple[Decision, int]:
         """Drive the method's analysis: each time it asks, one pass over the rows."""
+        if not needs_analysis(vectors.weight) and method.cost(vectors.shape, item=4).passes:
+            nothing = ExpertRecord(False, "", rank=0, update_norm=0.0)
+            return Decision((nothing,) * len(vectors.weight.experts)), 0
         analysis = method.analyze(context)
         passes = 0
         try:
@@ -284,6 +287,17 @@ def _arena_bytes(plan: Plan) -> int:
             height = min(out_features, resident * budget.tile_rows(in_features))
             most = max(most, height * in_features * item * len(weight.others))
     return most
+
+
+def _explained(decision: Decision, weight: LogicalWeight) -> Decision:
+    """The decision with the reason of every expert that is known to change nothing."""
+    records = tuple(
+        replace(record, selected=False, reason=source.zero_because)
+        if source.zero_because
+        else record
+        for record, source in zip(decision.experts, weight.experts, strict=True)
+    )
+    return replace(decision, experts=records)
 
 
 def _left_alone(reason: str, experts: int) -> Decision:

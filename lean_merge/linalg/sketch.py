@@ -32,6 +32,8 @@ from lean_merge.linalg.passes import (
 
 _ROUNDING = 1e-5
 """Share of the whole squared norm that is not told from the rounding of float32 products."""
+_UNSEEN = 4.0
+"""How many times what random probes see of a squared norm is more than they can have missed."""
 _NEARLY_ALL = 0.02
 """Share below which what 16-bit products leave of the squared norm may be their rounding."""
 
@@ -152,23 +154,24 @@ class Sketch:
             remove_components(self._start, self._deflate)
         self._begin()
 
-    def recheck_pass(self, squared_norm: float) -> Pass | None:
-        """The pass that `recheck` expects, where the deflated vectors hold nearly all of B.
+    def doubted(self, squared_norm: float) -> Tensor | None:
+        """Vectors [in, c] float32 whose products `recheck` expects; None if all are sound.
 
-        What they leave is then a difference of two large sums, which takes float32 products.
+        Where the deflated vectors hold nearly all of B, what they leave is a difference of two
+        large sums, which takes float32 products.
         """
         if self._deflate is None or not self._rounded or not self._deflate.shape[1]:
             return None
         if self._remaining(squared_norm) > _NEARLY_ALL * squared_norm:
             return None
-        return Pass(times=self._deflate.float())
+        return self._deflate.float()
 
-    def recheck(self, products: Products) -> None:
-        """Take in the deflated vectors' float32 products."""
-        assert products.times is not None and self._deflate is not None
+    def recheck(self, times: Tensor) -> None:
+        """Take in B times the doubted vectors, [out, c] float32."""
+        assert self._deflate is not None
         vectors = self._deflate.float()
         # Lengths that are not quite 1 would pass for what is left.
-        pairs = generalized_ritz(gram64(products.times, products.times), gram64(vectors, vectors))
+        pairs = generalized_ritz(gram64(times, times), gram64(vectors, vectors))
         self._leading = pairs.theta.sqrt()
 
     def _remaining(self, squared_norm: float) -> float:
@@ -181,7 +184,8 @@ class Sketch:
             return SingularSums.of_spectrum(self._leading)
         gauss, radau, total = self._rules()
         # The difference of two large sums tells nothing once it is of the size of their rounding.
-        trusted = remaining > _ROUNDING * squared_norm
+        seen = float((gauss.mass * gauss.theta).sum()) / total
+        trusted = _ROUNDING * squared_norm < remaining <= _UNSEEN * seen * self._rest
         second_moment = remaining / self._rest if trusted else None
         above = _mean_root(gauss, total, second_moment)
         # Where nothing but rounding is left, its Radau rule has more mass than the probes.

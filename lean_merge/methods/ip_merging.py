@@ -109,7 +109,7 @@ class IPMergingParameters:
                 )
         if frozenset(self.stages) not in _STAGE_SETS or len(set(self.stages)) != len(self.stages):
             raise RecipeError(
-                f"stages {shown(list(self.stages))} is not defined; choose select; "
+                f"stages {shown(','.join(map(str, self.stages)))} is not defined; choose select; "
                 "select,rescale; select,project; or select,rescale,project."
             )
         if self.rank != "auto" and not (type(self.rank) is int and self.rank >= 1):

@@ -158,8 +158,8 @@ class Effort:
         each = krylov + temporary + vectors + images + small
         # The rank grows at the first look or never.
         passes = max(
-            1 + MAX_DEPTH + 2 + max(QUADRATURE_DEPTHS),
-            1 + MIN_DEPTH + 1 + GROWN_DEPTH + 2 + GROWN_QUADRATURE,
+            1 + MAX_DEPTH + 1 + max(QUADRATURE_DEPTHS),
+            1 + MIN_DEPTH + 1 + GROWN_DEPTH + 1 + GROWN_QUADRATURE,
         )
         return AnalysisCost(self.roles * each, block, passes)
 
@@ -234,18 +234,19 @@ def _deflated_sums(
     """A second sketch of each task vector, outside the directions that are settled."""
     settled = [spectrum.settled for spectrum in spectra]
     sketches = _sketches(weight, settled, QUADRATURE_BLOCK, "sums")
-    norms = weight.squared_norms()
-    again = [sketch.recheck_pass(norm) for sketch, norm in zip(sketches, norms, strict=True)]
-    if any(again):
-        for sketch, products in zip(sketches, (yield again), strict=True):
-            if products is not None:
-                sketch.recheck(products)
-    asked = [sketch.next_pass() for sketch in sketches]
-    if carried is not None:
-        times = carried.to(weight.dtype)
-        asked[1:] = [replace(one, times=times) for one in asked[1:]]
-    got = yield asked
-    images = [] if carried is None else [_times(products) for products in got[1:]]
+    doubted = [
+        sketch.doubted(norm) for sketch, norm in zip(sketches, weight.squared_norms(), strict=True)
+    ]
+    wanted = [None, *[carried] * (len(sketches) - 1)]
+    got = yield [
+        replace(sketch.next_pass(), times=_side_by_side(columns, again, weight.dtype))
+        for sketch, columns, again in zip(sketches, wanted, doubted, strict=True)
+    ]
+    width = 0 if carried is None else carried.shape[1]
+    images = [] if carried is None else [_times(products)[:, :width] for products in got[1:]]
+    for sketch, columns, again, products in zip(sketches, wanted, doubted, got, strict=True):
+        if again is not None:
+            sketch.recheck(_times(products)[:, 0 if columns is None else width :])
     weight.parallel(_absorb, list(zip(sketches, got, strict=True)))
     while True:
         if _depth(sketches) >= min(QUADRATURE_DEPTHS):
@@ -345,6 +346,15 @@ def _with_settled(pair: tuple[Spectrum, Sketch]) -> Spectrum:
         good = (spectrum.angles < 5 * ANGLE) & (spectrum.sigma > 1e-5 * spectrum.sigma[0])
         count = int(good.long().cumprod(0).sum())
     return replace(spectrum, settled=sketch.krylov.settled(count))
+
+
+def _side_by_side(
+    carried: Tensor | None, again: Tensor | None, dtype: torch.dtype
+) -> Tensor | None:
+    """What to multiply by in one pass: in float32 where something is doubted, else in `dtype`."""
+    if again is None:
+        return None if carried is None else carried.to(dtype)
+    return again if carried is None else torch.cat([carried.float(), again], dim=1)
 
 
 def _times(products: Products | None) -> Tensor:

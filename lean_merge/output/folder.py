@@ -178,7 +178,13 @@ class OutputFolder:
     def _partial(self, name: str) -> Path:
         return self.path / f"{name}{PARTIAL}"
 
-    def write_at(self, shard: Shard, offset: int, data: memoryview) -> None:
+    def write_at(
+        self,
+        shard: Shard,
+        offset: int,
+        data: memoryview,
+        spans: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
         """Writes bytes of tensors; returns before they are on the disk.
 
         Parameters
@@ -188,7 +194,10 @@ class OutputFolder:
         offset
             Counted from the start of the file, as in `Shard.offsets`.
         data
-            Contiguous bytes that lie inside the shard's data.
+            Contiguous bytes.
+        spans
+            Where they go, as (start, length) of each part counted from `offset`; by default all
+            together. They lie inside the shard's data.
 
         Raises
         ------
@@ -199,13 +208,19 @@ class OutputFolder:
         ValueError
             The range is not in the shard's data.
         """
-        if offset < len(shard.header) or offset + data.nbytes > shard.size:
-            raise ValueError(f"{shard.file_name} has no data at {offset}, {data.nbytes} bytes.")
+        spans = [(0, data.nbytes)] if spans is None else spans
+        for start, length in spans:
+            if offset + start < len(shard.header) or offset + start + length > shard.size:
+                raise ValueError(
+                    f"{shard.file_name} has no data at {offset + start}, {length} bytes."
+                )
         if data.nbytes == 0:
             return
-        data = data.cast("B")
+        data, done = data.cast("B"), 0
         with self._open(shard) as descriptor:
-            write_all(descriptor, data, offset)
+            for start, length in spans:
+                write_all(descriptor, data[done : done + length], offset + start)
+                done += length
         with self._counter:
             self.bytes_written += data.nbytes
 
