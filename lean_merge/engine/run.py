@@ -18,7 +18,7 @@ from lean_merge.engine.prefetch import Prefetcher
 from lean_merge.engine.results import Note, WeightResult, from_note, to_note
 from lean_merge.engine.sinks import Sink, Tools
 from lean_merge.engine.workers import Precision, full_float32, worker_pool
-from lean_merge.memory import release_free_memory
+from lean_merge.memory import release_free_memory, usage
 from lean_merge.methods import Decision, ExpertRecord
 from lean_merge.plan import CopyTask, Plan, WeightTask
 
@@ -26,6 +26,8 @@ READ_AHEAD = 512 << 20
 """Bytes that the page cache is asked for before they are used."""
 MOST_BEGUN = 8
 """Tasks that may be on their way to the sink at a time."""
+RELEASE_ABOVE = 16 << 20
+"""Bytes that free memory may grow by before it is given back; a part of the budget's slack."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +168,7 @@ class _Engine:
         self.tools = tools
         self._result = result
         self.analyst = Analyst(plan, tools.workers)
+        self._settled = 0
 
     def begin(self, index: int, task: CopyTask | WeightTask, note: Note | None) -> _Begun:
         """Copy, or analyse and decide; what is to be stored may still be on its way.
@@ -180,8 +183,14 @@ class _Engine:
             parts = (self._sink.copy(task, tools),)
         else:
             parts = tuple(self._parts(task, tools))
-            release_free_memory()
+            self._release()
         return _Begun(index, task, tools.reader, parts)
+
+    def _release(self) -> None:
+        """Give free memory back where it has grown: pages that come back cost the system time."""
+        if usage().anonymous > self._settled + RELEASE_ABOVE:
+            release_free_memory()
+            self._settled = usage().anonymous
 
     def _parts(self, task: WeightTask, tools: Tools) -> Iterator[Callable[[], WeightResult]]:
         """The logical weights one after another; the factors of one may wait to be stored."""

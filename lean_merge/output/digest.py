@@ -59,19 +59,37 @@ class RangeDigests:
     def __init__(self, starts: Iterable[int]) -> None:
         self._starts = frozenset(starts)
         self._runs: dict[int, tuple[int, int]] = {}
+        """Ends and digests of what is written without a gap, by where it begins."""
+        self._begins: dict[int, int] = {}
+        """Where each begins, by its end."""
         self._lock = threading.Lock()
 
     def add(self, offset: int, data: memoryview) -> None:
         """`data` is written at `offset`."""
-        run = None
-        if offset not in self._starts:
-            with self._lock:
-                run = self._runs.pop(offset, None)
-        start, digest = run or (offset, 0)
+        with self._lock:
+            start, digest = self._before(offset) or (offset, 0)
         # Outside the lock: zlib lets other threads run meanwhile.
         digest = zlib.crc32(data, digest)
+        end = offset + data.nbytes
         with self._lock:
-            self._runs[offset + data.nbytes] = start, digest
+            # Neighbours join at once, so that small parts in any order do not pile up.
+            if (before := self._before(start)) is not None:
+                start, digest = before[0], combine(before[1], digest, end - start)
+            if end not in self._starts and end in self._runs:
+                last, after = self._runs.pop(end)
+                del self._begins[last]
+                digest, end = combine(digest, after, last - end), last
+            if start in self._runs or end in self._begins:
+                raise ValueError(f"The bytes [{start}, {end}) were written twice.")
+            self._runs[start] = end, digest
+            self._begins[end] = start
+
+    def _before(self, offset: int) -> tuple[int, int] | None:
+        """Takes out what ends at `offset`: where it begins, and its digest."""
+        if offset in self._starts or offset not in self._begins:
+            return None
+        start = self._begins.pop(offset)
+        return start, self._runs.pop(start)[1]
 
     def take(self, start: int, length: int) -> int:
         """The digest of a range, which is then forgotten.
@@ -81,23 +99,15 @@ class RangeDigests:
         ValueError
             Not every byte of it was written, or some were twice.
         """
+        if length == 0:
+            return 0
         with self._lock:
-            inside = sorted(
-                (first, end, digest)
-                for end, (first, digest) in self._runs.items()
-                if start <= first < start + length
-            )
-            position, whole = start, 0
-            for first, end, digest in inside:
-                if first != position:
-                    break
-                whole = combine(whole, digest, end - first)
-                position = end
-            if position != start + length or (inside and inside[-1][1] != position):
+            inside = [first for first in self._runs if start <= first < start + length]
+            if inside != [start] or self._runs[start][0] != start + length:
                 raise ValueError(f"The {length} bytes at {start} were not written once each.")
-            for _, end, _ in inside:
-                del self._runs[end]
-        return whole
+            end, digest = self._runs.pop(start)
+            del self._begins[end]
+        return digest
 
 
 def range_digest(descriptor: int, start: int, length: int, buffer: memoryview) -> int | None:

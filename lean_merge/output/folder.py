@@ -260,10 +260,7 @@ class OutputFolder:
         result
             What `finished` tells of it then, as JSON has it.
 
-        Raises
-        ------
-        ValueError
-            Not every byte of it was written, or some were twice.
+        Raises ValueError if not every byte of it was written, or some were twice.
         """
         self._ledger.finish_tensor(shard, name, result)
 
