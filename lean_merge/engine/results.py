@@ -18,6 +18,11 @@ class Fallback:
     place: str
     reason: str
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether other arithmetic made the numbers."""
+        return self.place == "cpu"
+
 
 @dataclass(frozen=True, slots=True)
 class WeightResult:
