@@ -3,9 +3,9 @@
     python bench/gpu.py [--size 7b] [--layers 2] [--vram 2GiB] [--threads 2] [--folder FOLDER]
 
 The floor is reading every byte of the inputs once, one after another, then writing as much as the
-output has, with fsync: same disk, same run, and a cold page cache both times. Writes a synthetic triple
-first (about 5 GB for two layers of 7B widths) and removes it in the end. Asserts that every decision
-is the CPU's, and the bars of memory; prints a row for bench/RESULTS.md.
+output has, with fsync: same disk, same run, and a cold page cache both times. Writes a synthetic
+triple first (about 3 GB for two layers of 7B widths) and removes it in the end. Asserts that every
+decision is the CPU's, and the bars of memory; prints the figures for bench/RESULTS.md.
 """
 
 from __future__ import annotations

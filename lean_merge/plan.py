@@ -371,7 +371,8 @@ def _limits(resources: Resources, device: str) -> tuple[str, tuple[int, int], li
     if torch.device(device).type == "cuda":
         try:
             # The first call that takes memory there, and a good deal on the host.
-            vram = vram or torch.cuda.mem_get_info(torch.device(device))[0] // 2
+            free = torch.cuda.mem_get_info(torch.device(device))[0]
+            vram = vram or free // 2
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
             if resources.device != "auto":

@@ -17,7 +17,7 @@ from families import SKETCHED, Triple, cases, load, rows_of, write_triple
 from test_determinism import identity
 from test_end_to_end import EXACT, MEDIAN, WORST, compare
 
-from lean_merge import MergeResult, Resources, merge, verify
+from lean_merge import BudgetError, MergeResult, Resources, merge, verify
 from lean_merge import plan as make_plan
 from lean_merge.engine import device
 
@@ -111,7 +111,7 @@ def smallest_vram(triple: Triple) -> int:
         try:
             make_plan(triple.recipe(), Resources(device="cuda", vram=middle * MIB, threads=2))
             high = middle
-        except Exception:
+        except BudgetError:
             low = middle
     return high * MIB
 
@@ -139,7 +139,7 @@ def test_copies_go_on_a_stream_of_their_own_from_pinned_memory(
 
 
 def test_a_copy_goes_on_while_products_are_made():
-    """The call returns before the copy is done, and products that were asked for later are first."""
+    """The call returns before the copy is done; products asked for later are done before it."""
     queues = device.CudaQueues(torch.device("cuda"))
     host = torch.empty(512 * MIB, dtype=torch.uint8, pin_memory=True)
     target = torch.empty_like(host, device="cuda", pin_memory=False)

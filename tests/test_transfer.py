@@ -33,6 +33,7 @@ from lean_merge import (
     Resources,
     budget,
     merge,
+    verify,
 )
 from lean_merge import plan as make_plan
 from lean_merge.engine import analysis, device, taskvectors
@@ -40,6 +41,7 @@ from lean_merge.engine.device import BlockingQueues, is_out_of_memory
 from lean_merge.engine.transfer import Done, Parcel, Uploader
 from lean_merge.engine.workers import Workers, full_float32, worker_pool
 from lean_merge.methods import spectra
+from lean_merge.verify import ComparingSink
 
 __all__ = ["many_tiles"]
 
@@ -537,6 +539,38 @@ def test_a_fallback_is_remembered_over_an_interruption(
     result = merge(small.recipe(), tmp_path / "out", resources=resources(1))
     assert result.reused
     assert [row["place"] for row in result.report["fallbacks"]] == ["cpu, no tile resident"]
+
+
+@pytest.mark.usefixtures("through_the_ring")
+@pytest.mark.parametrize(("times", "by_cpu"), [(1, False), (2, True)])
+@pytest.mark.parametrize("during", ["merge", "verify"])
+def test_only_what_the_cpu_took_over_is_verified_within_a_last_place(
+    small: Triple,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    times: int,
+    by_cpu: bool,
+    during: str,
+):
+    compared: list[set[str]] = []
+    real = ComparingSink.differences
+
+    def differences(sink: ComparingSink, elsewhere: set[str]) -> Any:
+        compared.append(elsewhere)
+        return real(sink, elsewhere)
+
+    monkeypatch.setattr(ComparingSink, "differences", differences)
+    with pytest.MonkeyPatch.context() as patch:
+        if during == "merge":
+            Shortage(patch, "pass 1", times)
+        out = merge(small.recipe(), tmp_path / "out", resources=resources(1)).path
+    assert out is not None
+    with pytest.MonkeyPatch.context() as patch:
+        if during == "verify":
+            Shortage(patch, "pass 1", times)
+        assert verify(out, full=True, resources=resources(1)).ok
+    first = min(slot.mllm for slot in small.slots)
+    assert compared == [{first} if by_cpu else set()]
 
 
 # --- planning for a device ----------------------------------------------------------------------
