@@ -396,6 +396,9 @@ def _progress(plan: Plan, quiet: bool) -> Iterator[Callable[[Event], None]]:
         def on_event(event: Event) -> None:
             bar.set_postfix_str(event.name[-40:], refresh=False)
             bar.update(event.nbytes)
+            if not quiet:
+                for line in event.warnings:
+                    bar.write(f"warning: {line}", file=sys.stderr)
 
         yield on_event
 

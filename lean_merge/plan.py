@@ -43,6 +43,7 @@ from lean_merge.output import (
 from lean_merge.parameters import MethodTable, build_method
 from lean_merge.recipe import MergeRecipe
 from lean_merge.scope import Scope, filter_weights, positions_of
+from lean_merge.sizes import format_size
 
 DECODED_DTYPE = torch.bfloat16
 """What weights that are stored with scales are written in unless the recipe says otherwise."""
@@ -228,7 +229,8 @@ def _plan(recipe: MergeRecipe, resources: Resources, output: str) -> Plan:
         _check_low_rank(_merged(coverage, scope), by_weight)
     device, notes = resolve_device(resources.device)
     threads = _threads(resources.threads)
-    limits = _limits(resources, device)
+    device, limits, busy = _limits(resources, device)
+    notes += busy
     largest = max((tensor.nbytes for tensor in outputs.values()), default=0)
     layout = _Layout(
         methods=by_weight,
@@ -241,6 +243,15 @@ def _plan(recipe: MergeRecipe, resources: Resources, output: str) -> Plan:
         + (largest if output == "stream" else 0)
         + _decoding_bytes(mllm, min(threads, budget.LANES)),
     )
+    parts = [part for weight in _merged(coverage, scope) for part in weight.slices]
+    needed = max((layout.needs(part)[1] for part in parts), default=0)
+    if resources.device == "auto" and resources.vram is None and 0 < layout.vram < needed:
+        notes.append(
+            f"{device} has {format_size(layout.vram)} to spare and {format_size(needed)} are "
+            "needed, so the CPU is used; --device and --vram ask for it all the same"
+        )
+        layout = dataclasses.replace(layout, device="cpu", vram=0)
+    layout = dataclasses.replace(layout, held=layout.held + layout.feeding(parts))
     tasks = _tasks(mllm, coverage, scope, outputs, shards, layout)
     _check_budget([task for task in tasks if isinstance(task, WeightTask)], layout)
     unpredicted = Plan(
@@ -253,9 +264,9 @@ def _plan(recipe: MergeRecipe, resources: Resources, output: str) -> Plan:
         scope=scope,
         shards=shards,
         tasks=tasks,
-        device=device,
-        memory=limits[0],
-        vram=limits[1],
+        device=layout.device,
+        memory=layout.memory,
+        vram=layout.vram,
         threads=threads,
         workers=layout.workers,
         prediction=Prediction(0, 0, 0, 0, 0, True, True),
@@ -354,13 +365,27 @@ def needs_analysis(weight: LogicalWeight) -> bool:
     return not all(expert.zero_because for expert in weight.experts)
 
 
-def _limits(resources: Resources, device: str) -> tuple[int, int]:
-    held = memory.usage().anonymous
-    ceiling = resources.memory or held + memory.available() // 2
+def _limits(resources: Resources, device: str) -> tuple[str, tuple[int, int], list[str]]:
+    """The device, what may be used of the CPU's memory and of its, and a note if it is not usable.
+
+    Raises RecipeError if that device was asked for by name.
+    """
+    notes, vram = [], resources.vram or 0
     if torch.device(device).type == "cuda":
-        free = torch.cuda.mem_get_info(torch.device(device))[0]
-        return ceiling, resources.vram or free // 2
-    return ceiling, resources.vram or 0
+        try:
+            # The first call that takes memory there, and a good deal on the host.
+            free = torch.cuda.mem_get_info(torch.device(device))[0]
+            vram = vram or free // 2
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            if resources.device != "auto":
+                raise RecipeError(
+                    f"{device} cannot be used ({reason}); free it, or use --device cpu."
+                ) from error
+            notes.append(f"{device} cannot be used ({reason}), so the CPU is")
+            device, vram = "cpu", 0
+    held = memory.usage().anonymous
+    return device, (resources.memory or held + memory.available() // 2, vram), notes
 
 
 def arithmetic_dtype(task: torch.dtype, device: str) -> torch.dtype:
@@ -390,7 +415,8 @@ class _Layout:
     held: int
     """Anonymous bytes of the process before the merge, and of what the sink holds."""
 
-    def shape(self, weight: LogicalWeight) -> budget.WeightShape:
+    def shape(self, weight: LogicalWeight, device: str = "") -> budget.WeightShape:
+        """For the arithmetic of the plan's device, or of another."""
         task = common_dtype(source.dtype for source in weight.roles)
         out_features, in_features = weight.shape
         strip = min(out_features, budget.strip_rows(in_features, budget.READ_ELEMENTS))
@@ -401,7 +427,7 @@ class _Layout:
             roles=len(weight.others),
             stored_item=max(torch_dtype(source.dtype).itemsize for source in weight.roles),
             task_item=task.itemsize,
-            arithmetic_item=arithmetic_dtype(task, self.device).itemsize,
+            arithmetic_item=arithmetic_dtype(task, device or self.device).itemsize,
             widened=any(torch_dtype(source.dtype) != task for source in weight.roles),
             scratch=scratch[0] + max(scratch[1:]) + scratch[1],
             held=sum(source.held for source in weight.roles),
@@ -412,12 +438,12 @@ class _Layout:
     def on_cpu(self) -> bool:
         return torch.device(self.device).type == "cpu"
 
-    def cost(self, weight: LogicalWeight) -> AnalysisCost:
+    def cost(self, weight: LogicalWeight, device: str = "") -> AnalysisCost:
         """What the method's analysis of a weight costs at most, and the sink's work after it."""
         method = self.methods.get(weight.canonical)
         if method is None or not needs_analysis(weight):
             return AnalysisCost()
-        cost = method.cost(weight.shape, item=self.shape(weight).arithmetic_item)
+        cost = method.cost(weight.shape, item=self.shape(weight, device).arithmetic_item)
         if self.output != "lora":
             return cost
         # The analysis has let go of its own by then.
@@ -426,18 +452,29 @@ class _Layout:
 
     def fixed(self, weight: LogicalWeight) -> tuple[int, int]:
         """Bytes on the host and on the device with no tile resident."""
-        shape, cost = self.shape(weight), self.cost(weight)
-        if self.on_cpu:
-            host = budget.host_bytes(
-                shape, widest=cost.widest, workspace=cost.workspace, workers=self.workers
-            )
+        # The CPU's share on any device: small problems, and all if that one runs out of memory.
+        cost = self.cost(weight, "cpu")
+        host = budget.host_bytes(
+            self.shape(weight, "cpu"),
+            widest=cost.widest,
+            workspace=cost.workspace,
+            workers=self.workers,
+        )
+        if self.on_cpu or not cost.passes:
             return host, 0
-        # The small problems, and copies of vectors for them, are the CPU's on any device.
-        host = budget.host_bytes(shape, widest=0, workspace=cost.workspace, workers=self.workers)
+        cost = self.cost(weight)
         device = budget.device_bytes(
-            shape, widest=cost.widest, workspace=cost.workspace, workers=self.workers
+            self.shape(weight), widest=cost.widest, workspace=cost.workspace, workers=self.workers
         )
         return host, device
+
+    def feeding(self, weights: Sequence[LogicalWeight]) -> int:
+        """Bytes on the host for bringing tiles to the device: pinned ones, and its libraries'."""
+        if self.on_cpu or not any(self.cost(weight).passes for weight in weights):
+            return 0
+        largest = max(self.shape(weight).resident_tile for weight in weights)
+        slots = budget.ring_slots(self.workers)
+        return budget.ring_bytes(largest, slots) + budget.DEVICE_LIBRARIES
 
     def needs(self, weight: LogicalWeight) -> tuple[int, int]:
         """Bytes on host and device without which the weight cannot be merged."""
@@ -481,7 +518,8 @@ class _Layout:
             if any(not source.is_difference for source in wanted):
                 wanted.append(weight.base)
             if wanted:
-                total += _bytes(wanted, again)
+                # Those that stay on a device are not brought back.
+                total += _bytes(wanted, again if self.on_cpu else tiles)
                 exact = exact and (passes == 0 or not again)
         return total, exact
 
