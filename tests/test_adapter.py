@@ -417,6 +417,7 @@ def test_the_file_is_what_save_file_writes(adapted: Adapted, tmp_path: Path):
         "README.md",
         CONFIG,
         WEIGHTS,
+        "lean_merge_journal.jsonl",
         "lean_merge_recipe.yml",
         "lean_merge_report.json",
     ]
@@ -435,8 +436,9 @@ def test_another_run_with_more_threads_gives_the_same_bytes(adapted: Adapted, tm
 
 def test_an_adapter_is_replaced_only_when_told(small: Triple, tmp_path: Path):
     first = small.merge(tmp_path / "out", output="lora")
+    assert small.merge(tmp_path / "out", output="lora").was_complete
     with pytest.raises(OutputError, match="--overwrite"):
-        small.merge(tmp_path / "out", output="lora")
+        small.merge(tmp_path / "out", output="lora", lora_rank=1)
     recipe = small.recipe(output="lora", lora_rank=1)
     again = merge(recipe, tmp_path / "out", resources=CPU, overwrite=True)
     assert config_of(again.path)["r"] == 1
@@ -452,7 +454,11 @@ def test_a_failure_leaves_no_adapter(
     monkeypatch.setattr(FactorStore, "append", fail)
     with pytest.raises(OutputError, match="gone"):
         small.merge(tmp_path / "out", output="lora")
-    assert list((tmp_path / "out").iterdir()) == []
+    names = [each.name for each in (tmp_path / "out").iterdir()]
+    assert names == ["lean_merge_journal.jsonl.partial"]
+    monkeypatch.undo()
+    small.merge(tmp_path / "out", output="lora")
+    assert (tmp_path / "out" / WEIGHTS).exists()
 
 
 def test_an_adapter_that_was_not_sealed_is_visibly_unfinished(

@@ -163,13 +163,17 @@ def memory_example() -> str:
         lanes: budget.lane_bytes(weight, cost.widest),
         "workspace: Krylov blocks, vectors, images, small problems": cost.workspace,
         f"writing: 2 x {apply / MIB:.1f}": 2 * apply,
-        "copy buffer and slack": budget.COPY_BUFFER + budget.SLACK,
+        "copy buffers and slack": 2 * budget.COPY_BUFFER + budget.SLACK,
         "**no tile resident: the smallest that works**": least,
         f"all {weight.tiles} tiles of two task vectors: "
         f"{weight.tiles} x {weight.resident_tile / MIB:.2f}": tiles,
         "**all resident: full speed**": least + tiles,
     }
-    tile = f"{budget.tile_rows(shape[1])} rows a tile, {budget.strip_rows(shape[1], budget.STRIP_ELEMENTS)} a strip"
+    read, written = (
+        budget.strip_rows(shape[1], elements)
+        for elements in (budget.READ_ELEMENTS, budget.STRIP_ELEMENTS)
+    )
+    tile = f"{budget.tile_rows(shape[1])} rows a tile, {read} read and {written} written at once"
     lines = [f"| {tile} | MiB |", "|---|---|"]
     lines += [f"| {what} | {size / MIB:.1f} |" for what, size in rows.items()]
     return "\n" + "\n".join(lines) + "\n"

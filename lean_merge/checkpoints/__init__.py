@@ -14,6 +14,7 @@ from lean_merge.checkpoints.dtypes import (
 )
 from lean_merge.checkpoints.header import TensorSpec, read_header
 from lean_merge.checkpoints.hub import downloads_shown
+from lean_merge.checkpoints.identity import identify
 from lean_merge.checkpoints.modules import module_name
 from lean_merge.checkpoints.names import (
     Coverage,
@@ -42,6 +43,7 @@ __all__ = [
     "common_dtype",
     "decoded_matrices",
     "downloads_shown",
+    "identify",
     "language_layout",
     "map_roles",
     "module_name",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ class AdapterSink(Sink):
         ]
         return starts[0]
 
-    def finish(self, task: CopyTask | WeightTask) -> None:
+    def finish(self, task: CopyTask | WeightTask, note: Any) -> None:
         """The parts of a fused weight become one module."""
         parts, self._parts = tuple(self._parts), []
         if isinstance(task, WeightTask) and any(part.rank for part in parts):

@@ -6,7 +6,7 @@ import abc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -80,8 +80,19 @@ class Sink(abc.ABC):
     ) -> Callable[[], Stored]:
         """`vectors.weight`, one of `task`'s, with its decision."""
 
-    def finish(self, task: CopyTask | WeightTask) -> None:
-        """All of `task` was given and is stored; in the order of the tasks."""
+    def finished(self, task: CopyTask | WeightTask) -> Any:
+        """What `finish` was told of `task` by an interrupted run whose bytes are used; else None.
+
+        Such a task is not given.
+        """
+        del task
+        return None
+
+    def finish(self, task: CopyTask | WeightTask, note: Any) -> None:
+        """All of `task` was given and is stored; in the order of the tasks.
+
+        `note` is what to tell of it later, as JSON has it.
+        """
         return
 
 
@@ -129,6 +140,14 @@ class CheckpointSink(Sink):
         """The rows with the update added, rounded once."""
         output = output_rows(self._plan, task, self._writer(task))
         return write_rows(vectors, decision, output, reader=tools.reader, workers=tools.workers)
+
+    def finished(self, task: CopyTask | WeightTask) -> Any:
+        """From the folder's journal."""
+        return self._folder.finished.get(task.tensor.name)
+
+    def finish(self, task: CopyTask | WeightTask, note: Any) -> None:
+        """Goes to the folder's journal once the bytes are on the disk."""
+        self._folder.finish_tensor(self._plan.shards[task.shard], task.tensor.name, note)
 
     def _writer(self, task: CopyTask | WeightTask) -> WriteBytes:
         shard = self._plan.shards[task.shard]

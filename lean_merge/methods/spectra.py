@@ -59,8 +59,8 @@ class Verdict(Enum):
     DONE = "done"
 
 
-Judge = Callable[[list["Spectrum"], bool], Verdict]
-"""Judges spectra; the flag says whether the rank may still grow."""
+Judge = Callable[[list["Spectrum"], int, bool], Verdict]
+"""Judges spectra from so many Krylov blocks; the flag says whether the rank may still grow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +221,7 @@ def _sketched(weight: WeightContext, effort: Effort, judge: Judge) -> PassesOf[l
                 found = weight.parallel(partial(_spectrum, rank, weight.shape), sketches)
                 spectra = _without_faint(found, weight.squared_norms())
                 may_grow = rank < effort.largest and _depth(sketches) == MIN_DEPTH
-                verdict = judge(spectra, may_grow)
+                verdict = judge(spectra, _depth(sketches), may_grow)
         if verdict is not Verdict.GROW:
             spectra = weight.parallel(_with_settled, list(zip(spectra, sketches, strict=True)))
             return _with_sums(weight, spectra, sketches)

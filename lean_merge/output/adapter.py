@@ -127,10 +127,10 @@ class FactorStore:
     def read(self, start: int, out: Tensor) -> None:
         """Fills a contiguous CPU tensor."""
         try:
-            complete = read_all(self._file.fileno(), as_bytes(out), start)
+            count = read_all(self._file.fileno(), as_bytes(out), start)
         except OSError as error:
             raise explain(self._folder, error) from error
-        if not complete:
+        if count != out.nbytes:
             raise OutputError(
                 f"{self._folder}: the adapter's factors were cut short on the disk; run the merge "
                 "again."
