@@ -49,7 +49,7 @@ class TensorReader:
     """
 
     def __init__(self, *, max_files: int = 64, files: DescriptorPool | None = None) -> None:
-        self._files = files or DescriptorPool(os.O_RDONLY, limit=max_files)
+        self._files = DescriptorPool(os.O_RDONLY, limit=max_files) if files is None else files
         self._lock = threading.Lock()
         self._seek_lock = threading.Lock()
         self.bytes_read = 0
