@@ -28,6 +28,8 @@ from measure import GB, MIB, Floor, note
 from probe import Probed, probe
 from synthetic import SIZES, Recipe, Shapes, add_size, is_planted, shapes_of, write_triple
 
+from lean_merge.methods.spectra import EXACT_BELOW
+
 MOST, MOST_LORA = 1.15, 0.7
 FEW = {"7b": 4, "13b": 2, "33b": 1, "70b": 1, "405b": 1}
 """Layers of the larger sizes unless others are asked for."""
@@ -108,6 +110,8 @@ def chosen(shapes: Shapes) -> list[str]:
     """
     recipe = Recipe()
     order = sorted(shapes.weights, key=lambda n: (_size(shapes, n), n))
+    # Those that are decomposed whole test no sketch.
+    order = [n for n in order if min(shapes.weights[n]) > EXACT_BELOW] or order
     aligned = [name for name in order if is_planted(name, recipe)]
     first = {shapes.weights[name]: name for name in reversed(aligned)}
     picked = sorted(first.values(), key=lambda n: _size(shapes, n))[: CHECKED - 1]
@@ -175,14 +179,16 @@ def missed(rounds: Sequence[Round]) -> list[str]:
 
 
 @contextmanager
-def triple_of(arguments: argparse.Namespace, shapes: Shapes) -> Iterator[Path]:
+def triple_of(
+    arguments: argparse.Namespace, shapes: Shapes, *, text: bool = False
+) -> Iterator[Path]:
     """The triple that is given, or a new one that is removed afterwards."""
     if arguments.triple is not None:
         yield arguments.triple
         return
-    with measure.scratch(arguments.scratch, shapes.nbytes * 5 // 3) as folder:
+    with measure.scratch(arguments.scratch, shapes.nbytes * 2) as folder:
         note(f"writing a triple of {shapes.nbytes / GB:.1f} GB")
-        write_triple(folder, shapes)
+        write_triple(folder, shapes, text=text)
         yield folder
 
 
