@@ -55,7 +55,8 @@ class Finished:
     """A process that ended well: wall seconds, CPU seconds, peak bytes, what it printed."""
 
     seconds: float
-    cpu: float
+    user: float
+    system: float
     peak_anonymous: int
     peak_rss: int
     output: str
@@ -144,7 +145,7 @@ def watch(command: Sequence[str | Path], **environment: str) -> Finished:
 
     Raises RuntimeError with what it printed if it fails.
     """
-    before = _cpu_of_children()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
         start = time.perf_counter()
         process = subprocess.Popen(
@@ -170,12 +171,9 @@ def watch(command: Sequence[str | Path], **environment: str) -> Finished:
         if process.returncode != 0:
             said = text + errors.read().decode(errors="replace")
             raise RuntimeError(f"{command[0]} ended with {process.returncode}: {said[-4000:]}")
-    return Finished(seconds, _cpu_of_children() - before, anonymous, rss, text)
-
-
-def _cpu_of_children() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    user, system = after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime
+    return Finished(seconds, user, system, anonymous, rss, text)
 
 
 def _memory(pid: int) -> tuple[int, int]:
@@ -224,6 +222,12 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     """Median, and all values in the order measured."""
     each = ", ".join(f"{value:.{digits}f}" for value in values)
     return f"{median(values):.{digits}f} ({each})"
+
+
+def cpu(runs: Sequence[Finished]) -> str:
+    """Median CPU seconds, in the program and in the system."""
+    user, system = (median(getattr(run, part) for run in runs) for part in ("user", "system"))
+    return f"{user:.1f} + {system:.1f}"
 
 
 def note(text: str) -> None:

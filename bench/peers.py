@@ -215,7 +215,7 @@ def compare(
             f"{starts[name.split()[0]]:.1f}",
             f"{max(done.peak_anonymous for done in each) / MIB:.0f}",
             f"{max(done.peak_rss for done in each) / MIB:.0f}",
-            f"{median(done.cpu for done in each):.0f}",
+            measure.cpu(each),
         ]
         for name, each in runs.items()
     ]
@@ -231,7 +231,7 @@ def compare(
         ]
     )
     header = [f"{arguments.size}, {shapes.layers} layers, {read / GB:.1f} GB", "process s"]
-    header += ["of which starting s", "peak anonymous MiB", "peak RSS MiB", "CPU s"]
+    header += ["of which starting s", "peak anonymous MiB", "peak RSS MiB", "CPU s, user + system"]
     return measure.table(header, rows) + "\n\n" + verdict(*list(runs.values())[:2])
 
 

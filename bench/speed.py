@@ -146,11 +146,17 @@ def report(arguments: argparse.Namespace, shapes: Shapes, rounds: Sequence[Round
                 measure.spread(direct) if direct else "not to be had",
                 f"{max(run.peak for run in runs) / MIB:.0f}",
                 f"{max(run.process.peak_rss for run in runs) / MIB:.0f}",
-                f"{median(run.process.cpu for run in runs):.1f}",
+                measure.cpu([run.process for run in runs]),
             ]
         )
     header = ["triple", "output", "GB read", "GB written", "merge s", "process s", "floor s"]
-    header += ["merge / floor", "merge / direct floor", "peak MiB", "peak RSS MiB", "CPU s"]
+    header += [
+        "merge / floor",
+        "merge / direct floor",
+        "peak MiB",
+        "peak RSS MiB",
+        "CPU s, user + system",
+    ]
     return measure.table(header, rows)
 
 

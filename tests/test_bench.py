@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the page cache 
 
 
 @pytest.fixture(scope="module", autouse=True)
-def scripts() -> None:
+def scripts() -> Iterator[None]:
     """The benchmarks import each other as modules beside them."""
     sys.path.insert(0, str(BENCH))
     yield
@@ -43,9 +44,8 @@ def script(name: str, *options: object) -> str:
 
 def test_speed_measures_floors_and_checks_the_outputs(tiny: Path) -> None:
     before = sorted(tiny.iterdir())
-    options = ("--size", "tiny", "--rounds", 1, "--lora", "--no-targets", "--triple", tiny)
-    text = script("speed", *options)
-    assert "| tiny, 2 layers | checkpoint |" in text and "| adapter |" in text
+    text = script("speed", "--size", "tiny", "--rounds", 1, "--no-targets", "--triple", tiny)
+    assert "| tiny, 2 layers | checkpoint |" in text
     assert "Against the float64 oracle" in text and "not selected, by both" in text
     assert sorted(tiny.iterdir()) == before, "it was to clean up"
 
@@ -110,9 +110,14 @@ def test_a_wrong_output_fails_the_checks(tiny: Path) -> None:
         truth.check_stored(tiny, tiny / "mllm", name, update)
 
 
-def test_the_profile_names_what_takes_the_time(tiny: Path) -> None:
-    text = script("profile_merge", "--size", "tiny", "--triple", tiny)
-    assert "| reading rows |" in text and "| whole spectra of small weights |" in text
+def test_the_profile_names_what_takes_the_time(tiny: Path, tmp_path: Path) -> None:
+    import profile_merge
+
+    clock, wall, cpu, _ = profile_merge.profiled(tiny, tmp_path / "out")
+    assert clock.cpu["whole spectra of small weights"] > 0.2 * cpu
+    assert sum(clock.cpu.values()) <= cpu
+    text = profile_merge.report_of(clock, wall, cpu)
+    assert "| reading rows |" in text and "| writing |" in text
 
 
 def test_results_have_their_mark_and_every_script_its_command() -> None:
