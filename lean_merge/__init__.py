@@ -14,6 +14,7 @@ from lean_merge.errors import (
 )
 from lean_merge.plan import Plan, Resources, plan
 from lean_merge.recipe import Expert, MergeRecipe
+from lean_merge.verify import Verification, verify
 from lean_merge.version import __version__
 
 __all__ = [
@@ -31,9 +32,11 @@ __all__ = [
     "Plan",
     "RecipeError",
     "Resources",
+    "Verification",
     "__version__",
     "merge",
     "open_checkpoint",
     "plan",
     "stream",
+    "verify",
 ]

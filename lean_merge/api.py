@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,19 @@ from typing import Any
 from torch import Tensor
 
 from lean_merge import memory
+from lean_merge.checkpoints.jsonfile import read_object
 from lean_merge.engine.adapter import AdapterSink
 from lean_merge.engine.run import Event, RunResult, run, steps
 from lean_merge.engine.sinks import CheckpointSink, DecisionSink, TensorSink
-from lean_merge.errors import RecipeError
+from lean_merge.errors import CheckpointError, RecipeError
+from lean_merge.identity import inputs, run_facts
 from lean_merge.output import (
     FactorStore,
     OutputFolder,
     adapter_card,
+    changed_input,
     copy_side_files,
+    find_complete,
     license_of,
     model_card,
     write_adapter,
@@ -30,14 +34,21 @@ from lean_merge.recipe import MergeRecipe
 from lean_merge.report import REPORT, adapter_summary, build_report, summary, to_json
 
 RECIPE = "lean_merge_recipe.yml"
+_MAX_REPORT = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class MergeResult:
-    """A finished merge: where it is, None if nothing was written, and its report."""
+    """A finished merge: where it is, None if nothing was written, and its report.
+
+    `reused` is how many tensors an interrupted run had written; `was_complete` tells that the
+    output was there already and nothing was done.
+    """
 
     path: Path | None
     report: dict[str, Any]
+    reused: int = 0
+    was_complete: bool = False
 
 
 def merge(
@@ -46,12 +57,16 @@ def merge(
     *,
     resources: Resources | None = None,
     overwrite: bool = False,
+    resume: bool = True,
     on_event: Callable[[Event], None] | None = None,
 ) -> MergeResult:
     """Merge, and write what the recipe's `output` says.
 
     That is a checkpoint that `from_pretrained` loads, an adapter that PEFT loads, or with `none`
     the report alone, into `out` if there is one.
+
+    Onto the unfinished output of the same merge it goes on where that stopped; onto the complete
+    one there is nothing to do.
 
     Parameters
     ----------
@@ -63,6 +78,8 @@ def merge(
         Device, memory and threads, for a recipe; a plan has its own.
     overwrite
         Replace what `out` holds, once the new is complete.
+    resume
+        Use what an interrupted run left; else it is removed, and all is written anew.
     on_event
         Called after each tensor is written.
 
@@ -77,20 +94,69 @@ def merge(
     with memory.PeakSampler() as sampler:
         baseline = sampler.peak
         plan = work if isinstance(work, Plan) else make_plan(work, resources)
-        with _folder(plan, out, overwrite=overwrite) as folder:
-            result = _carry_out(plan, folder, on_event or (lambda event: None))
-            sampler.sample()
-            report = build_report(
-                plan,
-                result,
-                bytes_written=0 if folder is None else folder.bytes_written + _headers(folder),
-                peak=sampler.peak,
-                baseline=baseline,
-            )
-            if folder is not None:
-                write_companions(plan, folder, report)
-                folder.seal()
-    return MergeResult(path=None if folder is None else folder.final, report=report)
+        if out is None:
+            return MergeResult(None, _merge(plan, None, sampler, baseline, on_event))
+        folder_path = Path(out)
+        facts = run_facts(plan, folder_path)
+        if resume:
+            complete = find_complete(folder_path, plan.shards, inputs=plan.inputs, run=facts)
+            if complete is not None:
+                report = read_report(complete)
+                return MergeResult(complete, report, reused=len(plan.tasks), was_complete=True)
+        with OutputFolder.create(
+            folder_path,
+            plan.shards,
+            inputs=plan.inputs,
+            overwrite=overwrite,
+            run=facts,
+            resume=resume,
+        ) as folder:
+            reused = len(folder.finished)
+            report = _merge(plan, folder, sampler, baseline, on_event)
+            check_unchanged(plan, folder_path, facts)
+            write_companions(plan, folder, report)
+            folder.seal()
+    return MergeResult(folder.final, report, reused=reused)
+
+
+def _merge(
+    plan: Plan,
+    folder: OutputFolder | None,
+    sampler: memory.PeakSampler,
+    baseline: memory.Usage,
+    on_event: Callable[[Event], None] | None,
+) -> dict[str, Any]:
+    """Run the plan into the sink of its output; the report."""
+    result = _carry_out(plan, folder, on_event or (lambda event: None))
+    sampler.sample()
+    return build_report(
+        plan,
+        result,
+        bytes_written=0 if folder is None else sum(shard.size for shard in folder.shards),
+        peak=sampler.peak,
+        baseline=baseline,
+    )
+
+
+def check_unchanged(plan: Plan, out: Path, facts: dict[str, Any]) -> None:
+    """Raise CheckpointError if an input is not what it was when the merge began."""
+    now = inputs(plan, out)
+    if now != facts["inputs"]:
+        change = changed_input(facts["inputs"], now)
+        raise CheckpointError(
+            f"{out}: is not sealed, because {change}, while it was read; merge again with "
+            "--no-resume once nothing changes it any more."
+        )
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """The report of a complete output. Raises CheckpointError."""
+    return read_object(
+        folder / REPORT,
+        limit=_MAX_REPORT,
+        what="the report",
+        mend="merge again with --overwrite --no-resume",
+    )
 
 
 def check_has_folder(recipe: MergeRecipe, out: str | Path | None) -> None:
@@ -133,18 +199,10 @@ def _tensors(plan: Plan) -> Generator[tuple[str, Tensor], None, None]:
             yield event.name, sink.take()
 
 
-def _folder(
-    plan: Plan, out: str | Path | None, *, overwrite: bool
-) -> AbstractContextManager[OutputFolder | None]:
-    if out is None:
-        return nullcontext()
-    return OutputFolder.create(Path(out), plan.shards, inputs=plan.inputs, overwrite=overwrite)
-
-
 def _carry_out(
     plan: Plan, folder: OutputFolder | None, on_event: Callable[[Event], None]
 ) -> RunResult:
-    """Run the plan into the sink of its output."""
+    """The plan into the sink of its output."""
     if folder is None or plan.recipe.output == "none":
         return run(plan, DecisionSink(), on_event)
     if plan.recipe.output == "checkpoint":
@@ -163,10 +221,6 @@ def _carry_out(
     return result
 
 
-def _headers(folder: OutputFolder) -> int:
-    return sum(len(shard.header) for shard in folder.shards)
-
-
 def write_companions(plan: Plan, folder: OutputFolder, report: dict[str, Any]) -> None:
     """Recipe, report and card; beside a checkpoint the MLLM's side files too."""
     recipe = plan.recipe
@@ -179,7 +233,7 @@ def write_companions(plan: Plan, folder: OutputFolder, report: dict[str, Any]) -
     }
     if recipe.output == "checkpoint":
         dtype = None if recipe.out_dtype == "auto" else recipe.out_dtype
-        copy_side_files(plan.mllm.path, folder, out_dtype=dtype)
+        copy_side_files(plan.mllm.path, folder, out_dtype=dtype, decoded=bool(plan.mllm.scales))
         card = model_card(**about, summary=summary(report))
         folder.write_file("README.md", card.encode())
     elif recipe.output == "lora":

@@ -72,7 +72,9 @@ class WeightShape:
     widened: bool = False
     """Whether any input is stored in another dtype than the task vectors'."""
     scratch: int = 0
-    """Bytes that a worker holds to decode tiles of base, one role and the MLLM's rows."""
+    """Bytes that a worker holds to decode strips of base, one role and the MLLM's rows."""
+    held: int = 0
+    """Bytes that are kept beside the rows while the weight is merged, such as scales."""
     columns: bool = False
     """Whether a role's rows are stored as columns, and so are read a tile at a time."""
 
@@ -146,7 +148,9 @@ def host_bytes(weight: WeightShape, *, widest: int, workspace: int, workers: int
     `workspace` and `widest` are the method's: 0 where the analysis runs on another device.
     """
     analysis = workers * worker_bytes(weight, widest) + lane_bytes(weight, widest) + workspace
-    return analysis + workers * (apply_bytes(weight) + COPY_BUFFER) + SLACK
+    # The one before it may still be written, with what it keeps.
+    kept = 2 * weight.held
+    return analysis + workers * (apply_bytes(weight) + COPY_BUFFER) + kept + SLACK
 
 
 def device_bytes(weight: WeightShape, *, widest: int, workspace: int, workers: int) -> int:

@@ -19,16 +19,19 @@ from tqdm import tqdm
 from lean_merge import describe
 from lean_merge.api import check_has_folder
 from lean_merge.api import merge as merge_api
+from lean_merge.checkpoints import downloads_shown
 from lean_merge.engine.run import Event
 from lean_merge.errors import LeanMergeError, RecipeError
+from lean_merge.identity import run_facts
 from lean_merge.output import check_output
 from lean_merge.plan import Plan, Resources
 from lean_merge.plan import plan as make_plan
 from lean_merge.recipe import MergeRecipe, load_recipe_file
 from lean_merge.sizes import parse_size
+from lean_merge.verify import verify
 from lean_merge.version import __version__
 
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 5
+EXIT_FAILED, EXIT_USAGE, EXIT_DIFFERENT, EXIT_INTERRUPTED = 1, 2, 3, 5
 _SIGINT_OF_TYPER = 130
 _CommandLineError: type[Any] = next(
     each for each in typer.BadParameter.__mro__ if each.__name__ == "ClickException"
@@ -99,6 +102,9 @@ Vram = Annotated[str | None, typer.Option(help="Ceiling on device memory.")]
 Threads = Annotated[
     int | None,
     typer.Option(help="Worker threads, of which 4 are used at most; default one a processor."),
+]
+NoResume = Annotated[
+    bool, typer.Option("--no-resume", help="Start over instead of going on with unfinished output.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
@@ -200,13 +206,17 @@ def _work(
         "seed": seed,
         "allow_partial": allow_partial or None,
     }
-    resources = Resources(
+    resources = _resources(device, memory, vram, threads)
+    return _recipe(recipe, wanted, parameters), resources
+
+
+def _resources(device: str, memory: str | None, vram: str | None, threads: int | None) -> Resources:
+    return Resources(
         device=device,
         memory=None if memory is None else parse_size(memory),
         vram=None if vram is None else parse_size(vram),
         threads=threads,
     )
-    return _recipe(recipe, wanted, parameters), resources
 
 
 def _shares_options_of_work(command: Callable[..., None]) -> Callable[..., None]:
@@ -236,21 +246,31 @@ def merge_command(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output once the new is complete.")
     ] = False,
+    no_resume: NoResume = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Merge, and write a checkpoint that from_pretrained loads, or an adapter that PEFT loads."""
+    """Merge, and write a checkpoint that from_pretrained loads, or an adapter that PEFT loads.
+
+    Onto its own unfinished output it goes on where it stopped; onto its own complete output there
+    is nothing to do.
+    """
     if out is None and work["recipe"] is None and work["output"] != "none":
         raise RecipeError("Missing --out, the output folder; or give --output none.")
     recipe, resources = _work(**work)
     check_has_folder(recipe, out)
-    plan = make_plan(recipe, resources)
+    with downloads_shown(not quiet):
+        plan = make_plan(recipe, resources)
     if not (quiet or as_json):
         for line in describe.warnings_of(plan):
             typer.echo(f"warning: {line}", err=True)
     with _progress(plan, quiet) as on_event:
-        result = merge_api(plan, out, overwrite=overwrite, on_event=on_event)
+        result = merge_api(plan, out, overwrite=overwrite, resume=not no_resume, on_event=on_event)
+    if not (quiet or as_json) and result.was_complete:
+        typer.echo(f"{result.path} is complete already; nothing to do.", err=True)
+    elif not (quiet or as_json) and result.reused:
+        typer.echo(f"{result.reused} of {len(plan.tasks)} tensors were on the disk.", err=True)
     if as_json:
         typer.echo(json.dumps(result.report))
     elif not quiet:
@@ -267,17 +287,65 @@ def plan_command(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Allow that the folder is not empty.")
     ] = False,
+    no_resume: NoResume = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Read headers only: what would be merged and copied, memory, disk, bytes."""
-    plan = make_plan(*_work(**work))
+    with downloads_shown(not quiet):
+        plan = make_plan(*_work(**work))
     if out is not None:
-        check_output(out, plan.shards, inputs=plan.inputs, overwrite=overwrite)
+        check_output(
+            out,
+            plan.shards,
+            inputs=plan.inputs,
+            overwrite=overwrite,
+            run=run_facts(plan, out),
+            resume=not no_resume,
+        )
     if quiet:
         return
     typer.echo(json.dumps(describe.plan_dict(plan)) if as_json else describe.plan_text(plan))
+
+
+@app.command("verify")
+def verify_command(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a complete output.")],
+    full: Annotated[
+        bool, typer.Option("--full", help="Merge all weights again, not a sample.")
+    ] = False,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the sample; default another one each time.")
+    ] = None,
+    without_inputs: Annotated[
+        bool, typer.Option("--without-inputs", help="Compare with the journal only.")
+    ] = False,
+    device: Device = "auto",
+    memory: Memory = None,
+    vram: Vram = None,
+    threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> int:
+    """Read an output again, all of it, and say what differs; exit code 3 if anything does.
+
+    Every file is compared with the journal, tensors out of scope with the MLLM's, and a sample of
+    the others is merged again: a twentieth, but at least 8.
+    """
+    result = verify(
+        out,
+        full=full,
+        seed=seed,
+        with_inputs=not without_inputs,
+        resources=_resources(device, memory, vram, threads),
+    )
+    if as_json:
+        typer.echo(json.dumps(describe.verification_dict(result)))
+    elif not (quiet and result.ok):
+        typer.echo(describe.verification_text(result))
+    return 0 if result.ok else EXIT_DIFFERENT
 
 
 @app.command("methods")
@@ -289,7 +357,7 @@ def methods_command(as_json: Json = False, debug: Debug = False) -> None:
 
 @app.command("inspect")
 def inspect_command(
-    checkpoint: Annotated[str, typer.Argument(help="Folder, .safetensors file or hub id.")],
+    checkpoint: Annotated[str, typer.Argument(help="Folder, weight file or hub id.")],
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -360,7 +428,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        # Commands return None; a number is that of an Exit, which newer typers make of Ctrl-C.
+        # `verify` returns a code, other commands None; newer typers make a code of Ctrl-C.
         code = app(arguments, standalone_mode=False)
         if code == _SIGINT_OF_TYPER:
             raise KeyboardInterrupt
@@ -372,7 +440,7 @@ def main(arguments: list[str] | None = None) -> None:
     except LeanMergeError as error:
         _fail(str(error), error.exit_code, arguments)
     except (KeyboardInterrupt, typer.Abort):
-        message = "interrupted; an output that is not whole has *.partial files"
+        message = "interrupted; the same command goes on where it stopped"
         _fail(message, EXIT_INTERRUPTED, arguments)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -14,6 +14,7 @@ from lean_merge.methods import all_methods
 from lean_merge.plan import Plan
 from lean_merge.report import REPORT
 from lean_merge.sizes import format_size
+from lean_merge.verify import Verification
 
 
 def parse_value(text: str) -> Any:
@@ -149,6 +150,42 @@ def inspect_text(facts: dict[str, Any]) -> str:
     for tensor in facts["tensors"]:
         lines.append(f"{tensor['dtype']:<8} {tensor['shape']!s:<18} {tensor['name']}")
     return "\n".join(lines)
+
+
+def verification_dict(result: Verification) -> dict[str, Any]:
+    """What `verify --json` prints; docs/formats.md explains every field."""
+    return {
+        "path": str(result.path),
+        "ok": result.ok,
+        "differences": [
+            {"file": each.file, "tensor": each.tensor, "fault": each.fault}
+            for each in result.differences
+        ],
+        "counts": {
+            "files": result.files,
+            "tensors": result.tensors,
+            "copied": result.copied,
+            "recomputed": len(result.recomputed),
+            "in_scope": result.in_scope,
+        },
+        "recomputed": list(result.recomputed),
+        "seed": result.seed,
+        "exact": result.exact,
+        "notes": list(result.notes),
+    }
+
+
+def verification_text(result: Verification) -> str:
+    """`verification_dict` for people."""
+    lines = [
+        f"{result.path}: {result.files} files read, {result.tensors} tensors as their digests say",
+        f"{result.copied} tensors out of scope compared with the MLLM's",
+        f"{len(result.recomputed)} of {result.in_scope} tensors in scope merged again "
+        f"(--seed {result.seed})",
+        *(f"note: {note}" for note in result.notes),
+        *(f"different: {each}" for each in result.differences),
+    ]
+    return "\n".join([*lines, "nothing differs" if result.ok else "the output is not as written"])
 
 
 def methods_list() -> list[dict[str, Any]]:

@@ -16,11 +16,11 @@ from typing import Any
 from lean_merge.errors import RecipeError
 from lean_merge.methods import Method, all_methods, canonical_name
 from lean_merge.recipe import MergeRecipe, Parameters, reject_unknown
-from lean_merge.scope import Place, nearest
+from lean_merge.scope import Position, nearest
 from lean_merge.values import ANY, Filtered
 
 
-def build_method(recipe: MergeRecipe, place: Place | None = None) -> Method[Any]:
+def build_method(recipe: MergeRecipe, place: Position | None = None) -> Method[Any]:
     """The recipe's method with its parameters at one weight, checked.
 
     Without a place, a value that differs between weights is the one for all others, or that of the
@@ -64,7 +64,7 @@ def _all_parameters(recipe: MergeRecipe) -> list[Parameters]:
     return [recipe.parameters, *(expert.parameters for expert in recipe.experts)]
 
 
-def _resolved(recipe: MergeRecipe, place: Place | None) -> list[dict[str, Any]]:
+def _resolved(recipe: MergeRecipe, place: Position | None) -> list[dict[str, Any]]:
     """The values at one weight for each expert; a name that no filter gives one is left out."""
     resolved = []
     for expert in recipe.experts:
@@ -74,7 +74,7 @@ def _resolved(recipe: MergeRecipe, place: Place | None) -> list[dict[str, Any]]:
     return resolved
 
 
-def _at(value: Any, place: Place | None) -> Any:
+def _at(value: Any, place: Position | None) -> Any:
     """What a value is at one weight; `_DEFAULT` where none of its filters matches."""
     if _is_filtered(value):
         for entry in value:
@@ -149,7 +149,7 @@ class MethodTable:
     def __post_init__(self) -> None:
         self._kind, self._fields = _checked_names(self.recipe)
 
-    def at(self, place: Place) -> Method[Any]:
+    def at(self, place: Position) -> Method[Any]:
         """The method for one weight. Raises RecipeError naming the weight where a value differs."""
         values = _resolved(self.recipe, place)
         key = repr(values)
@@ -158,7 +158,7 @@ class MethodTable:
             self._made[key] = _build(self._kind, typed)
         return self._made[key]
 
-    def check_filters(self, places: list[Place]) -> None:
+    def check_filters(self, places: list[Position]) -> None:
         """Raises RecipeError for a filter of a value that matches none of the weights."""
         for values in _all_parameters(self.recipe):
             for name, value in values:

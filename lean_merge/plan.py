@@ -21,9 +21,11 @@ from lean_merge.checkpoints import (
     TensorSpec,
     WeightSource,
     common_dtype,
+    decoded_matrices,
     map_roles,
     module_name,
     open_checkpoint,
+    open_expert,
     safetensors_dtype,
     torch_dtype,
 )
@@ -39,7 +41,10 @@ from lean_merge.output import (
 )
 from lean_merge.parameters import MethodTable, build_method
 from lean_merge.recipe import MergeRecipe
-from lean_merge.scope import Scope, filter_weights, places_of
+from lean_merge.scope import Scope, filter_weights, positions_of
+
+DECODED_DTYPE = torch.bfloat16
+"""What weights that are stored with scales are written in unless the recipe says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +69,21 @@ class Resources:
 
 @dataclass(frozen=True, slots=True)
 class CopyTask:
-    """A tensor out of scope: its bytes go over as they are."""
+    """A tensor out of scope: its bytes go over as they are, or its numbers in another dtype.
+
+    `decoded` has the matrices that its numbers are then read from, and is empty otherwise.
+    """
 
     shard: int
     tensor: OutputTensor
     source: TensorSpec
+    decoded: tuple[WeightSource, ...] = ()
+
+    @property
+    def stored(self) -> tuple[TensorSpec, ...]:
+        """Every tensor that is read."""
+        parts = (spec for source in self.decoded for spec in source.stored)
+        return tuple(dict.fromkeys((self.source, *parts)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,13 +204,13 @@ def _plan(recipe: MergeRecipe, resources: Resources, output: str) -> Plan:
     method = build_method(recipe)
     base = open_checkpoint(recipe.base_model)
     mllm = open_checkpoint(recipe.mllm_model)
-    experts = tuple(open_checkpoint(expert.model) for expert in recipe.experts)
+    experts = tuple(open_expert(expert.model) for expert in recipe.experts)
     coverage = map_roles(
         base, mllm, experts, allow_partial=recipe.allow_partial, names=recipe.name_rules()
     )
     for weight in coverage.weights:
         _check_arithmetic(weight)
-    places = places_of(coverage)
+    places = positions_of(coverage)
     scope = filter_weights(list(places.values()), include=recipe.include, exclude=recipe.exclude)
     methods = MethodTable(recipe)
     methods.check_filters(list(places.values()))
@@ -219,7 +234,9 @@ def _plan(recipe: MergeRecipe, resources: Resources, output: str) -> Plan:
         workers=min(threads, budget.LANES),
         memory=limits[0],
         vram=limits[1],
-        held=memory.usage().anonymous + (largest if output == "stream" else 0),
+        held=memory.usage().anonymous
+        + (largest if output == "stream" else 0)
+        + _decoding_bytes(mllm, min(threads, budget.LANES)),
     )
     tasks = _tasks(mllm, coverage, scope, outputs, shards, layout)
     _check_budget([task for task in tasks if isinstance(task, WeightTask)], layout)
@@ -244,17 +261,33 @@ def _plan(recipe: MergeRecipe, resources: Resources, output: str) -> Plan:
     return dataclasses.replace(unpredicted, prediction=_predict(unpredicted, layout))
 
 
+def _decoding_bytes(mllm: Checkpoint, workers: int) -> int:
+    """Most bytes that it takes to write tensors out of scope that are stored with scales.
+
+    Each worker has a strip as it is stored, in float32 and rounded; at most eight's scales wait.
+    """
+    strip = kept = 0
+    for name in mllm.scales:
+        matrices = decoded_matrices(mllm, mllm.tensors[name])
+        kept = max(kept, sum(source.held for source in matrices))
+        for source in matrices[:1]:
+            out_features, in_features = source.shape
+            rows = min(out_features, budget.strip_rows(in_features, budget.READ_ELEMENTS))
+            strip = max(strip, source.scratch(rows) + 8 * rows * in_features)
+    return workers * strip + 8 * kept
+
+
 def _check_arithmetic(weight: MappedWeight) -> None:
-    for spec in weight.stored:
-        if 0 in spec.shape:
+    for source in (source for rows in weight.slices for source in rows.roles):
+        if 0 in source.shape:
             raise CoverageError(
-                f"{spec.file}: in-scope tensor {spec.name} has shape {list(spec.shape)}, no "
+                f"{source.file}: in-scope tensor {source.name} has shape {list(source.shape)}, no "
                 "numbers at all; restore the file from its source."
             )
-        if spec.dtype not in FLOATING:
+        if source.dtype not in FLOATING:
             raise CoverageError(
-                f"{spec.file}: in-scope tensor {spec.name} is stored as {spec.dtype}, which cannot "
-                "be merged; convert the checkpoint to bfloat16, float16 or float32 first."
+                f"{source.file}: in-scope tensor {source.name} is stored as {source.dtype}, which "
+                "cannot be merged; convert the checkpoint to bfloat16, float16 or float32 first."
             )
 
 
@@ -266,8 +299,12 @@ def _outputs(
     outputs = {}
     for name, spec in mllm.tensors.items():
         dtype, size = spec.dtype, spec.nbytes
-        if name in in_scope and recipe.out_dtype != "auto":
+        chosen: torch.dtype | None = None
+        if recipe.out_dtype != "auto" and (name in in_scope or name in mllm.scales):
             chosen = _dtype_named(recipe.out_dtype)
+        elif name in mllm.scales:
+            chosen = DECODED_DTYPE
+        if chosen is not None:
             dtype = safetensors_dtype(chosen)
             size = spec.nbytes // torch_dtype(spec.dtype).itemsize * chosen.itemsize
         outputs[name] = OutputTensor(name, dtype, spec.shape, size)
@@ -309,6 +346,11 @@ def _threads(wanted: int | None) -> int:
     return os.cpu_count() or 1
 
 
+def needs_analysis(weight: LogicalWeight) -> bool:
+    """Whether a method that analyses has anything to look at: some expert changes the weight."""
+    return not all(expert.zero_because for expert in weight.experts)
+
+
 def _limits(resources: Resources, device: str) -> tuple[int, int]:
     held = memory.usage().anonymous
     ceiling = resources.memory or held + memory.available() // 2
@@ -348,8 +390,8 @@ class _Layout:
     def shape(self, weight: LogicalWeight) -> budget.WeightShape:
         task = common_dtype(source.dtype for source in weight.roles)
         out_features, in_features = weight.shape
-        tile = min(out_features, budget.tile_rows(in_features))
-        scratch = [source.scratch(tile) for source in weight.roles]
+        strip = min(out_features, budget.strip_rows(in_features, budget.READ_ELEMENTS))
+        scratch = [source.scratch(strip) for source in weight.roles]
         return budget.WeightShape(
             out_features=out_features,
             in_features=in_features,
@@ -359,6 +401,7 @@ class _Layout:
             arithmetic_item=arithmetic_dtype(task, self.device).itemsize,
             widened=any(torch_dtype(source.dtype) != task for source in weight.roles),
             scratch=scratch[0] + max(scratch[1:]) + scratch[1],
+            held=sum(source.held for source in weight.roles),
             columns=any(source.in_columns for source in weight.roles),
         )
 
@@ -369,7 +412,7 @@ class _Layout:
     def cost(self, weight: LogicalWeight) -> AnalysisCost:
         """What the method's analysis of a weight costs at most, and the sink's work after it."""
         method = self.methods.get(weight.canonical)
-        if method is None:
+        if method is None or not needs_analysis(weight):
             return AnalysisCost()
         cost = method.cost(weight.shape, item=self.shape(weight).arithmetic_item)
         if self.output != "lora":
@@ -408,17 +451,24 @@ class _Layout:
             return budget.resident_tiles(shape, self.memory - host)
         return budget.resident_tiles(shape, self.vram - device) if self.vram else shape.tiles
 
+    def bytes_copied(self, task: CopyTask) -> int:
+        """Bytes that a task out of scope reads."""
+        if not task.decoded:
+            return task.source.nbytes
+        return sum(each.loaded + each.nbytes(slice(0, each.shape[0])) for each in task.decoded)
+
     def bytes_read(self, task: WeightTask) -> tuple[int, bool]:
         """Most bytes that the task reads, and whether it is exactly that many."""
         total, exact = 0, True
         for weight, resident, method in zip(
             task.weight.slices, task.resident, task.methods, strict=True
         ):
-            cost = self.cost(weight)
+            passes = self.cost(weight).passes
+            total += sum(source.loaded for source in weight.roles)
             tiles = list(budget.row_tiles(weight.shape))
             kept, again = tiles[:resident], tiles[resident:]
-            if cost.passes:
-                total += _bytes(weight.roles, kept) + _bytes(weight.roles, again) * cost.passes
+            if passes:
+                total += _bytes(weight.roles, kept) + _bytes(weight.roles, again) * passes
                 exact = exact and not again
             if not self.writes_rows:
                 continue
@@ -429,7 +479,7 @@ class _Layout:
                 wanted.append(weight.base)
             if wanted:
                 total += _bytes(wanted, again)
-                exact = exact and (cost.passes == 0 or not again)
+                exact = exact and (passes == 0 or not again)
         return total, exact
 
     @property
@@ -494,7 +544,8 @@ def _tasks(
                 )
             )
         elif layout.writes_rows:
-            tasks.append(CopyTask(index, outputs[name], mllm.tensors[name]))
+            spec = mllm.tensors[name]
+            tasks.append(CopyTask(index, outputs[name], spec, decoded_matrices(mllm, spec)))
     return tuple(tasks)
 
 
@@ -531,7 +582,7 @@ def _predict(plan: Plan, layout: _Layout) -> Prediction:
     exact = True
     for task in plan.tasks:
         if isinstance(task, CopyTask):
-            read += task.source.nbytes
+            read += layout.bytes_copied(task)
             continue
         for part, resident in zip(task.weight.slices, task.resident, strict=True):
             on_host, on_device = layout.fixed(part)
@@ -555,6 +606,13 @@ def _predict(plan: Plan, layout: _Layout) -> Prediction:
     )
 
 
+def row_runs(weight: LogicalWeight) -> tuple[tuple[int, int], ...]:
+    """(first, count) of the rows of the MLLM's stored matrix that a logical weight lies in."""
+    width = weight.shape[1]
+    spans = weight.place.spans(slice(0, weight.shape[0]))
+    return tuple((first // width, count // width) for first, count in spans)
+
+
 def _adapter_bytes(plan: Plan) -> tuple[int, int]:
     """Most bytes of adapter_model.safetensors, and of it and the float32 factors before it."""
     modules = []
@@ -564,7 +622,7 @@ def _adapter_bytes(plan: Plan) -> tuple[int, int]:
             rank = method.largest_rank(part.shape) if method else 0
             if isinstance(plan.recipe.lora_rank, int):
                 rank = min(rank, plan.recipe.lora_rank)
-            parts.append(StoredFactors(part.shape[0], rank))
+            parts.append(StoredFactors(row_runs(part), rank))
         modules.append(plan.adapter_module(task, tuple(parts)))
     size = adapter_layout(modules, plan.adapter_dtype).size
     factors = sum(m.rank * m.in_features for m in modules)
@@ -581,7 +639,9 @@ __all__ = [
     "WeightTask",
     "arithmetic_dtype",
     "build_method",
+    "needs_analysis",
     "plan",
     "plan_stream",
     "resolve_device",
+    "row_runs",
 ]

@@ -308,14 +308,22 @@ def _plain_value(value: Any) -> Any:
 
 def _names(names: Any, experts: int) -> Parameters:
     """The rules of `names`, checked, with roles only where they were given by role."""
-    rules = _frozen(names, "names")
+    rules = _pairs(names, "names")
     if all(isinstance(value, str) for _, value in rules):
         return _rules(rules, "names")
     roles = ["base", "mllm", *(f"expert {number}" for number in range(1, experts + 1))]
     reject_unknown((role for role, _ in rules), roles, "names, by role")
     return tuple(
-        (role, _rules(_frozen(value, f"names.{role}"), f"names.{role}")) for role, value in rules
+        (role, _rules(_pairs(value, f"names.{role}"), f"names.{role}")) for role, value in rules
     )
+
+
+def _pairs(value: Any, where: str) -> Parameters:
+    if isinstance(value, tuple) and all(isinstance(e, tuple) and len(e) == 2 for e in value):
+        value = dict(value)
+    if value is not None and not isinstance(value, Mapping):
+        raise RecipeError(f"{where} must be a mapping, not {value!r}.")
+    return tuple((str(key), each) for key, each in (value or {}).items())
 
 
 def _rules(rules: Parameters, where: str) -> NameRules:

@@ -7,7 +7,8 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from lean_merge.engine.run import RunResult, WeightResult
+from lean_merge.engine.results import WeightResult
+from lean_merge.engine.run import RunResult
 from lean_merge.engine.update import Truncated, Written
 from lean_merge.memory import Usage
 from lean_merge.plan import Plan

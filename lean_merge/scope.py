@@ -22,8 +22,8 @@ _RANGE = re.compile(r"(?P<first>\d+)(?P<dash>\s*-\s*(?P<last>\d+)?)?")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a logical weight stands in the model.
+class Position:
+    """Where a logical weight stands in the model, for filters and values to go by.
 
     Attributes
     ----------
@@ -91,15 +91,15 @@ def _ranges(entry: str, text: str) -> tuple[range, ...]:
     return tuple(ranges)
 
 
-def places_of(coverage: Coverage) -> dict[str, Place]:
+def positions_of(coverage: Coverage) -> dict[str, Position]:
     """The place of every logical weight, by canonical name."""
     places = [
-        Place(part.canonical, _mllm_name(weight, part), 0)
+        Position(part.canonical, _mllm_name(weight, part), 0)
         for weight in coverage.weights
         for part in weight.slices
     ]
     layers = 1 + max((place.layer for place in places), default=0)
-    return {each.canonical: Place(each.canonical, each.mllm, layers) for each in places}
+    return {each.canonical: Position(each.canonical, each.mllm, layers) for each in places}
 
 
 def _mllm_name(weight: MappedWeight, part: LogicalWeight) -> str:
@@ -121,7 +121,7 @@ class Scope:
 
 
 def filter_weights(
-    places: Sequence[Place], *, include: Sequence[str], exclude: Sequence[str]
+    places: Sequence[Position], *, include: Sequence[str], exclude: Sequence[str]
 ) -> Scope:
     """What `include` leaves out and `exclude` takes out.
 
@@ -148,7 +148,7 @@ def filter_weights(
     return Scope(filtered)
 
 
-def nearest(entry: str, places: Sequence[Place]) -> str:
+def nearest(entry: str, places: Sequence[Position]) -> str:
     """What a filter that matches nothing may have meant."""
     layers = max((place.layers for place in places), default=0)
     if _RANGES.fullmatch(entry.strip()):

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lean_merge import Expert, MergeRecipe, MergeResult, Resources, merge
+from lean_merge import Event, Expert, MergeRecipe, MergeResult, Resources, merge
 
 ALIGNED = 0.8
 """Cosine of the leading right directions of aligned task vectors."""
@@ -87,10 +87,26 @@ class Triple:
             **options,
         )
 
-    def merge(self, out: Path, *, threads: int = 1, memory: int | None = None, **options: Any):
+    def merge(
+        self,
+        out: Path,
+        *,
+        threads: int = 1,
+        memory: int | None = None,
+        overwrite: bool = False,
+        resume: bool = True,
+        on_event: Callable[[Event], None] | None = None,
+        **options: Any,
+    ) -> MergeResult:
         """Merge on the CPU."""
-        resources = Resources(device="cpu", threads=threads, memory=memory)
-        return merge(self.recipe(**options), out, resources=resources)
+        return merge(
+            self.recipe(**options),
+            out,
+            resources=Resources(device="cpu", threads=threads, memory=memory),
+            overwrite=overwrite,
+            resume=resume,
+            on_event=on_event,
+        )
 
 
 @dataclass(frozen=True)

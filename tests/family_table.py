@@ -114,7 +114,7 @@ class Family:
         From the disk to names and shapes that `make`'s class holds, where transformers cannot load
         the layout itself.
     config
-        What the layout's own config.json says otherwise.
+        The layout's own config.json, made of that of `make`'s class.
     text
         What the text models are called, if not as their class.
     note
@@ -131,7 +131,7 @@ class Family:
     convert: Callable[[Tensors], Tensors] = dict
     base_convert: Callable[[Tensors], Tensors] = dict
     back: Callable[[Tensors], Tensors] | None = None
-    config: tuple[tuple[str, Any], ...] = ()
+    config: Callable[[dict[str, Any]], dict[str, Any]] = dict
     text: str = ""
     note: str = ""
 
@@ -210,7 +210,10 @@ FAMILIES: tuple[Family, ...] = (
         version=5,
         convert=moved(*ORIGINAL_LLAVA),
         back=moved(*BACK_TO_LLAVA),
-        config=(("model_type", "llava_llama"), ("architectures", ["LlavaLlamaForCausalLM"])),
+        config=lambda own: (
+            own["text_config"]
+            | {"model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"]}
+        ),
     ),
     *both("LLaVA-NeXT", "Llama", partial(joined, "LlavaNext", "Llama", **LLAVA)),
     *both(
@@ -251,7 +254,12 @@ FAMILIES: tuple[Family, ...] = (
         convert=stored_as(NEW, INTERNLM2, moved(*ORIGINAL_INTERNVL)),
         base_convert=stored_as(PLAIN, under(INTERNLM2, "model.layers.")),
         back=stored_as(INTERNLM2, NEW, moved(*BACK_TO_INTERNVL)),
-        config=(("model_type", "internvl_chat"), ("architectures", ["InternVLChatModel"])),
+        config=lambda own: {
+            "model_type": "internvl_chat",
+            "architectures": ["InternVLChatModel"],
+            "llm_config": own["text_config"] | {"model_type": "internlm2"},
+            "vision_config": own["vision_config"],
+        },
         text="InternLM2",
     ),
     *both("Mistral3", "Mistral", partial(joined, "Mistral3", "Mistral", "pixtral", **LLAVA)),
@@ -272,7 +280,7 @@ FAMILIES: tuple[Family, ...] = (
         FUSED,
         convert=with_phi3_vision,
         back=without_vision,
-        config=(("model_type", "phi3_v"), ("architectures", ["Phi3VForCausalLM"])),
+        config=lambda own: own | {"model_type": "phi3_v", "architectures": ["Phi3VForCausalLM"]},
         note="text part alone",
     ),
     Family("Phi-4-multimodal", "Phi3", phi4_multimodal, FUSED, FUSED),
@@ -394,9 +402,8 @@ def build(
             where.put(tensors, tune(slot.in_base.get(base).float(), slot.canonical, role))
         _write(path, tensors, max_shard_size)
     save_tokenizer(folder / "mllm")
-    if entry.config:
-        file = folder / "mllm" / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | dict(entry.config)))
+    file = folder / "mllm" / "config.json"
+    file.write_text(json.dumps(entry.config(json.loads(file.read_text())), indent=2) + "\n")
     paths = tuple(folder / f"expert{n}" for n in range(1, experts + 1))
     return Triple(folder / "base", folder / "mllm", paths, slots, loader)
 

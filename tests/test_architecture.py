@@ -112,6 +112,17 @@ MAY_IMPORT = {
         "output",
         "errors",
     },
+    "identity": {"plan", "checkpoints", "output", "recipe", "version"},
+    "verify": {
+        "engine",
+        "plan",
+        "recipe",
+        "identity",
+        "checkpoints",
+        "methods",
+        "output",
+        "errors",
+    },
     "report": {"plan", "engine", "memory", "version", "sizes"},
 }
 """The rooms that each room may see; the architecture page gives the reasons."""

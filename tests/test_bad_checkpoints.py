@@ -301,10 +301,10 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path):
     refused(tmp_path, "no .safetensors weights", opener=open_checkpoint)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
-def test_pickled_weights_are_refused_with_the_mend(tmp_path: Path, name: str):
+@pytest.mark.parametrize("name", ["model.pt", "consolidated.00.pth", "tf_model.h5"])
+def test_weights_in_other_files_are_refused_with_the_mend(tmp_path: Path, name: str):
     (tmp_path / name).write_bytes(b"x")
-    refused(tmp_path, name, "convert it to safetensors", opener=open_checkpoint)
+    refused(tmp_path, name, "save_pretrained", opener=open_checkpoint)
 
 
 def test_gguf_is_refused(tmp_path: Path):
@@ -312,14 +312,6 @@ def test_gguf_is_refused(tmp_path: Path):
     file.write_bytes(b"GGUF")
     refused(tmp_path, "quantised", opener=open_checkpoint)
     refused(file, "quantised", opener=open_checkpoint)
-
-
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes"])
-@pytest.mark.parametrize("nested", [False, True])
-def test_quantised_weights_are_refused_by_name(tmp_path: Path, method: str, nested: bool):
-    config: dict[str, Any] = {"quantization_config": {"quant_method": method}}
-    save_checkpoint(tmp_path, SHAPES, config={"text_config": config} if nested else config)
-    refused(tmp_path, method, "quantised", opener=open_checkpoint)
 
 
 def test_an_adapter_is_refused(tmp_path: Path):

@@ -176,7 +176,7 @@ def _quantised(folder: Path) -> None:
 DAMAGES: list[tuple[Callable[[Path], None], list[str]]] = [
     (_missing, ["no such folder or file"]),
     (_empty, ["holds no .safetensors weights"]),
-    (_pickled, ["pytorch_model.bin", "convert it to safetensors"]),
+    (_pickled, ["pytorch_model.bin", "no PyTorch archive"]),
     (_absent_shard, ["model-00001-of-00001.safetensors"]),
     (_shard_outside, ["model.safetensors.index.json", "../base/model.safetensors"]),
     (_truncated, ["model.safetensors: ", "truncated"]),
@@ -188,7 +188,7 @@ DAMAGES: list[tuple[Callable[[Path], None], list[str]]] = [
     (_twice, ["model-00002-of-00002.safetensors", "and so does"]),
     (_unknown_dtype, [Q_PROJ, "unknown dtype 'F33'"]),
     (_unfinished, ["unfinished lean-merge output"]),
-    (_quantised, ["quantised with gptq"]),
+    (_quantised, ["quantised with GPTQ"]),
 ]
 
 
@@ -492,7 +492,8 @@ def test_overwriting_switches_only_when_the_new_is_whole(roles: Triple, fails: R
     resave(roles.experts[0], **{GATE: torch.full_like(good, torch.nan)})
     assert "NaN" in fails("--overwrite", code=FAILED)
     assert contents(out) == old
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+    beside = [".out.lean-merge-new", "in", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == beside
     resave(roles.experts[0], **{GATE: good})
     cli.main(arguments(roles, out, "--overwrite", "--quiet", "--scale", "0.5"))
     new = contents(out)
@@ -511,7 +512,7 @@ def assert_unfinished(out: Path) -> None:
     with pytest.raises(CheckpointError, match="unfinished"):
         open_checkpoint(out)
     with pytest.raises(Exception, match=r"(?i)header"):
-        load_file(out / names[0])
+        load_file(out / next(name for name in names if "safetensors" in name))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -529,9 +530,11 @@ def test_a_number_that_is_none_stops_the_merge(
     assert GATE in message
     assert "NaN or Inf" in message
     assert_unfinished(tmp_path / "out")
-    assert "unfinished lean-merge output" in fails(code=FAILED)
     resave(folder, **{GATE: weight.nan_to_num(0, 0, 0)})
-    cli.main(arguments(roles, tmp_path / "out", "--overwrite", "--quiet"))
+    message = fails("--method", method, code=FAILED)
+    assert "cannot be resumed, because model.safetensors of the" in message
+    assert "--no-resume" in message
+    cli.main(arguments(roles, tmp_path / "out", "--no-resume", "--quiet"))
     open_checkpoint(tmp_path / "out")
 
 

@@ -165,7 +165,8 @@ def test_the_output_is_made_again_from_its_own_recipe(call: Call, small: Triple,
     call("merge", tmp_path / "a" / "lean_merge_recipe.yml", "--out", tmp_path / "b", "--quiet")
     one, other = (contents(tmp_path / name) for name in "ab")
     assert one.keys() == other.keys()
-    assert [n for n in one if one[n] != other[n]] == ["lean_merge_report.json"]
+    differ = [name for name in one if one[name] != other[name]]
+    assert differ == ["lean_merge_journal.jsonl", "lean_merge_report.json"]
 
 
 def test_the_recipe_of_the_issue_is_read():

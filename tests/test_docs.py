@@ -163,13 +163,17 @@ def memory_example() -> str:
         lanes: budget.lane_bytes(weight, cost.widest),
         "workspace: Krylov blocks, vectors, images, small problems": cost.workspace,
         f"writing: 2 x {apply / MIB:.1f}": 2 * apply,
-        "copy buffer and slack": budget.COPY_BUFFER + budget.SLACK,
+        "copy buffers and slack": 2 * budget.COPY_BUFFER + budget.SLACK,
         "**no tile resident: the smallest that works**": least,
         f"all {weight.tiles} tiles of two task vectors: "
         f"{weight.tiles} x {weight.resident_tile / MIB:.2f}": tiles,
         "**all resident: full speed**": least + tiles,
     }
-    tile = f"{budget.tile_rows(shape[1])} rows a tile, {budget.strip_rows(shape[1])} a strip"
+    read, written = (
+        budget.strip_rows(shape[1], elements)
+        for elements in (budget.READ_ELEMENTS, budget.STRIP_ELEMENTS)
+    )
+    tile = f"{budget.tile_rows(shape[1])} rows a tile, {read} read and {written} written at once"
     lines = [f"| {tile} | MiB |", "|---|---|"]
     lines += [f"| {what} | {size / MIB:.1f} |" for what, size in rows.items()]
     return "\n" + "\n".join(lines) + "\n"
@@ -216,6 +220,25 @@ def test_the_readmes_test_command_is_one_line_and_what_ci_extracts():
 def test_recipes_in_the_documentation_are_recipes(page: Path):
     for text in blocks(page, "yaml"):
         build_method(MergeRecipe.from_yaml(text))
+
+
+def test_the_adapter_example_of_the_readme_prints_what_it_shows(tmp_path: Path):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (found,) = re.findall(
+        r"<!-- adapter example -->\n```python\n(.*?)```\n\n```text\n(.*?)```", text, re.DOTALL
+    )
+    code, wanted = found
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == wanted
+    assert (tmp_path / "sums-adapter" / "adapter_model.safetensors").stat().st_size < 9000
 
 
 def test_the_readme_and_the_formats_show_a_recipe():

@@ -19,7 +19,7 @@ from torch import Tensor
 from lean_merge import MergeRecipe, RecipeError, Resources, merge, plan
 from lean_merge.cli import main
 from lean_merge.parameters import MethodTable
-from lean_merge.scope import Place, filter_weights
+from lean_merge.scope import Position, filter_weights
 
 CPU = Resources(device="cpu", threads=1)
 LAYERS = 5
@@ -56,9 +56,9 @@ def tensor_of(canonical: str) -> str:
     return f"model.{canonical}.weight"
 
 
-def place(layer: int, leaf: str = LEAVES[0], layers: int = LAYERS) -> Place:
+def place(layer: int, leaf: str = LEAVES[0], layers: int = LAYERS) -> Position:
     name = f"layers.{layer}.{leaf}"
-    return Place(name, tensor_of(name), layers)
+    return Position(name, tensor_of(name), layers)
 
 
 # --- values that differ -------------------------------------------------------------------
@@ -371,6 +371,10 @@ def test_the_commands_flags(deep: Triple, tmp_path: Path, capsys: pytest.Capture
     main(["plan", *roles, *filters, "--json"])
     shown = json.loads(capsys.readouterr().out)
     assert shown["counts"]["filtered"] == 5 and len(shown["weights"]) == 5
+    varying = ["--set", "threshold=[{filter: mlp, value: 1}, 0]", "--set", "scale=[1, 2]"]
+    main(["merge", *roles, *varying, "--output", "none", "--json"])
+    rows = json.loads(capsys.readouterr().out)["weights"]
+    assert {row["weight"]: row["selected"] for row in rows} == {n: "mlp" not in n for n in SHAPES}
     main(["plan", *roles, *filters])
     assert "filtered  " in capsys.readouterr().out
     main(["merge", *roles, *filters, "--output", "none", "--json"])

@@ -35,17 +35,21 @@ def probe(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells anonymous memory apart")
-def test_memory_is_flat_in_layers_bounded_and_predicted(triples: dict[int, Path]) -> None:
+@pytest.mark.parametrize("output", ["checkpoint", "lora"])
+def test_memory_is_flat_in_layers_bounded_and_predicted(
+    triples: dict[int, Path], output: str
+) -> None:
     peaks = {}
     for layers, folder in triples.items():
-        done = probe(folder)
+        done = probe(folder, "--output", output)
         assert done.returncode == 0, done.stderr
         report = json.loads(done.stdout)
         memory = report["memory"]
         peaks[layers] = memory["peak_anonymous"]
         assert memory["peak_anonymous"] <= memory["predicted_anonymous"]
         assert report["bytes"]["read"] == report["bytes"]["read_predicted"]
-        assert report["bytes"]["written"] == report["bytes"]["written_predicted"]
+        written, most = report["bytes"]["written"], report["bytes"]["written_predicted"]
+        assert written == most if output == "checkpoint" else written < most / 2
     assert peaks[4] - peaks[2] < 20 * MIB
 
 

@@ -75,6 +75,10 @@ def write_model(out: Path, values: dict[str, torch.Tensor], **options: Any) -> N
         folder.seal()
 
 
+JOURNAL = "lean_merge_journal.jsonl"
+UNFINISHED = [f"{JOURNAL}.partial", "model.safetensors.partial"]
+
+
 def names_in(folder: Path) -> list[str]:
     return sorted(each.name for each in folder.iterdir())
 
@@ -188,7 +192,7 @@ def test_an_output_is_sealed_with_its_commit_mark_last(
     folder = create(tmp_path / "out", values, shard_size=shard_size)
     assert folder.path == folder.final == tmp_path / "out"
     assert all(name.endswith(".partial") for name in names_in(folder.path))
-    for file in folder.path.iterdir():
+    for file in folder.path.glob("*.safetensors.partial"):
         assert file.read_bytes()[:8] == bytes(8)
         with pytest.raises(CheckpointError, match="unfinished"):
             open_checkpoint(folder.path)
@@ -226,12 +230,12 @@ def test_a_run_that_fails_leaves_a_visibly_unfinished_folder(tmp_path: Path):
     with pytest.raises(RuntimeError), create(tmp_path / "out", values) as folder:
         fill(folder, values)
         raise RuntimeError("boom")
-    assert names_in(tmp_path / "out") == ["model.safetensors.partial"]
+    assert names_in(tmp_path / "out") == UNFINISHED
     with pytest.raises(CheckpointError, match="unfinished lean-merge output"):
         open_checkpoint(tmp_path / "out")
-    with pytest.raises(OutputError, match="unfinished lean-merge output"):
-        create(tmp_path / "out", values)
-    write_model(tmp_path / "out", values, overwrite=True)
+    with pytest.raises(OutputError, match=r"cannot be resumed, because .* laid out differently"):
+        create(tmp_path / "out", some_tensors(2))
+    write_model(tmp_path / "out", values)
     assert set(open_checkpoint(tmp_path / "out").tensors) == set(values)
 
 
@@ -239,7 +243,7 @@ def test_leaving_without_seal_aborts(tmp_path: Path):
     with create(tmp_path / "out", some_tensors()) as folder:
         pass
     folder.abort()
-    assert names_in(tmp_path / "out") == ["model.safetensors.partial"]
+    assert names_in(tmp_path / "out") == UNFINISHED
     with pytest.raises(ValueError, match="closed"):
         folder.seal()
     with pytest.raises(ValueError, match="closed"):
@@ -249,9 +253,25 @@ def test_leaving_without_seal_aborts(tmp_path: Path):
 def test_a_shard_that_changed_length_is_not_sealed(tmp_path: Path):
     with pytest.raises(OutputError, match="something else wrote"):
         with create(tmp_path / "out", some_tensors()) as folder:
+            fill(folder, some_tensors())
             os.truncate(folder.path / "model.safetensors.partial", 500)
             folder.seal()
-    assert names_in(tmp_path / "out") == ["model.safetensors.partial"]
+    assert names_in(tmp_path / "out") == UNFINISHED
+
+
+@pytest.mark.parametrize("fault", ["missing", "twice"])
+def test_an_output_that_was_not_written_once_is_not_sealed(tmp_path: Path, fault: str):
+    values = some_tensors()
+    with create(tmp_path / "out", values) as folder:
+        shard = folder.shards[0]
+        for name, offset in shard.offsets.items():
+            if fault == "twice" or name != "t2":
+                folder.write_at(shard, offset, as_bytes(values[name]))
+        if fault == "twice":
+            folder.write_at(shard, shard.offsets["t2"] + 4, memoryview(b"1234"))
+        with pytest.raises(ValueError, match="not written once"):
+            folder.seal()
+    assert names_in(tmp_path / "out") == UNFINISHED
 
 
 @pytest.mark.parametrize("relation", ["same", "inside", "around", "link", "file"])
@@ -286,7 +306,7 @@ def test_a_file_is_refused(tmp_path: Path):
 
 def test_a_folder_that_is_not_empty_needs_overwrite(tmp_path: Path):
     write_model(tmp_path / "out", some_tensors())
-    with pytest.raises(OutputError, match=r"is not empty; .*--overwrite"):
+    with pytest.raises(OutputError, match=r"is not empty .*--overwrite"):
         create(tmp_path / "out", some_tensors())
     (tmp_path / "empty").mkdir()
     write_model(tmp_path / "empty", some_tensors())
@@ -304,18 +324,23 @@ def test_overwriting_keeps_the_old_model_whole_until_the_new_one_is(tmp_path: Pa
         assert set(open_checkpoint(out).tensors) == {"t0", "t1"}
         folder.seal()
         assert folder.path == out
-    assert names_in(out) == ["model.safetensors"]
+    assert names_in(out) == [JOURNAL, "model.safetensors"]
     assert names_in(tmp_path) == ["out"]
     assert set(open_checkpoint(out).tensors) == set(values)
 
 
-def test_an_overwrite_that_fails_leaves_the_old_model_and_nothing_else(tmp_path: Path):
+def test_an_overwrite_that_fails_leaves_the_old_model_and_can_go_on(tmp_path: Path):
     out = tmp_path / "out"
     write_model(out, some_tensors(2))
-    with pytest.raises(RuntimeError), create(out, some_tensors(), overwrite=True):
+    values = some_tensors()
+    with pytest.raises(RuntimeError), create(out, values, overwrite=True) as folder:
+        fill(folder, values)
+        folder.finish_tensor(folder.shards[0], "t3", "note")
         raise RuntimeError("boom")
-    assert names_in(tmp_path) == ["out"]
+    assert names_in(tmp_path) == [".out.lean-merge-new", "out"]
     assert set(open_checkpoint(out).tensors) == {"t0", "t1"}
+    with create(out, values, overwrite=True) as folder:
+        assert folder.finished == {"t3": "note"}
 
 
 def test_a_failed_switch_puts_the_old_model_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -332,8 +357,13 @@ def test_a_failed_switch_puts_the_old_model_back(tmp_path: Path, monkeypatch: py
         fill(folder, some_tensors())
         monkeypatch.setattr(os, "replace", fail)
         folder.seal()
-    assert names_in(tmp_path) == ["out"]
     assert set(open_checkpoint(out).tensors) == {"t0", "t1"}
+    monkeypatch.undo()
+    with create(out, some_tensors(), overwrite=True) as folder:
+        assert set(folder.finished) == set(some_tensors())
+        folder.seal()
+    assert names_in(tmp_path) == ["out"]
+    assert set(open_checkpoint(out).tensors) == set(some_tensors())
 
 
 class Crash(BaseException):
@@ -402,7 +432,7 @@ def test_a_crash_between_the_renames_is_recovered(tmp_path: Path, new_is_whole: 
         with create(new, some_tensors(3)):
             pass
     with pytest.raises(OutputError, match="is not empty"):
-        create(tmp_path / "out", some_tensors())
+        create(tmp_path / "out", some_tensors(1))
     assert len(open_checkpoint(tmp_path / "out").tensors) == (3 if new_is_whole else 2)
     write_model(tmp_path / "out", some_tensors(), overwrite=True)
     assert names_in(tmp_path) == ["out"]

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import Slot, Triple, load, rows_of, tune
+from families import Slot, Triple, as_matrix, load, relative_error, rows_of, tune
 from hypothesis import given
 from hypothesis import strategies as st
 from layouts import EXPERT_INNER, HEADS, INNER, PAIRS, SIZE, Layout, Where, stored_as
 from safetensors.torch import save_file
+from test_adapter import updates
 
-from lean_merge import budget, open_checkpoint
+from lean_merge import RecipeError, budget, open_checkpoint
 from lean_merge.checkpoints import TensorReader, map_roles
 from lean_merge.checkpoints.header import TensorSpec
 from lean_merge.checkpoints.placement import Heads, Place, places, stack_places
@@ -133,6 +134,19 @@ def test_storage_decides_nothing(
     figures = found.report["bytes"]
     if figures["read_predicted_exactly"]:
         assert figures["read"] == figures["read_predicted"]
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.4])
+def test_an_adapter_knows_interleaved_rows_and_refuses_stacks(tmp_path: Path, threshold: float):
+    triple = write(tmp_path / "in", INTERN, INTERN, INTERN)
+    whole = triple.merge(tmp_path / "whole", threshold=threshold)
+    adapter = triple.merge(tmp_path / "adapter", threshold=threshold, output="lora")
+    before, after = load(triple.mllm), load(whole.path)
+    name = "model.layers.0.attention.wqkv"
+    change = as_matrix(after[f"{name}.weight"]) - as_matrix(before[f"{name}.weight"])
+    assert relative_error(updates(adapter.path)[name], change) < 1e-3
+    with pytest.raises(RecipeError, match=r"An adapter cannot hold .*experts\."):
+        write(tmp_path / "stack", ROWS, ROWS, ROWS).merge(tmp_path / "no", output="lora")
 
 
 # --- where the rows are -------------------------------------------------------------------

@@ -4,7 +4,7 @@ What is read is untrusted, so every file is checked before anything is computed 
 here loads a model or runs code that came with one.
 """
 
-from lean_merge.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from lean_merge.checkpoints.checkpoint import Checkpoint, open_checkpoint, open_expert
 from lean_merge.checkpoints.dtypes import (
     FLOATING,
     ITEM_BITS,
@@ -13,6 +13,8 @@ from lean_merge.checkpoints.dtypes import (
     torch_dtype,
 )
 from lean_merge.checkpoints.header import TensorSpec, read_header
+from lean_merge.checkpoints.hub import downloads_shown
+from lean_merge.checkpoints.identity import identify
 from lean_merge.checkpoints.modules import module_name
 from lean_merge.checkpoints.names import (
     Coverage,
@@ -21,8 +23,10 @@ from lean_merge.checkpoints.names import (
     language_layout,
     map_roles,
 )
+from lean_merge.checkpoints.placement import Place
 from lean_merge.checkpoints.reader import TensorReader, as_bytes
 from lean_merge.checkpoints.rows import WeightSource
+from lean_merge.checkpoints.sources import decoded_matrices
 
 __all__ = [
     "FLOATING",
@@ -31,15 +35,20 @@ __all__ = [
     "Coverage",
     "LogicalWeight",
     "MappedWeight",
+    "Place",
     "TensorReader",
     "TensorSpec",
     "WeightSource",
     "as_bytes",
     "common_dtype",
+    "decoded_matrices",
+    "downloads_shown",
+    "identify",
     "language_layout",
     "map_roles",
     "module_name",
     "open_checkpoint",
+    "open_expert",
     "read_header",
     "safetensors_dtype",
     "torch_dtype",

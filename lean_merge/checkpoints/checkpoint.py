@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from lean_merge.checkpoints.adapters import AdapterConfig, find_adapter
 from lean_merge.checkpoints.header import TensorSpec, read_header
 from lean_merge.checkpoints.hub import is_hub_id, snapshot
 from lean_merge.checkpoints.jsonfile import read_object, shorten
+from lean_merge.checkpoints.picklefile import read_pickle_header
+from lean_merge.checkpoints.quantised import Scale, split_scales
 from lean_merge.checkpoints.safepaths import checked_file
+from lean_merge.checkpoints.weightfiles import (
+    GGUF,
+    INDEX,
+    PICKLE_SUFFIXES,
+    SINGLE,
+    WeightFiles,
+    find_weights,
+    unfinished,
+)
 from lean_merge.errors import CheckpointError
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+__all__ = ["INDEX", "SINGLE", "Checkpoint", "open_checkpoint", "open_expert"]
+
 _MAX_JSON = 100_000_000
-_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 # Buffers that older models saved and newer ones compute: loaders skip them too.
 _COMPUTED = ("rotary_emb.inv_freq", "position_ids", "masked_bias")
-_OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +44,16 @@ class Checkpoint:
     path
         The folder of its files.
     tensors
-        Its tensors by name, ordered by (file name, offset): the order to read them in.
+        Its tensors by name, ordered by (file name, offset): the order to read them in. Scales of
+        fp8 weights are not among them.
     config
         The content of config.json, None where there is none.
     files
         Its weight files.
+    scales
+        What the numbers of each fp8 tensor are to be multiplied by, by the tensor's name.
+    adapter
+        What adapter_config.json says, for an adapter; its tensors are then the factors.
     """
 
     source: str
@@ -47,6 +61,8 @@ class Checkpoint:
     tensors: Mapping[str, TensorSpec]
     config: Mapping[str, Any] | None
     files: tuple[Path, ...]
+    scales: Mapping[str, Scale] = field(default_factory=lambda: MappingProxyType({}))
+    adapter: AdapterConfig | None = None
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
@@ -55,15 +71,27 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     Parameters
     ----------
     source
-        A folder with safetensors weights, one .safetensors file, or a hub id "org/name" or
-        "org/name@revision". What exists as a path is a path; a hub id is looked up in the local
-        cache first, then, unless HF_HUB_OFFLINE is set, downloaded.
+        A folder with weights, one weight file, or a hub id "org/name" or "org/name@revision".
+        What exists as a path is a path; a hub id is looked up in the local cache first, then,
+        unless HF_HUB_OFFLINE is set, downloaded. Of safetensors and PyTorch weights beside each
+        other the former are read.
 
     Raises
     ------
     CheckpointError
-        There is nothing there, it is of an unsupported kind, unfinished, or damaged.
+        There is nothing there, it is an adapter or of an unsupported kind, unfinished, or damaged.
     """
+    checkpoint = open_expert(source)
+    if checkpoint.adapter is not None:
+        raise CheckpointError(
+            f"{source}: holds an adapter, not a whole model, which only an expert may be; merge it "
+            "into its base first (PEFT's merge_and_unload)."
+        )
+    return checkpoint
+
+
+def open_expert(source: str | Path) -> Checkpoint:
+    """`open_checkpoint`, but a folder or hub id with a LoRA adapter will do too."""
     try:
         path = Path(source).expanduser()
         is_file, is_dir = path.is_file(), path.is_dir()
@@ -76,7 +104,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     if is_dir:
         return _open_folder(str(source), path)
     if is_hub_id(str(source)):
-        return _open_folder(str(source), snapshot(str(source), is_complete=_has_all_weights))
+        return _open_folder(str(source), snapshot(str(source)))
     raise CheckpointError(
         f"{source}: there is no such folder or file, and it is no hub id like org/name; "
         "check the spelling."
@@ -85,123 +113,47 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
 
 def _open_file(source: str, file: Path) -> Checkpoint:
     if file.name.endswith(".safetensors.partial"):
-        raise _unfinished(file)
+        raise unfinished(file)
     if file.suffix == ".gguf":
-        raise CheckpointError(f"{file}: {_GGUF}")
-    if file.suffix != ".safetensors":
+        raise CheckpointError(f"{file}: {GGUF}")
+    if file.suffix not in (".safetensors", *PICKLE_SUFFIXES):
         raise CheckpointError(
-            f"{file}: is not a .safetensors file; pass one, or the checkpoint's folder."
+            f"{file}: is not a .safetensors file, nor a PyTorch .bin; pass one, or the "
+            "checkpoint's folder."
         )
-    return _assemble(source, file.parent, (file,), named=None)
+    return _assemble(source, file.parent, WeightFiles((file,)))
 
 
 def _open_folder(source: str, folder: Path) -> Checkpoint:
-    try:
-        names = sorted(entry.name for entry in folder.iterdir())
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder}: cannot be listed ({error.strerror}); check its rights."
-        ) from error
-    if INDEX in names:
-        named = read_index(folder / INDEX)
-        if SINGLE in names and SINGLE not in named.values():
-            raise CheckpointError(
-                f"{folder}: holds {SINGLE} and an {INDEX} that names other files; remove the one "
-                "that is left over from an older save."
-            )
-        files = tuple(checked_file(folder, folder / name) for name in sorted(set(named.values())))
-        return _assemble(source, folder, files, named=named)
-    files = tuple(checked_file(folder, file) for file in _without_index(folder, names))
-    return _assemble(source, folder, files, named=None)
+    adapter = find_adapter(folder)
+    if adapter is None:
+        return _assemble(source, folder, find_weights(folder))
+    config, file = adapter
+    tensors = _read_tensors((file,))
+    return Checkpoint(source, folder, MappingProxyType(tensors), None, (file,), adapter=config)
 
 
-_GGUF = "GGUF weights are quantised and cannot be merged; pass the original safetensors checkpoint."
-
-
-def _unfinished(path: Path) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: is an unfinished lean-merge output (*.partial); run the merge again to finish it."
-    )
-
-
-def _without_index(folder: Path, names: list[str]) -> tuple[Path, ...]:
-    if SINGLE in names:
-        return (folder / SINGLE,)
-    if any(name.endswith((".safetensors.partial", f"{INDEX}.partial")) for name in names):
-        raise _unfinished(folder)
-    weights = [name for name in names if name.endswith(".safetensors")]
-    if "adapter_config.json" in names and all("adapter" in name for name in weights):
-        raise CheckpointError(
-            f"{folder}: holds an adapter, not a whole model; merge it into its base first."
-        )
-    if len(weights) == 1 and not _NUMBERED.fullmatch(weights[0]):
-        return (folder / weights[0],)
-    if weights:
-        _check_numbered(folder, weights)
-        return tuple(folder / name for name in weights)
-    if any(name.endswith(".gguf") for name in names):
-        raise CheckpointError(f"{folder}: {_GGUF}")
-    others = [name for name in names if name.endswith(_OTHER_FORMATS)]
-    if others:
-        raise CheckpointError(
-            f"{folder}: holds weights only as {others[0]}, which may run code when loaded; convert "
-            "it to safetensors first, e.g. with transformers' save_pretrained."
-        )
-    raise CheckpointError(
-        f"{folder}: holds no .safetensors weights; pass a checkpoint's folder, and convert a "
-        "repository that has only .bin weights to safetensors first (the README shows how)."
-    )
-
-
-def _check_numbered(folder: Path, weights: list[str]) -> None:
-    """Raises CheckpointError unless the files are all the shards of one model."""
-    matches = [_NUMBERED.fullmatch(name) for name in weights]
-    groups = {(match["stem"], match["count"]) if match else None for match in matches}
-    if len(groups) != 1 or None in groups:
-        raise CheckpointError(
-            f"{folder}: holds several weight files ({', '.join(weights[:4])}, ...) and no {INDEX} "
-            "that says which belong to the model; pass one file or add the index."
-        )
-    present = {int(match["number"]) for match in matches if match}
-    count = int(next(match["count"] for match in matches if match))
-    # The count comes from a file name, so it must not size anything.
-    if present != set(range(1, len(weights) + 1)) or len(weights) != count:
-        raise CheckpointError(
-            f"{folder}: holds {len(weights)} of the {count} shards that their names announce and "
-            f"no {INDEX}; download the missing ones."
-        )
-
-
-def read_index(file: Path) -> dict[str, str]:
-    """The weight map of an index file: tensor name -> name of a file in the same folder.
-
-    Raises
-    ------
-    CheckpointError
-        The file is damaged, or a name in it leads out of the folder.
-    """
-    mend = "download or save the checkpoint again"
-    index = read_object(checked_file(file.parent, file), limit=_MAX_JSON, what="index", mend=mend)
-    named = index.get("weight_map")
-    if not isinstance(named, dict) or not named:
-        raise CheckpointError(f"{file}: has no weight_map; {mend}.")
-    for tensor, name in named.items():
-        plain = isinstance(name, str) and not re.search(r"[/\\:\0]", name)
-        if not plain or not name.endswith(".safetensors") or name.startswith("."):
-            raise CheckpointError(
-                f"{file}: puts tensor {shorten(tensor)} into {shorten(str(name))}, which is not "
-                f"the name of a .safetensors file in this folder; {mend}."
-            )
-    return named
-
-
-def _assemble(
-    source: str, folder: Path, files: tuple[Path, ...], *, named: Mapping[str, str] | None
-) -> Checkpoint:
+def _assemble(source: str, folder: Path, weights: WeightFiles) -> Checkpoint:
     config = _read_config(folder)
+    tensors = _read_tensors(weights.files)
+    if weights.named is not None:
+        tensors = _match_index(folder, tensors, weights)
+    tensors = _without_ties(tensors, config)
+    tensors, scales = split_scales(folder, config, tensors)
+    return Checkpoint(
+        source,
+        folder,
+        MappingProxyType(tensors),
+        config,
+        weights.files,
+        MappingProxyType(scales),
+    )
+
+
+def _read_tensors(files: tuple[Path, ...]) -> dict[str, TensorSpec]:
     tensors: dict[str, TensorSpec] = {}
     for file in files:
-        specs, _ = read_header(file)
+        specs = read_header(file)[0] if _is_safetensors(file) else read_pickle_header(file)
         for name, spec in specs.items():
             if name in tensors:
                 raise CheckpointError(
@@ -209,28 +161,54 @@ def _assemble(
                     "remove the file that is left over from another save."
                 )
             tensors[name] = spec
-    if named is not None:
-        tensors = _match_index(folder, tensors, named)
-    return Checkpoint(source, folder, MappingProxyType(tensors), config, files)
+    return tensors
+
+
+def _is_safetensors(file: Path) -> bool:
+    return file.suffix not in PICKLE_SUFFIXES
 
 
 def _match_index(
-    folder: Path, tensors: dict[str, TensorSpec], named: Mapping[str, str]
+    folder: Path, tensors: dict[str, TensorSpec], weights: WeightFiles
 ) -> dict[str, TensorSpec]:
+    named = weights.named or {}
     for name, file_name in named.items():
         spec = tensors.get(name)
         if spec is None or spec.file.name != file_name:
             raise CheckpointError(
-                f"{folder / file_name}: lacks tensor {shorten(name)}, which {INDEX} says it holds; "
-                "download the checkpoint again."
+                f"{folder / file_name}: lacks tensor {shorten(name)}, which {weights.index} says "
+                "it holds; download the checkpoint again."
             )
     for name, spec in tensors.items():
         if name not in named and not name.endswith(_COMPUTED):
             raise CheckpointError(
-                f"{spec.file}: holds tensor {shorten(name)}, which {INDEX} does not name; the "
-                "index and the shards are of different saves, so download the checkpoint again."
+                f"{spec.file}: holds tensor {shorten(name)}, which {weights.index} does not name; "
+                "the index and the shards are of different saves, so download the checkpoint again."
             )
     return {name: spec for name, spec in tensors.items() if name in named}
+
+
+def _without_ties(
+    tensors: dict[str, TensorSpec], config: Mapping[str, Any] | None
+) -> dict[str, TensorSpec]:
+    """Without a head that is stored as the embedding's own bytes, where the config ties them.
+
+    A PyTorch file names shared bytes twice; transformers writes them once, under the embedding's
+    name, and so does the output. Other shared bytes stay under each of their names.
+    """
+    parts = [config or {}, *(v for v in (config or {}).values() if isinstance(v, dict))]
+    if not any(part.get("tie_word_embeddings") for part in parts):
+        return tensors
+    places = {
+        (spec.file, spec.offset)
+        for name, spec in tensors.items()
+        if name.endswith("embed_tokens.weight")
+    }
+    return {
+        name: spec
+        for name, spec in tensors.items()
+        if not (name.endswith("lm_head.weight") and (spec.file, spec.offset) in places)
+    }
 
 
 def _read_config(folder: Path) -> Mapping[str, Any] | None:
@@ -244,19 +222,4 @@ def _read_config(folder: Path) -> Mapping[str, Any] | None:
         mend="download or save the checkpoint again",
         unique=False,
     )
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        quantization = part.get("quantization_config")
-        if isinstance(quantization, dict) and quantization:
-            method = quantization.get("quant_method", "an unnamed method")
-            raise CheckpointError(
-                f"{folder}: is quantised with {method}; merging needs the original weights in "
-                "bf16, fp16 or fp32, so pass that checkpoint."
-            )
     return MappingProxyType(config)
-
-
-def _has_all_weights(folder: Path) -> bool:
-    """Whether a snapshot in the cache holds all its weight files, by name only."""
-    if (folder / INDEX).exists():
-        return all((folder / name).exists() for name in set(read_index(folder / INDEX).values()))
-    return any(folder.glob("*.safetensors"))

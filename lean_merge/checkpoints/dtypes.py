@@ -45,6 +45,7 @@ FLOATING = frozenset({"F16", "BF16", "F32"})
 
 _TORCH = {name: dtype for name, _, dtype in _TABLE}
 _NAMES = {dtype: name for name, dtype in _TORCH.items() if dtype is not None}
+_BY_TORCH_NAME = {str(dtype): name for dtype, name in _NAMES.items()}
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -77,6 +78,11 @@ def safetensors_dtype(dtype: torch.dtype) -> str:
         return _NAMES[dtype]
     except KeyError:
         raise ValueError(f"The safetensors format has no dtype for {dtype}.") from None
+
+
+def dtype_by_torch_name(name: str) -> str | None:
+    """The safetensors name of the dtype that torch prints as `name`, None if there is none."""
+    return _BY_TORCH_NAME.get(name)
 
 
 def tensor_nbytes(dtype: str, shape: tuple[int, ...]) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -47,8 +47,19 @@ class Faults:
                 f"the base only {base.depth}"
             )
 
-    def counterpart(self, role: str, decoder: Decoder, key: Key, base: Place) -> Place | None:
-        """Where `role` has what the base has at `key`; else notes why not."""
+    def counterpart(
+        self,
+        role: str,
+        decoder: Decoder,
+        key: Key,
+        base: Place,
+        *,
+        scales: Container[str] = (),
+    ) -> Place | None:
+        """Where `role` has what the base has at `key`; else notes why not.
+
+        `scales` has the names of tensors that are stored with scales.
+        """
         place = decoder.weights.get(key)
         other = decoder.others.get(key)
         if place is None and other is None:
@@ -57,11 +68,23 @@ class Faults:
         shape = place.shape if place is not None else other.shape if other is not None else ()
         if place is None or shape != base.shape:
             self.add(role, key, f"has the shape {list(shape)}, the base {list(base.shape)}")
-        elif place.tensor.dtype not in FLOATING:
-            self.add(role, key, f"has the dtype {place.tensor.dtype}, which cannot be merged")
+        elif (fault := storage_fault(place, scales)) is not None:
+            self.add(role, key, fault)
         else:
             return place
         return None
+
+
+def storage_fault(place: Place, scales: Container[str]) -> str | None:
+    """Why the numbers of a weight cannot be had, None if they can."""
+    tensor = place.tensor
+    if tensor.name in scales:
+        if place.is_block:
+            return None
+        return f"has the dtype {tensor.dtype} with rows that lie apart, which is not supported"
+    if tensor.dtype in FLOATING:
+        return None
+    return f"has the dtype {tensor.dtype}, which cannot be merged"
 
 
 def locate(

@@ -1,20 +1,68 @@
-"""Hub ids: org/name@revision, from the local cache first."""
+"""Hub ids: org/name@revision, from the local cache first, and only the files that are needed."""
 
 from __future__ import annotations
 
+import glob
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
+from lean_merge.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_FILES
+from lean_merge.checkpoints.weightfiles import WEIGHT_FORMS, has_all_weights, read_index
 from lean_merge.errors import CheckpointError
 
-# Weights, configuration, tokenizers and remote code; never pickles or other formats' weights.
-_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.py", "*.jinja", "README.md"]
 _HUB_ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(@(?P<revision>[\w./-]{1,255}))?",
     re.ASCII,
 )
+# Configuration, tokenizers, processors, remote code and licences.
+_BESIDE = re.compile(
+    r".+\.(json|jsonl|txt|model|py|jinja|tiktoken|spm|bpe)|README\.md|(LICENSE|NOTICE)[^/]*",
+    re.IGNORECASE,
+)
+_INDEX = re.compile(r".+\.index(\.[^.]+)?\.json")
+_TEMPLATES = "additional_chat_templates/"
+# One of these is in every snapshot that is of use.
+_ANCHORS = (
+    "config.json",
+    ADAPTER_CONFIG,
+    *(name for form in WEIGHT_FORMS for name in (form.index, form.single)),
+)
+
+
+_SHOWN = ContextVar("downloads are shown", default=True)
+
+
+@contextmanager
+def downloads_shown(shown: bool) -> Iterator[None]:
+    """Whether downloads inside the block show their progress on standard error."""
+    token = _SHOWN.set(shown)
+    try:
+        yield
+    finally:
+        _SHOWN.reset(token)
+
+
+@contextmanager
+def _progress_bars() -> Iterator[None]:
+    """The client's progress bars as `downloads_shown` wants them; what was set is restored."""
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if _SHOWN.get() or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def is_hub_id(source: str) -> bool:
@@ -22,40 +70,29 @@ def is_hub_id(source: str) -> bool:
     return _HUB_ID.fullmatch(source) is not None
 
 
-def snapshot(source: str, *, is_complete: Callable[[Path], bool]) -> Path:
+def snapshot(source: str) -> Path:
     """The local folder of a hub repository's snapshot, downloading what the cache lacks.
+
+    A cached snapshot with all its weights is used as it is, without asking the network. Else the
+    repository is listed, and of it are fetched the weights in one form (safetensors if there are
+    any, else PyTorch's), and the small files beside them; progress is shown on standard error.
 
     Parameters
     ----------
     source
         org/name or org/name@revision.
-    is_complete
-        Whether a cached folder holds all it should; else it is downloaded.
 
     Raises
     ------
     CheckpointError
-        The repository or revision is absent, gated, or cannot be reached.
+        The repository or revision is absent, gated, without weights, or cannot be reached.
     """
-    # Not at import: it costs a third of a second that a merge of local folders need not pay.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
     match = _HUB_ID.fullmatch(source)
     if match is None:
         raise CheckpointError(f"{source}: is no hub id; write one like org/name@revision.")
     repo, revision = match["repo"], match["revision"]
-    try:
-        cached = Path(
-            snapshot_download(
-                repo, revision=revision, allow_patterns=_PATTERNS, local_files_only=True
-            )
-        )
-    except LocalEntryNotFoundError:
-        cached = None
-    except Exception as error:
-        raise _explain(source, error) from error
-    if cached is not None and is_complete(cached):
+    cached = _cached(source, repo, revision)
+    if cached is not None and _is_complete(cached):
         return cached
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         state = "is not" if cached is None else "is only in part"
@@ -64,9 +101,106 @@ def snapshot(source: str, *, is_complete: Callable[[Path], bool]) -> Path:
             "HF_HUB_OFFLINE forbids a download; unset it or pass a folder."
         )
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=_PATTERNS))
+        with _progress_bars():
+            return _download(source, repo, revision)
+    except CheckpointError:
+        raise
     except Exception as error:
         raise _explain(source, error) from error
+
+
+def _is_complete(folder: Path) -> bool:
+    adapter = any((folder / name).exists() for name in ADAPTER_FILES)
+    return has_all_weights(folder) or (adapter and (folder / ADAPTER_CONFIG).exists())
+
+
+def _cached(source: str, repo: str, revision: str | None) -> Path | None:
+    """The folder of the cached snapshot, which may lack files; None if there is none."""
+    # Not at import: it costs a third of a second that a merge of local folders need not pay.
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        for name in _ANCHORS:
+            file = try_to_load_from_cache(repo, name, revision=revision)
+            if isinstance(file, str):
+                return Path(file).parent
+    except Exception as error:
+        raise _explain(source, error) from error
+    return None
+
+
+def _download(source: str, repo: str, revision: str | None) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+    info = HfApi().model_info(repo, revision=revision)
+    names = [sibling.rfilename for sibling in info.siblings or ()]
+    # The commit that was listed, so that all files are of one save.
+    commit = info.sha or revision
+
+    def read_weight_map(index: str) -> dict[str, str]:
+        return read_index(Path(hf_hub_download(repo, index, revision=commit)))
+
+    wanted = needed_files(source, names, read_weight_map)
+    return Path(
+        snapshot_download(
+            repo, revision=revision, allow_patterns=[glob.escape(name) for name in wanted]
+        )
+    )
+
+
+def needed_files(
+    source: str, names: Sequence[str], read_weight_map: Callable[[str], dict[str, str]]
+) -> list[str]:
+    """Which files of a repository are needed: the weights in one form, and the small ones.
+
+    Parameters
+    ----------
+    source
+        The repository, for messages.
+    names
+        All its files.
+    read_weight_map
+        Gives the weight map of an index, by the index's name.
+
+    Raises
+    ------
+    CheckpointError
+        None of the files are weights that can be read.
+    """
+    weights = _weights(names, read_weight_map)
+    if not weights:
+        other = next((name for name in names if name.endswith((".gguf", ".onnx", ".h5"))), None)
+        found = f"only others such as {other}" if other else "none at all"
+        raise CheckpointError(
+            f"{source}: has no weights as model.safetensors or pytorch_model.bin on the hub, "
+            f"{found}; pass the repository of the original model."
+        )
+    beside = [
+        name
+        for name in names
+        if (_BESIDE.fullmatch(name) and "/" not in name and not _INDEX.fullmatch(name))
+        or (name.startswith(_TEMPLATES) and name.endswith(".jinja"))
+    ]
+    return sorted({*weights, *beside})
+
+
+def _weights(names: Sequence[str], read_weight_map: Callable[[str], dict[str, str]]) -> list[str]:
+    top = [name for name in names if "/" not in name]
+    for form in WEIGHT_FORMS:
+        if form.index in top:
+            return [form.index, *sorted(set(read_weight_map(form.index).values()))]
+        if form.single in top:
+            return [form.single]
+        numbered = [name for name in top if form.numbered.fullmatch(name)]
+        if numbered:
+            return numbered
+        others = [n for n in top if n.endswith(form.suffix) and "adapter" not in n]
+        if len(others) == 1 and not form.only_numbered:
+            return others
+        adapters = [name for name in ADAPTER_FILES if name in top and name.endswith(form.suffix)]
+        if adapters:
+            return adapters
+    return []
 
 
 def _explain(source: str, error: Exception) -> CheckpointError:

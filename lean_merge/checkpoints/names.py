@@ -7,14 +7,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from lean_merge.checkpoints.adaptermap import map_adapter
 from lean_merge.checkpoints.checkpoint import Checkpoint
-from lean_merge.checkpoints.dtypes import FLOATING
-from lean_merge.checkpoints.gate import Faults, check_heads, locate, report, title
+from lean_merge.checkpoints.gate import (
+    Faults,
+    check_heads,
+    locate,
+    report,
+    storage_fault,
+    title,
+)
 from lean_merge.checkpoints.header import TensorSpec
 from lean_merge.checkpoints.kinship import config_warnings, tokenizer_warnings
 from lean_merge.checkpoints.placement import FUSED, Place
+from lean_merge.checkpoints.reader import TensorReader
 from lean_merge.checkpoints.renaming import NameRules, renamed
-from lean_merge.checkpoints.rows import WeightSource, source
+from lean_merge.checkpoints.rows import WeightSource
+from lean_merge.checkpoints.sources import stored_source
 from lean_merge.checkpoints.structure import Decoder, Key, language_layout
 from lean_merge.errors import CoverageError
 
@@ -53,6 +62,15 @@ class LogicalWeight:
     def others(self) -> tuple[WeightSource, ...]:
         """The roles that have a task vector: the MLLM, then the experts."""
         return self.mllm, *self.experts
+
+    def load(self, reader: TensorReader) -> LogicalWeight:
+        """The same, with all that is read once and kept; see `WeightSource.load`."""
+        return replace(
+            self,
+            base=self.base.load(reader),
+            mllm=self.mllm.load(reader),
+            experts=tuple(expert.load(reader) for expert in self.experts),
+        )
 
     @property
     def roles(self) -> tuple[WeightSource, ...]:
@@ -140,7 +158,7 @@ def map_roles(
     mllm
         The multimodal model.
     experts
-        Language models tuned from `base`.
+        Language models tuned from `base`, or adapters of it.
     allow_partial
         Leave out what does not map, instead of raising.
     names
@@ -155,38 +173,57 @@ def map_roles(
         language model cannot be told from other parts, or nothing maps at all.
     """
     others = {"mllm": mllm} | {f"expert {n}": each for n, each in enumerate(experts, start=1)}
+    whole = {role: each for role, each in others.items() if each.adapter is None}
     roles = {"base": base, **others}
-    found = locate(base, others, {role: renamed(roles[role], role, names[role]) for role in names})
+    named = {role: renamed(roles[role], role, names[role]) for role in names}
+    models = {"base", *whole}
+    found = locate(base, whole, {role: each for role, each in named.items() if role in models})
     faults = Faults()
     for role, decoder in found.items():
         faults.check_decoder(role, decoder, found["base"])
+    adapters = {
+        role: map_adapter(role, each, base, found["base"], faults, named.get(role, each.tensors))
+        for role, each in others.items()
+        if each.adapter is not None
+    }
     mapped: dict[Key, LogicalWeight] = {}
     for key, place in found["base"].weights.items():
-        theirs = [faults.counterpart(role, found[role], key, place) for role in others]
-        present = [each for each in theirs if each is not None]
-        if place.tensor.dtype not in FLOATING:
-            faults.add("base", key, f"has the dtype {place.tensor.dtype}, which cannot be merged")
+        theirs = {
+            role: faults.counterpart(role, found[role], key, place, scales=each.scales)
+            for role, each in whole.items()
+        }
+        present = {role: each for role, each in theirs.items() if each is not None}
+        if (fault := storage_fault(place, base.scales)) is not None:
+            faults.add("base", key, fault)
         elif len(present) == len(theirs):
-            mapped[key] = _logical(key, place, present)
+            ours = stored_source(base, place)
+            mllm_rows, *experts_rows = (
+                adapters[role].rows(key, ours)
+                if role in adapters
+                else stored_source(each, present[role])
+                for role, each in others.items()
+            )
+            mapped[key] = LogicalWeight(
+                f"layers.{key[0]}.{key[1]}", present["mllm"], ours, mllm_rows, tuple(experts_rows)
+            )
     weights = _by_tensor(found["base"], found["mllm"], mapped, faults)
     if faults.lines and not (allow_partial and weights):
-        raise CoverageError(report(faults, roles, found, mapped=len(weights)))
-    check_heads(base, others)
+        raise CoverageError(report(faults, {"base": base, **whole}, found, mapped=len(weights)))
+    check_heads(base, whole)
     warnings = _scope_warnings(found["base"], found["mllm"])
+    warnings += [line for each in adapters.values() for line in each.warnings]
     for role, other in others.items():
         warnings += config_warnings(base, other, title(role))
     warnings += tokenizer_warnings(base, {title(role): each for role, each in others.items()})
     return Coverage(
         weights=tuple(weights[name] for name in mllm.tensors if name in weights),
         left_out=tuple(faults.lines),
-        prefixes=MappingProxyType({role: each.prefix for role, each in found.items()}),
+        prefixes=MappingProxyType(
+            {role: each.prefix for role, each in found.items()}
+            | {role: each.prefix for role, each in adapters.items()}
+        ),
         warnings=tuple(warnings),
     )
-
-
-def _logical(key: Key, base: Place, others: Sequence[Place]) -> LogicalWeight:
-    mllm, *experts = map(source, others)
-    return LogicalWeight(f"layers.{key[0]}.{key[1]}", others[0], source(base), mllm, tuple(experts))
 
 
 def _by_tensor(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 from types import TracebackType
 
 import torch
@@ -92,25 +93,40 @@ class TensorReader:
         ValueError
             The range is not inside the tensor.
         """
-        if start < 0 or start + out.nbytes > spec.nbytes:
-            raise ValueError(
-                f"{spec.name} has {spec.nbytes} bytes, not [{start}, {start + out.nbytes})."
-            )
+        self.read_spans(spec, [(start, out.nbytes)], out)
+
+    def read_spans(
+        self, spec: TensorSpec, spans: Sequence[tuple[int, int]], out: memoryview
+    ) -> None:
+        """Fills `out` with the bytes [start, start + length) of every span, one after the other.
+
+        Raises as `read_into`.
+        """
+        for start, length in spans:
+            if start < 0 or length < 0 or start + length > spec.nbytes:
+                raise ValueError(
+                    f"{spec.name} has {spec.nbytes} bytes, not [{start}, {start + length})."
+                )
+        if sum(length for _, length in spans) != out.nbytes:
+            raise ValueError(f"The spans of {spec.name} do not fill {out.nbytes} bytes.")
         if out.nbytes == 0:
             return
         out = out.cast("B")
         done = 0
         try:
             with self._files.use(spec.file) as descriptor:
-                while done < out.nbytes:
-                    part = out[done : done + _LARGEST_READ]
-                    count = self._read(descriptor, part, spec.offset + start + done)
-                    if count == 0:
-                        raise CheckpointError(
-                            f"{spec.file}: truncated while reading tensor {shorten(spec.name)}; "
-                            "the file has changed since its header was read, so restore it."
-                        )
-                    done += count
+                for start, length in spans:
+                    position, stop = spec.offset + start - done, done + length
+                    while done < stop:
+                        part = out[done : min(stop, done + _LARGEST_READ)]
+                        count = self._read(descriptor, part, position + done)
+                        if count == 0:
+                            raise CheckpointError(
+                                f"{spec.file}: truncated while reading tensor "
+                                f"{shorten(spec.name)}; the file has changed since its header was "
+                                "read, so restore it."
+                            )
+                        done += count
         except OSError as error:
             raise CheckpointError(
                 f"{spec.file}: cannot read tensor {shorten(spec.name)} "

@@ -17,8 +17,8 @@ NameRules = tuple[tuple[str, str], ...]
 def renamed(checkpoint: Checkpoint, role: str, rules: NameRules) -> Mapping[str, TensorSpec]:
     """All tensors of a checkpoint by the names that the rules give them.
 
-    A rule's pattern is searched in the name, and the template, with groups as in `re.sub`, is the
-    whole new name. A tensor that no rule fits keeps its name.
+    Where a rule's pattern is first found in a name, the template takes its place, as in `re.sub`.
+    A tensor that no rule fits keeps its name.
 
     Raises
     ------
@@ -31,10 +31,9 @@ def renamed(checkpoint: Checkpoint, role: str, rules: NameRules) -> Mapping[str,
     for name, spec in checkpoint.tensors.items():
         new = name
         for pattern, template in compiled:
-            match = pattern.search(name)
-            if match is not None:
+            new, found = pattern.subn(template, name, count=1)
+            if found:
                 unused = [each for each in unused if each != pattern.pattern]
-                new = match.expand(template)
                 break
         if new in tensors:
             raise RecipeError(

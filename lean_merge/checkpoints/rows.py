@@ -23,16 +23,17 @@ Buffer = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
 class WeightSource(abc.ABC):
     """The rows of one logical weight [out, in] of one role, counted from 0.
 
-    A new kind of storage is a subclass. Planning asks `stored`, `nbytes` and `scratch`; the engine
-    asks for `read`, from many threads.
+    A new kind of storage is a subclass. Planning asks for bytes: `stored`, `loaded`, `held`,
+    `nbytes` and `scratch`. The engine calls `load` once for each weight, and then `read` of what
+    that returned, from many threads.
     """
 
     __slots__ = ()
 
     is_difference: ClassVar[bool] = False
     """Whether the rows are those of the task vector, so that no base is subtracted from them."""
-    is_zero: ClassVar[bool] = False
-    """Whether all its numbers are 0, which is known without reading; only for differences."""
+    zero_because: ClassVar[str] = ""
+    """For a difference of zeros that nothing need be read for: why it is one, in words."""
 
     @property
     def in_columns(self) -> bool:
@@ -68,6 +69,27 @@ class WeightSource(abc.ABC):
     @abc.abstractmethod
     def stored(self) -> tuple[TensorSpec, ...]:
         """The tensors that `read` reads of, to be fetched ahead."""
+
+    @property
+    def loaded(self) -> int:
+        """How many bytes `load` reads."""
+        return 0
+
+    @property
+    def held(self) -> int:
+        """Bytes of memory that `load` takes, and what it returns keeps, at most."""
+        return 0
+
+    def load(self, reader: TensorReader) -> WeightSource:
+        """The same with what all its rows need in memory, such as scales or a factor.
+
+        Raises
+        ------
+        CheckpointError, DataError
+            As `read`.
+        """
+        del reader
+        return self
 
     @abc.abstractmethod
     def nbytes(self, rows: slice) -> int:
@@ -201,11 +223,9 @@ class PlacedRows(WeightSource):
         dtype = torch_dtype(self.dtype)
         columns = bool(self.place.width)
         out = buffer(name, (width, count) if columns else (count, width), dtype)
-        data, done = as_bytes(out), 0
-        for first, length in self.place.spans(rows):
-            stop = done + length * dtype.itemsize
-            reader.read_into(self.place.tensor, first * dtype.itemsize, data[done:stop])
-            done = stop
+        item = dtype.itemsize
+        spans = [(first * item, length * item) for first, length in self.place.spans(rows)]
+        reader.read_spans(self.place.tensor, spans, as_bytes(out))
         return out.T if columns else out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from lean_merge.engine.update import Truncated
 from lean_merge.linalg import truncate
 from lean_merge.methods import Decision
 from lean_merge.output import AdapterModule, FactorStore, StoredFactors
-from lean_merge.plan import CopyTask, Plan, WeightTask
+from lean_merge.plan import CopyTask, Plan, WeightTask, row_runs
 
 ADAPTER_ERROR = 2e-4
 """Largest relative Frobenius error of an update that `--lora-rank auto` cuts off."""
@@ -52,20 +53,22 @@ class AdapterSink(Sink):
         self, task: WeightTask, vectors: TaskVectors, decision: Decision, tools: Tools
     ) -> Callable[[], Truncated | None]:
         """B [out, k] and A [k, in] to the store, with the error of the cut."""
-        cut = self._store_factors(vectors.shape[0], decision)
+        cut = self._store_factors(row_runs(vectors.weight), decision)
         return lambda: cut
 
-    def _store_factors(self, out_features: int, decision: Decision) -> Truncated | None:
+    def _store_factors(
+        self, runs: tuple[tuple[int, int], ...], decision: Decision
+    ) -> Truncated | None:
         if decision.left is None or decision.right is None:
-            self._parts.append(StoredFactors(out_features))
+            self._parts.append(StoredFactors(runs))
             return None
         cut = truncate(decision.left, decision.right, error=ADAPTER_ERROR, rank=self._rank)
         if cut.rank == 0:
-            self._parts.append(StoredFactors(out_features))
+            self._parts.append(StoredFactors(runs))
             return Truncated(0, cut.error)
         b = self._append(decision.left, cut.of_left.to(decision.left.device))
         a = self._append(cut.of_right.to(decision.right.device), decision.right)
-        self._parts.append(StoredFactors(out_features, cut.rank, a, b))
+        self._parts.append(StoredFactors(runs, cut.rank, a, b))
         return Truncated(cut.rank, cut.error)
 
     def _append(self, left: Tensor, right: Tensor) -> int:
@@ -77,7 +80,7 @@ class AdapterSink(Sink):
         ]
         return starts[0]
 
-    def finish(self, task: CopyTask | WeightTask) -> None:
+    def finish(self, task: CopyTask | WeightTask, note: Any) -> None:
         """The parts of a fused weight become one module."""
         parts, self._parts = tuple(self._parts), []
         if isinstance(task, WeightTask) and any(part.rank for part in parts):

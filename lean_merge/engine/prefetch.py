@@ -11,6 +11,9 @@ from lean_merge.output import OutputFolder, Shard
 
 _STEP = 8 << 20
 FLUSH_EVERY = 128 << 20
+"""Bytes after which written ones are sent to the disk and finished tensors journalled."""
+FLUSH_SECONDS = 5.0
+"""The same in seconds, for runs that write slowly."""
 
 
 class Prefetcher:
@@ -86,6 +89,7 @@ class Flusher:
     def __init__(self, folder: OutputFolder) -> None:
         self._folder = folder
         self._pending = 0
+        self._latest: Shard | None = None
         self._due: Shard | None = None
         self._closed = False
         self._error: Exception | None = None
@@ -97,19 +101,23 @@ class Flusher:
         with self._moved:
             if self._error is not None:
                 raise self._error
-            self._pending += count
+            self._pending, self._latest = self._pending + count, shard
             if self._pending >= FLUSH_EVERY:
-                self._pending, self._due = 0, shard
+                self._due = shard
                 self._moved.notify_all()
 
     def _run(self) -> None:
         while True:
             with self._moved:
-                self._moved.wait_for(lambda: self._closed or self._due is not None)
+                self._moved.wait_for(
+                    lambda: self._closed or self._due is not None, timeout=FLUSH_SECONDS
+                )
                 if self._closed:
                     return
-                shard, self._due = self._due, None
-            assert shard is not None
+                shard = self._latest
+                self._pending, self._latest, self._due = 0, None, None
+            if shard is None:
+                continue
             try:
                 self._folder.flush(shard)
             except Exception as error:

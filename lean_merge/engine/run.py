@@ -21,42 +21,33 @@ from lean_merge.checkpoints import (
     common_dtype,
 )
 from lean_merge.engine.prefetch import Prefetcher
-from lean_merge.engine.sinks import Sink, Stored, Tools
+from lean_merge.engine.results import Note, WeightResult, from_note, to_note
+from lean_merge.engine.sinks import Sink, Tools
 from lean_merge.engine.taskvectors import TaskVectors
 from lean_merge.engine.workers import full_float32, worker_pool
-from lean_merge.memory import release_free_memory
+from lean_merge.memory import release_free_memory, usage
 from lean_merge.methods import Decision, ExpertRecord, Method, WeightContext
-from lean_merge.plan import CopyTask, Plan, WeightTask, arithmetic_dtype
+from lean_merge.plan import CopyTask, Plan, WeightTask, arithmetic_dtype, needs_analysis
 
 READ_AHEAD = 512 << 20
 """Bytes that the page cache is asked for before they are used."""
 MOST_BEGUN = 8
 """Tasks that may be on their way to the sink at a time."""
+RELEASE_ABOVE = 16 << 20
+"""Bytes that free memory may grow by before it is given back; a part of the budget's slack."""
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Progress: output tensor `name` of `nbytes` is written; `merged` if an update went in."""
+    """Progress: output tensor `name` of `nbytes` is written; `merged` if an update went in.
+
+    `reused` tells that an interrupted run wrote it.
+    """
 
     name: str
     nbytes: int
     merged: bool
-
-
-@dataclass(frozen=True, slots=True)
-class WeightResult:
-    """What happened to one logical weight; `squared_norms` are those of its task vectors.
-
-    `stored` is what the sink kept of the update, None where it stored none.
-    """
-
-    name: str
-    canonical: str
-    experts: tuple[ExpertRecord, ...]
-    merged: bool
-    squared_norms: tuple[float, ...]
-    stored: Stored
-    passes: int
+    reused: bool = False
 
 
 @dataclass
@@ -103,14 +94,16 @@ def steps(plan: Plan, sink: Sink, result: RunResult) -> Generator[Event, None, N
         # The threads write into the sink, so they end before it does.
         stack.enter_context(sink)
         workers = stack.enter_context(worker_pool(plan.workers))
-        prefetcher = stack.enter_context(
-            Prefetcher(reader, [_sources(task) for task in plan.tasks], ahead=READ_AHEAD)
-        )
+        notes = [from_note(sink.finished(task)) for task in plan.tasks]
+        sources = [
+            [] if note else _sources(task) for task, note in zip(plan.tasks, notes, strict=True)
+        ]
+        prefetcher = stack.enter_context(Prefetcher(reader, sources, ahead=READ_AHEAD))
         engine = _Engine(plan, sink, Tools(reader, workers), result)
         begun: deque[_Begun] = deque()
-        for index, task in enumerate(plan.tasks):
+        for index, (task, note) in enumerate(zip(plan.tasks, notes, strict=True)):
             prefetcher.begin(index)
-            begun.append(engine.begin(index, task))
+            begun.append(engine.begin(index, task, note))
             last = index == len(plan.tasks) - 1
             while begun and (last or not sink.ahead or not _may_wait(begun)):
                 event = engine.finish(begun[0])
@@ -129,6 +122,8 @@ class _Begun:
     task: CopyTask | WeightTask
     reader: TensorReader
     parts: tuple[Callable[[], WeightResult | None], ...]
+    reused: Note | None = None
+    """Of a task that an interrupted run finished."""
 
 
 def _may_wait(begun: Sequence[_Begun]) -> bool:
@@ -164,9 +159,7 @@ class _Settings:
 
 
 def _sources(task: CopyTask | WeightTask) -> list[TensorSpec]:
-    if isinstance(task, CopyTask):
-        return [task.source]
-    return list(task.weight.extents)
+    return list(task.stored if isinstance(task, CopyTask) else task.weight.extents)
 
 
 class _Engine:
@@ -177,17 +170,29 @@ class _Engine:
         self._result = result
         self._device = torch.device(plan.device)
         self._arena = torch.empty(_arena_bytes(plan), dtype=torch.uint8, device=self._device)
+        self._settled = 0
 
-    def begin(self, index: int, task: CopyTask | WeightTask) -> _Begun:
-        """Copy, or analyse and decide; what is to be stored may still be on its way."""
+    def begin(self, index: int, task: CopyTask | WeightTask, note: Note | None) -> _Begun:
+        """Copy, or analyse and decide; what is to be stored may still be on its way.
+
+        A task with a `note` is finished already.
+        """
         tools = replace(self.tools, reader=self.tools.reader.counting())
+        if note is not None:
+            return _Begun(index, task, tools.reader, (), note)
         parts: tuple[Callable[[], WeightResult | None], ...]
         if isinstance(task, CopyTask):
             parts = (self._sink.copy(task, tools),)
         else:
             parts = tuple(self._parts(task, tools))
-            release_free_memory()
+            self._release()
         return _Begun(index, task, tools.reader, parts)
+
+    def _release(self) -> None:
+        """Give free memory back where it has grown: pages that come back cost the system time."""
+        if usage().anonymous > self._settled + RELEASE_ABOVE:
+            release_free_memory()
+            self._settled = usage().anonymous
 
     def _parts(self, task: WeightTask, tools: Tools) -> Iterator[Callable[[], WeightResult]]:
         """The logical weights one after another; the factors of one may wait to be stored."""
@@ -204,11 +209,15 @@ class _Engine:
         """Wait until all of a task is stored, and note what happened."""
         with self._result.timed("copy" if isinstance(begun.task, CopyTask) else "write"):
             weights = [weight for part in begun.parts if (weight := part()) is not None]
+        read, reused = begun.reader.bytes_read, begun.reused is not None
+        if begun.reused is None:
+            self._sink.finish(begun.task, to_note(weights, bytes_read=read))
+        else:
+            weights, read = begun.reused
         self._result.weights.extend(weights)
-        self._result.bytes_read += begun.reader.bytes_read
-        self._sink.finish(begun.task)
+        self._result.bytes_read += read
         tensor = begun.task.tensor
-        return Event(tensor.name, tensor.nbytes, any(weight.merged for weight in weights))
+        return Event(tensor.name, tensor.nbytes, any(each.merged for each in weights), reused)
 
     def _merge(self, task: WeightTask, part: int, tools: Tools) -> Callable[[], WeightResult]:
         weight = task.weight.slices[part]
@@ -228,6 +237,7 @@ class _Engine:
                 decision, passes = _left_alone(task.filtered[part], len(weight.experts)), 0
             else:
                 decision, passes = self._analyze(method, vectors, context)
+        decision = _explained(decision, weight)
         with self._result.timed("write"):
             stored = self._sink.update(task, vectors, decision, tools)
         norms = vectors.squared_norms()
@@ -256,6 +266,9 @@ class _Engine:
         self, method: Method[Any], vectors: TaskVectors, context: WeightContext
     ) -> tuple[Decision, int]:
         """Drive the method's analysis: each time it asks, one pass over the rows."""
+        if not needs_analysis(vectors.weight) and method.cost(vectors.shape, item=4).passes:
+            nothing = ExpertRecord(False, "", rank=0, update_norm=0.0)
+            return Decision((nothing,) * len(vectors.weight.experts)), 0
         analysis = method.analyze(context)
         passes = 0
         try:
@@ -282,6 +295,17 @@ def _arena_bytes(plan: Plan) -> int:
             height = min(out_features, resident * budget.tile_rows(in_features))
             most = max(most, height * in_features * item * len(weight.others))
     return most
+
+
+def _explained(decision: Decision, weight: LogicalWeight) -> Decision:
+    """The decision with the reason of every expert that is known to change nothing."""
+    records = tuple(
+        replace(record, selected=False, reason=source.zero_because)
+        if source.zero_because
+        else record
+        for record, source in zip(decision.experts, weight.experts, strict=True)
+    )
+    return replace(decision, experts=records)
 
 
 def _left_alone(reason: str, experts: int) -> Decision:

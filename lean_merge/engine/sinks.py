@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,11 +14,21 @@ from torch import Tensor
 from lean_merge.checkpoints import TensorReader, as_bytes, torch_dtype
 from lean_merge.engine.prefetch import Flusher
 from lean_merge.engine.taskvectors import TaskVectors
-from lean_merge.engine.update import OutputRows, Truncated, Written, copy_tensor, write_rows
+from lean_merge.engine.tilestore import WriteBytes
+from lean_merge.engine.update import (
+    OutputRows,
+    Truncated,
+    Written,
+    convert_tensor,
+    copy_tensor,
+    write_rows,
+)
 from lean_merge.engine.workers import Workers
 from lean_merge.methods import Decision
 from lean_merge.output import OutputFolder
 from lean_merge.plan import CopyTask, Plan, WeightTask
+
+Spans = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +78,19 @@ class Sink(abc.ABC):
     ) -> Callable[[], Stored]:
         """`vectors.weight`, one of `task`'s, with its decision."""
 
-    def finish(self, task: CopyTask | WeightTask) -> None:
-        """All of `task` was given and is stored; in the order of the tasks."""
+    def finished(self, task: CopyTask | WeightTask) -> Any:
+        """What `finish` was told of `task` by an interrupted run whose bytes are used; else None.
+
+        Such a task is not given.
+        """
+        del task
+        return None
+
+    def finish(self, task: CopyTask | WeightTask, note: Any) -> None:
+        """All of `task` was given and is stored; in the order of the tasks.
+
+        `note` is what to tell of it later, as JSON has it.
+        """
         return
 
 
@@ -104,9 +125,8 @@ class CheckpointSink(Sink):
         self._flusher.__exit__(kind, error, trace)
 
     def copy(self, task: CopyTask, tools: Tools) -> Callable[[], None]:
-        """The tensor's bytes, undecoded."""
-        write = self._writer(task)
-        return copy_tensor(task.source, write, reader=tools.reader, workers=tools.workers)
+        """The tensor's bytes, undecoded; or its numbers, where these are stored with scales."""
+        return begin_copy(task, self._writer(task), tools)
 
     def update(
         self,
@@ -119,20 +139,35 @@ class CheckpointSink(Sink):
         output = output_rows(self._plan, task, self._writer(task))
         return write_rows(vectors, decision, output, reader=tools.reader, workers=tools.workers)
 
-    def _writer(self, task: CopyTask | WeightTask) -> Callable[[int, memoryview], None]:
+    def finished(self, task: CopyTask | WeightTask) -> Any:
+        """From the folder's journal."""
+        return self._folder.finished.get(task.tensor.name)
+
+    def finish(self, task: CopyTask | WeightTask, note: Any) -> None:
+        """Goes to the folder's journal once the bytes are on the disk."""
+        self._folder.finish_tensor(self._plan.shards[task.shard], task.tensor.name, note)
+
+    def _writer(self, task: CopyTask | WeightTask) -> WriteBytes:
         shard = self._plan.shards[task.shard]
         start = shard.offsets[task.tensor.name]
 
-        def write(offset: int, data: memoryview) -> None:
-            self._folder.write_at(shard, start + offset, data)
+        def write(offset: int, data: memoryview, spans: Spans | None = None) -> None:
+            self._folder.write_at(shard, start + offset, data, spans)
             self._flusher.wrote(shard, data.nbytes)
 
         return write
 
 
-def output_rows(
-    plan: Plan, task: WeightTask, write: Callable[[int, memoryview], None]
-) -> OutputRows:
+def begin_copy(task: CopyTask, write: WriteBytes, tools: Tools) -> Callable[[], None]:
+    """Begin to write a tensor out of scope as it goes over; what is returned waits for the end."""
+    reader, workers = tools.reader, tools.workers
+    if not task.decoded:
+        return copy_tensor(task.source, write, reader=reader, workers=workers)
+    dtype = torch_dtype(task.tensor.dtype)
+    return convert_tensor(task.decoded, dtype, write, reader=reader, workers=workers)
+
+
+def output_rows(plan: Plan, task: WeightTask, write: WriteBytes) -> OutputRows:
     """How the rows of an in-scope tensor are written, as the recipe wants it."""
     dtype: torch.dtype = torch_dtype(task.tensor.dtype)
     return OutputRows(
@@ -141,6 +176,19 @@ def output_rows(
         seed=plan.recipe.seed,
         write=write,
     )
+
+
+def _into(view: memoryview) -> WriteBytes:
+    """Writes into memory."""
+
+    def write(offset: int, data: memoryview, spans: Spans | None = None) -> None:
+        data, done = data.cast("B"), 0
+        for start, length in spans or [(0, data.nbytes)]:
+            first = offset + start
+            view[first : first + length] = data[done : done + length]
+            done += length
+
+    return write
 
 
 class TensorSink(Sink):
@@ -157,10 +205,12 @@ class TensorSink(Sink):
         return tensor
 
     def copy(self, task: CopyTask, tools: Tools) -> Callable[[], None]:
-        """The tensor as it is stored."""
-        tensor = self._fresh(task)
-        tools.reader.read_into(task.source, 0, as_bytes(tensor))
-        return _nothing
+        """The tensor as it is stored; or its numbers, where these are stored with scales."""
+        view = as_bytes(self._fresh(task))
+        if not task.decoded:
+            tools.reader.read_into(task.source, 0, view)
+            return _nothing
+        return begin_copy(task, _into(view), tools)
 
     def update(
         self, task: WeightTask, vectors: TaskVectors, decision: Decision, tools: Tools
@@ -169,12 +219,7 @@ class TensorSink(Sink):
         if self._tensor is None:
             self._fresh(task)
         assert self._tensor is not None
-        view = as_bytes(self._tensor)
-
-        def write(offset: int, data: memoryview) -> None:
-            view[offset : offset + data.nbytes] = data.cast("B")
-
-        output = output_rows(self._plan, task, write)
+        output = output_rows(self._plan, task, _into(as_bytes(self._tensor)))
         return write_rows(vectors, decision, output, reader=tools.reader, workers=tools.workers)
 
     def _fresh(self, task: CopyTask | WeightTask) -> Tensor:

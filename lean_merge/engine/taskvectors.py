@@ -45,7 +45,7 @@ class TaskVectors:
         resident: int,
         dtype: torch.dtype,
     ) -> None:
-        self.weight = weight
+        self.weight = weight.load(reader)
         self.shape = weight.shape
         self.dtype = dtype
         self.device = arena.device

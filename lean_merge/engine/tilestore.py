@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,8 +11,14 @@ from torch import Tensor
 from lean_merge.checkpoints import LogicalWeight, TensorReader, as_bytes
 from lean_merge.engine.workers import Workers
 
-WriteBytes = Callable[[int, memoryview], None]
-"""Writes bytes at an offset from the tensor's start."""
+
+class WriteBytes(Protocol):
+    """Writes bytes at an offset from the tensor's start."""
+
+    def __call__(
+        self, offset: int, data: memoryview, spans: Sequence[tuple[int, int]] | None = None
+    ) -> None:
+        """All of `data` there, or a part for each span (start, length) counted from there."""
 
 
 class TileStore:
@@ -76,7 +83,6 @@ class TileStore:
             self._write(self.rows, self._turned)
 
     def _write(self, rows: slice, numbers: Tensor) -> None:
-        data, done, item = as_bytes(numbers), 0, self._dtype.itemsize
-        for first, count in self._place.spans(rows):
-            self._output(first * item, data[done : done + count * item])
-            done += count * item
+        item = self._dtype.itemsize
+        spans = [(first * item, count * item) for first, count in self._place.spans(rows)]
+        self._output(0, as_bytes(numbers), spans)

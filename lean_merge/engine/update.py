@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lean_merge.budget import COPY_BUFFER, READ_ELEMENTS, STRIP_ELEMENTS, strips
-from lean_merge.checkpoints import TensorReader, TensorSpec, as_bytes
+from lean_merge.checkpoints import TensorReader, TensorSpec, WeightSource, as_bytes
 from lean_merge.engine.rounding import round_stochastic, rounding_generator
 from lean_merge.engine.taskvectors import TaskVectors
 from lean_merge.engine.tilestore import TileStore, WriteBytes
@@ -68,6 +68,53 @@ def copy_tensor(
         write(start, part)
 
     return workers.later(copy, range(0, spec.nbytes, COPY_BUFFER)).wait
+
+
+def convert_tensor(
+    parts: Sequence[WeightSource],
+    dtype: torch.dtype,
+    write: WriteBytes,
+    *,
+    reader: TensorReader,
+    workers: Workers,
+) -> Callable[[], None]:
+    """Begin to write the matrices of one tensor, one after the other, in `dtype`.
+
+    What is returned waits for the end.
+
+    Raises
+    ------
+    DataError
+        A number is NaN or Inf, or overflows the dtype; a scale is none.
+    """
+    pieces: list[tuple[WeightSource, slice, int]] = []
+    offset = 0
+    for part in parts:
+        source = part.load(reader)
+        out_features, in_features = source.shape
+        for rows in strips(slice(0, out_features), in_features, READ_ELEMENTS):
+            pieces.append((source, rows, offset))
+            offset += (rows.stop - rows.start) * in_features * dtype.itemsize
+
+    def convert(piece: tuple[WeightSource, slice, int]) -> None:
+        source, rows, start = piece
+        values = source.read(rows, reader, workers.buffer, "copy")
+        rounded = workers.buffer("copy rounded", tuple(values.shape), dtype).copy_(values)
+        if not bool(torch.isfinite(rounded.sum(dtype=torch.float32))):
+            _check_converted(source, rounded)
+        write(start, as_bytes(rounded))
+
+    return workers.later(convert, pieces).wait
+
+
+def _check_converted(source: WeightSource, rounded: Tensor) -> None:
+    """Refuse numbers that are none; a sum may overflow without any."""
+    if not bool(torch.isfinite(rounded).all()):
+        raise DataError(
+            f"{source.file}: tensor {source.name} holds NaN or Inf, or overflows "
+            f"{torch_name(rounded.dtype)}; restore the file from its source, or choose another "
+            "--out-dtype."
+        )
 
 
 def write_rows(
@@ -219,4 +266,12 @@ def torch_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-__all__ = ["OutputRows", "Truncated", "Written", "copy_tensor", "write_rows"]
+__all__ = [
+    "OutputRows",
+    "Truncated",
+    "WriteBytes",
+    "Written",
+    "convert_tensor",
+    "copy_tensor",
+    "write_rows",
+]

@@ -36,6 +36,7 @@ from lean_merge.methods.registry import register
 from lean_merge.methods.spectra import (
     ANGLE,
     MAX_SUBSPACE,
+    MIN_DEPTH,
     Effort,
     Spectrum,
     Verdict,
@@ -184,8 +185,8 @@ class IPMerging(Method[IPMergingParameters]):
     ) -> Generator[Sequence[Pass | None], Sequence[Products | None], Decision]:
         """Steps 1 to 7 for one logical weight; step 8, the sum, is the engine's."""
 
-        def judge(spectra: list[Spectrum], may_grow: bool) -> Verdict:
-            return self._judge(self._align(weight, spectra), spectra, may_grow)
+        def judge(spectra: list[Spectrum], depth: int, may_grow: bool) -> Verdict:
+            return self._judge(self._align(weight, spectra), spectra, depth, may_grow)
 
         effort = self._effort(weight.shape)
         spectra = yield from find_spectra(weight, effort, judge)
@@ -238,7 +239,9 @@ class IPMerging(Method[IPMergingParameters]):
             angle_error=float(angles[gamma**2 >= 0.02 * (gamma**2).max()].max()),
         )
 
-    def _judge(self, aligned: list[_Alignment], spectra: list[Spectrum], may_grow: bool) -> Verdict:
+    def _judge(
+        self, aligned: list[_Alignment], spectra: list[Spectrum], depth: int, may_grow: bool
+    ) -> Verdict:
         """Whether more passes could change any expert's selection, or its update much."""
         if may_grow and any(a.selected and not _is_small(a.omitted) for a in aligned):
             return Verdict.GROW
@@ -252,8 +255,11 @@ class IPMerging(Method[IPMergingParameters]):
             first = float(max(spectra[0].angles[0], spectra[k + 1].angles[0]))
             if alignment.compared + first < below:
                 continue
-            if _largest_principal_cosine(spectra[0], spectra[k + 1]) < below - 4 * CLEAR:
-                continue
+            if depth >= MIN_DEPTH:
+                # The subspaces hold the first directions by now, if not yet told apart.
+                largest = _largest_principal_cosine(spectra[0], spectra[k + 1])
+                if largest < below - 4 * CLEAR:
+                    continue
             if max(alignment.angle_error, first) > ANGLE:
                 return Verdict.MORE
         return Verdict.DONE

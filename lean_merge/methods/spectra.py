@@ -57,8 +57,8 @@ class Verdict(Enum):
     DONE = "done"
 
 
-Judge = Callable[[list["Spectrum"], bool], Verdict]
-"""Judges spectra; the flag says whether the rank may still grow."""
+Judge = Callable[[list["Spectrum"], int, bool], Verdict]
+"""Judges spectra from so many Krylov blocks; the flag says whether the rank may still grow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +216,7 @@ def _sketched(weight: WeightContext, effort: Effort, judge: Judge) -> PassesOf[l
             if _depth(sketches) >= LOOK_DEPTH:
                 spectra = weight.parallel(partial(_spectrum, rank, weight.shape), sketches)
                 may_grow = rank < effort.largest and _depth(sketches) == MIN_DEPTH
-                verdict = judge(spectra, may_grow)
+                verdict = judge(spectra, _depth(sketches), may_grow)
         if verdict is not Verdict.GROW:
             spectra = weight.parallel(_with_settled, list(zip(spectra, sketches, strict=True)))
             return _with_sums(weight, spectra, sketches)

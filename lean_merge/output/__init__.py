@@ -12,26 +12,38 @@ from lean_merge.output.adapter import (
     write_adapter,
 )
 from lean_merge.output.card import adapter_card, license_of, model_card
-from lean_merge.output.folder import OutputFolder, check_output
+from lean_merge.output.check import Difference, FolderCheck, check_folder
+from lean_merge.output.folder import OutputFolder
+from lean_merge.output.journal import JOURNAL, Journal, read_journal
 from lean_merge.output.layout import OutputTensor, Shard, index_json, plan_shards
+from lean_merge.output.opening import check_output, find_complete
 from lean_merge.output.sidefiles import copy_side_files, side_files
+from lean_merge.output.state import changed_input
 
 __all__ = [
     "ADAPTER",
+    "JOURNAL",
     "AdapterModule",
+    "Difference",
     "FactorStore",
+    "FolderCheck",
+    "Journal",
     "OutputFolder",
     "OutputTensor",
     "Shard",
     "StoredFactors",
     "adapter_card",
     "adapter_layout",
+    "changed_input",
+    "check_folder",
     "check_output",
     "copy_side_files",
+    "find_complete",
     "index_json",
     "license_of",
     "model_card",
     "plan_shards",
+    "read_journal",
     "side_files",
     "write_adapter",
 ]

@@ -32,23 +32,35 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class StoredFactors:
-    """The update of rows of a module, b [rows, rank] @ a [rank, in], float32 in a `FactorStore`.
+    """The update of some rows of a module, b [rows, rank] @ a [rank, in], in a `FactorStore`.
 
-    `a` and `b` are offsets there; without an update the rank is 0.
+    Attributes
+    ----------
+    runs
+        (first, count) of the module's rows, in the order of those of b.
+    rank
+        0 without an update.
+    a, b
+        Where they begin in the store, as float32.
     """
 
-    rows: int
+    runs: tuple[tuple[int, int], ...]
     rank: int = 0
     a: int = 0
     b: int = 0
 
+    @property
+    def rows(self) -> int:
+        """How many rows it updates."""
+        return sum(count for _, count in self.runs)
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterModule:
-    """One module of the adapter; its parts follow each other from row 0 to the last.
+    """One module of the adapter; each of its rows is in one of its parts.
 
     A fused weight has a part for each projection: A holds their rows below each other, and B is
-    block diagonal, so that the ranks add up.
+    zero where the row of one meets the column of another, so that the ranks add up.
     """
 
     name: str
@@ -115,10 +127,10 @@ class FactorStore:
     def read(self, start: int, out: Tensor) -> None:
         """Fills a contiguous CPU tensor."""
         try:
-            complete = read_all(self._file.fileno(), as_bytes(out), start)
+            count = read_all(self._file.fileno(), as_bytes(out), start)
         except OSError as error:
             raise explain(self._folder, error) from error
-        if not complete:
+        if count != out.nbytes:
             raise OutputError(
                 f"{self._folder}: the adapter's factors were cut short on the disk; run the merge "
                 "again."
@@ -209,21 +221,23 @@ def _write_b(
     dtype: torch.dtype,
     chunk: Tensor,
 ) -> None:
-    position = shard.offsets[module.key_b]
-    before = 0
+    width = module.rank * dtype.itemsize
+    height = max(1, _CHUNK // module.rank)
+    left = 0
     for part in module.parts:
-        height = max(1, _CHUNK // module.rank)
-        for start in range(0, part.rows, height):
-            rows = min(height, part.rows - start)
-            block = torch.zeros(rows, module.rank)
-            if part.rank:
-                numbers = chunk[: rows * part.rank].view(rows, part.rank)
-                store.read(part.b + start * part.rank * 4, numbers)
-                block[:, before : before + part.rank] = numbers
-            data = as_bytes(_cast(block, dtype, module.name))
-            folder.write_at(shard, position, data)
-            position += data.nbytes
-        before += part.rank
+        done = 0
+        for first, count in part.runs:
+            for start in range(0, count, height):
+                rows = min(height, count - start)
+                block = torch.zeros(rows, module.rank)
+                if part.rank:
+                    numbers = chunk[: rows * part.rank].view(rows, part.rank)
+                    store.read(part.b + done * part.rank * 4, numbers)
+                    block[:, left : left + part.rank] = numbers
+                position = shard.offsets[module.key_b] + (first + start) * width
+                folder.write_at(shard, position, as_bytes(_cast(block, dtype, module.name)))
+                done += rows
+        left += part.rank
 
 
 def _cast(numbers: Tensor, dtype: torch.dtype, name: str) -> Tensor:

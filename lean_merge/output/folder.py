@@ -7,33 +7,34 @@ bytes are on the disk. The last rename, of the index or of the only shard, makes
 from __future__ import annotations
 
 import os
-import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from lean_merge.checkpoints.checkpoint import INDEX, SINGLE
 from lean_merge.checkpoints.descriptors import DescriptorPool
-from lean_merge.errors import OutputError
-from lean_merge.output.layout import Shard, index_json
-from lean_merge.output.replace import Replacement, refuse_to_lose
+from lean_merge.errors import LeanMergeError, OutputError
+from lean_merge.output.journal import JOURNAL, JournalWriter, commit_mark, start_record
+from lean_merge.output.layout import Shard, extents, index_json
+from lean_merge.output.ledger import Ledger
+from lean_merge.output.opening import Place, checked_place, find_place, finished_tensors, unseal
+from lean_merge.output.state import PARTIAL
 from lean_merge.output.storage import (
     check_free_space,
     explain,
-    folder_bytes,
     forget,
-    lock_folder,
+    occupied,
+    open_own,
     preallocate,
-    refuse_inputs,
     side_name,
     sync_data,
     sync_folder,
     write_all,
+    write_new,
 )
-
-PARTIAL = ".partial"
 
 
 class OutputFolder:
@@ -47,34 +48,43 @@ class OutputFolder:
         The folder that the user asked for.
     shards
         Its weight files.
+    finished
+        What `finish_tensor` was told of the tensors that an interrupted run had written, by name:
+        they are on the disk, were read again, and need not be written.
     bytes_written
-        Bytes of tensors so far.
+        Bytes of tensors so far, without those.
     sealed
         Whether it is whole.
     """
 
     def __init__(
-        self,
-        final: Path,
-        shards: tuple[Shard, ...],
-        replacement: Replacement | None,
-        lock: int | None,
+        self, final: Path, shards: tuple[Shard, ...], place: Place, start: Mapping[str, Any]
     ) -> None:
         self.final = final
         self.shards = shards
+        self.finished: Mapping[str, Any] = {}
         self.bytes_written = 0
         self.sealed = False
-        self._replacement = replacement
-        self._lock_descriptor = lock
+        self._place = place
+        self._ledger = Ledger(start, shards)
         self._closed = False
+        self._failed = False
         self._counter = threading.Lock()
+        self._flushing = threading.Lock()
         self._files = DescriptorPool(os.O_RDWR, sync=True)
 
     @classmethod
     def create(
-        cls, out: Path, shards: Sequence[Shard], *, inputs: Sequence[Path], overwrite: bool
+        cls,
+        out: Path,
+        shards: Sequence[Shard],
+        *,
+        inputs: Sequence[Path],
+        overwrite: bool,
+        run: Mapping[str, Any] | None = None,
+        resume: bool = True,
     ) -> OutputFolder:
-        """Checks that the output may be written, then reserves its files.
+        """Checks that the output may be written, then reserves its files or takes up its own.
 
         Parameters
         ----------
@@ -86,48 +96,51 @@ class OutputFolder:
             Folders or files of the run's checkpoints.
         overwrite
             Whether to replace what `out` holds; that stays whole until the new is complete.
+        run
+            What must be the same for bytes of an interrupted run to be used, as JSON has it;
+            docs/durability.md lists its keys.
+        resume
+            Whether to use such bytes; else what an interrupted run left in `out` is removed.
 
         Raises
         ------
         OutputError
-            `out` is a file, an input, inside or around one, is not empty without `overwrite`,
-            holds what is no model, or cannot be written.
+            `out` is a file, an input, inside or around one, holds the unfinished output of another
+            run, is not empty without `overwrite`, holds what is no model, or cannot be written.
         BudgetError
             The disk lacks the space.
         """
-        final = _checked_place(out, inputs)
+        final = checked_place(out, inputs)
+        start = start_record(run or {}, shards)
         try:
-            return cls._create(final, tuple(shards), overwrite=overwrite)
+            place = find_place(final, start, overwrite=overwrite, resume=resume)
+            folder = cls(final, tuple(shards), place, start)
+            try:
+                folder._begin()
+            except BaseException:
+                folder._close()
+                if place.journal is None:
+                    folder._remove()
+                raise
         except OSError as error:
             raise explain(final, error) from error
-
-    @classmethod
-    def _create(cls, final: Path, shards: tuple[Shard, ...], *, overwrite: bool) -> OutputFolder:
-        replacement = Replacement(final)
-        replacement.recover()
-        filled = final.is_dir() and any(final.iterdir())
-        if filled:
-            refuse_to_lose(final, overwrite=overwrite)
-        needed = sum(shard.size for shard in shards)
-        check_free_space(final, needed, freed=folder_bytes(replacement.new))
-        replacement.discard_new()
-        path = replacement.new if filled else final
-        made = not path.exists()
-        path.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(path)
-        folder = cls(final, shards, replacement if filled else None, lock)
-        try:
-            for shard in shards:
-                folder._reserve(shard)
-        except BaseException:
-            folder._close()
-            for shard in shards:
-                folder._partial(shard.file_name).unlink(missing_ok=True)
-            if made:
-                with suppress(OSError):
-                    path.rmdir()
-            raise
         return folder
+
+    def _begin(self) -> None:
+        path, journal = self._place.path, self._place.journal
+        if journal is not None:
+            unseal(path, journal)
+        writer = JournalWriter(self._partial(JOURNAL), journal.length if journal else 0)
+        self._ledger.open(writer, new=journal is None)
+        # No shard is there without a journal that tells whose it is.
+        sync_folder(path)
+        for shard in self.shards:
+            self._reserve(shard)
+        sync_folder(path)
+        if journal is not None:
+            records = finished_tensors(self.shards, journal, path)
+            self._ledger.restore(records)
+            self.finished = {name: record.get("result") for name, record in records.items()}
 
     def add(self, shard: Shard) -> None:
         """Reserves one more weight file, whose layout only the run could tell.
@@ -141,27 +154,38 @@ class OutputFolder:
         """
         if self._closed:
             raise ValueError("The output folder is closed.")
-        check_free_space(self.path, shard.size, freed=0)
+        file = self._partial(shard.file_name)
         try:
+            check_free_space(self.path, shard.size, freed=occupied(file))
+            self._ledger.add_shard(shard)
             self._reserve(shard)
+            sync_folder(self.path)
         except OSError as error:
-            raise explain(self.path, error) from error
+            raise explain(file, error) from error
         self.shards = (*self.shards, shard)
 
     def _reserve(self, shard: Shard) -> None:
-        file = self._partial(shard.file_name)
-        os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
-        with self._files.use(file) as descriptor:
+        descriptor = open_own(self._partial(shard.file_name))
+        try:
+            if os.fstat(descriptor).st_size > shard.size:
+                os.ftruncate(descriptor, shard.size)
             preallocate(descriptor, shard.size)
             # The length before it stays 0 until all data is on the disk.
-            write_all(descriptor, memoryview(shard.header)[8:], 8)
+            write_all(descriptor, memoryview(bytes(8) + shard.header[8:]), 0)
+        finally:
+            os.close(descriptor)
+
+    def _remove(self) -> None:
+        """Leaves nothing of an output that was not even begun."""
+        with suppress(OSError):
+            for name in (*(shard.file_name for shard in self.shards), JOURNAL):
+                self._partial(name).unlink(missing_ok=True)
+        self._place.undo()
 
     @property
     def path(self) -> Path:
         """Where the files are now: beside `final` while that still holds what is replaced."""
-        if self._replacement is None or self.sealed:
-            return self.final
-        return self._replacement.new
+        return self.final if self.sealed else self._place.path
 
     def __enter__(self) -> OutputFolder:
         return self
@@ -178,7 +202,13 @@ class OutputFolder:
     def _partial(self, name: str) -> Path:
         return self.path / f"{name}{PARTIAL}"
 
-    def write_at(self, shard: Shard, offset: int, data: memoryview) -> None:
+    def write_at(
+        self,
+        shard: Shard,
+        offset: int,
+        data: memoryview,
+        spans: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
         """Writes bytes of tensors; returns before they are on the disk.
 
         Parameters
@@ -188,7 +218,10 @@ class OutputFolder:
         offset
             Counted from the start of the file, as in `Shard.offsets`.
         data
-            Contiguous bytes that lie inside the shard's data.
+            Contiguous bytes.
+        spans
+            Where they go, as (start, length) of each part counted from `offset`; by default all
+            together. They lie inside the shard's data.
 
         Raises
         ------
@@ -199,21 +232,58 @@ class OutputFolder:
         ValueError
             The range is not in the shard's data.
         """
-        if offset < len(shard.header) or offset + data.nbytes > shard.size:
-            raise ValueError(f"{shard.file_name} has no data at {offset}, {data.nbytes} bytes.")
+        spans = [(0, data.nbytes)] if spans is None else spans
+        for start, length in spans:
+            if offset + start < len(shard.header) or offset + start + length > shard.size:
+                raise ValueError(
+                    f"{shard.file_name} has no data at {offset + start}, {length} bytes."
+                )
         if data.nbytes == 0:
             return
-        data = data.cast("B")
+        data, done = data.cast("B"), 0
         with self._open(shard) as descriptor:
-            write_all(descriptor, data, offset)
+            for start, length in spans:
+                part = data[done : done + length]
+                self._ledger.add_bytes(shard, offset + start, part)
+                write_all(descriptor, part, offset + start)
+                done += length
         with self._counter:
             self.bytes_written += data.nbytes
 
+    def finish_tensor(self, shard: Shard, name: str, result: Any = None) -> None:
+        """A tensor's bytes were all written, so that an interrupted run need not write them again.
+
+        Parameters
+        ----------
+        shard, name
+            Which tensor.
+        result
+            What `finished` tells of it then, as JSON has it.
+
+        Raises ValueError if not every byte of it was written, or some were twice.
+        """
+        self._ledger.finish_tensor(shard, name, result)
+
     def flush(self, shard: Shard) -> None:
-        """Waits until what was written to `shard` is on the disk. Raises as `write_at`."""
-        with self._open(shard) as descriptor:
-            sync_data(descriptor)
-            forget(descriptor)
+        """Waits until what was written is on the disk: that of `shard`, and all finished tensors.
+
+        Raises as `write_at`.
+        """
+        with self._flushing:
+            ready = self._ledger.take_unsaved()
+            named = {each.file_name: each for each in self.shards}
+            due = {shard.file_name, *(str(record["shard"]) for record in ready)}
+            try:
+                for name in due:
+                    with self._open(named[name]) as descriptor:
+                        sync_data(descriptor)
+                        forget(descriptor)
+                self._ledger.save(ready)
+            except BaseException as error:
+                self._failed = True
+                if isinstance(error, OSError):
+                    raise explain(self._partial(JOURNAL), error) from error
+                raise
 
     @contextmanager
     def _open(self, shard: Shard) -> Iterator[int]:
@@ -224,7 +294,7 @@ class OutputFolder:
         except OSError as error:
             raise explain(file, error) from error
 
-    def write_file(self, name: str, data: bytes) -> None:
+    def write_file(self, name: str, data: bytes | Iterable[bytes]) -> None:
         """Writes a side file, replacing one of the same name.
 
         Parameters
@@ -232,7 +302,7 @@ class OutputFolder:
         name
             A plain file name, or one in additional_chat_templates/; not that of a weight file.
         data
-            Its content.
+            Its content, at once or by parts.
 
         Raises
         ------
@@ -243,16 +313,17 @@ class OutputFolder:
         """
         if self._closed:
             raise ValueError("The output folder is closed.")
-        taken = {INDEX, SINGLE, *(shard.file_name for shard in self.shards)}
+        taken = {INDEX, SINGLE, JOURNAL, *(shard.file_name for shard in self.shards)}
         file = self.path / side_name(name, taken=taken)
         try:
             file.parent.mkdir(exist_ok=True)
-            with open(file, "wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
+            self._write_new(file, name, data)
         except OSError as error:
             raise explain(file, error) from error
+
+    def _write_new(self, file: Path, name: str, data: bytes | Iterable[bytes]) -> None:
+        size, digest = write_new(file, [data] if isinstance(data, bytes) else data)
+        self._ledger.add_file(name, size, digest)
 
     def seal(self) -> None:
         """Makes the output whole; everything must have been written.
@@ -272,64 +343,62 @@ class OutputFolder:
 
     def _seal(self) -> None:
         for shard in self.shards:
+            for name in extents(shard):
+                if not self._ledger.is_finished(name):
+                    self.finish_tensor(shard, name)
             self.flush(shard)
         for shard in self.shards:
-            with self._open(shard) as descriptor:
-                write_all(descriptor, memoryview(shard.header)[:8], 0)
-                os.fsync(descriptor)
-                size = os.fstat(descriptor).st_size
-            if size != shard.size:
-                raise OutputError(
-                    f"{self._partial(shard.file_name)}: has {size} bytes instead of {shard.size}, "
-                    "so something else wrote to it; run the merge again."
-                )
-        names = [shard.file_name for shard in self.shards]
-        if len(names) > 1:
-            self.write_file(f"{INDEX}{PARTIAL}", index_json(self.shards))
-            names.append(INDEX)
+            self._complete(shard)
+        path, names = self.path, [shard.file_name for shard in self.shards]
+        mark = commit_mark(names)
+        if mark is not None and mark not in names:
+            self._write_new(self._partial(mark), mark, index_json(self.shards))
+            names.append(mark)
+        write_new(path / JOURNAL, [self._ledger.sealed(self.shards)])
         # Windows renames no open file.
-        self._files.close()
-        path = self.path
+        self._close_files()
+        for folder in {(path / name).parent for name in self._ledger.files} | {path}:
+            sync_folder(folder)
+        self._partial(JOURNAL).unlink()
         for name in names:
-            if name == names[-1]:
+            if name == mark:
                 sync_folder(path)
             os.replace(self._partial(name), path / name)
         sync_folder(path)
-        if self._replacement is not None:
-            self._replacement.switch()
+        if self._place.replacement is not None:
+            self._place.replacement.switch()
         self.sealed = True
         self._close()
+
+    def _complete(self, shard: Shard) -> None:
+        """Gives a shard, whose data is on the disk, its header length."""
+        with self._open(shard) as descriptor:
+            write_all(descriptor, memoryview(shard.header)[:8], 0)
+            os.fsync(descriptor)
+            size = os.fstat(descriptor).st_size
+        if size != shard.size:
+            raise OutputError(
+                f"{self._partial(shard.file_name)}: has {size} bytes instead of {shard.size}, so "
+                "something else wrote to it; run the merge again."
+            )
 
     def abort(self) -> None:
         """Closes the files and leaves the output visibly unfinished; may be called twice.
 
-        What was being written beside a folder to replace is removed, and that folder left whole.
+        What is finished of it is noted, so that the next run goes on from there.
         """
-        self._close()
-        if self._replacement is not None and not self.sealed:
-            shutil.rmtree(self._replacement.new, ignore_errors=True)
+        try:
+            if self._ledger.has_unsaved and not (self._failed or self._closed):
+                with suppress(LeanMergeError):
+                    self.flush(self.shards[0])
+        finally:
+            self._close()
 
     def _close(self) -> None:
         self._closed = True
+        self._close_files()
+        self._place.release()
+
+    def _close_files(self) -> None:
         self._files.close()
-        if self._lock_descriptor is not None:
-            os.close(self._lock_descriptor)
-            self._lock_descriptor = None
-
-
-def check_output(
-    out: Path, shards: Sequence[Shard], *, inputs: Sequence[Path], overwrite: bool
-) -> None:
-    """Raises what `OutputFolder.create` would, and touches nothing; for plans."""
-    final = _checked_place(out, inputs)
-    if final.is_dir() and any(final.iterdir()):
-        refuse_to_lose(final, overwrite=overwrite)
-    check_free_space(final, sum(shard.size for shard in shards), freed=0)
-
-
-def _checked_place(out: Path, inputs: Sequence[Path]) -> Path:
-    final = out.expanduser().resolve()
-    if final.exists() and not final.is_dir():
-        raise OutputError(f"{final}: is a file; choose a folder.")
-    refuse_inputs(final, inputs)
-    return final
+        self._ledger.close()

@@ -65,6 +65,16 @@ class Shard:
     size: int
 
 
+def extents(shard: Shard) -> dict[str, tuple[int, int]]:
+    """First byte, counted from the start of the file, and length of each tensor, in file order."""
+    starts = list(shard.offsets.values())
+    ends = [*starts[1:], shard.size]
+    return {
+        name: (start, end - start)
+        for name, start, end in zip(shard.offsets, starts, ends, strict=False)
+    }
+
+
 def plan_shards(tensors: Sequence[OutputTensor], *, shard_size: int) -> tuple[Shard, ...]:
     """Distributes tensors over files.
 

@@ -12,46 +12,8 @@ import os
 import shutil
 from pathlib import Path
 
-from lean_merge.checkpoints.checkpoint import INDEX, SINGLE
-from lean_merge.errors import OutputError
-from lean_merge.output.layout import ADAPTER
+from lean_merge.output.state import State, look
 from lean_merge.output.storage import lock_folder, sync_folder
-
-_REPORTS = frozenset({"lean_merge_report.json", "lean_merge_recipe.yml"})
-"""What the output of an analysis alone is made of."""
-_OURS = frozenset({"additional_chat_templates", ".cache"})
-
-
-def refuse_to_lose(folder: Path, *, overwrite: bool) -> None:
-    """Raises OutputError unless the content of `folder`, which is not empty, may be replaced.
-
-    Only a model, or part of one, with nothing else beneath, may be: overwriting deletes the old
-    folder, and a home folder passed by mistake must survive that.
-    """
-    if not overwrite:
-        unfinished = any(folder.glob("*.partial"))
-        state = "holds an unfinished lean-merge output" if unfinished else "is not empty"
-        raise OutputError(
-            f"{folder}: {state}; allow replacing it with --overwrite, or choose another folder."
-        )
-    lock = lock_folder(folder)
-    if lock is not None:
-        os.close(lock)
-    names = {each.name for each in folder.iterdir()}
-    model = any(name.endswith((".safetensors", ".safetensors.partial")) for name in names)
-    if not model and not names <= _REPORTS:
-        raise OutputError(
-            f"{folder}: is not empty and holds no model that could be overwritten; choose another "
-            "folder, or empty it yourself."
-        )
-    deep = sorted(
-        each.name for each in folder.iterdir() if each.is_dir() and each.name not in _OURS
-    )
-    if deep:
-        raise OutputError(
-            f"{folder}: holds the folder {deep[0]}, which overwriting would delete; move it "
-            "away or choose another output folder."
-        )
 
 
 class Replacement:
@@ -74,8 +36,16 @@ class Replacement:
             return
         if not self.final.exists():
             # Both are whole here; the newer one is what that run was asked for.
-            complete = any((self.new / name).exists() for name in (INDEX, SINGLE, ADAPTER))
-            os.replace(self.new if complete else self.old, self.final)
+            whole = _is_folder(self.new) and look(self.new).state is State.COMPLETE
+            newer = self.new if whole else self.old
+            # Its run may be alive, between the two renames.
+            lock = lock_folder(newer)
+            try:
+                os.replace(newer, self.final)
+                sync_folder(self.final.parent)
+            finally:
+                if lock is not None:
+                    os.close(lock)
         self._delete(self.old)
 
     def discard_new(self) -> None:

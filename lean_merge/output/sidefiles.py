@@ -20,6 +20,7 @@ _WEIGHTS = re.compile(
 )
 _OWN = re.compile(r"lean[_-]merge.*", re.IGNORECASE)
 _TEMPLATES = "additional_chat_templates"
+_QUANTISATION = ("quantization_config", "compression_config")
 _MAX_CONFIG = 100_000_000
 
 
@@ -56,7 +57,7 @@ def _comes_along(file: Path) -> bool:
 
 
 def copy_side_files(
-    mllm_path: Path, folder: OutputFolder, *, out_dtype: str | None
+    mllm_path: Path, folder: OutputFolder, *, out_dtype: str | None, decoded: bool = False
 ) -> tuple[str, ...]:
     """Copies the MLLM's side files into the output, as data.
 
@@ -69,6 +70,9 @@ def copy_side_files(
     out_dtype
         What the weights were converted to, as "BF16" or "bfloat16": config.json then says so. None
         copies config.json byte for byte.
+    decoded
+        Whether quantised weights were written as plain numbers: config.json then no longer says
+        how they are quantised.
 
     Returns
     -------
@@ -93,8 +97,9 @@ def copy_side_files(
             raise CheckpointError(
                 f"{file}: cannot be read ({error.strerror}); check its rights."
             ) from error
-        if name == "config.json" and out_dtype is not None:
-            data = _with_dtype(file, _config_word(out_dtype))
+        if name == "config.json" and (out_dtype is not None or decoded):
+            word = None if out_dtype is None else _config_word(out_dtype)
+            data = _rewritten(file, word, decoded=decoded)
         folder.write_file(name, data)
         names.append(name)
     return tuple(names)
@@ -109,11 +114,14 @@ def _config_word(dtype: str) -> str:
     return words[dtype]
 
 
-def _with_dtype(file: Path, dtype: str) -> bytes:
+def _rewritten(file: Path, dtype: str | None, *, decoded: bool) -> bytes:
     mend = "download or save the checkpoint again"
     config = read_object(file, limit=_MAX_CONFIG, what="config", mend=mend, unique=False)
-    if not _set_dtype(config, dtype):
+    if dtype is not None and not _set_dtype(config, dtype):
         config["dtype"] = dtype
+    for part in (config, *(v for v in config.values() if isinstance(v, dict))) if decoded else ():
+        for key in _QUANTISATION:
+            part.pop(key, None)
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
 
 

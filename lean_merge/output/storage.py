@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
+import stat
 import threading
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from lean_merge.errors import BudgetError, LeanMergeError, OutputError
@@ -53,8 +56,8 @@ def write_all(descriptor: int, data: memoryview, offset: int) -> None:
                 done += os.write(descriptor, part)
 
 
-def read_all(descriptor: int, out: memoryview, offset: int) -> bool:
-    """Fills `out` from `offset`; False if the file ends before. OSError."""
+def read_all(descriptor: int, out: memoryview, offset: int) -> int:
+    """Fills `out` from `offset` on; returns how many bytes there were. OSError."""
     done = 0
     while done < out.nbytes:
         part = out[done : done + _LARGEST_WRITE]
@@ -64,12 +67,63 @@ def read_all(descriptor: int, out: memoryview, offset: int) -> bool:
             with _seek_lock:
                 os.lseek(descriptor, offset + done, os.SEEK_SET)
                 data = os.read(descriptor, part.nbytes)
-            part[: len(data)] = data
             count = len(data)
+            part[:count] = data
         if count == 0:
-            return False
+            break
         done += count
-    return True
+    return done
+
+
+def open_own(file: Path) -> int:
+    """A descriptor of a file to be written in place, made if absent. OSError.
+
+    A link is refused: through it a file elsewhere would change, an input perhaps.
+    """
+    flags = os.O_RDWR | os.O_CREAT
+    flags |= getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
+    descriptor = os.open(file, flags, 0o666)
+    if os.fstat(descriptor).st_nlink > 1:
+        os.close(descriptor)
+        raise OSError(
+            errno.EMLINK, "it is a hard link, so another file would change too", str(file)
+        )
+    return descriptor
+
+
+def write_new(file: Path, parts: Iterable[bytes]) -> tuple[int, str]:
+    """Makes or replaces a small file, whose bytes are on the disk when this returns.
+
+    Returns its length and SHA-256. Raises OSError.
+    """
+    # Never through a link: what it leads to stays as it is.
+    with suppress(FileNotFoundError):
+        os.unlink(file)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    flags |= getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(file, flags, 0o666)
+    size, digest = 0, hashlib.sha256()
+    try:
+        for part in parts:
+            write_all(descriptor, memoryview(part), size)
+            size += len(part)
+            digest.update(part)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return size, digest.hexdigest()
+
+
+def make_folder(folder: Path) -> list[Path]:
+    """Makes a folder and those above it that are missing; they are on the disk when this returns.
+
+    Returns those that were made, the highest first. Raises OSError.
+    """
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    for each in reversed(missing):
+        os.mkdir(each)
+        sync_folder(each.parent)
+    return missing[::-1]
 
 
 def sync_data(descriptor: int) -> None:
@@ -90,7 +144,11 @@ def sync_folder(folder: Path) -> None:
     """Waits until a folder's entries are on the disk, where the system can. OSError."""
     if os.name == "nt":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        # A folder that may be entered and written but not listed cannot be synced.
+        return
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -104,8 +162,8 @@ def sync_folder(folder: Path) -> None:
 def lock_folder(folder: Path) -> int | None:
     """Takes the folder for this process until the returned descriptor is closed.
 
-    Returns None where the system has no such locks. Raises OutputError if another process, or
-    another writer in this one, has it.
+    Returns None where the system has no such locks. Raises OSError if there is no such folder, and
+    OutputError if another process, or another writer in this one, has it.
     """
     try:
         import fcntl
@@ -122,7 +180,18 @@ def lock_folder(folder: Path) -> int | None:
     except OSError:
         # A file system without locks: go on without.
         pass
+    # Meanwhile the one who had it may have put another folder in this one's place.
+    if not _is_at(descriptor, folder):
+        os.close(descriptor)
+        raise OutputError(f"{folder}: another lean-merge has just replaced it; try again.")
     return descriptor
+
+
+def _is_at(descriptor: int, folder: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(folder))
+    except OSError:
+        return False
 
 
 def check_free_space(folder: Path, needed: int, *, freed: int) -> None:
@@ -145,10 +214,22 @@ def check_free_space(folder: Path, needed: int, *, freed: int) -> None:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes that the files directly in `folder` occupy; 0 if there is none."""
+    """Bytes of the disk that the files directly in `folder` occupy; 0 if there is none."""
     if not folder.is_dir() or folder.is_symlink():
         return 0
-    return sum(each.lstat().st_size for each in folder.iterdir() if not each.is_symlink())
+    return sum(map(occupied, folder.iterdir()))
+
+
+def occupied(file: Path) -> int:
+    """Bytes of the disk that a file occupies; 0 if there is none, or only a link. OSError."""
+    try:
+        status = file.lstat()
+    except FileNotFoundError:
+        return 0
+    if stat.S_ISLNK(status.st_mode):
+        return 0
+    # A sparse file occupies less than its length, which others may have taken meanwhile.
+    return min(status.st_size, getattr(status, "st_blocks", status.st_size) * 512)
 
 
 def refuse_inputs(out: Path, inputs: Sequence[Path]) -> None:

@@ -1,0 +1,176 @@
+"""LoRA adapters as PEFT saves them: what adapter_config.json says, and what is refused of it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lean_merge.checkpoints.jsonfile import read_object, shorten
+from lean_merge.checkpoints.safepaths import checked_file
+from lean_merge.errors import CheckpointError
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_MAX_JSON = 10_000_000
+_WRAPPER = "base_model.model."
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(\.(?P<adapter>[^.]+))?\.weight")
+# What leaves the base as it is. The others, PiSSA and its like, train against a changed base.
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+_VARIANTS = {
+    "use_dora": "DoRA, whose magnitudes make the change no product of two factors",
+    "layer_replication": "layers replicated, so it fits another model than the base",
+    "alora_invocation_tokens": "activated LoRA, which is in force for some tokens only",
+    "use_qalora": "QALoRA, whose factors see pooled inputs",
+    "use_bdlora": "BD-LoRA",
+    "monteclora_config": "MonteCLoRA",
+    "kasa_config": "KaSA, which changes the base too",
+    "arrow_config": "Arrow routing between adapters",
+    "megatron_config": "Megatron's layers",
+    "target_parameters": "parameters targeted without a module (target_parameters)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """What of adapter_config.json decides the numbers.
+
+    Attributes
+    ----------
+    rank, alpha
+        r and lora_alpha where no pattern says otherwise.
+    rank_pattern, alpha_pattern
+        Exceptions, as regular expressions of the end of a module's name.
+    rslora
+        Whether alpha is divided by sqrt(r) instead of r.
+    base
+        The model that it was trained on, as its author named it.
+    fan_in_fan_out
+        Whether it was made for weights stored as [in, out].
+    """
+
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, Any]
+    alpha_pattern: Mapping[str, Any]
+    rslora: bool
+    base: str | None
+    fan_in_fan_out: bool
+
+    def stated_rank(self, module: str) -> int:
+        """r of a module, named without PEFT's own prefix."""
+        return int(_by_pattern(self.rank_pattern, module, self.rank))
+
+    def scaling(self, module: str) -> float:
+        """What B A is multiplied by, as PEFT computes it."""
+        rank = self.stated_rank(module)
+        alpha = float(_by_pattern(self.alpha_pattern, module, self.alpha))
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+def _by_pattern(patterns: Mapping[str, Any], module: str, default: float) -> Any:
+    """The value of the first pattern that matches the name's end, as PEFT looks it up."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def split_factor(name: str) -> tuple[str, str] | None:
+    """(module, "A" or "B") of a factor's name, None for any other tensor's.
+
+    The module's name is that in the model, without PEFT's prefix.
+    """
+    match = _FACTOR.fullmatch(name)
+    return None if match is None else (match["module"].removeprefix(_WRAPPER), match["factor"])
+
+
+def find_adapter(folder: Path) -> tuple[AdapterConfig, Path] | None:
+    """The adapter in a folder and the file of its tensors, None if the folder holds a whole model.
+
+    Raises
+    ------
+    CheckpointError
+        There is an adapter that cannot be read or is of a kind that is not understood.
+    """
+    file = folder / ADAPTER_CONFIG
+    found = next((folder / name for name in ADAPTER_FILES if (folder / name).exists()), None)
+    if not file.exists() or (found is None and _has_model(folder)):
+        return None
+    if found is None:
+        raise CheckpointError(
+            f"{folder}: has {ADAPTER_CONFIG} but neither {' nor '.join(ADAPTER_FILES)}; download "
+            "the adapter again."
+        )
+    config = read_object(
+        checked_file(folder, file),
+        limit=_MAX_JSON,
+        what="config",
+        mend="save the adapter again with PEFT",
+        unique=False,
+    )
+    return _config(file, config), checked_file(folder, found)
+
+
+def _has_model(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("config.json", "model.safetensors"))
+
+
+def _config(file: Path, config: Mapping[str, Any]) -> AdapterConfig:
+    def fail(fault: str) -> CheckpointError:
+        return CheckpointError(
+            f"{file}: {fault}; merge the adapter into its base first (PEFT's merge_and_unload) and "
+            "pass the result."
+        )
+
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise fail(f"is an adapter of the type {shorten(str(kind))}, and only LORA is understood")
+    for key, what in _VARIANTS.items():
+        if config.get(key):
+            raise fail(f"is made with {what} ({key})")
+    start = config.get("init_lora_weights", True)
+    if start not in _PLAIN_STARTS:
+        raise fail(
+            f"was started from the base's own weights (init_lora_weights {shorten(str(start))}), "
+            "so its factors are not the change of the base"
+        )
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if type(rank) is not int or rank < 1 or alpha is None or not _is_number(alpha):
+        raise fail(f"states r {rank!r} and lora_alpha {alpha!r}, which are no rank and no factor")
+    patterns = []
+    for key in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(key) or {}
+        if not isinstance(pattern, dict) or not all(map(_is_positive, pattern.values())):
+            raise fail(f"has a {key} that gives modules no positive numbers")
+        for each in pattern:
+            _check_pattern(each, fail)
+        patterns.append(pattern)
+    base = config.get("base_model_name_or_path")
+    return AdapterConfig(
+        rank=rank,
+        alpha=float(alpha),
+        rank_pattern=patterns[0],
+        alpha_pattern=patterns[1],
+        rslora=bool(config.get("use_rslora")),
+        base=base if isinstance(base, str) and base else None,
+        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _check_pattern(pattern: str, fail: Any) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise fail(f"has the pattern {shorten(pattern)}, which is no regular expression") from error

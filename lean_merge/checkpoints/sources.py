@@ -1,0 +1,33 @@
+"""Which kind of source a stored logical weight has."""
+
+from __future__ import annotations
+
+import math
+
+from lean_merge.checkpoints.checkpoint import Checkpoint
+from lean_merge.checkpoints.header import TensorSpec
+from lean_merge.checkpoints.placement import Place
+from lean_merge.checkpoints.rows import WeightSource, source
+from lean_merge.checkpoints.scaledrows import ScaledRows
+
+
+def stored_source(checkpoint: Checkpoint, place: Place) -> WeightSource:
+    """How the rows of a weight of a checkpoint are had, with its scales if it has any.
+
+    A weight with scales must be one block of rows.
+    """
+    scale = checkpoint.scales.get(place.tensor.name)
+    if scale is None:
+        return source(place)
+    assert place.is_block
+    return ScaledRows(place.tensor, scale, place.first // place.shape[1], place.shape[0])
+
+
+def decoded_matrices(checkpoint: Checkpoint, tensor: TensorSpec) -> tuple[WeightSource, ...]:
+    """The matrices [out, in] of a tensor that is stored with scales, in order; else nothing."""
+    scale = checkpoint.scales.get(tensor.name)
+    if scale is None or 0 in tensor.shape:
+        return ()
+    height = (1, *tensor.shape)[-2]
+    count = math.prod(tensor.shape[:-1])
+    return tuple(ScaledRows(tensor, scale, first, height) for first in range(0, count, height))

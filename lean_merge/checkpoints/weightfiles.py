@@ -1,0 +1,186 @@
+"""Which files of a folder hold the model's weights, by their names and indices alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lean_merge.checkpoints.jsonfile import read_object, shorten
+from lean_merge.checkpoints.safepaths import checked_file
+from lean_merge.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
+_MAX_JSON = 100_000_000
+_OTHER_FORMATS = (*PICKLE_SUFFIXES, ".ckpt", ".h5", ".msgpack")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightForm:
+    """How one form of weights is named."""
+
+    single: str
+    index: str
+    suffix: str
+    numbered: re.Pattern[str]
+    only_numbered: bool
+    """Whether other names of that suffix are no weights: optimizer.bin and the like."""
+
+
+def _form(single: str, *, only_numbered: bool) -> WeightForm:
+    stem, _, suffix = single.partition(".")
+    stem = re.escape(stem) if only_numbered else ".+"
+    numbered = re.compile(rf"(?P<stem>{stem})-(?P<number>\d{{5}})-of-(?P<count>\d{{5}})\.{suffix}")
+    return WeightForm(single, f"{single}.index.json", f".{suffix}", numbered, only_numbered)
+
+
+_SAFETENSORS = _form(SINGLE, only_numbered=False)
+_PICKLES = _form("pytorch_model.bin", only_numbered=True)
+WEIGHT_FORMS = (_SAFETENSORS, _PICKLES)
+"""The forms that are read, the preferred one first."""
+GGUF = "GGUF weights are quantised and cannot be merged; pass the original safetensors checkpoint."
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFiles:
+    """The files with a model's weights.
+
+    Attributes
+    ----------
+    files
+        In the order of their names.
+    index
+        The name of the index that named them, None if there is none.
+    named
+        The file's name of each tensor, as the index says.
+    """
+
+    files: tuple[Path, ...]
+    index: str | None = None
+    named: Mapping[str, str] | None = None
+
+
+def find_weights(folder: Path) -> WeightFiles:
+    """The weight files of a model's folder: safetensors if there are any, else PyTorch's.
+
+    Raises
+    ------
+    CheckpointError
+        There are none, some are missing, or it cannot be told which belong to the model.
+    """
+    try:
+        names = sorted(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: cannot be listed ({error.strerror}); check its rights."
+        ) from error
+    forms = (_of_form(folder, names, form) for form in WEIGHT_FORMS)
+    found = next((each for each in forms if each is not None), None)
+    if found is None:
+        raise CheckpointError(f"{folder}: {_why_none(names)}")
+    for file in found.files:
+        checked_file(folder, file)
+    return found
+
+
+def _of_form(folder: Path, names: list[str], form: WeightForm) -> WeightFiles | None:
+    if form.index in names:
+        named = read_index(folder / form.index)
+        if form.single in names and form.single not in named.values():
+            raise CheckpointError(
+                f"{folder}: holds {form.single} and an {form.index} that names other files; remove "
+                "the one that is left over from an older save."
+            )
+        files = tuple(folder / name for name in sorted(set(named.values())))
+        return WeightFiles(files, form.index, named)
+    if form.single in names:
+        return WeightFiles((folder / form.single,))
+    if any(name.endswith((f"{form.suffix}.partial", f"{form.index}.partial")) for name in names):
+        raise unfinished(folder)
+    weights = [name for name in names if name.endswith(form.suffix)]
+    if form.only_numbered:
+        weights = [name for name in weights if form.numbered.fullmatch(name)]
+    elif "adapter_config.json" in names and all("adapter" in name for name in weights):
+        if weights or "adapter_model.bin" in names:
+            raise CheckpointError(
+                f"{folder}: holds an adapter, not a whole model; merge it into its base first."
+            )
+    if len(weights) == 1 and not form.numbered.fullmatch(weights[0]):
+        return WeightFiles((folder / weights[0],))
+    if not weights:
+        return None
+    _check_numbered(folder, weights, form)
+    return WeightFiles(tuple(folder / name for name in weights))
+
+
+def unfinished(path: Path) -> CheckpointError:
+    """The error for an output that is not whole."""
+    return CheckpointError(
+        f"{path}: is an unfinished lean-merge output (*.partial); run the merge again to finish it."
+    )
+
+
+def _why_none(names: list[str]) -> str:
+    if any(name.endswith(".gguf") for name in names):
+        return GGUF
+    others = [name for name in names if name.endswith(_OTHER_FORMATS)]
+    if others:
+        return (
+            f"holds no model.safetensors or pytorch_model.bin, and {others[0]} is none that is "
+            "read from a folder; save the checkpoint with transformers' save_pretrained."
+        )
+    return "holds no .safetensors weights and no pytorch_model.bin; pass a checkpoint's folder."
+
+
+def _check_numbered(folder: Path, weights: list[str], form: WeightForm) -> None:
+    """Raises CheckpointError unless the files are all the shards of one model."""
+    matches = [form.numbered.fullmatch(name) for name in weights]
+    groups = {(match["stem"], match["count"]) if match else None for match in matches}
+    if len(groups) != 1 or None in groups:
+        raise CheckpointError(
+            f"{folder}: holds several weight files ({', '.join(weights[:4])}, ...) and no "
+            f"{form.index} that says which belong to the model; pass one file or add the index."
+        )
+    present = {int(match["number"]) for match in matches if match}
+    count = int(next(match["count"] for match in matches if match))
+    # The count comes from a file name, so it must not size anything.
+    if present != set(range(1, len(weights) + 1)) or len(weights) != count:
+        raise CheckpointError(
+            f"{folder}: holds {len(weights)} of the {count} shards that their names announce and "
+            f"no {form.index}; download the missing ones."
+        )
+
+
+def read_index(file: Path) -> dict[str, str]:
+    """The weight map of an index file: tensor name -> name of a file in the same folder.
+
+    Raises
+    ------
+    CheckpointError
+        The file is damaged, or a name in it leads out of the folder.
+    """
+    mend = "download or save the checkpoint again"
+    index = read_object(checked_file(file.parent, file), limit=_MAX_JSON, what="index", mend=mend)
+    named = index.get("weight_map")
+    if not isinstance(named, dict) or not named:
+        raise CheckpointError(f"{file}: has no weight_map; {mend}.")
+    suffix = f".{file.name.split('.')[1]}"
+    for tensor, name in named.items():
+        plain = isinstance(name, str) and not re.search(r"[/\\:\0]", name)
+        if not plain or not name.endswith(suffix) or name.startswith("."):
+            raise CheckpointError(
+                f"{file}: puts tensor {shorten(tensor)} into {shorten(str(name))}, which is not "
+                f"the name of a {suffix} file in this folder; {mend}."
+            )
+    return named
+
+
+def has_all_weights(folder: Path) -> bool:
+    """Whether a folder holds all the weight files that it should, by name only."""
+    try:
+        return all(file.exists() for file in find_weights(folder).files)
+    except CheckpointError:
+        return False

@@ -1,0 +1,102 @@
+"""What must be the same for the bytes of two runs to be the same: recipe, inputs, machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lean_merge.checkpoints import identify
+from lean_merge.output import side_files
+from lean_merge.plan import Plan, arithmetic_dtype
+from lean_merge.recipe import MergeRecipe
+from lean_merge.version import __version__
+
+
+def run_facts(plan: Plan, out: Path) -> dict[str, Any]:
+    """The `run` of a journal (docs/durability.md) for a merge of `plan` into `out`.
+
+    Raises
+    ------
+    CheckpointError
+        An input cannot be read.
+    """
+    return {
+        "recipe": plan.recipe.to_dict(),
+        "recipe_sha256": recipe_digest(plan.recipe),
+        "inputs": inputs(plan, out),
+        "environment": environment(plan.device),
+    }
+
+
+def recipe_digest(recipe: MergeRecipe) -> str:
+    """SHA-256 of the recipe's canonical JSON."""
+    text = json.dumps(recipe.to_dict(), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def inputs(plan: Plan, out: Path) -> list[dict[str, Any]]:
+    """Each role's place, seen from `out`, and files. Raises CheckpointError."""
+    roles = {"base": plan.base, "mllm": plan.mllm}
+    roles |= {f"expert {number}": each for number, each in enumerate(plan.experts, 1)}
+    final = out.expanduser().resolve()
+    return [
+        {
+            "role": role,
+            "path": _seen_from(final, checkpoint.path.resolve()),
+            "files": identify(
+                checkpoint, others=side_files(checkpoint.path) if role == "mllm" else ()
+            ),
+        }
+        for role, checkpoint in roles.items()
+    ]
+
+
+def _seen_from(folder: Path, path: Path) -> str:
+    try:
+        return Path(os.path.relpath(path, folder)).as_posix()
+    except ValueError:
+        # Another drive.
+        return path.as_posix()
+
+
+def environment(device: str) -> dict[str, str]:
+    """What decides the last bits of arithmetic on `device`."""
+    facts = {
+        "lean_merge": __version__,
+        "torch": torch.__version__,
+        "numpy": _version("numpy"),
+        "scipy": _version("scipy"),
+        "processor": _processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "device": device,
+        "bfloat16_products": str(arithmetic_dtype(torch.bfloat16, device)).removeprefix("torch."),
+    }
+    if torch.device(device).type == "cuda":
+        facts["device"] = torch.cuda.get_device_name(torch.device(device))
+        facts["cuda"] = str(torch.version.cuda)
+    return facts
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as stream:
+            for line in stream:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
