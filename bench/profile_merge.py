@@ -32,6 +32,7 @@ from lean_merge.engine import run, taskvectors, update
 from lean_merge.linalg import sketch
 from lean_merge.methods import ip_merging, spectra
 from lean_merge.output import folder as output
+from lean_merge.output import ledger
 
 PARTS: dict[str, list[tuple[Any, str]]] = {
     "reading rows": [(reader.TensorReader, "read_into")],
@@ -46,6 +47,7 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
     "judging and deciding": [(ip_merging.IPMerging, n) for n in ("_align", "_judge", "_decide")],
     "adding and rounding": [(update._RowWriter, "write_tile")],
     "writing": [(output.OutputFolder, "write_at")],
+    "digests": [(ledger.Ledger, "add_bytes")],
     "flushing to the disk": [(output.OutputFolder, "flush")],
     "asking ahead": [(reader.TensorReader, "prefetch"), (reader.TensorReader, "is_cached")],
     "leaving the cache": [(reader.TensorReader, "drop")],
