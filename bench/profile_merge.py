@@ -39,7 +39,7 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
     "forming task vectors": [(taskvectors.TaskVectors, "_subtract")],
     "products": [(taskvectors._Sums, "add")],
     "summing partial sums": [(taskvectors._Sums, "finish")],
-    "starts of sketches": [(spectra, "_sketches")],
+    "starts of sketches": [(sketch.Sketch, "__init__")],
     "Krylov steps": [(sketch.Sketch, "absorb")],
     "Ritz vectors": [(spectra, "_spectrum"), (spectra, "_with_settled")],
     "sums of spectra": [(sketch.Sketch, "sums")],
