@@ -224,6 +224,19 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     return f"{median(values):.{digits}f} ({each})"
 
 
+def cores_time() -> dict[str, float]:
+    """Seconds that all cores together spent so far: at work, idle, waiting for the disk, stolen."""
+    first = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0]
+    user, nice, system, idle, waiting, irq, softirq, stolen = map(int, first.split()[1:9])
+    counts = {
+        "at work": user + nice + system + irq + softirq,
+        "idle": idle,
+        "waiting for the disk": waiting,
+        "taken by the host": stolen,
+    }
+    return {name: count / os.sysconf("SC_CLK_TCK") for name, count in counts.items()}
+
+
 def cpu(runs: Sequence[Finished]) -> str:
     """Median CPU seconds, in the program and in the system."""
     user, system = (median(getattr(run, part) for run in runs) for part in ("user", "system"))

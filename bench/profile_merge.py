@@ -17,6 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -56,6 +57,7 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
 }
 """Functions by what they are for; names that a module imports are wrapped where they are used."""
 ALWAYS = ("reading rows", "forming task vectors", "adding and rounding", "writing", "sealing")
+WORKERS = 2
 BACKGROUND = {"flushing to the disk", "asking ahead", "leaving the cache"}
 
 
@@ -66,6 +68,8 @@ class Clock:
         self.wall: dict[str, float] = defaultdict(float)
         self.cpu: dict[str, float] = defaultdict(float)
         self.calls: dict[str, int] = defaultdict(int)
+        self.now: dict[str, str] = {}
+        """What each thread, by name, is at."""
         self._local = threading.local()
         self._lock = threading.Lock()
 
@@ -74,11 +78,15 @@ class Clock:
         """Counts the block's time as `part`."""
         inner: list[list[float]] = self._local.__dict__.setdefault("inner", [])
         inner.append([0.0, 0.0])
+        name = threading.current_thread().name
+        outer = self.now.get(name, "")
+        self.now[name] = part
         wall, cpu = time.perf_counter(), time.thread_time()
         try:
             yield
         finally:
             spent = time.perf_counter() - wall, time.thread_time() - cpu
+            self.now[name] = outer
             own = inner.pop()
             if inner:
                 inner[-1] = [inner[-1][0] + spent[0], inner[-1][1] + spent[1]]
@@ -98,8 +106,65 @@ class Clock:
         return wrapped
 
 
-def profiled(triple: Path, out: Path) -> tuple[Clock, float, float, dict[str, Any]]:
-    """The clock, wall and CPU seconds of one cold merge with two workers, and its report."""
+class Sampler:
+    """Counts, at intervals, how many of the workers are at something, and what the others wait for.
+
+    A context; it samples while it is open.
+    """
+
+    def __init__(self, clock: Clock, interval: float = 0.005) -> None:
+        self._clock = clock
+        self._interval = interval
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="profile", daemon=True)
+        self.busy: dict[int, int] = defaultdict(int)
+        self.meanwhile: dict[str, int] = defaultdict(int)
+        """Samples with an idle worker, by what the other threads that matter were at."""
+
+    def _run(self) -> None:
+        while not self._closed.wait(self._interval):
+            now = dict(self._clock.now)
+            workers = [part for name, part in now.items() if name.startswith("worker") and part]
+            self.busy[len(workers)] += 1
+            if len(workers) < WORKERS:
+                calling = now.get("MainThread", "")
+                at = [*workers, *([f"{calling} (calling thread)"] if calling else [])]
+                self.meanwhile[" and ".join(at) or "nothing that is named"] += 1
+
+    def __enter__(self) -> Sampler:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def report(self) -> str:
+        """In two sentences."""
+        total = sum(self.busy.values())
+        shares = ", ".join(f"{n}: {self.busy[n] / total:.0%}" for n in sorted(self.busy))
+        most = sorted(self.meanwhile.items(), key=lambda item: -item[1])[:8]
+        text = "; ".join(f"{part} {count / total:.0%}" for part, count in most)
+        return (
+            f"Of the time, so many workers were at something: {shares}. With one idle or both, "
+            f"what went on was: {text}."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """One merge: its parts, wall and CPU seconds, those of the machine's cores, and its report."""
+
+    clock: Clock
+    wall: float
+    cpu: float
+    cores: dict[str, float]
+    workers: Sampler
+    report: dict[str, Any]
+
+
+def profiled(triple: Path, out: Path) -> Profile:
+    """A cold merge with two workers, wrapped."""
     clock = Clock()
     recipe = lean_merge.MergeRecipe(
         base_model=str(triple / "base"),
@@ -113,14 +178,19 @@ def profiled(triple: Path, out: Path) -> tuple[Clock, float, float, dict[str, An
                 wrapped = clock.wrap(part, getattr(owner, name))
                 stack.enter_context(patch.object(owner, name, wrapped))
         wall, cpu = time.perf_counter(), time.process_time()
-        resources = lean_merge.Resources(device="cpu", threads=2)
+        sampler = stack.enter_context(Sampler(clock))
+        cores = measure.cores_time()
+        resources = lean_merge.Resources(device="cpu", threads=WORKERS)
         report = lean_merge.merge(recipe, out, resources=resources).report
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return clock, wall, cpu, report
+    after = measure.cores_time()
+    spent = {name: after[name] - before for name, before in cores.items()}
+    return Profile(clock, wall, cpu, spent, sampler, report)
 
 
-def report_of(clock: Clock, wall: float, cpu: float) -> str:
+def report_of(profile: Profile) -> str:
     """The parts as a table, the largest first."""
+    clock, wall, cpu = profile.clock, profile.wall, profile.cpu
     assert all(clock.calls[part] for part in ALWAYS), "what is wrapped is no longer called"
     rows = []
     for part in sorted(clock.wall, key=lambda p: -clock.wall[p]):
@@ -157,15 +227,19 @@ def main() -> None:
     arguments = parser.parse_args()
     shapes = shapes_of(arguments)
     with triple_of(arguments, shapes) as triple, tempfile.TemporaryDirectory(dir=triple) as out:
-        clock, wall, cpu, report = profiled(triple, Path(out) / "out")
+        profile = profiled(triple, Path(out) / "out")
+    report = profile.report
     rows = {row["weight"] for row in report["weights"]}
     assert len(rows) == len(shapes.weights) and report["counts"]["merged"] > 0
     assert report["bytes"]["read"] == report["bytes"]["read_predicted"]
     read = report["bytes"]["read"] / GB
     print(f"{arguments.size} widths, {shapes.layers} layers, {read:.1f} GB read:\n")
-    print(report_of(clock, wall, cpu))
+    print(report_of(profile))
     phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in report["seconds"].items())
-    print(f"\nPhases of the calling thread: {phases}; {wall:.1f} s in all.")
+    cores = ", ".join(f"{seconds:.1f} s {name}" for name, seconds in profile.cores.items())
+    print(f"\nPhases of the calling thread: {phases}; {profile.wall:.1f} s in all.")
+    print(f"All cores of the machine together: {cores}.")
+    print(profile.workers.report())
 
 
 if __name__ == "__main__":

@@ -113,10 +113,10 @@ def test_a_wrong_output_fails_the_checks(tiny: Path) -> None:
 def test_the_profile_names_what_takes_the_time(tiny: Path, tmp_path: Path) -> None:
     import profile_merge
 
-    clock, wall, cpu, _ = profile_merge.profiled(tiny, tmp_path / "out")
-    assert clock.cpu["whole spectra of small weights"] > 0.2 * cpu
-    assert sum(clock.cpu.values()) <= cpu
-    text = profile_merge.report_of(clock, wall, cpu)
+    profile = profile_merge.profiled(tiny, tmp_path / "out")
+    assert profile.clock.cpu["whole spectra of small weights"] > 0.2 * profile.cpu
+    assert sum(profile.clock.cpu.values()) <= profile.cpu
+    text = profile_merge.report_of(profile)
     assert "| reading rows |" in text and "| writing |" in text
 
 
