@@ -21,7 +21,7 @@ from lean_merge.api import check_has_folder
 from lean_merge.api import merge as merge_api
 from lean_merge.checkpoints import downloads_shown
 from lean_merge.engine.run import Event
-from lean_merge.errors import LeanMergeError, RecipeError
+from lean_merge.errors import LeanMergeError, RecipeError, plain
 from lean_merge.identity import run_facts
 from lean_merge.output import check_output
 from lean_merge.plan import Plan, Resources
@@ -264,17 +264,17 @@ def merge_command(
         plan = make_plan(recipe, resources)
     if not (quiet or as_json):
         for line in describe.warnings_of(plan):
-            typer.echo(f"warning: {line}", err=True)
+            _echo(f"warning: {line}", err=True)
     with _progress(plan, quiet) as on_event:
         result = merge_api(plan, out, overwrite=overwrite, resume=not no_resume, on_event=on_event)
     if not (quiet or as_json) and result.was_complete:
-        typer.echo(f"{result.path} is complete already; nothing to do.", err=True)
+        _echo(f"{result.path} is complete already; nothing to do.", err=True)
     elif not (quiet or as_json) and result.reused:
-        typer.echo(f"{result.reused} of {len(plan.tasks)} tensors were on the disk.", err=True)
+        _echo(f"{result.reused} of {len(plan.tasks)} tensors were on the disk.", err=True)
     if as_json:
-        typer.echo(json.dumps(result.report))
+        _echo(json.dumps(result.report))
     elif not quiet:
-        typer.echo(describe.result_text(result.path, result.report))
+        _echo(describe.result_text(result.path, result.report))
 
 
 @app.command("plan")
@@ -306,7 +306,7 @@ def plan_command(
         )
     if quiet:
         return
-    typer.echo(json.dumps(describe.plan_dict(plan)) if as_json else describe.plan_text(plan))
+    _echo(json.dumps(describe.plan_dict(plan)) if as_json else describe.plan_text(plan))
 
 
 @app.command("verify")
@@ -342,9 +342,9 @@ def verify_command(
         resources=_resources(device, memory, vram, threads),
     )
     if as_json:
-        typer.echo(json.dumps(describe.verification_dict(result)))
+        _echo(json.dumps(describe.verification_dict(result)))
     elif not (quiet and result.ok):
-        typer.echo(describe.verification_text(result))
+        _echo(describe.verification_text(result))
     return 0 if result.ok else EXIT_DIFFERENT
 
 
@@ -352,7 +352,7 @@ def verify_command(
 def methods_command(as_json: Json = False, debug: Debug = False) -> None:
     """List the methods, their parameters and references."""
     methods = describe.methods_list()
-    typer.echo(json.dumps(methods) if as_json else describe.methods_text(methods))
+    _echo(json.dumps(methods) if as_json else describe.methods_text(methods))
 
 
 @app.command("inspect")
@@ -363,7 +363,7 @@ def inspect_command(
 ) -> None:
     """Show names, dtypes, shapes, sizes and the language model's layout, from headers alone."""
     facts = describe.inspect_dict(checkpoint)
-    typer.echo(json.dumps(facts) if as_json else describe.inspect_text(facts))
+    _echo(json.dumps(facts) if as_json else describe.inspect_text(facts))
 
 
 @app.command("demo")
@@ -378,8 +378,8 @@ def demo_command(
     """Merge the embedded family, real and trained, and evaluate it on held-out problems."""
     from lean_merge.demo.run import run_demo, table
 
-    results = run_demo(out, problems=problems, say=lambda line: typer.echo(line, err=True))
-    typer.echo(json.dumps(results) if as_json else table(results))
+    results = run_demo(out, problems=problems, say=lambda line: _echo(line, err=True))
+    _echo(json.dumps(results) if as_json else table(results))
 
 
 @contextmanager
@@ -402,7 +402,7 @@ def _progress(plan: Plan, quiet: bool) -> Iterator[Callable[[Event], None]]:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"lean-merge {__version__}")
+        _echo(f"lean-merge {__version__}")
         raise typer.Exit
 
 
@@ -413,6 +413,11 @@ def _root(
     ] = False,
 ) -> None:
     pass
+
+
+def _echo(text: str, *, err: bool = False) -> None:
+    """Print, with what would steer a terminal escaped: names come from strangers' files."""
+    typer.echo(plain(text), err=err)
 
 
 class _Terminated(KeyboardInterrupt):
@@ -456,5 +461,5 @@ def _fail(message: str, code: int, arguments: list[str]) -> None:
         import traceback
 
         traceback.print_exc()
-    print(f"lean-merge: {message}", file=sys.stderr)
+    print(f"lean-merge: {plain(message)}", file=sys.stderr)
     sys.exit(code)

@@ -7,21 +7,21 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lean_merge.checkpoints import language_layout, open_checkpoint
+from lean_merge.errors import RecipeError
 from lean_merge.methods import all_methods
 from lean_merge.plan import Plan
 from lean_merge.report import REPORT
 from lean_merge.sizes import format_size
 from lean_merge.verify import Verification
+from lean_merge.yamlfile import parse_yaml
 
 
 def parse_value(text: str) -> Any:
     """A parameter's value as YAML would read it."""
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return parse_yaml(text, what="value")
+    except RecipeError:
         return text
 
 

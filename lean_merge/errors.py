@@ -13,6 +13,9 @@ A message is one or two sentences: the fact, naming file and tensor, then the me
 
 from __future__ import annotations
 
+import unicodedata
+from typing import Any
+
 
 class LeanMergeError(Exception):
     """Base of all errors that this package raises on purpose."""
@@ -46,3 +49,55 @@ class BudgetError(LeanMergeError):
     """The work does not fit the memory, device memory or disk that it was given."""
 
     exit_code = 4
+
+
+def shown(value: Any) -> str:
+    """`value` as a literal that is safe and short enough for a message.
+
+    What is said of bad input is bad input too: control characters are escaped, and neither a long
+    text nor a huge number or nested list can swell the message.
+    """
+    if isinstance(value, str):
+        literal = repr(value[:120])
+        whole = len(value) <= 120 and len(literal) <= 122
+        return literal if whole else _cut(literal, repr(value[-10:]))
+    if value is None or isinstance(value, (bool, float)):
+        return repr(value)
+    if isinstance(value, int):
+        return str(value) if value.bit_length() <= 256 else f"a number of {value.bit_length()} bits"
+    if isinstance(value, (list, tuple, dict, set, frozenset)) and len(value) > 8:
+        return f"a {type(value).__name__} of {len(value)} items"
+    if isinstance(value, (list, tuple)) and all(map(_is_word, value)):
+        return f"[{', '.join(map(shown, value))}]"
+    return f"a {type(value).__name__}"
+
+
+def is_plain(text: str) -> bool:
+    """Whether a terminal, JSON and YAML show `text` as what it is.
+
+    Control characters, lone surrogates, line separators and what turns the reading direction are
+    not plain; joiners that scripts and emoji need are.
+    """
+    if text.isascii():
+        return text.isprintable()
+    return not any(unicodedata.category(c) in {"Cc", "Cs", "Zl", "Zp"} or c in _TURNS for c in text)
+
+
+def plain(text: str) -> str:
+    """`text` with all that is not plain escaped, but for the ends of its lines."""
+    if is_plain(text):
+        return text
+    return "".join(
+        c if c == "\n" or is_plain(c) else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+_TURNS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def _is_word(value: Any) -> bool:
+    return value is None or isinstance(value, (str, bool, int, float))
+
+
+def _cut(literal: str, end: str) -> str:
+    return f"{literal[:100]}...{end[1:]}"

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lean_merge.errors import RecipeError
+from lean_merge.errors import RecipeError, shown
 from lean_merge.methods import Method, all_methods, canonical_name
 from lean_merge.recipe import MergeRecipe, Parameters, reject_unknown
 from lean_merge.scope import Position, nearest
@@ -122,13 +122,13 @@ def _typed(
     for name, value in values.items():
         default = fields[name].default
         if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+            value = float(value) if abs(value) < 2**64 else math.inf
         elif isinstance(default, tuple) and isinstance(value, str):
             value = tuple(part.strip() for part in value.split(",") if part.strip())
         elif isinstance(default, tuple) and isinstance(value, list):
             value = tuple(value)
         if type(value) is not type(default) and name != "rank":
-            raise RecipeError(f"{name} must be a {type(default).__name__}, not {value!r}.")
+            raise RecipeError(f"{name} must be a {type(default).__name__}, not {shown(value)}.")
         typed[name] = value
     return typed
 
@@ -165,8 +165,8 @@ class MethodTable:
                 for entry in value if _is_filtered(value) else ():
                     if entry.filter != ANY and not any(p.matches(entry.filter) for p in places):
                         raise RecipeError(
-                            f"The filter {entry.filter!r} of {name} matches no weight in scope; "
-                            f"{nearest(entry.filter, places)}"
+                            f"The filter {shown(entry.filter)} of {name} matches no weight in "
+                            f"scope; {nearest(entry.filter, places)}"
                         )
 
 

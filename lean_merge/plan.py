@@ -38,6 +38,7 @@ from lean_merge.output import (
     StoredFactors,
     adapter_layout,
     plan_shards,
+    side_files,
 )
 from lean_merge.parameters import MethodTable, build_method
 from lean_merge.recipe import MergeRecipe
@@ -205,6 +206,8 @@ def _plan(recipe: MergeRecipe, resources: Resources, output: str) -> Plan:
     base = open_checkpoint(recipe.base_model)
     mllm = open_checkpoint(recipe.mllm_model)
     experts = tuple(open_expert(expert.model) for expert in recipe.experts)
+    # Refused now rather than when they are copied, after the work is done.
+    side_files(mllm.path)
     coverage = map_roles(
         base, mllm, experts, allow_partial=recipe.allow_partial, names=recipe.name_rules()
     )

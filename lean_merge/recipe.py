@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from lean_merge.errors import RecipeError
+from lean_merge.errors import RecipeError, shown
 from lean_merge.sizes import parse_size
 from lean_merge.values import ANY, Filtered
+from lean_merge.yamlfile import MAX_TEXT, dump_yaml, parse_yaml
 
 OUT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 ROUNDINGS = ("nearest", "stochastic")
@@ -116,20 +115,29 @@ class MergeRecipe:
             *(("experts[].model", expert.model) for expert in self.experts),
         ]:
             if not isinstance(model, str) or not model:
-                raise RecipeError(f"{role} must name a folder or hub id, not {model!r}.")
+                raise RecipeError(f"{role} must name a folder or hub id, not {shown(model)}.")
+            if not _is_storable(model):
+                raise RecipeError(
+                    f"{role} {shown(model)} is not valid Unicode, so that no report could name it; "
+                    "rename the folder."
+                )
         if not isinstance(self.merge_method, str) or not self.merge_method:
-            raise RecipeError(f"merge_method must name a method, not {self.merge_method!r}.")
+            raise RecipeError(f"merge_method must name a method, not {shown(self.merge_method)}.")
         if not isinstance(self.allow_partial, bool):
-            raise RecipeError(f"allow_partial must be true or false, not {self.allow_partial!r}.")
+            raise RecipeError(
+                f"allow_partial must be true or false, not {shown(self.allow_partial)}."
+            )
         _one_of("output", self.output, OUTPUTS)
         if self.lora_rank != "auto" and not (type(self.lora_rank) is int and self.lora_rank >= 1):
             raise RecipeError(
-                f"lora_rank must be 'auto' or a whole number from 1, not {self.lora_rank!r}."
+                f"lora_rank must be 'auto' or a whole number from 1, not {shown(self.lora_rank)}."
             )
         _one_of("out_dtype", self.out_dtype, OUT_DTYPES)
         _one_of("rounding", self.rounding, ROUNDINGS)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise RecipeError(f"seed must be a whole number from 0, not {self.seed!r}.")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**64:
+            raise RecipeError(
+                f"seed must be a whole number from 0 to 2^64 - 1, not {shown(self.seed)}."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe in the words of the field, plain types only."""
@@ -165,7 +173,7 @@ class MergeRecipe:
 
     def to_yaml(self) -> str:
         """The recipe as YAML that `from_yaml` reads back."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.to_dict())
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MergeRecipe:
@@ -186,18 +194,18 @@ class MergeRecipe:
 def load_recipe_file(path: Path) -> dict[str, Any]:
     """The plain data of a recipe file, for flags to override before it is checked."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        # A pipe has no size to look at beforehand, and a device no end.
+        with open(path, "rb") as stream:
+            data = stream.read(MAX_TEXT + 1)
+        text = data.decode("utf-8")
+    except (OSError, ValueError) as error:
         raise RecipeError(f"{path}: the recipe cannot be read ({error}).") from error
     return load_yaml(text)
 
 
 def load_yaml(text: str) -> dict[str, Any]:
-    """A YAML mapping as plain data. Raises RecipeError."""
-    try:
-        data = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise RecipeError(f"The recipe is not valid YAML: {error}") from error
+    """A recipe's YAML mapping as plain data. Raises RecipeError."""
+    data = parse_yaml(text, what="recipe")
     if not isinstance(data, dict):
         raise RecipeError("The recipe must be a YAML mapping, starting with merge_method: ...")
     return data
@@ -208,19 +216,19 @@ def reject_unknown(given: Iterable[Any], known: Iterable[str], where: str) -> No
     names = list(known)
     for key in given:
         if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)
+            near = difflib.get_close_matches(str(key)[:80], names, n=1, cutoff=0.0)
             hint = f"; the nearest known one is {near[0]!r}" if near else ""
-            raise RecipeError(f"Unknown key {key!r} in {where}{hint}.")
+            raise RecipeError(f"Unknown key {shown(key)} in {where}{hint}.")
 
 
 def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise RecipeError(f"{name} must be one of {', '.join(choices)}, not {value!r}.")
+        raise RecipeError(f"{name} must be one of {', '.join(choices)}, not {shown(value)}.")
 
 
 def _list(value: Any, name: str) -> list[Any]:
     if not isinstance(value, (list, tuple)):
-        raise RecipeError(f"{name} must be a list, not {value!r}.")
+        raise RecipeError(f"{name} must be a list, not {shown(value)}.")
     return list(value)
 
 
@@ -230,7 +238,7 @@ def _expert(entry: Any) -> Expert:
     if isinstance(entry, str):
         return Expert(entry)
     if not isinstance(entry, Mapping):
-        raise RecipeError(f"An expert must be a mapping with a model, not {entry!r}.")
+        raise RecipeError(f"An expert must be a mapping with a model, not {shown(entry)}.")
     reject_unknown(entry, ("model", "parameters"), "experts[]")
     if "model" not in entry:
         raise RecipeError("An expert lacks its model.")
@@ -243,30 +251,44 @@ def _frozen(parameters: Any, where: str) -> Parameters:
     if isinstance(parameters, tuple):
         parameters = dict(parameters)
     if not isinstance(parameters, Mapping):
-        raise RecipeError(f"{where} must be a mapping, not {parameters!r}.")
+        raise RecipeError(f"{where} must be a mapping, not {shown(parameters)}.")
     return tuple(
-        (str(name), _frozen_value(value, f"{where}: {name}")) for name, value in parameters.items()
+        (str(name), _frozen_value(value, f"{where}: {shown(name)}"))
+        for name, value in parameters.items()
     )
 
 
 def _frozen_value(value: Any, where: str) -> Any:
     if not isinstance(value, (list, tuple)):
-        return value
+        return _scalar(value, where)
     if any(isinstance(each, (Mapping, Filtered)) for each in value):
         return tuple(_filtered(each, where) for each in value)
-    return tuple(value)
+    return tuple(_scalar(each, where) for each in value)
+
+
+def _scalar(value: Any, where: str) -> Any:
+    """`value`, a word, a number or a truth value; anything else could not be hashed or written."""
+    if isinstance(value, str) and _is_storable(value):
+        return value
+    if isinstance(value, int) and abs(value) >= 2**64:
+        raise RecipeError(f"{where} must lie between -2^64 and 2^64, not {shown(value)}.")
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    raise RecipeError(f"{where} must be a word, a number or a list of such, not {shown(value)}.")
 
 
 def _filtered(entry: Any, where: str) -> Filtered:
     if isinstance(entry, Filtered):
         return entry
     if not isinstance(entry, Mapping):
-        return Filtered(ANY, entry)
+        return Filtered(ANY, _tuple(entry, where))
     reject_unknown(entry, ("filter", "value"), where)
     if "value" not in entry:
         raise RecipeError(f"{where}: an entry lacks its value; write filter: mlp, value: 0.5.")
     wanted = entry.get("filter", ANY)
-    return Filtered(_filter(ANY if wanted is None else wanted, where), _tuple(entry["value"]))
+    return Filtered(
+        _filter(ANY if wanted is None else wanted, where), _tuple(entry["value"], where)
+    )
 
 
 def _filters(entries: Any, name: str) -> tuple[str, ...]:
@@ -286,13 +308,20 @@ def _filter(entry: Any, where: str) -> str:
     if not isinstance(entry, str) or not entry:
         raise RecipeError(
             f"{where}: a filter must be a regular expression or a range such as layers: 0-15, not "
-            f"{entry!r}."
+            f"{shown(entry)}."
         )
     return entry
 
 
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _tuple(value: Any, where: str) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_scalar(each, where) for each in value)
+    return _scalar(value, where)
+
+
+def _is_storable(text: str) -> bool:
+    """Whether UTF-8 can hold `text`; names of files that it cannot hold come as surrogates."""
+    return "\0" not in text and text.encode("utf-8", "ignore").decode("utf-8") == text
 
 
 def _plain(parameters: Parameters) -> dict[str, Any]:
@@ -322,7 +351,7 @@ def _pairs(value: Any, where: str) -> Parameters:
     if isinstance(value, tuple) and all(isinstance(e, tuple) and len(e) == 2 for e in value):
         value = dict(value)
     if value is not None and not isinstance(value, Mapping):
-        raise RecipeError(f"{where} must be a mapping, not {value!r}.")
+        raise RecipeError(f"{where} must be a mapping, not {shown(value)}.")
     return tuple((str(key), each) for key, each in (value or {}).items())
 
 
@@ -330,13 +359,15 @@ def _rules(rules: Parameters, where: str) -> NameRules:
     """Regular expressions and templates that fit each other. Raises RecipeError."""
     for pattern, template in rules:
         if not isinstance(template, str):
-            raise RecipeError(f"{where}: {pattern!r} must lead to a name, not {template!r}.")
+            raise RecipeError(
+                f"{where}: {shown(pattern)} must lead to a name, not {shown(template)}."
+            )
         try:
             # Substituting in no text checks that the template's groups are the pattern's.
             re.compile(pattern).sub(template, "")
-        except (re.error, IndexError) as error:
+        except (re.error, IndexError, OverflowError, RecursionError) as error:
             raise RecipeError(
-                f"{where}: {pattern!r} with {template!r} is not a regular expression and its "
-                f"template ({error})."
+                f"{where}: {shown(pattern)} with {shown(template)} is not a regular expression and "
+                f"its template ({error})."
             ) from error
     return rules

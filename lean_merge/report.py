@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,6 +12,7 @@ from lean_merge.engine.results import WeightResult
 from lean_merge.engine.run import RunResult
 from lean_merge.engine.update import Truncated, Written
 from lean_merge.memory import Usage
+from lean_merge.output import remote_code
 from lean_merge.plan import Plan
 from lean_merge.version import __version__
 
@@ -20,6 +22,8 @@ OMITTED_WARNING = 0.025
 """Modelled share of an update beyond the computed rank from which the report warns."""
 ANGLE_WARNING = 0.1
 """Sine of the error of directions that carry an update from which the report warns."""
+DOUBT_WARNING = 0.05
+"""Share of a nuclear norm that may be rounding from which the report warns."""
 CUT_WARNING = 0.05
 """Above this share of an update's norm that an adapter's rank cuts off, the report warns."""
 KEPT_WARNING = 0.9
@@ -32,7 +36,7 @@ def build_report(
     """The content of `lean_merge_report.json`; docs/formats.md explains every field."""
     rows = [row for weight in result.weights for row in weight_rows(plan, weight)]
     merged = {weight.name for weight in result.weights if weight.merged}
-    prediction = plan.prediction
+    prediction, code = plan.prediction, remote_code(plan.mllm)
     return {
         "version": REPORT_VERSION,
         "lean_merge": __version__,
@@ -58,10 +62,13 @@ def build_report(
             *plan.notes,
             *kept_warnings(result),
             *accuracy_warnings(result),
+            *non_finite_warnings(result),
+            *code_warnings(code),
             *adapter_warnings(result),
         ],
         "skipped": list(plan.coverage.left_out),
         "filtered": dict(plan.scope.filtered),
+        "remote_code": list(code),
         "seconds": {phase: round(s, 3) for phase, s in result.seconds.items()},
         "bytes": {
             "read": result.bytes_read,
@@ -106,6 +113,7 @@ def weight_rows(plan: Plan, weight: WeightResult) -> list[dict[str, Any]]:
                 "similarity_max": record.similarity_max,
                 "lambda": record.lambda_,
                 "lambda_top_q": record.lambda_top_q,
+                "lambda_doubt": record.lambda_doubt,
                 "rank": record.rank,
                 "computed_rank": record.computed_rank,
                 "omitted_share": record.omitted_share,
@@ -151,6 +159,7 @@ def accuracy_warnings(result: RunResult) -> list[str]:
     """Warnings where the sketches did not reach the accuracy that they aim at."""
     selected = [r for weight in result.weights for r in weight.experts if r.selected]
     shares = [s for r in selected if (s := r.omitted_share or 0.0) > OMITTED_WARNING]
+    doubts = [d for r in selected if (d := r.lambda_doubt or 0.0) > DOUBT_WARNING]
     angles = [a for r in selected if (a := r.angle_error or 0.0) > ANGLE_WARNING]
     warnings = []
     if shares:
@@ -158,12 +167,41 @@ def accuracy_warnings(result: RunResult) -> list[str]:
             f"directions beyond the computed rank may carry up to {max(shares):.0%} of the update "
             f"in {len(shares)} weights; --rank N computes more, --svd exact all"
         )
+    if doubts:
+        warnings.append(
+            f"up to {max(doubts):.0%} of a nuclear norm, and with it of lambda, may be rounding in "
+            f"{len(doubts)} weights whose task vectors are nearly of low rank; --svd exact "
+            "computes it"
+        )
     if angles:
         warnings.append(
             f"directions that carry the update are known to a sine of {max(angles):.2f} only in "
             f"{len(angles)} weights; --svd exact computes them fully"
         )
     return warnings
+
+
+def non_finite_warnings(result: RunResult) -> list[str]:
+    """A warning of NaN or Inf in what was copied: a mask may hold them, a weight hardly."""
+    names = result.non_finite
+    if not names:
+        return []
+    shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    return [
+        f"{len(names)} of the tensors that are copied from the MLLM hold NaN or Inf ({shown}); "
+        "the output has them too"
+    ]
+
+
+def code_warnings(code: Sequence[str]) -> list[str]:
+    """A warning that the MLLM brings code, and that nobody has looked at it."""
+    if not code:
+        return []
+    shown = ", ".join(code[:4]) + (", ..." if len(code) > 4 else "")
+    return [
+        f"the MLLM brings code of its own ({shown}); it was copied as data and not run, and is "
+        "run by who loads the output with trust_remote_code=True"
+    ]
 
 
 def adapter_warnings(result: RunResult) -> list[str]:

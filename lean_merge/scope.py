@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from lean_merge.checkpoints import Coverage, LogicalWeight, MappedWeight
-from lean_merge.errors import RecipeError
+from lean_merge.errors import RecipeError, shown
 from lean_merge.values import ANY
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -65,10 +65,10 @@ def _pattern(entry: str) -> re.Pattern[str]:
     """An entry as a regular expression. Raises RecipeError."""
     try:
         return re.compile(entry)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise RecipeError(
-            f"The filter {entry!r} is not a regular expression ({error}); write one such as mlp, "
-            "self_attn, q_proj or layers: 0-15."
+            f"The filter {shown(entry)} is not a regular expression ({error}); write one such as "
+            "mlp, self_attn, q_proj or layers: 0-15."
         ) from error
 
 
@@ -84,8 +84,8 @@ def _ranges(entry: str, text: str) -> tuple[range, ...]:
             last = int(match["last"]) if match["last"] else 10**6
         if match is None or last < first:
             raise RecipeError(
-                f"The filter {entry!r} is no range of layers; write layers: 0-15, layers: 16- or "
-                "layers: 0-3,8."
+                f"The filter {shown(entry)} is no range of layers; write layers: 0-15, "
+                "layers: 16- or layers: 0-3,8."
             )
         ranges.append(range(first, last + 1))
     return tuple(ranges)
@@ -134,13 +134,13 @@ def filter_weights(
         for entry in entries:
             if not any(place.matches(entry) for place in places):
                 raise RecipeError(
-                    f"{name}: {entry!r} matches no weight in scope; {nearest(entry, places)}"
+                    f"{name}: {shown(entry)} matches no weight in scope; {nearest(entry, places)}"
                 )
     filtered = {}
     for place in places:
         excluded = next((entry for entry in exclude if place.matches(entry)), None)
         if excluded is not None:
-            filtered[place.canonical] = f"excluded by {excluded!r}"
+            filtered[place.canonical] = f"excluded by {shown(excluded)}"
         elif include and not any(place.matches(entry) for entry in include):
             filtered[place.canonical] = "not in include"
     if places and len(filtered) == len(places):

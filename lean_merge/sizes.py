@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 
-from lean_merge.errors import RecipeError
+from lean_merge.errors import RecipeError, shown
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)}
 _UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", start=1)}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+_SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]{0,3})\s*", re.ASCII)
+_LARGEST = 2**63 - 1
+"""What a file system can address."""
 
 
 def parse_size(text: str | int) -> int:
@@ -17,15 +19,15 @@ def parse_size(text: str | int) -> int:
     if isinstance(text, int) and not isinstance(text, bool):
         size = text
     else:
-        match = _SIZE.fullmatch(str(text))
+        match = _SIZE.fullmatch(text) if isinstance(text, str) else None
         unit = _UNITS.get(match[2].upper()) if match else None
         if match is None or unit is None:
             raise RecipeError(
-                f"{text!r} is not a size; write one like 5GB, 2GiB, 500MB or 1048576."
+                f"{shown(text)} is not a size; write one like 5GB, 2GiB, 500MB or 1048576."
             )
         size = int(float(match[1]) * unit)
-    if size <= 0:
-        raise RecipeError(f"A size must be positive, not {text!r}.")
+    if not 0 < size <= _LARGEST:
+        raise RecipeError(f"A size must be positive and below 2^63 bytes, not {shown(text)}.")
     return size
 
 

@@ -22,7 +22,9 @@ def products(matrix: Tensor, request: Pass | None, dtype: torch.dtype) -> Produc
         y=y,
         z=None if y is None else (low.T @ y).float(),
         projected=None if request.project is None else (low.T @ request.project).float(),
-        times=None if request.times is None else (low @ request.times).float(),
+        times=None
+        if request.times is None
+        else (matrix.to(request.times.dtype) @ request.times).float(),
         dense=matrix.float() if request.dense else None,
     )
 

@@ -79,7 +79,8 @@ MAY_IMPORT = {
     "version": set(),
     "sizes": {"errors"},
     "values": set(),
-    "recipe": {"errors", "sizes", "values"},
+    "yamlfile": {"errors"},
+    "recipe": {"errors", "sizes", "values", "yamlfile"},
     "scope": {"checkpoints", "errors", "values"},
     "parameters": {"recipe", "methods", "scope", "errors", "values"},
     "budget": {"errors", "sizes"},
@@ -123,7 +124,7 @@ MAY_IMPORT = {
         "output",
         "errors",
     },
-    "report": {"plan", "engine", "memory", "version", "sizes"},
+    "report": {"plan", "engine", "memory", "output", "version", "sizes"},
 }
 """The rooms that each room may see; the architecture page gives the reasons."""
 

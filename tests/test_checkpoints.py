@@ -24,7 +24,7 @@ from lean_merge.checkpoints import (
     torch_dtype,
 )
 from lean_merge.checkpoints.descriptors import DescriptorPool
-from lean_merge.errors import CheckpointError
+from lean_merge.errors import CheckpointError, is_plain
 
 SHAPES = {"b": (2, 3), "a": (4,), "c": (), "d": (0, 5)}
 DTYPES = [torch_dtype(name) for name in ITEM_BITS if name not in {"F4", "F6_E2M3", "F6_E3M2"}]
@@ -66,7 +66,7 @@ def test_dtypes_without_a_twin_are_errors():
 )
 @given(
     tensors=st.dictionaries(
-        st.text(st.characters(codec="utf-8"), max_size=6).filter(lambda n: n != "__metadata__"),
+        st.text(st.characters(codec="utf-8"), max_size=6).filter(is_plain),
         st.tuples(st.lists(st.integers(0, 4), max_size=3), st.sampled_from(DTYPES)),
         max_size=5,
     ),

@@ -283,6 +283,7 @@ def test_an_analysis_alone_decides_the_same_and_writes_nothing(deep: Triple, tmp
         assert row | {"update_kept": None} == other | {"update_kept": None}
     kept = merge(recipe, tmp_path / "report", resources=CPU)
     assert sorted(each.name for each in kept.path.iterdir()) == [
+        "lean_merge_journal.jsonl",
         "lean_merge_recipe.yml",
         "lean_merge_report.json",
     ]

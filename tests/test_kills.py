@@ -104,7 +104,7 @@ def test_many_kills_lose_nothing(scene: Scene, capsys: pytest.CaptureFixture[str
 @pytest.fixture(scope="module")
 def long_one(tmp_path_factory: pytest.TempPathFactory) -> Triple:
     """A merge of a few seconds."""
-    shapes = {f"layers.{n}.mlp.gate_proj": (128, 128) for n in range(160)}
+    shapes = {f"layers.{n}.mlp.gate_proj": (256, 256) for n in range(160)}
     return write_triple(tmp_path_factory.mktemp("long"), shapes)
 
 

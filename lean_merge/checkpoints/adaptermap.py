@@ -11,13 +11,12 @@ from lean_merge.checkpoints.checkpoint import Checkpoint
 from lean_merge.checkpoints.dtypes import FLOATING
 from lean_merge.checkpoints.gate import FAMILY, Faults
 from lean_merge.checkpoints.header import TensorSpec
-from lean_merge.checkpoints.jsonfile import shorten
 from lean_merge.checkpoints.kinship import heads
 from lean_merge.checkpoints.lorarows import LoraRows, ZeroRows
 from lean_merge.checkpoints.placement import LEAVES, Heads, Place, canonical, places
 from lean_merge.checkpoints.rows import WeightSource, source
 from lean_merge.checkpoints.structure import Decoder, Key, split_name
-from lean_merge.errors import CheckpointError, CoverageError
+from lean_merge.errors import CheckpointError, CoverageError, shown
 
 _MERGED = "merge the adapter into its base first (PEFT's merge_and_unload) and pass the result"
 Pair = tuple[TensorSpec, TensorSpec]
@@ -143,7 +142,7 @@ def _pairs(named: Mapping[str, TensorSpec]) -> tuple[dict[str, Pair], list[str]]
     for name, spec in named.items():
         if ".lora_magnitude_vector" in name:
             raise CheckpointError(
-                f"{spec.file}: tensor {shorten(name)} is of DoRA, whose magnitudes make the change "
+                f"{spec.file}: tensor {shown(name)} is of DoRA, whose magnitudes make the change "
                 f"no product of two factors; {_MERGED}."
             )
         factor = split_factor(name)
@@ -152,14 +151,14 @@ def _pairs(named: Mapping[str, TensorSpec]) -> tuple[dict[str, Pair], list[str]]
             rest.append(name)
         elif found.setdefault(factor[0], {}).setdefault(factor[1], spec) is not spec:
             raise CheckpointError(
-                f"{spec.file}: holds several adapters for {shorten(factor[0])}; save one by itself."
+                f"{spec.file}: holds several adapters for {shown(factor[0])}; save one by itself."
             )
     for module, factors in found.items():
         if len(factors) != 2:
             one = next(iter(factors.values()))
             raise CheckpointError(
-                f"{one.file}: tensor {shorten(one.name)} lacks its other factor for "
-                f"{shorten(module)}; save the adapter again with PEFT."
+                f"{one.file}: tensor {shown(one.name)} lacks its other factor for "
+                f"{shown(module)}; save the adapter again with PEFT."
             )
     return {module: (factors["B"], factors["A"]) for module, factors in found.items()}, rest
 
@@ -172,7 +171,7 @@ def _refuse_whole(name: str, spec: TensorSpec) -> None:
     parts = split[2].removesuffix(".weight").split(".")
     if LEAVES & set(parts) and not any(part.startswith("lora_") for part in parts):
         raise CheckpointError(
-            f"{spec.file}: tensor {shorten(name)} is a whole weight in scope (modules_to_save) and "
+            f"{spec.file}: tensor {shown(name)} is a whole weight in scope (modules_to_save) and "
             f"no change of the base's; {_MERGED}."
         )
 
@@ -209,18 +208,18 @@ def _check_pair(module: str, pair: Pair, config: AdapterConfig) -> None:
     for spec in pair:
         if spec.dtype not in FLOATING:
             raise CheckpointError(
-                f"{spec.file}: tensor {shorten(spec.name)} has the dtype {spec.dtype}, which "
+                f"{spec.file}: tensor {shown(spec.name)} has the dtype {spec.dtype}, which "
                 "cannot be merged; save the adapter in float32, bfloat16 or float16."
             )
     rank = config.stated_rank(module)
     if len(left.shape) != 2 or len(right.shape) != 2 or left.shape[1] != right.shape[0]:
         raise CheckpointError(
-            f"{left.file}: the factors of {shorten(module)} have shapes {list(left.shape)} and "
+            f"{left.file}: the factors of {shown(module)} have shapes {list(left.shape)} and "
             f"{list(right.shape)}, which have no product; save the adapter again with PEFT."
         )
     if right.shape[0] != rank:
         raise CheckpointError(
-            f"{left.file}: the factors of {shorten(module)} have rank {right.shape[0]}, but the "
+            f"{left.file}: the factors of {shown(module)} have rank {right.shape[0]}, but the "
             f"config says {rank}, so their scaling is not known; pass the adapter's own config."
         )
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lean_merge.checkpoints.jsonfile import read_object, shorten
+from lean_merge.checkpoints.jsonfile import read_object
 from lean_merge.checkpoints.safepaths import checked_file
-from lean_merge.errors import CheckpointError
+from lean_merge.errors import CheckpointError, shown
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -128,14 +128,14 @@ def _config(file: Path, config: Mapping[str, Any]) -> AdapterConfig:
 
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise fail(f"is an adapter of the type {shorten(str(kind))}, and only LORA is understood")
+        raise fail(f"is an adapter of the type {shown(kind)}, and only LORA is understood")
     for key, what in _VARIANTS.items():
         if config.get(key):
             raise fail(f"is made with {what} ({key})")
     start = config.get("init_lora_weights", True)
     if start not in _PLAIN_STARTS:
         raise fail(
-            f"was started from the base's own weights (init_lora_weights {shorten(str(start))}), "
+            f"was started from the base's own weights (init_lora_weights {shown(start)}), "
             "so its factors are not the change of the base"
         )
     rank, alpha = config.get("r"), config.get("lora_alpha")
@@ -173,4 +173,4 @@ def _check_pattern(pattern: str, fail: Any) -> None:
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        raise fail(f"has the pattern {shorten(pattern)}, which is no regular expression") from error
+        raise fail(f"has the pattern {shown(pattern)}, which is no regular expression") from error

@@ -11,7 +11,7 @@ from typing import Any
 from lean_merge.checkpoints.adapters import AdapterConfig, find_adapter
 from lean_merge.checkpoints.header import TensorSpec, read_header
 from lean_merge.checkpoints.hub import is_hub_id, snapshot
-from lean_merge.checkpoints.jsonfile import read_object, shorten
+from lean_merge.checkpoints.jsonfile import read_object
 from lean_merge.checkpoints.picklefile import read_pickle_header
 from lean_merge.checkpoints.quantised import Scale, split_scales
 from lean_merge.checkpoints.safepaths import checked_file
@@ -24,11 +24,13 @@ from lean_merge.checkpoints.weightfiles import (
     find_weights,
     unfinished,
 )
-from lean_merge.errors import CheckpointError
+from lean_merge.errors import CheckpointError, shown
 
 __all__ = ["INDEX", "SINGLE", "Checkpoint", "open_checkpoint", "open_expert"]
 
-_MAX_JSON = 100_000_000
+_MAX_CONFIG = 10_000_000
+_MAX_TENSORS = 500_000
+"""Five times those of the largest mixtures of experts; bounds what all shards take together."""
 # Buffers that older models saved and newer ones compute: loaders skip them too.
 _COMPUTED = ("rotary_emb.inv_freq", "position_ids", "masked_bias")
 
@@ -95,7 +97,7 @@ def open_expert(source: str | Path) -> Checkpoint:
     try:
         path = Path(source).expanduser()
         is_file, is_dir = path.is_file(), path.is_dir()
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"{source}: cannot be looked up ({error}); check the path."
         ) from error
@@ -157,10 +159,15 @@ def _read_tensors(files: tuple[Path, ...]) -> dict[str, TensorSpec]:
         for name, spec in specs.items():
             if name in tensors:
                 raise CheckpointError(
-                    f"{file}: holds tensor {shorten(name)}, and so does {tensors[name].file.name}; "
+                    f"{file}: holds tensor {shown(name)}, and so does {tensors[name].file.name}; "
                     "remove the file that is left over from another save."
                 )
             tensors[name] = spec
+        if len(tensors) > _MAX_TENSORS:
+            raise CheckpointError(
+                f"{file}: brings the checkpoint to more than {_MAX_TENSORS} tensors, which no "
+                "model has; pass another."
+            )
     return tensors
 
 
@@ -176,13 +183,13 @@ def _match_index(
         spec = tensors.get(name)
         if spec is None or spec.file.name != file_name:
             raise CheckpointError(
-                f"{folder / file_name}: lacks tensor {shorten(name)}, which {weights.index} says "
+                f"{folder / file_name}: lacks tensor {shown(name)}, which {weights.index} says "
                 "it holds; download the checkpoint again."
             )
     for name, spec in tensors.items():
         if name not in named and not name.endswith(_COMPUTED):
             raise CheckpointError(
-                f"{spec.file}: holds tensor {shorten(name)}, which {weights.index} does not name; "
+                f"{spec.file}: holds tensor {shown(name)}, which {weights.index} does not name; "
                 "the index and the shards are of different saves, so download the checkpoint again."
             )
     return {name: spec for name, spec in tensors.items() if name in named}
@@ -217,7 +224,7 @@ def _read_config(folder: Path) -> Mapping[str, Any] | None:
         return None
     config = read_object(
         checked_file(folder, file),
-        limit=_MAX_JSON,
+        limit=_MAX_CONFIG,
         what="config",
         mend="download or save the checkpoint again",
         unique=False,

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from lean_merge.checkpoints.dtypes import ITEM_BITS, tensor_nbytes
-from lean_merge.checkpoints.jsonfile import parse_object, shorten
-from lean_merge.errors import CheckpointError
+from lean_merge.checkpoints.jsonfile import parse_object
+from lean_merge.errors import CheckpointError, is_plain, shown
 from lean_merge.sizes import format_size
 
 MAX_HEADER = 100_000_000
 _MAX_DIMENSIONS = 64
+_MAX_NAME = 1024
 _MEND = "download or save the file again"
 
 
@@ -54,8 +55,9 @@ class TensorSpec:
 def read_header(file: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
     """The tensors of a safetensors file by name, in the order of their offsets, and its metadata.
 
-    Reads the header and nothing of the data; memory is bounded by the file's own header, at most
-    100 MB of it, never by a number that the file states.
+    Reads the header and nothing of the data. Memory is bounded by the file's own header, at most
+    100 MB of it, and what parsing that could take by `MAX_PARSED`; never by a number that the file
+    states.
 
     Raises
     ------
@@ -124,17 +126,18 @@ def _is_count(value: Any) -> bool:
 
 def _spec(name: str, entry: Any, *, file: Path, start: int) -> TensorSpec:
     def fail(fault: str) -> CheckpointError:
-        return CheckpointError(f"{file}: tensor {shorten(name)} {fault}; {_MEND}.")
+        return CheckpointError(f"{file}: tensor {shown(name)} {fault}; {_MEND}.")
 
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
-        raise fail("has a name that is not valid Unicode") from None
+    # Lone surrogates, control characters, and those that reorder what a terminal shows.
+    if not is_plain(name):
+        raise fail("has a name with control characters, or that is not valid Unicode")
+    if len(name) > _MAX_NAME:
+        raise fail(f"has a name of {len(name)} characters, more than {_MAX_NAME}")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise fail("is not described by exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BITS:
-        raise fail(f"has the unknown dtype {shorten(str(dtype))}")
+        raise fail(f"has the unknown dtype {shown(dtype)}")
     if not isinstance(shape, list) or not all(map(_is_count, shape)):
         raise fail("has a shape that is not a list of non-negative integers")
     if len(shape) > _MAX_DIMENSIONS:
@@ -146,11 +149,13 @@ def _spec(name: str, entry: Any, *, file: Path, start: int) -> TensorSpec:
         raise fail(f"ends at {end} before it begins at {begin}")
     nbytes = tensor_nbytes(dtype, tuple(shape))
     if nbytes is None:
-        raise fail(f"of dtype {dtype} and shape {shape} does not fill whole bytes")
+        raise fail(f"of dtype {dtype} and shape {shown(shape)} does not fill whole bytes")
     if nbytes >= 2**63:
-        raise fail(f"has a shape too large for any file: {shorten(str(shape))}")
+        raise fail(f"has a shape too large for any file: {shown(shape)}")
     if nbytes != end - begin:
-        raise fail(f"of dtype {dtype} and shape {shape} needs {nbytes} bytes, not {end - begin}")
+        raise fail(
+            f"of dtype {dtype} and shape {shown(shape)} needs {nbytes} bytes, not {end - begin}"
+        )
     return TensorSpec(name, dtype, tuple(shape), file, start + begin, nbytes)
 
 
@@ -159,12 +164,12 @@ def _check_layout(specs: list[TensorSpec], *, start: int, size: int, file: Path)
     for spec in specs:
         if spec.offset + spec.nbytes > size:
             raise CheckpointError(
-                f"{file}: tensor {shorten(spec.name)} lies beyond the end of the file, which is "
+                f"{file}: tensor {shown(spec.name)} lies beyond the end of the file, which is "
                 f"truncated by at least {format_size(spec.offset + spec.nbytes - size)}; {_MEND}."
             )
         if spec.offset != position:
             fault = "overlaps the one before it" if spec.offset < position else "follows a hole"
-            raise CheckpointError(f"{file}: tensor {shorten(spec.name)} {fault}; {_MEND}.")
+            raise CheckpointError(f"{file}: tensor {shown(spec.name)} {fault}; {_MEND}.")
         position += spec.nbytes
     if position != size:
         raise CheckpointError(

@@ -6,8 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lean_merge.errors import CheckpointError
+from lean_merge.errors import CheckpointError, shown
 from lean_merge.sizes import format_size
+
+MAX_PARSED = 512 << 20
+"""Bytes that parsing one file may take, bounded before it is parsed."""
+MAX_NESTING = 64
+"""Objects and lists inside each other; real files have at most ten."""
 
 
 class DuplicateKeyError(ValueError):
@@ -25,13 +30,41 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+def parsed_bytes(data: bytes) -> int:
+    """The most bytes that parsing `data` as JSON can take, from counts of its punctuation.
+
+    Python's objects are up to 26 times their text: `[]` are two bytes of JSON and 72 of memory. The
+    constants are what CPython needs at most for an object or list, a pair, an item and a string;
+    punctuation inside strings only makes the bound larger.
+    """
+    wide = 1 if data.isascii() else 5  # the bytes themselves, and their text
+    escaped = 9 if b"\\u" in data else 4  # strings of the widest characters, built by parts
+    contents = 1 if wide == 1 and escaped == 4 else escaped
+    return (
+        (64 << 10)
+        + (wide + contents) * len(data)
+        + 104 * (data.count(b"{") + data.count(b"["))
+        + 300 * data.count(b":")
+        + 42 * data.count(b",")
+        + 30 * data.count(b'"')
+    )
+
+
 def parse_object(
-    data: bytes, *, file: Path, what: str, mend: str, unique: bool = True
+    data: bytes,
+    *,
+    file: Path,
+    what: str,
+    mend: str,
+    unique: bool = True,
+    memory: int = MAX_PARSED,
 ) -> dict[str, Any]:
     """The JSON object that `data` holds, as UTF-8.
 
     Parameters
     ----------
+    memory
+        Bytes that parsing may take at most, see `parsed_bytes`.
     unique
         Whether a key that an object has twice is an error; else the last one counts, as it does
         for the libraries that read the same file.
@@ -41,10 +74,15 @@ def parse_object(
     CheckpointError
         Anything else; the message names `file`, `what` was read of it, and the `mend`.
     """
+    if (needed := parsed_bytes(data)) > memory:
+        raise CheckpointError(
+            f"{file}: {what} could take {format_size(needed)} to parse, beyond the limit of "
+            f"{format_size(memory)}; no real file of its kind comes near, so {mend}."
+        )
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique if unique else None)
     except DuplicateKeyError as error:
-        fault = f"has the key {shorten(str(error))} twice"
+        fault = f"has the key {shown(str(error))} twice"
     except UnicodeDecodeError:
         fault = "is not UTF-8"
     except RecursionError:
@@ -52,14 +90,38 @@ def parse_object(
     except ValueError as error:
         fault = f"is not JSON ({error})"
     else:
-        if isinstance(value, dict):
+        if not isinstance(value, dict):
+            fault = f"is a {type(value).__name__}, not an object"
+        elif _is_deep(value):
+            fault = f"is nested more than {MAX_NESTING} deep"
+        else:
             return value
-        fault = f"is a {type(value).__name__}, not an object"
     raise CheckpointError(f"{file}: {what} {fault}; {mend}.")
 
 
+def _is_deep(value: dict[str, Any]) -> bool:
+    """Whether some walk down `value` is longer than any recursion over it should be."""
+    level: list[Any] = [value]
+    for _ in range(MAX_NESTING):
+        level = [
+            item
+            for each in level
+            for item in (each.values() if isinstance(each, dict) else each)
+            if isinstance(item, (dict, list))
+        ]
+        if not level:
+            return False
+    return True
+
+
 def read_object(
-    file: Path, *, limit: int, what: str, mend: str, unique: bool = True
+    file: Path,
+    *,
+    limit: int,
+    what: str,
+    mend: str,
+    unique: bool = True,
+    memory: int = MAX_PARSED,
 ) -> dict[str, Any]:
     """The JSON object in `file`, which may have at most `limit` bytes; see `parse_object`."""
     try:
@@ -69,10 +131,4 @@ def read_object(
         raise CheckpointError(f"{file}: cannot read {what} ({error.strerror}); {mend}.") from error
     if len(data) > limit:
         raise CheckpointError(f"{file}: {what} exceeds {format_size(limit)}; {mend}.")
-    return parse_object(data, file=file, what=what, mend=mend, unique=unique)
-
-
-def shorten(text: str) -> str:
-    """`text` as a literal that is safe and short enough for a message."""
-    literal = repr(text)
-    return literal if len(literal) <= 120 else f"{literal[:100]}...{literal[-10:]}"
+    return parse_object(data, file=file, what=what, mend=mend, unique=unique, memory=memory)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,10 +13,13 @@ from lean_merge.checkpoints.jsonfile import read_object
 from lean_merge.checkpoints.placement import INTERLEAVED_QKV, QKV, Heads
 from lean_merge.checkpoints.safepaths import checked_file
 from lean_merge.checkpoints.structure import Decoder
-from lean_merge.errors import CheckpointError
+from lean_merge.errors import CheckpointError, shown
 
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
-_MAX_TOKENIZER = 200_000_000
+_MAX_TOKENIZER = 100_000_000
+_TOKENIZER_MEMORY = 1 << 30
+"""Bytes that parsing one may take; the largest real ones, of 33 MB, need three quarters."""
+_CHUNK = 1 << 20
 HEADS = {
     "num_attention_heads": "attention heads",
     "num_key_value_heads": "key/value heads",
@@ -35,7 +41,7 @@ def head_counts(checkpoint: Checkpoint) -> dict[str, int]:
     """What the config states of `HEADS`; a value that it leaves to a default is absent."""
     config = text_config(checkpoint)
     stated = {key: config.get(key) for key in HEADS}
-    return {key: value for key, value in stated.items() if type(value) is int and value > 0}
+    return {key: value for key, value in stated.items() if type(value) is int and 0 < value < 2**31}
 
 
 def heads(checkpoint: Checkpoint) -> Heads | None:
@@ -83,7 +89,9 @@ def config_warnings(base: Checkpoint, other: Checkpoint, role: str) -> list[str]
         )
     act, other_act = (text_config(each).get("hidden_act") for each in (base, other))
     if isinstance(act, str) and isinstance(other_act, str) and act != other_act:
-        warnings.append(f"hidden_act is {act!r} in the base and {other_act!r} in the {role}.")
+        warnings.append(
+            f"hidden_act is {shown(act)} in the base and {shown(other_act)} in the {role}."
+        )
     return warnings
 
 
@@ -96,7 +104,12 @@ def _rope_theta(checkpoint: Checkpoint) -> dict[str, float]:
         places = {"": parameters} | {k: v for k, v in parameters.items() if isinstance(v, dict)}
     found = {kind: place.get("rope_theta") for kind, place in places.items()}
     found = found if any(found.values()) else {"": config.get("rope_theta")}
-    return {k: float(v) for k, v in found.items() if isinstance(v, (int, float))}
+    # An int beyond the range of floats is no frequency.
+    return {
+        k: float(v)
+        for k, v in found.items()
+        if isinstance(v, (int, float)) and abs(v) <= sys.float_info.max
+    }
 
 
 def _plain(thetas: dict[str, float]) -> str:
@@ -105,14 +118,14 @@ def _plain(thetas: dict[str, float]) -> str:
 
 def tokenizer_warnings(base: Checkpoint, others: Mapping[str, Checkpoint]) -> list[str]:
     """Says for each role how many of the tokens it shares with the base have another id."""
-    text = _tokenizer_bytes(base)
-    if text is None:
+    ours_digest = _tokenizer_digest(base)
+    if ours_digest is None:
         return []
     ours: dict[str, int] | None = None
     warnings = []
     for role, other in others.items():
-        other_text = _tokenizer_bytes(other)
-        if other_text is None or other_text == text:
+        theirs_digest = _tokenizer_digest(other)
+        if theirs_digest is None or theirs_digest == ours_digest:
             continue
         if ours is None:
             ours = _vocabulary(base)
@@ -127,11 +140,21 @@ def tokenizer_warnings(base: Checkpoint, others: Mapping[str, Checkpoint]) -> li
     return warnings
 
 
-def _tokenizer_bytes(checkpoint: Checkpoint) -> bytes | None:
+def _tokenizer_digest(checkpoint: Checkpoint) -> bytes | None:
+    """What tells two tokenizer.json apart; None where there is none that could be parsed."""
     file = checkpoint.path / "tokenizer.json"
-    if not file.exists() or file.stat().st_size > _MAX_TOKENIZER:
-        return None
-    return checked_file(checkpoint.path, file).read_bytes()
+    digest = hashlib.sha256()
+    try:
+        if not os.path.lexists(file):
+            return None
+        with open(checked_file(checkpoint.path, file), "rb") as stream:
+            for _ in range(0, _MAX_TOKENIZER, _CHUNK):
+                digest.update(stream.read(_CHUNK))
+            return None if stream.read(1) else digest.digest()
+    except OSError as error:
+        raise CheckpointError(
+            f"{file}: cannot be read ({error.strerror or error}); check its rights."
+        ) from error
 
 
 def _vocabulary(checkpoint: Checkpoint) -> dict[str, int]:
@@ -143,6 +166,7 @@ def _vocabulary(checkpoint: Checkpoint) -> dict[str, int]:
             what="tokenizer",
             mend="",
             unique=False,
+            memory=_TOKENIZER_MEMORY,
         )
     except CheckpointError:
         return {}

@@ -21,9 +21,8 @@ from typing import Any
 
 from lean_merge.checkpoints.dtypes import ITEM_BITS
 from lean_merge.checkpoints.header import TensorSpec
-from lean_merge.checkpoints.jsonfile import shorten
 from lean_merge.checkpoints.pickleops import PickledTensor, PickleError, follow
-from lean_merge.errors import CheckpointError
+from lean_merge.errors import CheckpointError, shown
 
 # Of the directory and of data.pkl; real ones have about 100 bytes a tensor.
 _MAX_PART = 16_000_000
@@ -126,14 +125,14 @@ def _entries(
     for info in archive.infolist():
         name = info.filename.removeprefix(f"{root}/")
         if name in entries:
-            raise ValueError(f"entry {shorten(name)} is there twice")
+            raise ValueError(f"entry {shown(name)} is there twice")
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
             raise CheckpointError(
-                f"{file}: entry {shorten(name)} is compressed, so its numbers cannot be read in "
+                f"{file}: entry {shown(name)} is compressed, so its numbers cannot be read in "
                 f"place; {_RESAVE}."
             )
         if info.flag_bits & 1:
-            raise ValueError(f"entry {shorten(name)} is encrypted")
+            raise ValueError(f"entry {shown(name)} is encrypted")
         entries[name] = _Entry(_data_offset(stream, info), info.file_size)
     _check_extents(entries, archive.start_dir)
     if entries["data.pkl"].size > _MAX_PART:
@@ -149,11 +148,11 @@ def _data_offset(stream: _BoundedFile, info: zipfile.ZipInfo) -> int:
     stream.seek(info.header_offset)
     header = stream.read(_LOCAL_HEADER)
     if len(header) < _LOCAL_HEADER or not header.startswith(b"PK\x03\x04"):
-        raise ValueError(f"entry {shorten(info.filename)} has no header where the directory says")
+        raise ValueError(f"entry {shown(info.filename)} has no header where the directory says")
     name = int.from_bytes(header[26:28], "little")
     extra = int.from_bytes(header[28:30], "little")
     if int.from_bytes(header[8:10], "little") != zipfile.ZIP_STORED:
-        raise ValueError(f"entry {shorten(info.filename)} has two kinds of compression")
+        raise ValueError(f"entry {shown(info.filename)} has two kinds of compression")
     return info.header_offset + _LOCAL_HEADER + name + extra
 
 
@@ -161,10 +160,10 @@ def _check_extents(entries: Mapping[str, _Entry], end: int) -> None:
     position = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].size)):
         if entry.offset < position:
-            raise ValueError(f"entry {shorten(name)} overlaps the one before it")
+            raise ValueError(f"entry {shown(name)} overlaps the one before it")
         position = entry.offset + entry.size
         if position > end:
-            raise ValueError(f"entry {shorten(name)} lies beyond the end of the data")
+            raise ValueError(f"entry {shown(name)} lies beyond the end of the data")
 
 
 def _state_dict(content: Any, file: Path) -> dict[str, PickledTensor]:
@@ -176,7 +175,7 @@ def _state_dict(content: Any, file: Path) -> dict[str, PickledTensor]:
             content = content[filled[0]]
     tensors = _tensors(content) if isinstance(content, dict) else {}
     if not tensors:
-        keys = ", ".join(map(shorten, list(content)[:4])) if isinstance(content, dict) else ""
+        keys = ", ".join(map(shown, list(content)[:4])) if isinstance(content, dict) else ""
         what = f"a dict of {keys or 'nothing'}" if isinstance(content, dict) else "no dict"
         raise CheckpointError(
             f"{file}: holds {what} where a state_dict of tensors is expected, plain or under one "
@@ -198,11 +197,11 @@ def _spec(
     name: str, tensor: PickledTensor, storages: Mapping[str, _Entry], file: Path
 ) -> TensorSpec:
     def fail(fault: str, mend: str = _MEND) -> CheckpointError:
-        return CheckpointError(f"{file}: tensor {shorten(name)} {fault}; {mend}.")
+        return CheckpointError(f"{file}: tensor {shown(name)} {fault}; {mend}.")
 
     entry = storages.get(tensor.key)
     if entry is None:
-        raise fail(f"lies in entry data/{shorten(tensor.key)}, which the archive lacks")
+        raise fail(f"lies in entry data/{shown(tensor.key)}, which the archive lacks")
     item = ITEM_BITS[tensor.storage_dtype] // 8
     if entry.size != tensor.storage_items * item:
         raise fail(f"needs {tensor.storage_items * item} bytes stored, not {entry.size}")

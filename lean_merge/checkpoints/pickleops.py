@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lean_merge.checkpoints.dtypes import dtype_by_torch_name
-from lean_merge.checkpoints.jsonfile import shorten
+from lean_merge.errors import shown
 
 _MAX_DIMENSIONS = 64
 # Each may make an object; a tensor takes about fifty.
@@ -170,7 +170,7 @@ def follow(data: bytes) -> Any:
     except PickleError:
         raise
     except (ValueError, TypeError, IndexError, KeyError, UnicodeError, RecursionError) as error:
-        raise PickleError(f"is damaged ({shorten(str(error))})") from error
+        raise PickleError(f"is damaged ({shown(str(error))})") from error
     return machine.result
 
 
@@ -271,9 +271,7 @@ class _Machine:
         if name in _REFUSED:
             raise PickleError(f"holds {_REFUSED[name]} ({name}), which cannot be merged")
         if name not in _CALLS and name not in _STORAGES and dtype_by_torch_name(name) is None:
-            raise PickleError(
-                f"asks for {shorten(name)}, which weights do not need and may run code"
-            )
+            raise PickleError(f"asks for {shown(name)}, which weights do not need and may run code")
         self._stack.append(_Global(name))
 
     def call(self, _: Any) -> None:

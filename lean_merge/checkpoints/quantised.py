@@ -10,8 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lean_merge.checkpoints.header import TensorSpec
-from lean_merge.checkpoints.jsonfile import shorten
-from lean_merge.errors import CheckpointError
+from lean_merge.errors import CheckpointError, shown
 
 FP8 = frozenset({"F8_E4M3", "F8_E5M2"})
 _SCALE_SUFFIXES = ("_scale_inv", "_scale")
@@ -111,7 +110,7 @@ def split_scales(
             scales[name] = _scale(spec, found[0], stated)
         elif settings:
             raise CheckpointError(
-                f"{spec.file}: fp8 tensor {shorten(name)} has no scales ({shorten(name)} with "
+                f"{spec.file}: fp8 tensor {shown(name)} has no scales ({shown(name)} with "
                 f"{' or '.join(_SCALE_SUFFIXES)}), so its numbers are not known; download the "
                 "checkpoint again."
             )
@@ -144,7 +143,7 @@ def _refuse_other_methods(folder: Path, settings: Mapping[str, Any]) -> None:
         detail = f" ({form})"
     elif method in _FP8_METHODS and not _is_four_bit(settings):
         return
-    named = _METHODS.get(method, shorten(method) if method else "an unnamed method")
+    named = _METHODS.get(method, shown(method) if method else "an unnamed method")
     raise CheckpointError(f"{folder}: is quantised with {named}{detail}; {_MEND}.")
 
 
@@ -183,7 +182,7 @@ def _refuse_signs(tensors: Mapping[str, TensorSpec]) -> None:
             sign = _by_neighbours(name, spec, tensors)
         if sign is not None:
             raise CheckpointError(
-                f"{spec.file}: tensor {shorten(name)} shows that it is quantised with {sign}; "
+                f"{spec.file}: tensor {shown(name)} shows that it is quantised with {sign}; "
                 f"{_MEND}."
             )
 
@@ -216,7 +215,7 @@ def _scale(spec: TensorSpec, scale: TensorSpec, stated: list[tuple[int, int]]) -
     """`scale` with the block size that its shape means."""
     if scale.dtype not in _SCALE_DTYPES:
         raise CheckpointError(
-            f"{scale.file}: scales {shorten(scale.name)} have the dtype {scale.dtype}, which is "
+            f"{scale.file}: scales {shown(scale.name)} have the dtype {scale.dtype}, which is "
             f"not understood; {_MEND}."
         )
     rows, columns = (1, 1, *spec.shape)[-2:]
@@ -234,6 +233,6 @@ def _scale(spec: TensorSpec, scale: TensorSpec, stated: list[tuple[int, int]]) -
         if grid[0] == rows and grid[1] and columns % grid[1] == 0:
             return Scale(scale, (1, columns // grid[1]))
     raise CheckpointError(
-        f"{scale.file}: scales {shorten(scale.name)} of shape {list(scale.shape)} do not fit "
-        f"{shorten(spec.name)} of shape {list(spec.shape)}; download the checkpoint again."
+        f"{scale.file}: scales {shown(scale.name)} of shape {list(scale.shape)} do not fit "
+        f"{shown(spec.name)} of shape {list(spec.shape)}; download the checkpoint again."
     )

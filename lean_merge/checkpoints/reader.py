@@ -11,9 +11,8 @@ import torch
 
 from lean_merge.checkpoints.descriptors import DescriptorPool
 from lean_merge.checkpoints.header import TensorSpec
-from lean_merge.checkpoints.jsonfile import shorten
 from lean_merge.checkpoints.pagecache import cached_share
-from lean_merge.errors import CheckpointError
+from lean_merge.errors import CheckpointError, shown
 
 # One read of more than 2 GiB - 4 KiB is cut short by Linux and refused by macOS.
 _LARGEST_READ = 1 << 30
@@ -50,7 +49,7 @@ class TensorReader:
     """
 
     def __init__(self, *, max_files: int = 64, files: DescriptorPool | None = None) -> None:
-        self._files = files or DescriptorPool(os.O_RDONLY, limit=max_files)
+        self._files = DescriptorPool(os.O_RDONLY, limit=max_files) if files is None else files
         self._lock = threading.Lock()
         self._seek_lock = threading.Lock()
         self.bytes_read = 0
@@ -123,13 +122,13 @@ class TensorReader:
                         if count == 0:
                             raise CheckpointError(
                                 f"{spec.file}: truncated while reading tensor "
-                                f"{shorten(spec.name)}; the file has changed since its header was "
+                                f"{shown(spec.name)}; the file has changed since its header was "
                                 "read, so restore it."
                             )
                         done += count
         except OSError as error:
             raise CheckpointError(
-                f"{spec.file}: cannot read tensor {shorten(spec.name)} "
+                f"{spec.file}: cannot read tensor {shown(spec.name)} "
                 f"({error.strerror or error}); check the disk and the path."
             ) from error
         finally:
@@ -172,7 +171,8 @@ class TensorReader:
         try:
             with self._files.use(spec.file) as descriptor:
                 return cached_share(descriptor, spec.offset + start, length) > 0.5
-        except OSError:
+        except (OSError, ValueError):
+            # A ValueError is a file that has become shorter: the read that follows says so.
             return True
 
     def _advise(self, spec: TensorSpec, start: int, length: int | None, advice: str) -> None:

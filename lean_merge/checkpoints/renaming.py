@@ -7,8 +7,7 @@ from collections.abc import Mapping
 
 from lean_merge.checkpoints.checkpoint import Checkpoint
 from lean_merge.checkpoints.header import TensorSpec
-from lean_merge.checkpoints.jsonfile import shorten
-from lean_merge.errors import RecipeError
+from lean_merge.errors import RecipeError, shown
 
 NameRules = tuple[tuple[str, str], ...]
 """(pattern, template) pairs; the first pattern that is found in a name decides."""
@@ -37,15 +36,15 @@ def renamed(checkpoint: Checkpoint, role: str, rules: NameRules) -> Mapping[str,
                 break
         if new in tensors:
             raise RecipeError(
-                f"names.{role}: {shorten(tensors[new].name)} and {shorten(name)} of "
-                f"{checkpoint.source} both become {shorten(new)}; make the patterns tell them "
+                f"names.{role}: {shown(tensors[new].name)} and {shown(name)} of "
+                f"{checkpoint.source} both become {shown(new)}; make the patterns tell them "
                 "apart."
             )
         tensors[new] = spec
     if unused:
-        examples = ", ".join(shorten(name) for name in list(checkpoint.tensors)[:3])
+        examples = ", ".join(shown(name) for name in list(checkpoint.tensors)[:3])
         raise RecipeError(
-            f"names.{role}: the pattern {unused[0]!r} is the first to fit for no tensor of "
+            f"names.{role}: the pattern {shown(unused[0])} is the first to fit for no tensor of "
             f"{checkpoint.source}, whose names are like {examples}; correct it or leave it out."
         )
     return tensors

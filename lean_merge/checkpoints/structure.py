@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from lean_merge.checkpoints.checkpoint import Checkpoint
 from lean_merge.checkpoints.header import TensorSpec
@@ -22,16 +23,21 @@ from lean_merge.checkpoints.placement import (
     places,
     stack_places,
 )
+from lean_merge.errors import CoverageError
 
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 _WEIGHT = ".weight"
+# Finding the language model compares every part with every other, kind of layer by kind of layer:
+# a checkpoint made of thousands would keep it busy for hours. Real ones have tens.
+_MAX_PARTS = 100
+_MAX_KINDS = 300
 _LAYERS = "layers"
 
 Key = tuple[int, str]
 """(layer, rest): a logical weight's place in a language model, whatever its prefix and storage."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Decoder:
     """The tensors under one prefix of a checkpoint, if they look like layers.
 
@@ -73,18 +79,19 @@ class Decoder:
             found.setdefault(layer, set()).add(rest)
         return {layer: frozenset(rests) for layer, rests in sorted(found.items())}
 
+    @cached_property
     def layers(self) -> list[frozenset[str]]:
         """The distinct sets of rests that its layers are made of."""
         return sorted(set(self.rests().values()), key=lambda each: (-len(each), sorted(each)))
 
     def one_layer(self) -> frozenset[str]:
         """The rests of its fullest layer."""
-        return self.layers()[0]
+        return self.layers[0]
 
     def has_whole_layer_of(self, other: Decoder) -> bool:
         """Whether one layer here has every in-scope name of some layer of `other`."""
-        mine = self.layers()
-        return any(theirs <= each for theirs in other.layers() for each in mine)
+        mine = self.layers
+        return any(theirs <= each for theirs in other.layers for each in mine)
 
     def rank(self) -> tuple[int, int]:
         """How much it looks like the language model: fullness of its layers, then its numbers."""
@@ -97,7 +104,7 @@ class Decoder:
         layers as the base has are made of what all of the base's have in common, these are the
         base's, in order.
         """
-        common = frozenset.intersection(*base.layers())
+        common = frozenset.intersection(*base.layers)
         rests = self.rests()
         kept = [layer for layer, each in rests.items() if common and common <= each]
         if self.depth <= base.depth or len(kept) != base.depth:
@@ -183,7 +190,14 @@ def decoders(tensors: Mapping[str, TensorSpec], heads: Sequence[Heads] = ()) -> 
             decoder.weights.setdefault((layer, part), place)
     for (prefix, layer, parent), names in stacks.items():
         _add_stack(found[prefix], layer, parent, names, tensors)
-    return {prefix: decoder for prefix, decoder in found.items() if decoder.weights}
+    kept = {prefix: decoder for prefix, decoder in found.items() if decoder.weights}
+    if len(kept) > _MAX_PARTS or sum(len(each.layers) for each in kept.values()) > _MAX_KINDS:
+        file = next(iter(tensors.values())).file
+        raise CoverageError(
+            f"{file.parent}: has layers under {len(kept)} prefixes, or of more than {_MAX_KINDS} "
+            "kinds, which no model has; pass another checkpoint."
+        )
+    return kept
 
 
 def _add_stack(

@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lean_merge.checkpoints.jsonfile import read_object, shorten
+from lean_merge.checkpoints.jsonfile import read_object
 from lean_merge.checkpoints.safepaths import checked_file
-from lean_merge.errors import CheckpointError
+from lean_merge.errors import CheckpointError, is_plain, shown
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
-_MAX_JSON = 100_000_000
+_MAX_INDEX = 100_000_000
+_MAX_FILE_NAME = 255
 _OTHER_FORMATS = (*PICKLE_SUFFIXES, ".ckpt", ".h5", ".msgpack")
 
 
@@ -163,16 +164,21 @@ def read_index(file: Path) -> dict[str, str]:
         The file is damaged, or a name in it leads out of the folder.
     """
     mend = "download or save the checkpoint again"
-    index = read_object(checked_file(file.parent, file), limit=_MAX_JSON, what="index", mend=mend)
+    index = read_object(checked_file(file.parent, file), limit=_MAX_INDEX, what="index", mend=mend)
     named = index.get("weight_map")
     if not isinstance(named, dict) or not named:
         raise CheckpointError(f"{file}: has no weight_map; {mend}.")
     suffix = f".{file.name.split('.')[1]}"
     for tensor, name in named.items():
-        plain = isinstance(name, str) and not re.search(r"[/\\:\0]", name)
-        if not plain or not name.endswith(suffix) or name.startswith("."):
+        plain = isinstance(name, str) and is_plain(name) and not re.search(r"[/\\:]", name)
+        if (
+            not plain
+            or len(name) > _MAX_FILE_NAME
+            or not name.endswith(suffix)
+            or name.startswith(".")
+        ):
             raise CheckpointError(
-                f"{file}: puts tensor {shorten(tensor)} into {shorten(str(name))}, which is not "
+                f"{file}: puts tensor {shown(tensor)} into {shown(name)}, which is not "
                 f"the name of a {suffix} file in this folder; {mend}."
             )
     return named

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from lean_merge.engine.update import Truncated, Written
 from lean_merge.methods import ExpertRecord
@@ -27,21 +27,27 @@ class WeightResult:
     passes: int
 
 
-Note = tuple[list[WeightResult], int]
-"""Of a task: its weights, and how many bytes were read for them."""
+class Note(NamedTuple):
+    """Of a task: its weights, how many bytes were read, and whether a copy holds NaN or Inf."""
+
+    weights: list[WeightResult]
+    bytes_read: int
+    non_finite: bool
 
 
-def to_note(weights: Sequence[WeightResult], *, bytes_read: int) -> dict[str, Any]:
+def to_note(
+    weights: Sequence[WeightResult], bytes_read: int, non_finite: bool = False
+) -> dict[str, Any]:
     """A task's results as JSON has them; numbers come back bit for bit."""
     note: dict[str, Any] = _plain({"weights": [asdict(weight) for weight in weights]})
-    return note | {"bytes_read": bytes_read}
+    return note | {"bytes_read": bytes_read} | ({"non_finite": True} if non_finite else {})
 
 
 def from_note(note: Any) -> Note | None:
     """What `to_note` was given; None if `note` is not of its making."""
     try:
         weights = [_weight(each) for each in note["weights"]]
-        return weights, int(note["bytes_read"])
+        return Note(weights, int(note["bytes_read"]), bool(note.get("non_finite")))
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
 

@@ -55,6 +55,8 @@ class RunResult:
     """What happened to all of them, and where the time went, in seconds."""
 
     weights: list[WeightResult] = field(default_factory=list)
+    non_finite: list[str] = field(default_factory=list)
+    """Tensors out of scope that hold NaN or Inf."""
     seconds: dict[str, float] = field(default_factory=dict)
     bytes_read: int = 0
     peak_vram: int = 0
@@ -110,6 +112,7 @@ def steps(plan: Plan, sink: Sink, result: RunResult) -> Generator[Event, None, N
                 prefetcher.done(begun.popleft().index)
                 with before.in_force():
                     yield event
+        result.non_finite = sorted(engine.tools.non_finite)
         if on_cuda:
             result.peak_vram = torch.cuda.max_memory_reserved(plan.device)
 
@@ -156,6 +159,10 @@ class _Settings:
     def _set(self) -> None:
         torch.set_num_threads(self.threads)
         torch.set_float32_matmul_precision(self.precision)
+
+
+def _source_name(task: CopyTask | WeightTask) -> str:
+    return task.source.name if isinstance(task, CopyTask) else task.tensor.name
 
 
 def _sources(task: CopyTask | WeightTask) -> list[TensorSpec]:
@@ -209,15 +216,21 @@ class _Engine:
         """Wait until all of a task is stored, and note what happened."""
         with self._result.timed("copy" if isinstance(begun.task, CopyTask) else "write"):
             weights = [weight for part in begun.parts if (weight := part()) is not None]
-        read, reused = begun.reader.bytes_read, begun.reused is not None
-        if begun.reused is None:
-            self._sink.finish(begun.task, to_note(weights, bytes_read=read))
-        else:
-            weights, read = begun.reused
-        self._result.weights.extend(weights)
-        self._result.bytes_read += read
-        tensor = begun.task.tensor
-        return Event(tensor.name, tensor.nbytes, any(each.merged for each in weights), reused)
+        note = begun.reused
+        if note is None:
+            non_finite = _source_name(begun.task) in self.tools.non_finite
+            note = Note(weights, begun.reader.bytes_read, non_finite)
+            self._sink.finish(begun.task, to_note(*note))
+        elif note.non_finite:
+            self.tools.non_finite.add(_source_name(begun.task))
+        self._result.weights.extend(note.weights)
+        self._result.bytes_read += note.bytes_read
+        return Event(
+            name=begun.task.tensor.name,
+            nbytes=begun.task.tensor.nbytes,
+            merged=any(weight.merged for weight in note.weights),
+            reused=begun.reused is not None,
+        )
 
     def _merge(self, task: WeightTask, part: int, tools: Tools) -> Callable[[], WeightResult]:
         weight = task.weight.slices[part]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, ClassVar
 
@@ -37,6 +37,8 @@ class Tools:
 
     reader: TensorReader
     workers: Workers
+    non_finite: set[str] = field(default_factory=set)
+    """Names of copied tensors that hold NaN or Inf."""
 
 
 Stored = Written | Truncated | None
@@ -162,7 +164,9 @@ def begin_copy(task: CopyTask, write: WriteBytes, tools: Tools) -> Callable[[], 
     """Begin to write a tensor out of scope as it goes over; what is returned waits for the end."""
     reader, workers = tools.reader, tools.workers
     if not task.decoded:
-        return copy_tensor(task.source, write, reader=reader, workers=workers)
+        return copy_tensor(
+            task.source, write, reader=reader, workers=workers, non_finite=tools.non_finite
+        )
     dtype = torch_dtype(task.tensor.dtype)
     return convert_tensor(task.decoded, dtype, write, reader=reader, workers=workers)
 

@@ -16,6 +16,8 @@ from lean_merge.linalg import Pass, Products
 
 _WIDTH = 32
 """Widths of products are padded to a multiple of this."""
+_UNDERFLOWN = 1e-30
+"""Squares of norms that float32 holds only in part."""
 
 
 class TaskVectors:
@@ -177,10 +179,13 @@ class TaskVectors:
             wide = self._workers.buffer("norm", tuple(task_vector.shape), torch.float32)
             wide.copy_(task_vector)
         square = float(torch.dot(wide.view(-1), wide.view(-1)))
-        if math.isfinite(square):
+        if square > _UNDERFLOWN and math.isfinite(square):
             return square
+        if square <= _UNDERFLOWN and not bool((task_vector != 0).any()):
+            return 0.0
         self._refuse_non_finite(source, rows)
-        # Finite numbers whose squares overflow float32, or whose difference overflows their dtype.
+        # Finite numbers whose squares overflow or underflow float32, or whose difference
+        # overflows their dtype.
         square = float(torch.linalg.vector_norm(task_vector, dtype=torch.float64)) ** 2
         if not math.isfinite(square):
             name = str(self.task_dtype).removeprefix("torch.")
@@ -270,14 +275,14 @@ class _Sums:
             return
         if self._dense is not None:
             self._dense[rows] = tile
-        tile = tile.to(self._dtype)
+        whole, tile = tile, tile.to(self._dtype)
         if request.gram is not None and self._y is not None:
             y = torch.mm(tile, request.gram, out=self._y[rows])
             self._accumulate(self._z[lane], tile, y, first=first)
         if request.project is not None:
             self._accumulate(self._projected[lane], tile, request.project[rows], first=first)
         if self._right is not None and self._times is not None:
-            self._times[rows] = (tile @ self._right)[:, : self._times.shape[1]]
+            self._times[rows] = _product(whole, tile, self._right)[:, : self._times.shape[1]]
 
     def _accumulate(self, total: Tensor, tile: Tensor, left: Tensor, *, first: bool) -> None:
         """total += tile^T left."""
@@ -299,6 +304,14 @@ class _Sums:
             times=self._times,
             dense=self._dense,
         )
+
+
+def _product(whole: Tensor, tile: Tensor, right: Tensor) -> Tensor:
+    """tile @ right in the dtype of `right`: the arithmetic one, or float32, strip by strip."""
+    if right.dtype == tile.dtype:
+        return tile @ right
+    cut = strips(slice(0, whole.shape[0]), whole.shape[1], READ_ELEMENTS)
+    return torch.cat([whole[rows].to(right.dtype) @ right for rows in cut])
 
 
 def _padded(columns: Tensor) -> Tensor:

@@ -10,13 +10,22 @@ import torch
 from torch import Tensor
 
 from lean_merge.budget import COPY_BUFFER, READ_ELEMENTS, STRIP_ELEMENTS, strips
-from lean_merge.checkpoints import TensorReader, TensorSpec, WeightSource, as_bytes
+from lean_merge.checkpoints import (
+    FLOATING,
+    TensorReader,
+    TensorSpec,
+    WeightSource,
+    as_bytes,
+    torch_dtype,
+)
 from lean_merge.engine.rounding import round_stochastic, rounding_generator
 from lean_merge.engine.taskvectors import TaskVectors
 from lean_merge.engine.tilestore import TileStore, WriteBytes
 from lean_merge.engine.workers import Workers
 from lean_merge.errors import DataError
 from lean_merge.methods import Decision
+
+_LOOKED_AT = FLOATING | {"F64"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +66,29 @@ class OutputRows:
 
 
 def copy_tensor(
-    spec: TensorSpec, write: WriteBytes, *, reader: TensorReader, workers: Workers
+    spec: TensorSpec,
+    write: WriteBytes,
+    *,
+    reader: TensorReader,
+    workers: Workers,
+    non_finite: set[str],
 ) -> Callable[[], None]:
-    """Begin to copy a tensor's bytes without decoding them; what is returned waits for the end."""
+    """Begin to copy a tensor's bytes as they are; what is returned waits for the end.
+
+    The tensor's name is added to `non_finite` if a number in it is NaN or Inf.
+    """
+    dtype = torch_dtype(spec.dtype) if spec.dtype in _LOOKED_AT else None
 
     def copy(start: int) -> None:
         buffer = workers.buffer("copy", (COPY_BUFFER,), torch.uint8)
         part = as_bytes(buffer)[: min(COPY_BUFFER, spec.nbytes - start)]
         reader.read_into(spec, start, part)
         write(start, part)
+        if dtype is not None:
+            # Extremes need no temporary and pass on NaN.
+            ends = torch.aminmax(buffer[: len(part)].view(dtype))
+            if not (math.isfinite(float(ends.min)) and math.isfinite(float(ends.max))):
+                non_finite.add(spec.name)
 
     return workers.later(copy, range(0, spec.nbytes, COPY_BUFFER)).wait
 

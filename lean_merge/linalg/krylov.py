@@ -17,6 +17,8 @@ from lean_merge.linalg.passes import Pass, Products, gram64, orthonormalize, rem
 
 _INDEPENDENT = 1e-12
 """Directions of a scaled basis whose squared norm falls below this share are dropped."""
+_DISTINCT = 1e-2
+"""The same for right blocks: orthonormal but for rounding, unless nothing new was left to find."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,7 @@ class BlockKrylov:
 
     def right(self) -> Ritz:
         """Ritz pairs of B^T B on the span of the right blocks `q`."""
-        return generalized_ritz(self.yy, self.qq)
+        return generalized_ritz(self.yy, self.qq, independent=_DISTINCT)
 
     def left(self) -> Ritz:
         """Ritz pairs of B B^T on the span of the left blocks `y`: half an iteration further."""
@@ -153,29 +155,49 @@ class BlockKrylov:
         V comes from the left Ritz vectors, V = B^T U / sigma. The angle is taken between it and
         the right Ritz vector of the same rank, one half-iteration older: an error estimate that
         bounds V's own error from above where the iteration converges.
+
+        Columns of y that share one large direction cancel it only down to their rounding, and
+        there z is no longer B^T y: left vectors that lie so low would pass for large ones. The left
+        problem is therefore solved above the rounding alone, and what is below keeps its right
+        vector, with no claim to an angle.
         """
-        left, right = self.left(), self.right()
-        count = min(count, left.theta.numel(), right.theta.numel())
-        sigma = left.theta[:count].sqrt()
+        right = self.right()
+        # z has an error of eps sigma_1^2, which a direction of size sigma_i divides by sigma_i.
+        floor = torch.finfo(self._dtype).eps / 2
+        sound = right.coefficients[:, right.theta > floor * right.theta[:1]]
+        left = generalized_ritz(sound.T @ self.zz @ sound, sound.T @ self.yy @ sound)
+        coefficients = sound @ left.coefficients
+        above = min(count, left.theta.numel())
+        sigma = left.theta[:above].sqrt()
         inverse = torch.where(sigma > 0, 1 / sigma, torch.zeros_like(sigma))
-        weights = (left.coefficients[:, :count] * inverse).float()
-        cosines = (right.coefficients[:, :count] * (self.yy @ left.coefficients[:, :count])).sum(0)
+        cosines = (right.coefficients[:, :above] * (self.yy @ coefficients[:, :above])).sum(0)
         cosines = (cosines * inverse).abs().clamp(max=1.0)
-        return Triplets(
-            sigma=sigma,
-            vectors=combine(self.z, weights),
-            angles=(1 - cosines**2).sqrt(),
-            all_values=right.theta.sqrt(),
-        )
+        vectors = combine(self.z, (coefficients[:, :above] * inverse).float())
+        angles = (1 - cosines**2).sqrt()
+        below = slice(above, min(count, int((right.theta > 0).sum())))
+        rest = right.theta[below].sqrt()
+        if rest.numel():
+            # Below what the left problem found, so that the order is one.
+            sigma = torch.cat([sigma, rest.minimum(sigma[-1:]) if above else rest])
+            vectors = torch.cat([vectors, combine(self.q, right.coefficients[:, below])], dim=1)
+            angles = torch.cat([angles, torch.ones_like(rest)])
+        return Triplets(sigma, vectors, angles, all_values=right.theta.sqrt())
 
 
-def generalized_ritz(numerator: Tensor, metric: Tensor) -> Ritz:
-    """Solve N s = theta M s for symmetric N and semidefinite M [m, m] in float64, on M's range."""
+def generalized_ritz(
+    numerator: Tensor, metric: Tensor, *, independent: float = _INDEPENDENT
+) -> Ritz:
+    """Solve N s = theta M s for symmetric N and semidefinite M [m, m] in float64, on M's range.
+
+    The range leaves out what is below `independent` of the largest eigenvalue of the scaled M.
+    """
+    if not metric.numel():
+        return Ritz(metric.new_zeros(0), metric)
     scale = metric.diagonal().clamp_min(0).sqrt()
     inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
     scaled = (metric + metric.T) / 2 * inverse[:, None] * inverse
     values, vectors = torch.linalg.eigh(scaled)
-    kept = values > _INDEPENDENT * values[-1]
+    kept = values > independent * values[-1]
     whiten = inverse[:, None] * vectors[:, kept] / values[kept].sqrt()
     theta, small = torch.linalg.eigh(whiten.T @ ((numerator + numerator.T) / 2) @ whiten)
     return Ritz(theta.flip(0).clamp_min(0), (whiten @ small).flip(1))

@@ -19,7 +19,7 @@ class Pass:
 
     gram : Q [in, b]     -> Products.y = B Q [out, b] and Products.z = B^T y [in, b]
     project : P [out, b] -> Products.projected = B^T P [in, b]
-    times : X [in, r]    -> Products.times = B X [out, r]
+    times : X [in, r]    -> Products.times = B X [out, r]; in float32 where X is, whatever the rest
     dense : True         -> Products.dense = B [out, in] in float32
     """
 

@@ -14,6 +14,7 @@ probes and four passes:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,13 @@ from lean_merge.linalg.passes import (
     remove_components,
 )
 
+_ROUNDING = 1e-5
+"""Share of the whole squared norm that is not told from the rounding of float32 products."""
+_UNSEEN = 4.0
+"""How many times what random probes see of a squared norm is more than they can have missed."""
+_NEARLY_ALL = 0.02
+"""Share below which what 16-bit products leave of the squared norm may be their rounding."""
+
 
 @dataclass(frozen=True, slots=True)
 class SingularSums:
@@ -41,6 +49,8 @@ class SingularSums:
     spread: float = 0.0
     """Distance of the two rules' results, as a share of `nuclear`; their mean is a tenth as far off
     at most on spectra with a noise floor."""
+    doubt: float = 0.0
+    """Share of `nuclear` that is estimated where products hold little but rounding."""
 
     @classmethod
     def of_spectrum(cls, sigma: Tensor) -> SingularSums:
@@ -144,18 +154,46 @@ class Sketch:
             remove_components(self._start, self._deflate)
         self._begin()
 
+    def doubted(self, squared_norm: float) -> Tensor | None:
+        """Vectors [in, c] float32 whose products `recheck` expects; None if all are sound.
+
+        Where the deflated vectors hold nearly all of B, what they leave is a difference of two
+        large sums, which takes float32 products.
+        """
+        if self._deflate is None or not self._rounded or not self._deflate.shape[1]:
+            return None
+        if self._remaining(squared_norm) > _NEARLY_ALL * squared_norm:
+            return None
+        return self._deflate.float()
+
+    def recheck(self, times: Tensor) -> None:
+        """Take in B times the doubted vectors, [out, c] float32."""
+        assert self._deflate is not None
+        vectors = self._deflate.float()
+        # Lengths that are not quite 1 would pass for what is left.
+        pairs = generalized_ritz(gram64(times, times), gram64(vectors, vectors))
+        self._leading = pairs.theta.sqrt()
+
+    def _remaining(self, squared_norm: float) -> float:
+        return squared_norm - float((self._leading**2).sum())
+
     def sums(self, squared_norm: float) -> SingularSums:
         """The spectrum's sums, given the exact ||B||_F^2."""
-        remaining = squared_norm - float((self._leading**2).sum())
+        remaining = self._remaining(squared_norm)
         if self._rest <= 0 or squared_norm == 0.0:
             return SingularSums.of_spectrum(self._leading)
         gauss, radau, total = self._rules()
         # The difference of two large sums tells nothing once it is of the size of their rounding.
-        trusted = remaining > (1e-4 if self._rounded else 1e-6) * squared_norm
+        seen = float((gauss.mass * gauss.theta).sum()) / total
+        trusted = _ROUNDING * squared_norm < remaining <= _UNSEEN * seen * self._rest
         second_moment = remaining / self._rest if trusted else None
         above = _mean_root(gauss, total, second_moment)
-        below = _mean_root(radau, total, second_moment)
+        # Where nothing but rounding is left, its Radau rule has more mass than the probes.
+        sound = float(radau.mass.sum()) <= 1.05 * total
+        below = _mean_root(radau, total, second_moment) if sound else above
         tail = self._rest * max(0.0, (2 * above + below) / 3)
+        # Cauchy and Schwarz: what is left of the norm bounds the sum, even if only up to rounding.
+        tail = min(tail, math.sqrt(self._rest * max(remaining, _ROUNDING * squared_norm)))
         nuclear = float(self._leading.sum()) + tail
         nodes, counts = gauss.theta.sqrt(), self._rest * gauss.mass / total
         nodes = nodes * (tail / max(float((nodes * counts).sum()), 1e-300))
@@ -166,6 +204,7 @@ class Sketch:
             counts=torch.cat([torch.ones_like(self._leading), counts])[order],
             nuclear=nuclear,
             spread=self._rest * abs(above - below) / nuclear if nuclear > 0 else 0.0,
+            doubt=0.0 if trusted or nuclear <= 0 else tail / nuclear,
         )
 
     def _rules(self) -> tuple[_Rule, _Rule, float]:
@@ -218,4 +257,5 @@ def _mean_root(rule: _Rule, total: float, second_moment: float | None) -> float:
         slope = covariance / variance
     else:
         slope = 0.5 * root / mean if mean > 0 else 0.0
-    return root + slope * (second_moment - mean)
+    # By Jensen no mean of roots exceeds the root of the mean.
+    return min(root + slope * (second_moment - mean), math.sqrt(second_moment))

@@ -46,6 +46,7 @@ class ExpertRecord:
     similarity_max: float | None = None
     lambda_: float | None = None
     lambda_top_q: float | None = None
+    lambda_doubt: float | None = None
     rank: int | None = None
     computed_rank: int | None = None
     omitted_share: float | None = None

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lean_merge.errors import RecipeError
+from lean_merge.errors import RecipeError, shown
 from lean_merge.linalg import (
     Omitted,
     Pass,
@@ -106,15 +106,17 @@ class IPMergingParameters:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise RecipeError(
-                    f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}."
+                    f"{name} must be one of {', '.join(choices)}, not {shown(getattr(self, name))}."
                 )
         if frozenset(self.stages) not in _STAGE_SETS or len(set(self.stages)) != len(self.stages):
             raise RecipeError(
-                f"stages {','.join(map(str, self.stages))!r} is not defined; choose select; "
+                f"stages {shown(','.join(map(str, self.stages)))} is not defined; choose select; "
                 "select,rescale; select,project; or select,rescale,project."
             )
         if self.rank != "auto" and not (type(self.rank) is int and self.rank >= 1):
-            raise RecipeError(f"rank must be 'auto' or a whole number from 1, not {self.rank!r}.")
+            raise RecipeError(
+                f"rank must be 'auto' or a whole number from 1, not {shown(self.rank)}."
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,10 +320,11 @@ class IPMerging(Method[IPMergingParameters]):
         records = []
         for k, alignment in enumerate(aligned):
             if alignment.subspace == 0:
-                of = "MLLM" if spectra[0].rank == 0 else "expert"
-                records.append(
-                    ExpertRecord(False, f"the {of}'s task vector is zero", rank=0, update_norm=0.0)
-                )
+                role = 0 if spectra[0].rank == 0 else k + 1
+                reason = f"the {'expert' if role else 'MLLM'}'s task vector is zero"
+                if spectra[role].is_faint:
+                    reason += " to within what a sketch can tell; --svd exact can tell more"
+                records.append(ExpertRecord(False, reason, rank=0, update_norm=0.0))
                 continue
             full, top_q = _ratios(spectra, alignment, k)
             sign = ">=" if alignment.selected else "<"
@@ -334,6 +337,7 @@ class IPMerging(Method[IPMergingParameters]):
                     similarity_max=float(alignment.similarity.max()),
                     lambda_=full,
                     lambda_top_q=top_q,
+                    lambda_doubt=_doubt(spectra, k) if alignment.selected else None,
                     rank=alignment.subspace,
                     computed_rank=alignment.similarity.numel(),
                     omitted_share=alignment.omitted.share + alignment.omitted.deviation
@@ -376,6 +380,13 @@ def _padded(gamma: Tensor, kept: Tensor) -> Tensor:
     padded = torch.zeros(max(int(kept.max()) + 1, gamma.numel()), dtype=gamma.dtype)
     padded[: gamma.numel()] = gamma
     return padded[kept]
+
+
+def _doubt(spectra: list[Spectrum], k: int) -> float:
+    """Share of lambda's two sums that rounding may have made."""
+    return max(
+        0.0 if each.sums is None else each.sums.doubt for each in (spectra[0], spectra[k + 1])
+    )
 
 
 def _ratios(

@@ -41,6 +41,8 @@ SPREAD = 0.05
 """Spread of the sums above which more nodes are asked for."""
 ANGLE = 0.02
 """Sine of the angle error that directions which carry the update may have."""
+FAINT = 1e-30
+"""Squared norm below which float32 no longer holds the products of a sketch."""
 GAP = 0.05
 """Relative distance of sigma_1 and sigma_2 below which the first direction is ill-defined."""
 
@@ -77,6 +79,8 @@ class Spectrum:
     """(sigma_1 - sigma_2) / sigma_1."""
     sums: SingularSums | None = None
     is_whole: bool = False
+    is_faint: bool = False
+    """Not zero, but so small that its products underflow; its rank is then 0."""
     settled: Deflation | None = None
     """What a second sketch may leave out; only where it is not whole."""
 
@@ -214,7 +218,8 @@ def _sketched(weight: WeightContext, effort: Effort, judge: Judge) -> PassesOf[l
         while verdict is Verdict.MORE and _depth(sketches) < effort.depth_limit(rank):
             yield from _one_pass(weight, sketches)
             if _depth(sketches) >= LOOK_DEPTH:
-                spectra = weight.parallel(partial(_spectrum, rank, weight.shape), sketches)
+                found = weight.parallel(partial(_spectrum, rank, weight.shape), sketches)
+                spectra = _without_faint(found, weight.squared_norms())
                 may_grow = rank < effort.largest and _depth(sketches) == MIN_DEPTH
                 verdict = judge(spectra, _depth(sketches), may_grow)
         if verdict is not Verdict.GROW:
@@ -229,12 +234,19 @@ def _deflated_sums(
     """A second sketch of each task vector, outside the directions that are settled."""
     settled = [spectrum.settled for spectrum in spectra]
     sketches = _sketches(weight, settled, QUADRATURE_BLOCK, "sums")
-    asked = [sketch.next_pass() for sketch in sketches]
-    if carried is not None:
-        times = carried.to(weight.dtype)
-        asked[1:] = [replace(one, times=times) for one in asked[1:]]
-    got = yield asked
-    images = [] if carried is None else [_times(products) for products in got[1:]]
+    doubted = [
+        sketch.doubted(norm) for sketch, norm in zip(sketches, weight.squared_norms(), strict=True)
+    ]
+    wanted = [None, *[carried] * (len(sketches) - 1)]
+    got = yield [
+        replace(sketch.next_pass(), times=_side_by_side(columns, again, weight.dtype))
+        for sketch, columns, again in zip(sketches, wanted, doubted, strict=True)
+    ]
+    width = 0 if carried is None else carried.shape[1]
+    images = [] if carried is None else [_times(products)[:, :width] for products in got[1:]]
+    for sketch, columns, again, products in zip(sketches, wanted, doubted, got, strict=True):
+        if again is not None:
+            sketch.recheck(_times(products)[:, 0 if columns is None else width :])
     weight.parallel(_absorb, list(zip(sketches, got, strict=True)))
     while True:
         if _depth(sketches) >= min(QUADRATURE_DEPTHS):
@@ -298,6 +310,14 @@ def _spectrum(rank: int, shape: tuple[int, int], sketch: Sketch) -> Spectrum:
     )
 
 
+def _without_faint(spectra: Sequence[Spectrum], norms: Sequence[float]) -> list[Spectrum]:
+    """The spectra; those whose products underflowed have no rank."""
+    return [
+        replace(spectrum, rank=0, is_faint=True) if 0 < norm < FAINT else spectrum
+        for spectrum, norm in zip(spectra, norms, strict=True)
+    ]
+
+
 def _gap(sigma: Tensor) -> float:
     if sigma.numel() < 2 or float(sigma[0]) == 0.0:
         return 1.0
@@ -326,6 +346,15 @@ def _with_settled(pair: tuple[Spectrum, Sketch]) -> Spectrum:
         good = (spectrum.angles < 5 * ANGLE) & (spectrum.sigma > 1e-5 * spectrum.sigma[0])
         count = int(good.long().cumprod(0).sum())
     return replace(spectrum, settled=sketch.krylov.settled(count))
+
+
+def _side_by_side(
+    carried: Tensor | None, again: Tensor | None, dtype: torch.dtype
+) -> Tensor | None:
+    """What to multiply by in one pass: in float32 where something is doubted, else in `dtype`."""
+    if again is None:
+        return None if carried is None else carried.to(dtype)
+    return again if carried is None else torch.cat([carried.float(), again], dim=1)
 
 
 def _times(products: Products | None) -> Tensor:

@@ -17,7 +17,7 @@ from lean_merge.output.folder import OutputFolder
 from lean_merge.output.journal import JOURNAL, Journal, read_journal
 from lean_merge.output.layout import OutputTensor, Shard, index_json, plan_shards
 from lean_merge.output.opening import check_output, find_complete
-from lean_merge.output.sidefiles import copy_side_files, side_files
+from lean_merge.output.sidefiles import copy_side_files, remote_code, side_files
 from lean_merge.output.state import changed_input
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "model_card",
     "plan_shards",
     "read_journal",
+    "remote_code",
     "side_files",
     "write_adapter",
 ]

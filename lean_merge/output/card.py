@@ -113,7 +113,8 @@ def _public_name(source: str) -> str:
     match = _HUB_ID.fullmatch(source)
     if match and not path.exists():
         return match[1]
-    return path.resolve().name or source
+    # Without ends of lines, which would end a heading.
+    return " ".join((path.resolve().name or source).split())
 
 
 def license_of(mllm_path: Path) -> dict[str, str]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lean_merge.checkpoints.checkpoint import Checkpoint
 from lean_merge.checkpoints.dtypes import torch_dtype
 from lean_merge.checkpoints.jsonfile import read_object
 from lean_merge.checkpoints.safepaths import checked_file
-from lean_merge.errors import CheckpointError
+from lean_merge.errors import CheckpointError, is_plain
 from lean_merge.output.folder import OutputFolder
 
 _WEIGHTS = re.compile(
@@ -21,7 +24,9 @@ _WEIGHTS = re.compile(
 _OWN = re.compile(r"lean[_-]merge.*", re.IGNORECASE)
 _TEMPLATES = "additional_chat_templates"
 _QUANTISATION = ("quantization_config", "compression_config")
-_MAX_CONFIG = 100_000_000
+_MAX_CONFIG = 10_000_000
+_PART = 1 << 20
+_LONGEST_NAME = 255
 
 
 def side_files(mllm_path: Path) -> tuple[Path, ...]:
@@ -91,18 +96,43 @@ def copy_side_files(
     names = []
     for file in side_files(mllm_path):
         name = file.relative_to(mllm_path).as_posix()
-        try:
-            data = file.read_bytes()
-        except OSError as error:
-            raise CheckpointError(
-                f"{file}: cannot be read ({error.strerror}); check its rights."
-            ) from error
         if name == "config.json" and (out_dtype is not None or decoded):
             word = None if out_dtype is None else _config_word(out_dtype)
-            data = _rewritten(file, word, decoded=decoded)
-        folder.write_file(name, data)
+            folder.write_file(name, _rewritten(file, word, decoded=decoded))
+        else:
+            folder.write_file(name, _parts(file))
         names.append(name)
     return tuple(names)
+
+
+def _parts(file: Path) -> Iterator[bytes]:
+    """A file's bytes, a little at a time, as many as it has when it is opened."""
+    try:
+        with open(file, "rb") as stream:
+            for start in range(0, size := os.fstat(stream.fileno()).st_size, _PART):
+                yield stream.read(min(_PART, size - start))
+    except OSError as error:
+        raise CheckpointError(
+            f"{file}: cannot be read ({error.strerror}); check its rights."
+        ) from error
+
+
+def remote_code(mllm: Checkpoint) -> tuple[str, ...]:
+    """Code that the MLLM brings along or points to, which transformers may run if it is trusted.
+
+    Its *.py files, which are copied as data and never imported, and the references of `auto_map` in
+    its configuration to other repositories.
+    """
+    files = [each.name for each in side_files(mllm.path) if each.suffix.lower() == ".py"]
+    referred = (mllm.config or {}).get("auto_map")
+    entries = referred.values() if isinstance(referred, dict) else []
+    elsewhere = {
+        name
+        for entry in entries
+        for name in (entry if isinstance(entry, list) else [entry])
+        if isinstance(name, str) and "--" in name and is_plain(name) and len(name) <= _LONGEST_NAME
+    }
+    return (*files, *sorted(elsewhere))
 
 
 def _config_word(dtype: str) -> str:
