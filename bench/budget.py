@@ -171,7 +171,7 @@ def measured(case: Case, scratch: Path | None, beyond: int) -> tuple[list[list[o
         planned = planned_passes(folder)
         if planned > PASSES:
             missed.append(f"{case.title}: {planned} passes are planned, more than {PASSES}")
-        rows = [row(case, "as wanted", full, planned)]
+        runs = {"as wanted": full}
         least = smallest(folder)
         note(f"the smallest that works is {format_size(least)}")
         for title, given in ((case.memory, ceiling), ("the smallest", least + STARTS)):
@@ -184,13 +184,11 @@ def measured(case: Case, scratch: Path | None, beyond: int) -> tuple[list[list[o
             assert [r["lambda"] for r in run.report["weights"]] == [
                 r["lambda"] for r in full.report["weights"]
             ]
-            rows.append(row(case, f"{title}, {format_size(given)}", run, planned))
-            note(str(rows[-1]))
-        for line in rows:
-            share = float(str(line[6]))
-            if not SHARE[0] <= share <= SHARE[1]:
-                missed.append(f"{case.title}, {line[1]}: memory {share} of the prediction")
-    return rows, missed
+            runs[f"{title}, {format_size(given)}"] = run
+    for title, run in runs.items():
+        if not SHARE[0] <= run.share <= SHARE[1]:
+            missed.append(f"{case.title}, {title}: memory is {run.share:.3f} of the prediction")
+    return [row(case, title, run, planned) for title, run in runs.items()], missed
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -39,10 +39,11 @@ _INTERVAL = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """Seconds of reading the inputs and of writing the output."""
+    """Seconds of reading the inputs and of writing the output, and what others took meanwhile."""
 
     read: float
     write: float
+    others: float
 
     @property
     def total(self) -> float:
@@ -52,13 +53,17 @@ class Floor:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A process that ended well: wall seconds, CPU seconds, peak bytes, what it printed."""
+    """A process that ended well: wall seconds, CPU seconds, peak bytes, what it printed.
+
+    `others` is the share of all cores' time that other processes took meanwhile.
+    """
 
     seconds: float
     user: float
     system: float
     peak_anonymous: int
     peak_rss: int
+    others: float
     output: str
 
 
@@ -89,10 +94,10 @@ def floor(files: Sequence[Path], written: int, *, direct: bool) -> Floor:
     Raises OSError where `direct` is not to be had on the file system.
     """
     drop_cache(files)
-    return Floor(
-        read=sequential_read(files, direct=direct),
-        write=sequential_write(files[0].parent / "floor.partial", written, direct=direct),
-    )
+    others = Others()
+    read = sequential_read(files, direct=direct)
+    write = sequential_write(files[0].parent / "floor.partial", written, direct=direct)
+    return Floor(read, write, others.share())
 
 
 def sequential_read(files: Sequence[Path], *, direct: bool) -> float:
@@ -146,6 +151,7 @@ def watch(command: Sequence[str | Path], **environment: str) -> Finished:
     Raises RuntimeError with what it printed if it fails.
     """
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    others = Others()
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
         start = time.perf_counter()
         process = subprocess.Popen(
@@ -173,7 +179,7 @@ def watch(command: Sequence[str | Path], **environment: str) -> Finished:
             raise RuntimeError(f"{command[0]} ended with {process.returncode}: {said[-4000:]}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     user, system = after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime
-    return Finished(seconds, user, system, anonymous, rss, text)
+    return Finished(seconds, user, system, anonymous, rss, others.share(), text)
 
 
 def _memory(pid: int) -> tuple[int, int]:
@@ -234,6 +240,27 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     """Median, and all values in the order measured."""
     each = ", ".join(f"{value:.{digits}f}" for value in values)
     return f"{median(values):.{digits}f} ({each})"
+
+
+class Others:
+    """What processes other than this one and its finished children take of the cores from now on.
+
+    Threads of the system are among them: those that write back, and that free what is dropped.
+    """
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._before = self._work()
+
+    def _work(self) -> float:
+        kinds = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+        own = sum(used.ru_utime + used.ru_stime for used in map(resource.getrusage, kinds))
+        return cores_time()["at work"] - own
+
+    def share(self) -> float:
+        """Of all cores' time since the start, not below 0."""
+        total = (time.perf_counter() - self._start) * (os.cpu_count() or 1)
+        return max(0.0, (self._work() - self._before) / total)
 
 
 def cores_time() -> dict[str, float]:

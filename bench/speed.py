@@ -147,6 +147,7 @@ def report(arguments: argparse.Namespace, shapes: Shapes, rounds: Sequence[Round
                 f"{max(run.peak for run in runs) / MIB:.0f}",
                 f"{max(run.process.peak_rss for run in runs) / MIB:.0f}",
                 measure.cpu([run.process for run in runs]),
+                f"{max(max(r.buffered.others, run.process.others) for r, run in pairs):.0%}",
             ]
         )
     header = ["triple", "output", "GB read", "GB written", "merge s", "process s", "floor s"]

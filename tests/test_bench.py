@@ -67,6 +67,7 @@ def test_a_process_is_watched_with_its_memory_and_failure() -> None:
     done = measure.watch([sys.executable, "-c", "b = bytearray(64 << 20); print(len(b))"])
     assert done.output.strip() == str(64 << 20)
     assert done.peak_rss >= done.peak_anonymous > 64 << 20
+    assert 0 <= done.others <= 1
     with pytest.raises(RuntimeError, match="no such"):
         measure.watch([sys.executable, "-c", "raise SystemExit('no such thing')"])
 
