@@ -1,6 +1,6 @@
 """Throws mutated files at everything that reads what strangers wrote.
 
-    python bench/fuzz.py [--inputs 100000] [--seed 0] [--only TARGET]
+    python bench/fuzz.py [--inputs 100000] [--seed 0] [--only TARGET | --only forms]
 
 Each target starts from whole, valid files and changes them: bytes flipped, cut out, repeated and
 spliced in; numbers, words and punctuation of JSON and YAML replaced by what parsers get wrong; and,
@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fuzzforms
 import torch
 import yaml
 from safetensors.torch import save_file
@@ -40,7 +41,7 @@ from lean_merge.checkpoints import TensorReader, as_bytes, map_roles, open_check
 from lean_merge.errors import LeanMergeError, is_plain
 from lean_merge.memory import usage
 from lean_merge.output import license_of, remote_code, side_files
-from lean_merge.plan import build_method
+from lean_merge.parameters import build_method
 from lean_merge.recipe import MergeRecipe, load_recipe_file
 
 SECONDS = 5
@@ -194,12 +195,17 @@ class Target:
     file: Path
     read: Callable[[], object]
     form: str = "text"
-    """Or "json", "yaml", or "safetensors", JSON after its length."""
+    """Or "json", "yaml", "safetensors", JSON after its length, "scales", such a file whose numbers
+    matter, or "archive", PyTorch's."""
 
     def mutant(self, rng: random.Random) -> bytes:
         """A mutated example; most of the headers get a length that fits, to come further."""
         whole = rng.choice(self.examples)
-        if self.form != "safetensors":
+        if self.form == "archive":
+            return fuzzforms.change_archive(whole, rng, mutate)
+        if self.form == "scales" and rng.random() < 0.5:
+            return fuzzforms.change_scales(whole, rng)
+        if self.form not in ("safetensors", "scales"):
             return self._changed(whole, rng)
         if rng.random() < 0.2:
             return mutate(whole, rng)
@@ -290,6 +296,8 @@ parameters: {symmetric: true, scale: .5}
 def targets(root: Path) -> dict[str, Target]:
     """Every reader of strangers' files, on folders in `root`."""
     write_models(root)
+    fuzzforms.write_forms(root)
+    archive, archives, fp8, adapter = (root / n for n in ("bin", "bins", "fp8", "adapter"))
     base, mllm, recipe = root / "base", root / "mllm", root / "recipe.yml"
     shard = "model-00001-of-00002.safetensors"
 
@@ -312,6 +320,13 @@ def targets(root: Path) -> dict[str, Target]:
         again = MergeRecipe.from_yaml(parsed.to_yaml())
         assert again == parsed or "nan" in parsed.to_yaml(), "a recipe changed by being written"
         json.dumps(parsed.to_dict())
+
+    def form(file: Path, how: str) -> Target:
+        """One file of the base in another form, or of an adapter of it; used in every role."""
+        folder = file.parent
+        first = base if folder == adapter else folder
+        examples = whole(file)
+        return Target(examples, file, lambda: fuzzforms.use_roles(first, mllm, folder), form=how)
 
     def whole(file: Path) -> tuple[bytes, ...]:
         return (file.read_bytes(),)
@@ -336,10 +351,18 @@ def targets(root: Path) -> dict[str, Target]:
         ),
         "card": Target(whole(mllm / "README.md"), mllm / "README.md", use),
         "recipe": Target(RECIPES, recipe, read_recipe, form="yaml"),
+        "archive": form(archive / fuzzforms.BIN, "archive"),
+        "archives": form(archives / fuzzforms.BIN_INDEX, "json"),
+        "adapter": form(adapter / "adapter_config.json", "json"),
+        "factors": form(adapter / "adapter_model.safetensors", "scales"),
+        "scales": form(fp8 / "model.safetensors", "scales"),
+        "fp8 config": form(fp8 / "config.json", "json"),
     }
 
 
 SHARES = {"header": 8, "shard": 3, "index": 3, "config": 3, "tokenizer": 1, "card": 1, "recipe": 2}
+FORMS = {"archive": 4, "archives": 1, "adapter": 2, "factors": 2, "scales": 2, "fp8 config": 1}
+SHARES |= FORMS
 
 
 def attempt(target: Target, data: bytes) -> str:
@@ -362,7 +385,8 @@ def main(inputs: int, seed: int, only: str | None) -> int:
     """Run every target's share of `inputs`; print counts and time; return the failures."""
     failures = 0
     with tempfile.TemporaryDirectory() as scratch:
-        chosen = {n: t for n, t in targets(Path(scratch)).items() if only in (None, n)}
+        wanted = {None: SHARES, "forms": FORMS}.get(only, [only])
+        chosen = {n: t for n, t in targets(Path(scratch)).items() if n in wanted}
         for target in chosen.values():
             assert attempt(target, target.examples[0]) == "read", target.file
         held = usage().anonymous

@@ -29,6 +29,15 @@ WIDEST = 8
 """Bytes of a number in the widest dtype of an output."""
 COPY_BUFFER = 2 << 20
 """A worker's buffer through which tensors out of scope are copied."""
+LANDINGS = 2
+"""Places on a device where tiles that do not stay there come in by turns."""
+HANDLE = 64 << 20
+"""Device memory that cuBLAS, its light-weight part and cuSOLVER keep for a thread that calls them;
+32 MiB for each of the first two on the largest devices. An allowance, not a measurement."""
+DEVICE_SLACK = 64 << 20
+"""What torch rounds up on a device: large blocks to 2 MiB, small ones out of pieces of 20 MiB."""
+DEVICE_LIBRARIES = 256 << 20
+"""Host memory that the device's libraries take once they are used. An allowance as well."""
 
 
 def tile_rows(in_features: int) -> int:
@@ -145,7 +154,8 @@ def truncation_bytes(rank: int) -> int:
 def host_bytes(weight: WeightShape, *, widest: int, workspace: int, workers: int) -> int:
     """All that merging one logical weight holds on the CPU with no tile resident there.
 
-    `workspace` and `widest` are the method's: 0 where the analysis runs on another device.
+    `workspace` and `widest` are the method's. Where the analysis runs on another device, they are
+    counted too: small problems are the CPU's, and so is all if that device runs out of memory.
     """
     analysis = workers * worker_bytes(weight, widest) + lane_bytes(weight, widest) + workspace
     # The one before it may still be written, with what it keeps.
@@ -154,9 +164,28 @@ def host_bytes(weight: WeightShape, *, widest: int, workspace: int, workers: int
 
 
 def device_bytes(weight: WeightShape, *, widest: int, workspace: int, workers: int) -> int:
-    """The same on another device: partial sums, the method's workspace, and tiles in transit."""
-    transit = weight.resident_tile + weight.tile * (weight.arithmetic_item + 8)
-    return lane_bytes(weight, widest) + workspace + workers * transit + SLACK
+    """All that analysing one logical weight holds on another device with no tile resident there.
+
+    Partial sums and the method's workspace; tiles that land, the one in use in the arithmetic
+    dtype, and its product; what libraries keep for each worker and for the main thread. Torch may
+    find no use for pieces of the workspace that are too small: an eighth of it.
+    """
+    landing = LANDINGS * weight.resident_tile
+    converted = weight.tile * weight.arithmetic_item
+    product = 2 * weight.in_features * widest * 4
+    handles = (workers + 1) * HANDLE
+    analysis = lane_bytes(weight, widest) + workspace + workspace // 8
+    return analysis + landing + converted + product + handles + DEVICE_SLACK
+
+
+def ring_slots(workers: int) -> int:
+    """Tiles on their way to a device: one for each worker to form, and one that is copied."""
+    return workers + 1
+
+
+def ring_bytes(largest_tile: int, slots: int) -> int:
+    """Pinned memory of so many slots: one block, which comes in powers of two."""
+    return 1 << max(0, slots * (largest_tile + 256) - 1).bit_length()
 
 
 def resident_tiles(weight: WeightShape, free: int) -> int:

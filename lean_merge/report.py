@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -65,6 +66,12 @@ def build_report(
             *non_finite_warnings(result),
             *code_warnings(code),
             *adapter_warnings(result),
+            *fallback_warnings(result),
+        ],
+        "fallbacks": [
+            {"weight": weight.canonical, **asdict(weight.fallback)}
+            for weight in result.weights
+            if weight.fallback is not None
         ],
         "skipped": list(plan.coverage.left_out),
         "filtered": dict(plan.scope.filtered),
@@ -86,6 +93,8 @@ def build_report(
             "start_anonymous": baseline.anonymous,
             "predicted_vram": prediction.peak_vram,
             "peak_vram": result.peak_vram,
+            "peak_vram_used": result.peak_vram_used,
+            "pinned": result.pinned,
         },
         "device": plan.device,
         "threads": plan.threads,
@@ -213,6 +222,18 @@ def adapter_warnings(result: RunResult) -> list[str]:
     return [
         f"the adapter's rank cuts off up to {max(large):.0%} of the update's norm in {len(large)} "
         f"of {len(cuts)} weights; --lora-rank auto keeps it"
+    ]
+
+
+def fallback_warnings(result: RunResult) -> list[str]:
+    """A warning where the device ran out of memory, with what was done."""
+    places = Counter(weight.fallback.place for weight in result.weights if weight.fallback)
+    if not places:
+        return []
+    done = ", ".join(f"{count} on {place}" for place, count in sorted(places.items()))
+    return [
+        f"the device ran out of memory: of {len(result.weights)} weights, {done}; a smaller --vram "
+        "plans for less, and what else uses the device may be closed"
     ]
 
 

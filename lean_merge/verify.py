@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import secrets
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from lean_merge.checkpoints import (
     identify,
     torch_dtype,
 )
-from lean_merge.engine.results import to_note
+from lean_merge.engine.results import WeightResult, from_note, to_note
 from lean_merge.engine.run import Event, run
 from lean_merge.engine.sinks import Sink, Spans, Stored, Tools, begin_copy, output_rows
 from lean_merge.engine.taskvectors import TaskVectors
@@ -29,9 +29,11 @@ from lean_merge.errors import CheckpointError, LeanMergeError
 from lean_merge.identity import environment
 from lean_merge.methods import Decision
 from lean_merge.output import Difference, FolderCheck, Journal, check_folder
-from lean_merge.plan import CopyTask, Plan, Resources, WeightTask
+from lean_merge.plan import Plan
 from lean_merge.plan import plan as make_plan
 from lean_merge.recipe import MergeRecipe
+from lean_merge.resources import Resources
+from lean_merge.tasks import CopyTask, WeightTask
 
 _STEP = 1 << 18
 """Bytes that are compared at once: so few that no budget need count them."""
@@ -178,17 +180,28 @@ def _with_inputs(
         picked = set(random.Random(result.seed).sample(in_scope, int(count)))
         sampled = [name for name in in_scope if name in picked]
     with TensorReader() as reader:
-        sink = ComparingSink(plan, check.tensors, reader, set(sampled), exact=not notes)
-        run(plan, sink, on_event)
+        sink = ComparingSink(plan, check.tensors, reader, set(sampled))
+        found = run(plan, sink, on_event)
+    # Once here and once there, the CPU may have stood in for a device that ran out of memory.
+    notes_of_merge = (from_note(each.get("result")) for each in check.journal.tensors.values())
+    merged = [weight for note in notes_of_merge if note is not None for weight in note[0]]
+    elsewhere = _on_cpu_instead(merged) | _on_cpu_instead(found.weights)
     return replace(
         result,
-        differences=(*result.differences, *sink.differences()),
+        differences=(
+            *result.differences,
+            *sink.differences(set(in_scope) if notes else elsewhere),
+        ),
         copied=sum(task.tensor.name in check.tensors for task in plan.copies),
         recomputed=tuple(name for name in sampled if name in check.tensors),
         in_scope=len(in_scope),
         exact=not notes,
         notes=tuple(notes),
     )
+
+
+def _on_cpu_instead(weights: Iterable[WeightResult]) -> set[str]:
+    return {weight.name for weight in weights if weight.fallback and weight.fallback.on_cpu}
 
 
 def _recipe(journal: Journal, folder: Path) -> MergeRecipe:
@@ -268,9 +281,6 @@ class ComparingSink(Sink):
         For them.
     sampled
         Names of the tensors in scope to merge again.
-    exact
-        Whether every bit counts; else entries may differ by one unit in the last place, and
-        `TOLERATED` of them by more.
     """
 
     ahead = True
@@ -281,15 +291,12 @@ class ComparingSink(Sink):
         stored: Mapping[str, TensorSpec],
         reader: TensorReader,
         sampled: set[str],
-        *,
-        exact: bool,
     ) -> None:
         self._plan = plan
         self._stored = stored
         self._reader = reader
         self._sampled = sampled
-        self._exact = exact
-        self._off: dict[str, int] = {}
+        self._off: dict[str, tuple[int, int]] = {}
         self._lock = threading.Lock()
 
     def finished(self, task: CopyTask | WeightTask) -> Any:
@@ -299,22 +306,24 @@ class ComparingSink(Sink):
 
     def copy(self, task: CopyTask, tools: Tools) -> Callable[[], None]:
         """A tensor out of scope: every byte is the MLLM's."""
-        return begin_copy(task, self._comparer(task, tools, exact=True), tools)
+        return begin_copy(task, self._comparer(task, tools), tools)
 
     def update(
         self, task: WeightTask, vectors: TaskVectors, decision: Decision, tools: Tools
     ) -> Callable[[], Stored]:
         """A weight, merged again."""
-        output = output_rows(self._plan, task, self._comparer(task, tools, exact=self._exact))
+        output = output_rows(self._plan, task, self._comparer(task, tools))
         return write_rows(vectors, decision, output, reader=tools.reader, workers=tools.workers)
 
-    def _comparer(self, task: CopyTask | WeightTask, tools: Tools, *, exact: bool) -> WriteBytes:
+    def _comparer(self, task: CopyTask | WeightTask, tools: Tools) -> WriteBytes:
         """What stands in for writing: reads what is stored there, and counts what differs."""
         name = task.tensor.name
-        dtype = torch.uint8 if exact else torch_dtype(task.tensor.dtype)
+        kinds = (torch.uint8, torch_dtype(task.tensor.dtype))
+        if isinstance(task, CopyTask):
+            kinds = (torch.uint8, torch.uint8)
 
         def compare(offset: int, data: memoryview, spans: Spans | None = None) -> None:
-            data, done, off = data.cast("B"), 0, 0
+            data, done, off = data.cast("B"), 0, [0, 0]
             for first, length in spans or [(0, data.nbytes)]:
                 for start in range(0, length, _STEP):
                     part = data[done + start : done + min(start + _STEP, length)]
@@ -322,26 +331,34 @@ class ComparingSink(Sink):
                     position = offset + first + start
                     self._reader.read_into(self._stored[name], position, as_bytes(room))
                     if not torch.equal(torch.frombuffer(part, dtype=torch.uint8), room):
-                        off += _apart(torch.frombuffer(part, dtype=dtype), room.view(dtype))
+                        for number, kind in enumerate(kinds):
+                            of_merge = torch.frombuffer(part, dtype=kind)
+                            off[number] += _apart(of_merge, room.view(kind))
                 done += length
-            if off:
+            if off[0]:
                 with self._lock:
-                    self._off[name] = self._off.get(name, 0) + off
+                    before = self._off.get(name, (0, 0))
+                    self._off[name] = before[0] + off[0], before[1] + off[1]
 
         return compare
 
-    def differences(self) -> list[Difference]:
-        """What was found."""
+    def differences(self, elsewhere: set[str]) -> list[Difference]:
+        """What was found.
+
+        In tensors that were merged by other arithmetic, `elsewhere`, entries may differ by one unit
+        in the last place, and `TOLERATED` of them by more.
+        """
         found = []
         for task in self._plan.tasks:
-            name, off = task.tensor.name, self._off.get(task.tensor.name, 0)
+            name = task.tensor.name
+            off, apart = self._off.get(name, (0, 0))
             file = self._plan.shards[task.shard].file_name
             if isinstance(task, CopyTask) and off:
                 found.append(Difference(file, name, f"{off} bytes are not the MLLM's"))
-            elif isinstance(task, WeightTask) and self._exact and off:
+            elif isinstance(task, WeightTask) and name not in elsewhere and off:
                 found.append(Difference(file, name, f"{off} bytes are not what the merge gives"))
-            elif off > TOLERATED * _entries(task):
-                fault = f"{off} of {_entries(task)} entries differ by more than a last place"
+            elif apart > TOLERATED * _entries(task):
+                fault = f"{apart} of {_entries(task)} entries differ by more than a last place"
                 found.append(Difference(file, name, fault))
         return found
 

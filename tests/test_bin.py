@@ -26,7 +26,7 @@ from lean_merge import open_checkpoint
 from lean_merge import plan as make_plan
 from lean_merge.checkpoints import ITEM_BITS, TensorReader, as_bytes, torch_dtype
 from lean_merge.checkpoints.picklefile import read_pickle_header
-from lean_merge.errors import CheckpointError
+from lean_merge.errors import CheckpointError, is_plain
 
 INDEX = "pytorch_model.bin.index.json"
 DTYPES = [torch_dtype(name) for name in ITEM_BITS if name not in {"F4", "F6_E2M3", "F6_E3M2"}]
@@ -432,6 +432,37 @@ def test_stated_sizes_never_size_anything(tmp_path: Path):
     refused(file)
     assert tracemalloc.get_traced_memory()[1] < 4 << 20
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [b"ctorch\nSize\n", b"ccollections\nOrderedDict\n"],
+    ids=["Size", "OrderedDict"],
+)
+def test_one_list_that_is_copied_by_many_calls_costs_little(tmp_path: Path, call: bytes):
+    """A memoised list of 50,000 pairs, given to one call after the other."""
+    pairs = b"](" + b"K\x01K\x02\x86" * 50_000 + b"e\x85q\x00"
+    data = b"\x80\x02" + call + b"q\x01" + pairs + b"h\x01h\x00R" * 20_000 + b"."
+    file = write_archive(tmp_path / "pytorch_model.bin", data)
+    tracemalloc.start()
+    try:
+        refused(file, "more than 4000000 operations")
+        assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_key_whose_hash_takes_long_is_refused(tmp_path: Path):
+    number = b"\x8b" + (100_000).to_bytes(4, "little") + b"\x01" * 100_000
+    data = b"\x80\x02}" + number + b"Ns."
+    refused(write_archive(tmp_path / "pytorch_model.bin", data), "a huge number")
+
+
+@pytest.mark.parametrize("name", ["a\x1b[2J", "a\0", "\u202eb", "x" * 1025], ids=ascii)
+def test_names_are_limited_as_those_of_safetensors(tmp_path: Path, name: str):
+    torch.save({name: torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    message = refused(tmp_path / "pytorch_model.bin", "has a name")
+    assert is_plain(message) and len(message) < 500
 
 
 @pytest.fixture(scope="module")

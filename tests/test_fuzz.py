@@ -26,7 +26,7 @@ from lean_merge.checkpoints.jsonfile import MAX_PARSED, parse_object, parsed_byt
 from lean_merge.checkpoints.names import language_layout
 from lean_merge.errors import is_plain, plain, shown
 from lean_merge.output import OutputTensor, plan_shards, remote_code
-from lean_merge.plan import build_method
+from lean_merge.parameters import build_method
 from lean_merge.recipe import load_recipe_file
 from lean_merge.sizes import parse_size
 from lean_merge.yamlfile import MAX_TEXT, parse_yaml
@@ -590,3 +590,32 @@ def test_the_licence_of_a_card_cannot_swell(small: Triple, tmp_path: Path):
     began = time.perf_counter()
     assert license_of(tmp_path) == {"license": "mit"}
     assert time.perf_counter() - began < 5
+
+
+def test_a_config_with_half_a_surrogate_is_rewritten(tmp_path: Path):
+    triple = write_triple(tmp_path / "in", SMALL)
+    config = json.loads((triple.mllm / "config.json").read_text()) | {"note": "\ud800 \u00e9"}
+    (triple.mllm / "config.json").write_text(json.dumps(config))
+    result = triple.merge(tmp_path / "out", out_dtype="bfloat16")
+    written = json.loads((result.path / "config.json").read_bytes())
+    assert written["note"] == config["note"] and written["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"format": "\x1b[2J" + "x" * 5000},
+        {"config_groups": {"g": {"weights": {"type": "\u202e" + "x" * 5000}}}},
+        {"config_groups": {"g": {"weights": {"num_bits": 10**4000}}}},
+        {"config_groups": {"g": {"weights": {"type": [["x" * 5000]]}}}},
+    ],
+    ids=["format", "type", "bits", "list"],
+)
+def test_words_of_a_quantisation_are_shown_short_and_plain(
+    tmp_path: Path, settings: dict[str, Any]
+):
+    config = {"quantization_config": {"quant_method": "compressed-tensors"} | settings}
+    save_checkpoint(tmp_path, {"a": (1,)}, config=config)
+    with pytest.raises(CheckpointError, match=r"compressed-tensors \(") as caught:
+        open_checkpoint(tmp_path)
+    assert is_plain(str(caught.value)) and len(str(caught.value)) < 600

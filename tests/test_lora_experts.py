@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 from families import SKETCHED, SMALL, Triple, as_matrix, load, relative_error, rows_of, write_triple
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from oracle import Matrix, ip_merging
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,6 +25,7 @@ from torch import Tensor
 from lean_merge import Expert, MergeRecipe, Resources, merge, open_checkpoint
 from lean_merge import plan as make_plan
 from lean_merge.checkpoints import open_expert
+from lean_merge.checkpoints.modulepattern import module_pattern
 from lean_merge.errors import CheckpointError, CoverageError, LeanMergeError
 
 Family = Callable[..., Triple]
@@ -434,7 +438,20 @@ def refused(triple: Triple, adapter: Path, *words: str) -> str:
         ({"r": "x"}, "'x'"),
         ({"lora_alpha": None}, "lora_alpha None"),
         ({"lora_alpha": float("nan")}, "lora_alpha nan"),
+        ({"r": 10**400}, "r a number of 1329 bits"),
+        ({"lora_alpha": 10**400}, "lora_alpha a number of 1329 bits"),
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
+        ({"rank_pattern": {"q_proj": 0.5}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 10**400}}, "alpha_pattern"),
+        ({"alpha_pattern": {"(a+)+b": 1}}, "alpha_pattern '(a+)+b', which repeats"),
+        ({"alpha_pattern": {"(?:[ab]*.){9}": 1}}, "which repeats what is itself a repetition"),
+        ({"alpha_pattern": {r"(a)\1": 1}}, "looks back"),
+        ({"alpha_pattern": {"(?=a)": 1}}, "looks back"),
+        ({"alpha_pattern": {"(?i:a)": 1}}, "sets flags"),
+        ({"alpha_pattern": {"(" * 30 + ")" * 30: 1}}, "groups inside each other"),
+        ({"alpha_pattern": {"(" * 250 + ")" * 250: 1}}, "groups inside each other"),
+        ({"alpha_pattern": {"(" * 513: 1}}, "513 characters, more than 512"),
+        ({"alpha_pattern": {f"m{n}": 1 for n in range(10_001)}}, "10001 keys"),
         ({"alpha_pattern": {"(": 1}}, "no regular expression"),
         ({"alpha_pattern": []}, None),
         ({"rank_pattern": {"q_proj": 3}}, "have rank 4, but the config says 3"),
@@ -449,7 +466,37 @@ def test_adapters_that_are_no_plain_lora_are_refused_by_name(
     if words is None:
         make_plan(replace(small_triple, experts=(adapter,)).recipe())
         return
-    assert str(adapter) in refused(small_triple, adapter, words)
+    message = refused(small_triple, adapter, words)
+    assert str(adapter) in message and len(message) < 600
+
+
+PATTERNS = st.text("ab.0_^$|()[]*+?{}1,\\dwSn-", max_size=9)
+
+
+@settings(max_examples=400, deadline=None)
+@given(PATTERNS, st.lists(st.text("ab.0_-", max_size=8), max_size=8))
+@example(")*|a_1(", ["a-.a"])
+@example("a.b", ["x.a_b", "xa.b", "a.b"])
+@example(r"layers\.\d+\.(?:[ab]|b0){1,3}?", ["a.layers.10.ab0", "layers.1.", "layers.a.b"])
+def test_patterns_match_as_pythons_own_do(pattern: str, modules: list[str]):
+    """Those that are let through at all, in the words in which PEFT asks."""
+    try:
+        read = module_pattern(pattern)
+    except ValueError:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for module in modules:
+            expected = re.match(rf"(.*\.)?({pattern})$", module) is not None
+            assert read.matches(module) is expected, module
+
+
+@pytest.mark.parametrize("pattern", [".*.*.*.*.*.*.*.*x", "(?:a|a|a.)*x", "[^b]{3,999999}x", "x"])
+def test_no_pattern_takes_for_ever(pattern: str):
+    """The first takes Python's own years."""
+    began = time.perf_counter()
+    assert not module_pattern(pattern).matches("a." * 512)
+    assert time.perf_counter() - began < 2
 
 
 def edited(adapter: Path, edit: Callable[[dict[str, Tensor]], None]) -> Path:

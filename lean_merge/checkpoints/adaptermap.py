@@ -235,7 +235,7 @@ def _warnings(role: str, adapter: Checkpoint, outside: list[str], base: Checkpoi
     named = None if config is None else config.base
     if named is not None and not _same_model(named, base):
         warnings.append(
-            f"The adapter ({role}) says that it was trained on {named}, and the base is "
+            f"The adapter ({role}) says that it was trained on {shown(named)}, and the base is "
             f"{base.source}; shapes fit, but check that they are the same model."
         )
     return warnings

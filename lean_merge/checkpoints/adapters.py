@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lean_merge.checkpoints.jsonfile import read_object
+from lean_merge.checkpoints.modulepattern import ModulePattern, module_pattern
 from lean_merge.checkpoints.safepaths import checked_file
 from lean_merge.errors import CheckpointError, shown
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _MAX_JSON = 10_000_000
+_MAX_PATTERNS = 10_000
+# Of lora_alpha: far beyond any, and no quotient of it overflows.
+_MAX_NUMBER = 1e30
 _WRAPPER = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(\.(?P<adapter>[^.]+))?\.weight")
 # What leaves the base as it is. The others, PiSSA and its like, train against a changed base.
@@ -34,6 +38,9 @@ _VARIANTS = {
 }
 
 
+Patterns = tuple[tuple[ModulePattern, float], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
     """What of adapter_config.json decides the numbers.
@@ -43,7 +50,7 @@ class AdapterConfig:
     rank, alpha
         r and lora_alpha where no pattern says otherwise.
     rank_pattern, alpha_pattern
-        Exceptions, as regular expressions of the end of a module's name.
+        Exceptions: what the end of a module's name matches, and the value. The first counts.
     rslora
         Whether alpha is divided by sqrt(r) instead of r.
     base
@@ -54,8 +61,8 @@ class AdapterConfig:
 
     rank: int
     alpha: float
-    rank_pattern: Mapping[str, Any]
-    alpha_pattern: Mapping[str, Any]
+    rank_pattern: Patterns
+    alpha_pattern: Patterns
     rslora: bool
     base: str | None
     fan_in_fan_out: bool
@@ -71,12 +78,9 @@ class AdapterConfig:
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
-def _by_pattern(patterns: Mapping[str, Any], module: str, default: float) -> Any:
+def _by_pattern(patterns: Patterns, module: str, default: float) -> float:
     """The value of the first pattern that matches the name's end, as PEFT looks it up."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+    return next((value for pattern, value in patterns if pattern.matches(module)), default)
 
 
 def split_factor(name: str) -> tuple[str, str] | None:
@@ -139,22 +143,16 @@ def _config(file: Path, config: Mapping[str, Any]) -> AdapterConfig:
             "so its factors are not the change of the base"
         )
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or rank < 1 or alpha is None or not _is_number(alpha):
-        raise fail(f"states r {rank!r} and lora_alpha {alpha!r}, which are no rank and no factor")
-    patterns = []
-    for key in ("rank_pattern", "alpha_pattern"):
-        pattern = config.get(key) or {}
-        if not isinstance(pattern, dict) or not all(map(_is_positive, pattern.values())):
-            raise fail(f"has a {key} that gives modules no positive numbers")
-        for each in pattern:
-            _check_pattern(each, fail)
-        patterns.append(pattern)
+    if rank is None or not _is_rank(rank) or alpha is None or not _is_number(alpha):
+        raise fail(
+            f"states r {shown(rank)} and lora_alpha {shown(alpha)}, which are no rank and no factor"
+        )
     base = config.get("base_model_name_or_path")
     return AdapterConfig(
-        rank=rank,
+        rank=int(rank),
         alpha=float(alpha),
-        rank_pattern=patterns[0],
-        alpha_pattern=patterns[1],
+        rank_pattern=_patterns(config, "rank_pattern", _is_rank, fail),
+        alpha_pattern=_patterns(config, "alpha_pattern", _is_positive, fail),
         rslora=bool(config.get("use_rslora")),
         base=base if isinstance(base, str) and base else None,
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
@@ -162,15 +160,33 @@ def _config(file: Path, config: Mapping[str, Any]) -> AdapterConfig:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) in (int, float) and -_MAX_NUMBER <= value <= _MAX_NUMBER
 
 
 def _is_positive(value: Any) -> bool:
     return _is_number(value) and value > 0
 
 
-def _check_pattern(pattern: str, fail: Any) -> None:
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise fail(f"has the pattern {shown(pattern)}, which is no regular expression") from error
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 1 <= value < 2**31
+
+
+def _patterns(
+    config: Mapping[str, Any],
+    key: str,
+    fits: Callable[[Any], bool],
+    fail: Callable[[str], CheckpointError],
+) -> Patterns:
+    """rank_pattern or alpha_pattern, with its keys read."""
+    stated = config.get(key) or {}
+    if not isinstance(stated, dict) or not all(map(fits, stated.values())):
+        raise fail(f"has a {key} that gives modules no positive numbers")
+    if len(stated) > _MAX_PATTERNS:
+        raise fail(f"has a {key} of {len(stated)} keys, more than {_MAX_PATTERNS}")
+    patterns = []
+    for each, value in stated.items():
+        try:
+            patterns.append((module_pattern(each), value))
+        except ValueError as error:
+            raise fail(f"has the {key} {shown(each)}, which {error}") from error
+    return tuple(patterns)

@@ -124,15 +124,22 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
+def name_fault(name: str) -> str | None:
+    """Why a tensor may not have this name, as a predicate; None if it may."""
+    # Lone surrogates, control characters, and those that reorder what a terminal shows.
+    if not is_plain(name):
+        return "has a name with control characters, or that is not valid Unicode"
+    if len(name) > _MAX_NAME:
+        return f"has a name of {len(name)} characters, more than {_MAX_NAME}"
+    return None
+
+
 def _spec(name: str, entry: Any, *, file: Path, start: int) -> TensorSpec:
     def fail(fault: str) -> CheckpointError:
         return CheckpointError(f"{file}: tensor {shown(name)} {fault}; {_MEND}.")
 
-    # Lone surrogates, control characters, and those that reorder what a terminal shows.
-    if not is_plain(name):
-        raise fail("has a name with control characters, or that is not valid Unicode")
-    if len(name) > _MAX_NAME:
-        raise fail(f"has a name of {len(name)} characters, more than {_MAX_NAME}")
+    if fault := name_fault(name):
+        raise fail(fault)
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise fail("is not described by exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

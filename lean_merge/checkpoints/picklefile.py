@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from lean_merge.checkpoints.dtypes import ITEM_BITS
-from lean_merge.checkpoints.header import TensorSpec
+from lean_merge.checkpoints.header import TensorSpec, name_fault
 from lean_merge.checkpoints.pickleops import PickledTensor, PickleError, follow
-from lean_merge.errors import CheckpointError, shown
+from lean_merge.errors import CheckpointError, plain, shown
 
 # Of the directory and of data.pkl; real ones have about 100 bytes a tensor.
 _MAX_PART = 16_000_000
@@ -57,7 +57,7 @@ def read_pickle_header(file: Path) -> dict[str, TensorSpec]:
         ) from error
     except (zipfile.BadZipFile, NotImplementedError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{file}: is a damaged PyTorch archive ({error}); {_MEND}."
+            f"{file}: is a damaged PyTorch archive ({plain(str(error))[:200]}); {_MEND}."
         ) from error
 
 
@@ -199,6 +199,8 @@ def _spec(
     def fail(fault: str, mend: str = _MEND) -> CheckpointError:
         return CheckpointError(f"{file}: tensor {shown(name)} {fault}; {mend}.")
 
+    if fault := name_fault(name):
+        raise fail(fault)
     entry = storages.get(tensor.key)
     if entry is None:
         raise fail(f"lies in entry data/{shown(tensor.key)}, which the archive lacks")
@@ -208,8 +210,8 @@ def _spec(
     count = math.prod(tensor.shape)
     if not _is_contiguous(tensor.shape, tensor.stride):
         raise fail(
-            f"of shape {list(tensor.shape)} has strides {list(tensor.stride)}, so its numbers are "
-            "not one block",
+            f"of shape {shown(tensor.shape)} has strides {shown(tensor.stride)}, so its "
+            "numbers are not one block",
             f"{_RESAVE}, after .contiguous()",
         )
     width = ITEM_BITS[tensor.dtype] // 8

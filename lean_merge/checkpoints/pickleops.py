@@ -13,7 +13,7 @@ from lean_merge.checkpoints.dtypes import dtype_by_torch_name
 from lean_merge.errors import shown
 
 _MAX_DIMENSIONS = 64
-# Each may make an object; a tensor takes about fifty.
+# Each may make an object, and so may each item that a call is given; a tensor takes about fifty.
 _MAX_OPERATIONS = 4_000_000
 
 
@@ -127,6 +127,8 @@ def _key(value: Any) -> str | int:
     """A dict's key. Tuples may be nested so that hashing or printing them takes for ever."""
     if not isinstance(value, (str, int)):
         raise PickleError("has keys that are no names")
+    if isinstance(value, int) and value.bit_length() > 64:  # whose hash takes as long as it is
+        raise PickleError("has a key that is a huge number")
     return value
 
 
@@ -176,9 +178,12 @@ def follow(data: bytes) -> Any:
 
 def _run(machine: _Machine, data: bytes) -> None:
     for count, (operation, argument, _) in enumerate(pickletools.genops(data)):
-        if count >= _MAX_OPERATIONS:
+        if count + machine.copied >= _MAX_OPERATIONS:
             raise PickleError(f"has more than {_MAX_OPERATIONS} operations")
         machine.step(operation.name, argument)
+
+
+_SIZED = (list, tuple, dict, str, bytes)
 
 
 class _Machine:
@@ -186,6 +191,7 @@ class _Machine:
 
     def __init__(self) -> None:
         self.result: Any = None
+        self.copied = 0
         self._stack: list[Any] = []
         self._marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
@@ -279,6 +285,10 @@ class _Machine:
         stand_in = _CALLS.get(function.name) if isinstance(function, _Global) else None
         if stand_in is None or not isinstance(arguments, tuple):
             raise PickleError("calls what is no function that weights need")
+        # One memoised list may be given to any number of calls, each of which copies it.
+        self.copied += sum(len(each) for each in arguments if isinstance(each, _SIZED))
+        if self.copied >= _MAX_OPERATIONS:
+            raise PickleError(f"has more than {_MAX_OPERATIONS} operations")
         self._stack.append(stand_in(*arguments))
 
     def build(self, _: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ _ACTIVATIONS = (
     *("input_scale", "input_scale_ub", "activation_scale", "output_scale"),
     *("q_scale", "k_scale", "v_scale", "prob_scale", "prob_output_scale"),
 )
+_WORD = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 _FP8_METHODS = frozenset({"fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "quark"})
 _METHODS = MappingProxyType(
     {
@@ -157,12 +159,18 @@ def _integer_format(settings: Mapping[str, Any]) -> str | None:
     """The format of compressed-tensors if it is not fp8's."""
     form = settings.get("format", "float-quantized")
     if form not in ("float-quantized", "naive-quantized"):
-        return str(form)
+        return _word(form)
     for weights in _weight_groups(settings):
         kind, bits = weights.get("type", "float"), weights.get("num_bits", 8)
         if kind != "float" or bits != 8:
-            return f"{kind}{bits}"
+            return f"{_word(kind)}{_word(bits)}"
     return None
+
+
+def _word(value: Any) -> str:
+    """`value` in a message: bare if it is short and plain, as "int" and 4 are."""
+    text = value if isinstance(value, str) else shown(value)
+    return text if _WORD.fullmatch(text) else shown(value)
 
 
 def _weight_groups(settings: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

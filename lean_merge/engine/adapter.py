@@ -15,7 +15,8 @@ from lean_merge.engine.update import Truncated
 from lean_merge.linalg import truncate
 from lean_merge.methods import Decision
 from lean_merge.output import AdapterModule, FactorStore, StoredFactors
-from lean_merge.plan import CopyTask, Plan, WeightTask, row_runs
+from lean_merge.plan import Plan, row_runs
+from lean_merge.tasks import CopyTask, WeightTask
 
 ADAPTER_ERROR = 2e-4
 """Largest relative Frobenius error of an update that `--lora-rank auto` cuts off."""
@@ -66,8 +67,8 @@ class AdapterSink(Sink):
         if cut.rank == 0:
             self._parts.append(StoredFactors(runs))
             return Truncated(0, cut.error)
-        b = self._append(decision.left, cut.of_left.to(decision.left.device))
-        a = self._append(cut.of_right.to(decision.right.device), decision.right)
+        b = self._append(decision.left, cut.of_left)
+        a = self._append(cut.of_right, decision.right)
         self._parts.append(StoredFactors(runs, cut.rank, a, b))
         return Truncated(cut.rank, cut.error)
 
@@ -75,7 +76,7 @@ class AdapterSink(Sink):
         """The product's rows, strip by strip; where they begin."""
         height = max(1, STRIP_ELEMENTS // max(right.shape))
         starts = [
-            self._store.append(torch.mm(left[first : first + height], right).cpu())
+            self._store.append(torch.mm(left[first : first + height], right))
             for first in range(0, left.shape[0], height)
         ]
         return starts[0]

@@ -12,10 +12,24 @@ from lean_merge.methods import ExpertRecord
 
 
 @dataclass(frozen=True, slots=True)
+class Fallback:
+    """Where a weight was analysed because the device ran out of memory, and what that said."""
+
+    place: str
+    reason: str
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether other arithmetic made the numbers."""
+        return self.place == "cpu"
+
+
+@dataclass(frozen=True, slots=True)
 class WeightResult:
     """What happened to one logical weight; `squared_norms` are those of its task vectors.
 
-    `stored` is what the sink kept of the update, None where it stored none.
+    `stored` is what the sink kept of the update, None where it stored none. `fallback` is None
+    where the analysis went as planned.
     """
 
     name: str
@@ -25,6 +39,7 @@ class WeightResult:
     squared_norms: tuple[float, ...]
     stored: Written | Truncated | None
     passes: int
+    fallback: Fallback | None = None
 
 
 class Note(NamedTuple):
@@ -53,7 +68,7 @@ def from_note(note: Any) -> Note | None:
 
 
 def _weight(data: dict[str, Any]) -> WeightResult:
-    stored = data["stored"]
+    stored, fallback = data["stored"], data["fallback"]
     kind = None if stored is None else Truncated if "rank" in stored else Written
     return WeightResult(
         name=str(data["name"]),
@@ -63,6 +78,7 @@ def _weight(data: dict[str, Any]) -> WeightResult:
         squared_norms=tuple(_number(square) for square in data["squared_norms"]),
         stored=None if kind is None else kind(**_numbers(stored)),
         passes=int(data["passes"]),
+        fallback=None if fallback is None else Fallback(**fallback),
     )
 
 

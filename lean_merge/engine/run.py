@@ -9,25 +9,19 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import torch
 
-from lean_merge import budget
-from lean_merge.checkpoints import (
-    LogicalWeight,
-    TensorReader,
-    TensorSpec,
-    common_dtype,
-)
+from lean_merge.checkpoints import LogicalWeight, TensorReader, TensorSpec
+from lean_merge.engine.analysis import Analyst
 from lean_merge.engine.prefetch import Prefetcher
 from lean_merge.engine.results import Note, WeightResult, from_note, to_note
 from lean_merge.engine.sinks import Sink, Tools
-from lean_merge.engine.taskvectors import TaskVectors
-from lean_merge.engine.workers import full_float32, worker_pool
+from lean_merge.engine.workers import Precision, full_float32, worker_pool
 from lean_merge.memory import release_free_memory, usage
-from lean_merge.methods import Decision, ExpertRecord, Method, WeightContext
-from lean_merge.plan import CopyTask, Plan, WeightTask, arithmetic_dtype, needs_analysis
+from lean_merge.methods import Decision, ExpertRecord
+from lean_merge.plan import Plan
+from lean_merge.tasks import CopyTask, WeightTask
 
 READ_AHEAD = 512 << 20
 """Bytes that the page cache is asked for before they are used."""
@@ -41,13 +35,14 @@ RELEASE_ABOVE = 16 << 20
 class Event:
     """Progress: output tensor `name` of `nbytes` is written; `merged` if an update went in.
 
-    `reused` tells that an interrupted run wrote it.
+    `reused` tells that an interrupted run wrote it; `warnings` are sentences for people.
     """
 
     name: str
     nbytes: int
     merged: bool
     reused: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass
@@ -60,6 +55,8 @@ class RunResult:
     seconds: dict[str, float] = field(default_factory=dict)
     bytes_read: int = 0
     peak_vram: int = 0
+    peak_vram_used: int = 0
+    pinned: int = 0
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -102,6 +99,7 @@ def steps(plan: Plan, sink: Sink, result: RunResult) -> Generator[Event, None, N
         ]
         prefetcher = stack.enter_context(Prefetcher(reader, sources, ahead=READ_AHEAD))
         engine = _Engine(plan, sink, Tools(reader, workers), result)
+        stack.callback(engine.analyst.close)
         begun: deque[_Begun] = deque()
         for index, (task, note) in enumerate(zip(plan.tasks, notes, strict=True)):
             prefetcher.begin(index)
@@ -115,6 +113,8 @@ def steps(plan: Plan, sink: Sink, result: RunResult) -> Generator[Event, None, N
         result.non_finite = sorted(engine.tools.non_finite)
         if on_cuda:
             result.peak_vram = torch.cuda.max_memory_reserved(plan.device)
+            result.peak_vram_used = torch.cuda.max_memory_allocated(plan.device)
+        result.pinned = engine.analyst.pinned
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +140,11 @@ class _Settings:
     """The settings of torch that the engine changes while it computes."""
 
     threads: int
-    precision: str
+    precision: Precision
 
     @classmethod
     def now(cls) -> _Settings:
-        return cls(torch.get_num_threads(), torch.get_float32_matmul_precision())
+        return cls(torch.get_num_threads(), Precision.now())
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
@@ -158,7 +158,7 @@ class _Settings:
 
     def _set(self) -> None:
         torch.set_num_threads(self.threads)
-        torch.set_float32_matmul_precision(self.precision)
+        self.precision.set()
 
 
 def _source_name(task: CopyTask | WeightTask) -> str:
@@ -175,8 +175,7 @@ class _Engine:
         self._sink = sink
         self.tools = tools
         self._result = result
-        self._device = torch.device(plan.device)
-        self._arena = torch.empty(_arena_bytes(plan), dtype=torch.uint8, device=self._device)
+        self.analyst = Analyst(plan, tools.workers)
         self._settled = 0
 
     def begin(self, index: int, task: CopyTask | WeightTask, note: Note | None) -> _Begun:
@@ -230,30 +229,22 @@ class _Engine:
             nbytes=begun.task.tensor.nbytes,
             merged=any(weight.merged for weight in note.weights),
             reused=begun.reused is not None,
+            warnings=_warnings(note.weights),
         )
 
     def _merge(self, task: WeightTask, part: int, tools: Tools) -> Callable[[], WeightResult]:
-        weight = task.weight.slices[part]
-        vectors = self._vectors(weight, task.resident[part], tools)
-        context = WeightContext(
-            name=weight.canonical,
-            shape=vectors.shape,
-            seed=self._plan.recipe.seed,
-            dtype=vectors.dtype,
-            device=self._device,
-            squared_norms=vectors.squared_norms,
-            parallel=tools.workers.map,
-        )
+        weight, method = task.weight.slices[part], task.methods[part]
         with self._result.timed("analyze"):
-            method = task.methods[part]
             if method is None:
-                decision, passes = _left_alone(task.filtered[part], len(weight.experts)), 0
+                found = self.analyst.left_alone(weight, task.filtered[part], tools)
             else:
-                decision, passes = self._analyze(method, vectors, context)
-        decision = _explained(decision, weight)
+                found = self.analyst.decide(
+                    method, weight, resident=task.resident[part], tools=tools
+                )
+        decision = _explained(found.decision, weight)
         with self._result.timed("write"):
-            stored = self._sink.update(task, vectors, decision, tools)
-        norms = vectors.squared_norms()
+            stored = self._sink.update(task, found.vectors, decision, tools)
+        norms = found.vectors.squared_norms()
         return lambda: WeightResult(
             name=task.tensor.name,
             canonical=weight.canonical,
@@ -261,53 +252,21 @@ class _Engine:
             merged=decision.merges,
             squared_norms=tuple(norms),
             stored=stored(),
-            passes=passes,
+            passes=found.passes,
+            fallback=found.fallback,
         )
-
-    def _vectors(self, weight: LogicalWeight, resident: int, tools: Tools) -> TaskVectors:
-        stored = common_dtype(source.dtype for source in weight.roles)
-        return TaskVectors(
-            weight,
-            reader=tools.reader,
-            workers=tools.workers,
-            arena=self._arena,
-            resident=resident,
-            dtype=arithmetic_dtype(stored, self._plan.device),
-        )
-
-    def _analyze(
-        self, method: Method[Any], vectors: TaskVectors, context: WeightContext
-    ) -> tuple[Decision, int]:
-        """Drive the method's analysis: each time it asks, one pass over the rows."""
-        if not needs_analysis(vectors.weight) and method.cost(vectors.shape, item=4).passes:
-            nothing = ExpertRecord(False, "", rank=0, update_norm=0.0)
-            return Decision((nothing,) * len(vectors.weight.experts)), 0
-        analysis = method.analyze(context)
-        passes = 0
-        try:
-            wanted = next(analysis)
-            while True:
-                passes += 1
-                wanted = analysis.send(vectors.run(wanted))
-        except StopIteration as end:
-            decision: Decision = end.value
-        return decision, passes
 
 
 def _same(result: WeightResult) -> WeightResult:
     return result
 
 
-def _arena_bytes(plan: Plan) -> int:
-    """The most that any logical weight keeps resident."""
-    most = 0
-    for task in plan.weights:
-        for weight, resident in zip(task.weight.slices, task.resident, strict=True):
-            item = common_dtype(source.dtype for source in weight.roles).itemsize
-            out_features, in_features = weight.shape
-            height = min(out_features, resident * budget.tile_rows(in_features))
-            most = max(most, height * in_features * item * len(weight.others))
-    return most
+def _warnings(weights: Sequence[WeightResult]) -> tuple[str, ...]:
+    return tuple(
+        f"{weight.canonical}: the device ran out of memory; analysed on {weight.fallback.place}"
+        for weight in weights
+        if weight.fallback is not None
+    )
 
 
 def _explained(decision: Decision, weight: LogicalWeight) -> Decision:
@@ -319,11 +278,6 @@ def _explained(decision: Decision, weight: LogicalWeight) -> Decision:
         for record, source in zip(decision.experts, weight.experts, strict=True)
     )
     return replace(decision, experts=records)
-
-
-def _left_alone(reason: str, experts: int) -> Decision:
-    """No update, for a part of a tensor that a filter takes."""
-    return Decision(experts=(ExpertRecord(selected=False, reason=reason),) * experts)
 
 
 def _with_norms(decision: Decision, squared_norms: list[float]) -> tuple[ExpertRecord, ...]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 
 import torch
 from torch import Tensor
 
 from lean_merge.budget import LANES, READ_ELEMENTS, row_tiles, strips
 from lean_merge.checkpoints import LogicalWeight, TensorReader, WeightSource, common_dtype
+from lean_merge.engine.transfer import Parcel, Uploader
 from lean_merge.engine.workers import Workers
 from lean_merge.errors import DataError
 from lean_merge.linalg import Pass, Products
@@ -35,6 +37,9 @@ class TaskVectors:
         How many tiles, from the first, to keep there.
     dtype : torch.dtype
         Arithmetic dtype of the products.
+    uploader, landing
+        Who brings tiles to the device, and places there for tiles that are not resident; None
+        where the arithmetic runs on the CPU.
     """
 
     def __init__(
@@ -46,6 +51,8 @@ class TaskVectors:
         arena: Tensor,
         resident: int,
         dtype: torch.dtype,
+        uploader: Uploader | None = None,
+        landing: Sequence[Tensor] = (),
     ) -> None:
         self.weight = weight.load(reader)
         self.shape = weight.shape
@@ -54,6 +61,8 @@ class TaskVectors:
         self.task_dtype = common_dtype(source.dtype for source in weight.roles)
         self._reader = reader
         self._workers = workers
+        self._uploader = uploader
+        self._landing = landing
         self.tiles = list(row_tiles(self.shape))
         self._resident = self._lay_out(arena, min(resident, len(self.tiles)))
         self._formed = [False] * len(self.tiles)
@@ -82,6 +91,16 @@ class TaskVectors:
             return self._workers.buffer(name, shape, dtype)
         return torch.empty(shape, dtype=dtype, device=self.device)
 
+    def leave_device(self) -> None:
+        """Let go of what lies on another device: from now on tiles are formed on the CPU.
+
+        Writing needs few of them, and the files' bytes wait in the page cache.
+        """
+        if self._uploader is not None:
+            self._uploader, self._landing, self._resident = None, (), []
+            self._formed = [False] * len(self.tiles)
+            self.device = torch.device("cpu")
+
     def squared_norms(self) -> list[float]:
         """||W_role - W_0||_F^2 of every role; NaN for one whose tiles were not all read."""
         return [
@@ -93,28 +112,27 @@ class TaskVectors:
         """The wanted task vectors of one tile, in this thread; valid until its next call."""
         if index < len(self._resident):
             if not self._formed[index]:
-                self._form(index, [True] * len(wanted))
+                self._form(index, self._resident[index])
                 self._formed[index] = True
             return [*self._resident[index]]
-        return self._form(index, wanted)
+        shape = self._tile_shape(index)
+        out = [
+            self._workers.buffer(f"task {role}", shape, self.task_dtype) if is_wanted else None
+            for role, is_wanted in enumerate(wanted)
+        ]
+        self._form(index, out)
+        return out
 
-    def _form(self, index: int, wanted: Sequence[bool]) -> list[Tensor | None]:
+    def _tile_shape(self, index: int) -> tuple[int, int]:
         tile = self.tiles[index]
-        shape = (tile.stop - tile.start, self.shape[1])
-        formed: list[Tensor | None] = [None] * len(wanted)
-        for role, is_wanted in enumerate(wanted):
-            if is_wanted and index < len(self._resident) and self.device.type == "cpu":
-                formed[role] = self._resident[index][role]
-            elif is_wanted:
-                formed[role] = self._workers.buffer(f"task {role}", shape, self.task_dtype)
-        squares = self._subtract(tile, formed)
-        for role, task_vector in enumerate(formed):
-            if task_vector is None:
-                continue
-            self._squares[index][role] = squares[role]
-            if self.device.type != "cpu":
-                formed[role] = self._to_device(index, role, task_vector)
-        return formed
+        return tile.stop - tile.start, self.shape[1]
+
+    def _form(self, index: int, out: Sequence[Tensor | None]) -> None:
+        """The task vectors of one tile into `out` on the CPU, and their squared norms."""
+        squares = self._subtract(self.tiles[index], out)
+        for role, task_vector in enumerate(out):
+            if task_vector is not None:
+                self._squares[index][role] = squares[role]
 
     def _subtract(self, tile: slice, out: Sequence[Tensor | None]) -> list[float]:
         """The task vectors' rows of `tile` into `out`, strip by strip, and their squared norms."""
@@ -159,11 +177,6 @@ class TaskVectors:
         shape = (tile.stop - tile.start, self.shape[1])
         whole = self._workers.buffer("base tile", shape, self.task_dtype)
         return whole.copy_(base.read(tile, self._reader, self._workers.buffer, "columns"))
-
-    def _to_device(self, index: int, role: int, tile: Tensor) -> Tensor:
-        if index < len(self._resident):
-            return self._resident[index][role].copy_(tile)
-        return tile.to(self.device)
 
     def _read(self, source: WeightSource, tile: slice, name: str) -> Tensor:
         raw = source.read(tile, self._reader, self._workers.buffer, name)
@@ -211,11 +224,10 @@ class TaskVectors:
         neither on how many threads there are nor on which tiles are resident.
         """
         sums = [_Sums(self, role, request) for role, request in enumerate(wanted)]
-        if self.device.type == "cpu":
+        if self._uploader is None:
             self._workers.map(lambda lane: self._run_lane(lane, sums), self.lanes)
         else:
-            for lane in self.lanes:
-                self._run_lane(lane, sums)
+            self._run_uploaded(self._uploader, sums)
         finished = [one.finish() for one in sums]
         for source, products in zip(self.weight.others, finished, strict=True):
             if products is not None and not products.is_finite():
@@ -232,6 +244,47 @@ class TaskVectors:
             for one, task_vector in zip(sums, self.tile(index, wanted), strict=True):
                 if task_vector is not None:
                     one.add(lane, self.tiles[index], task_vector, first=index == lane)
+
+    def _run_uploaded(self, uploader: Uploader, sums: list[_Sums]) -> None:
+        """All lanes together, in the order of the file: each lane still gets its tiles in order."""
+        wanted = [one.request is not None for one in sums]
+        parcels = [
+            self._parcel(index, wanted)
+            for index in range(len(self.tiles))
+            if index >= len(self._resident) or not self._formed[index]
+        ]
+        with closing(uploader.send(parcels, self._landing)) as arrivals:
+            for index, rows in enumerate(self.tiles):
+                resident = index < len(self._resident)
+                if resident and self._formed[index]:
+                    tile: list[Tensor | None] = [*self._resident[index]]
+                else:
+                    tile = self._by_role(next(arrivals), self._sent(index, wanted))
+                    if resident:
+                        self._formed[index] = True
+                for one, task_vector in zip(sums, tile, strict=True):
+                    if task_vector is not None:
+                        lane = index % LANES
+                        one.add(lane, rows, task_vector, first=index < LANES)
+
+    def _sent(self, index: int, wanted: Sequence[bool]) -> Sequence[bool]:
+        """The roles that go over for a tile: all where they stay, for later passes too."""
+        return [True] * len(wanted) if index < len(self._resident) else wanted
+
+    @staticmethod
+    def _by_role(task_vectors: Sequence[Tensor], sent: Sequence[bool]) -> list[Tensor | None]:
+        coming = iter(task_vectors)
+        return [next(coming) if is_sent else None for is_sent in sent]
+
+    def _parcel(self, index: int, wanted: Sequence[bool]) -> Parcel:
+        sent = self._sent(index, wanted)
+        return Parcel(
+            fill=lambda views: self._form(index, self._by_role(views, sent)),
+            count=sum(sent),
+            shape=self._tile_shape(index),
+            dtype=self.task_dtype,
+            targets=self._resident[index] if index < len(self._resident) else (),
+        )
 
 
 class _Sums:

@@ -151,7 +151,9 @@ def write_rows(
     """Begin to write W_mllm + update, rounded once, for all rows of one logical weight.
 
     Without an update the rows are the MLLM's own, byte for byte where the dtype is the same. What
-    is returned waits for the end. Task vectors are needed no longer when this returns.
+    is returned waits for the end. Task vectors are needed no longer when this returns. All is done
+    on the CPU, where the MLLM's bytes are and the output's are to be; so are the factors of the
+    decision.
 
     Raises
     ------
@@ -224,7 +226,7 @@ class _RowWriter:
     ) -> Written:
         shape = (rows.stop - rows.start, self._vectors.shape[1])
         update = self._workers.buffer("update", shape, torch.float32)
-        self._compute(rows, task_vectors, update)
+        self._decision.update(rows, task_vectors, update)
         before = self._workers.buffer("before", shape, torch.float32).copy_(store.read(rows))
         after = self._workers.buffer("after", shape, torch.float32)
         torch.add(before, update, out=after)
@@ -248,14 +250,6 @@ class _RowWriter:
                 self._check_finite(values, rounded)
             weights = rounded
         store.write(rows, weights)
-
-    def _compute(self, rows: slice, task_vectors: list[Tensor | None], out: Tensor) -> None:
-        if self._vectors.device.type == "cpu":
-            self._decision.update(rows, task_vectors, out)
-            return
-        on_device = torch.empty_like(out, device=self._vectors.device)
-        self._decision.update(rows, task_vectors, on_device)
-        out.copy_(on_device)
 
     def _rounded(self, values: Tensor, generator: torch.Generator | None) -> Tensor:
         if generator is not None:

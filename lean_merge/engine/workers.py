@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -118,6 +119,8 @@ class Workers:
         torch.set_num_threads(1)
         while (work := self._take()) is not None:
             work()
+            # While this thread waits for more, it would keep what the work was about.
+            del work
 
     def _take(self) -> Callable[[], None] | None:
         """The next work, waited for; None once the pool is closed."""
@@ -162,15 +165,38 @@ class Workers:
             thread.join()
 
 
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Torch's settings of how exactly products are made.
+
+    float32 : as `torch.set_float32_matmul_precision` has it.
+    bfloat16_sums : whether CUDA may add partial sums of bfloat16 products in bfloat16.
+    """
+
+    float32: str
+    bfloat16_sums: bool
+
+    @classmethod
+    def now(cls) -> Precision:
+        """Those in force."""
+        reduced = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+        return cls(torch.get_float32_matmul_precision(), reduced)
+
+    def set(self) -> None:
+        """Put these in force."""
+        torch.set_float32_matmul_precision(self.float32)
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = self.bfloat16_sums
+
+
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Float32 products in full precision on every device; what the caller had set is restored."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """Products in full precision on every device; what the caller had set is restored."""
+    before = Precision.now()
+    Precision("highest", False).set()
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        before.set()
 
 
 @contextmanager

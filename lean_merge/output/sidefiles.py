@@ -152,7 +152,8 @@ def _rewritten(file: Path, dtype: str | None, *, decoded: bool) -> bytes:
     for part in (config, *(v for v in config.values() if isinstance(v, dict))) if decoded else ():
         for key in _QUANTISATION:
             part.pop(key, None)
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+    # As ASCII, since a text may hold half of a surrogate pair, which UTF-8 cannot.
+    return (json.dumps(config, indent=2) + "\n").encode("ascii")
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
