@@ -47,6 +47,11 @@ class Point:
         count: int = self.run.report["bytes"]["read"]
         return count / GB
 
+    @property
+    def cpu(self) -> float:
+        """Seconds, starting the interpreter included."""
+        return self.run.process.user + self.run.process.system
+
     def row(self) -> list[object]:
         """A line of the table."""
         seconds = self.run.report["seconds"]
@@ -57,6 +62,7 @@ class Point:
             f"{seconds['analyze']:.1f}",
             f"{self.run.seconds:.1f}",
             f"{self.run.seconds / self.read:.2f}",
+            f"{self.cpu:.1f}",
             f"{self.run.peak / MIB:.0f}",
             f"{self.run.predicted / MIB:.0f}",
             f"{self.run.share:.2f}",
@@ -109,18 +115,28 @@ def check(point: Point) -> None:
 
 
 def fit(points: Sequence[Point]) -> str:
-    """The line of seconds over GB read, in a sentence."""
+    """Lines of seconds over GB read, in sentences.
+
+    Those of the CPU tell how the work grows; wall time has the disk's moods in it.
+    """
     read = np.array([point.read for point in points])
-    seconds = np.array([point.run.seconds for point in points])
-    slope, start = np.polyfit(read, seconds, 1)
-    errors = seconds - (slope * read + start)
-    explained = 1 - (errors**2).sum() / ((seconds - seconds.mean()) ** 2).sum()
-    power = np.polyfit(np.log(read), np.log(seconds), 1)[0]
-    return (
-        f"Seconds are {slope:.2f} x GB read + {start:.1f}: the line explains {explained:.1%} of "
-        f"their variance and is off by {abs(errors).max():.1f} s at most. The exponent of a power "
-        f"law is {power:.2f}."
-    )
+    kinds = {
+        "wall time": [point.run.seconds for point in points],
+        "CPU time": [point.cpu for point in points],
+    }
+    told = []
+    for kind, values in kinds.items():
+        seconds = np.array(values)
+        slope, start = np.polyfit(read, seconds, 1)
+        errors = seconds - (slope * read + start)
+        explained = 1 - (errors**2).sum() / ((seconds - seconds.mean()) ** 2).sum()
+        power = np.polyfit(np.log(read), np.log(seconds), 1)[0]
+        told.append(
+            f"Of {kind}, the line {slope:.2f} x GB read + {start:.1f} s explains {explained:.0%} "
+            f"of the variance and is off by {abs(errors).max():.1f} s at most; the exponent of a "
+            f"power law is {power:.2f}."
+        )
+    return " ".join(told)
 
 
 def main() -> None:
@@ -134,7 +150,7 @@ def main() -> None:
     for size in arguments.sizes:
         points.append(measured(size, arguments.scratch))
         note(str(points[-1].row()))
-    header = ["widths, layers", "GB read", "SVD s", "merge s", "s / GB", "peak MiB"]
+    header = ["widths, layers", "GB read", "SVD s", "merge s", "s / GB", "CPU s", "peak MiB"]
     header += ["predicted MiB", "observed / predicted"]
     header += ["selected at 0.3, 0.4, 0.6; planted", "s_1: least planted, most other"]
     print(measure.table(header, [point.row() for point in points]), flush=True)
