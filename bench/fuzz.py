@@ -41,7 +41,7 @@ from lean_merge.checkpoints import TensorReader, as_bytes, map_roles, open_check
 from lean_merge.errors import LeanMergeError, is_plain
 from lean_merge.memory import usage
 from lean_merge.output import license_of, remote_code, side_files
-from lean_merge.plan import build_method
+from lean_merge.parameters import build_method
 from lean_merge.recipe import MergeRecipe, load_recipe_file
 
 SECONDS = 5

@@ -12,8 +12,9 @@ from lean_merge.errors import (
     OutputError,
     RecipeError,
 )
-from lean_merge.plan import Plan, Resources, plan
+from lean_merge.plan import Plan, plan
 from lean_merge.recipe import Expert, MergeRecipe
+from lean_merge.resources import Resources
 from lean_merge.verify import Verification, verify
 from lean_merge.version import __version__
 

@@ -28,10 +28,11 @@ from lean_merge.output import (
     model_card,
     write_adapter,
 )
-from lean_merge.plan import Plan, Resources, plan_stream
+from lean_merge.plan import Plan, plan_stream
 from lean_merge.plan import plan as make_plan
 from lean_merge.recipe import MergeRecipe
 from lean_merge.report import REPORT, adapter_summary, build_report, summary, to_json
+from lean_merge.resources import Resources
 
 RECIPE = "lean_merge_recipe.yml"
 _MAX_REPORT = 1 << 30

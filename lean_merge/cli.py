@@ -24,9 +24,10 @@ from lean_merge.engine.run import Event
 from lean_merge.errors import LeanMergeError, RecipeError, plain
 from lean_merge.identity import run_facts
 from lean_merge.output import check_output
-from lean_merge.plan import Plan, Resources
+from lean_merge.plan import Plan
 from lean_merge.plan import plan as make_plan
 from lean_merge.recipe import MergeRecipe, load_recipe_file
+from lean_merge.resources import Resources
 from lean_merge.sizes import parse_size
 from lean_merge.verify import verify
 from lean_merge.version import __version__

@@ -14,8 +14,9 @@ import torch
 
 from lean_merge.checkpoints import identify
 from lean_merge.output import side_files
-from lean_merge.plan import Plan, arithmetic_dtype
+from lean_merge.plan import Plan
 from lean_merge.recipe import MergeRecipe
+from lean_merge.resources import arithmetic_dtype
 from lean_merge.version import __version__
 
 

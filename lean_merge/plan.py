@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,6 @@ from lean_merge.checkpoints import (
     Coverage,
     LogicalWeight,
     MappedWeight,
-    TensorSpec,
-    WeightSource,
-    common_dtype,
     decoded_matrices,
     map_roles,
     module_name,
@@ -29,8 +25,9 @@ from lean_merge.checkpoints import (
     safetensors_dtype,
     torch_dtype,
 )
-from lean_merge.errors import BudgetError, CoverageError, RecipeError
-from lean_merge.methods import AnalysisCost, Method
+from lean_merge.errors import CoverageError, RecipeError
+from lean_merge.footprint import Layout, check_budget
+from lean_merge.methods import Method
 from lean_merge.output import (
     AdapterModule,
     OutputTensor,
@@ -42,66 +39,13 @@ from lean_merge.output import (
 )
 from lean_merge.parameters import MethodTable, build_method
 from lean_merge.recipe import MergeRecipe
+from lean_merge.resources import Resources, limits_of, processors, resolve_device
 from lean_merge.scope import Scope, filter_weights, positions_of
 from lean_merge.sizes import format_size
+from lean_merge.tasks import CopyTask, WeightTask
 
 DECODED_DTYPE = torch.bfloat16
 """What weights that are stored with scales are written in unless the recipe says otherwise."""
-
-
-@dataclass(frozen=True, slots=True)
-class Resources:
-    """What the merge may use; decides speed, never the numbers.
-
-    Parameters
-    ----------
-    device : str
-        `auto`, `cpu`, `cuda`, `cuda:N`, or another torch device.
-    memory, vram : int, optional
-        Ceilings in bytes; by default half of what is available.
-    threads : int, optional
-        By default the processors this process may use.
-    """
-
-    device: str = "auto"
-    memory: int | None = None
-    vram: int | None = None
-    threads: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class CopyTask:
-    """A tensor out of scope: its bytes go over as they are, or its numbers in another dtype.
-
-    `decoded` has the matrices that its numbers are then read from, and is empty otherwise.
-    """
-
-    shard: int
-    tensor: OutputTensor
-    source: TensorSpec
-    decoded: tuple[WeightSource, ...] = ()
-
-    @property
-    def stored(self) -> tuple[TensorSpec, ...]:
-        """Every tensor that is read."""
-        parts = (spec for source in self.decoded for spec in source.stored)
-        return tuple(dict.fromkeys((self.source, *parts)))
-
-
-@dataclass(frozen=True, slots=True)
-class WeightTask:
-    """An in-scope tensor.
-
-    For each of its logical weights, `resident` tells how many tiles are kept, `methods` how it is
-    merged, and `filtered` why not: a part of a fused tensor that a filter takes has no method.
-    """
-
-    shard: int
-    tensor: OutputTensor
-    weight: MappedWeight
-    resident: tuple[int, ...]
-    methods: tuple[Method[Any] | None, ...]
-    filtered: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,11 +172,11 @@ def _plan(recipe: MergeRecipe, resources: Resources, output: str) -> Plan:
     if output == "lora":
         _check_low_rank(_merged(coverage, scope), by_weight)
     device, notes = resolve_device(resources.device)
-    threads = _threads(resources.threads)
-    device, limits, busy = _limits(resources, device)
+    threads = processors(resources.threads)
+    device, limits, busy = limits_of(resources, device)
     notes += busy
     largest = max((tensor.nbytes for tensor in outputs.values()), default=0)
-    layout = _Layout(
+    layout = Layout(
         methods=by_weight,
         output=output,
         device=device,
@@ -253,7 +197,7 @@ def _plan(recipe: MergeRecipe, resources: Resources, output: str) -> Plan:
         layout = dataclasses.replace(layout, device="cpu", vram=0)
     layout = dataclasses.replace(layout, held=layout.held + layout.feeding(parts))
     tasks = _tasks(mllm, coverage, scope, outputs, shards, layout)
-    _check_budget([task for task in tasks if isinstance(task, WeightTask)], layout)
+    check_budget([task for task in tasks if isinstance(task, WeightTask)], layout)
     unpredicted = Plan(
         recipe=recipe,
         method=method,
@@ -330,233 +274,13 @@ def _dtype_named(name: str) -> torch.dtype:
     return dtype
 
 
-def resolve_device(wanted: str) -> tuple[str, list[str]]:
-    """The torch device to compute on, and a note if it is not tested. Raises RecipeError."""
-    if wanted == "auto":
-        return ("cuda" if torch.cuda.is_available() else "cpu"), []
-    try:
-        device = torch.device(wanted)
-    except RuntimeError as error:
-        raise RecipeError(f"{wanted!r} is not a torch device; use auto, cpu or cuda:N.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("No CUDA device is available; use --device cpu.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RecipeError(
-            f"{wanted} does not exist; there are {torch.cuda.device_count()} devices."
-        )
-    notes = []
-    if device.type not in ("cpu", "cuda"):
-        notes.append(f"device {wanted} is untested; compare a few weights with --device cpu")
-    return wanted, notes
-
-
-def _threads(wanted: int | None) -> int:
-    if wanted is not None:
-        if wanted < 1:
-            raise RecipeError(f"threads must be 1 or more, not {wanted}.")
-        return wanted
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def needs_analysis(weight: LogicalWeight) -> bool:
-    """Whether a method that analyses has anything to look at: some expert changes the weight."""
-    return not all(expert.zero_because for expert in weight.experts)
-
-
-def _limits(resources: Resources, device: str) -> tuple[str, tuple[int, int], list[str]]:
-    """The device, what may be used of the CPU's memory and of its, and a note if it is not usable.
-
-    Raises RecipeError if that device was asked for by name.
-    """
-    notes, vram = [], resources.vram or 0
-    if torch.device(device).type == "cuda":
-        try:
-            # The first call that takes memory there, and a good deal on the host.
-            free = torch.cuda.mem_get_info(torch.device(device))[0]
-            vram = vram or free // 2
-        except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
-            if resources.device != "auto":
-                raise RecipeError(
-                    f"{device} cannot be used ({reason}); free it, or use --device cpu."
-                ) from error
-            notes.append(f"{device} cannot be used ({reason}), so the CPU is")
-            device, vram = "cpu", 0
-    held = memory.usage().anonymous
-    return device, (resources.memory or held + memory.available() // 2, vram), notes
-
-
-def arithmetic_dtype(task: torch.dtype, device: str) -> torch.dtype:
-    """Dtype of products: bfloat16 where the task vectors are and the machine is fast at it."""
-    if task is not torch.bfloat16:
-        return torch.float32
-    if torch.device(device).type == "cuda":
-        modern = torch.cuda.get_device_capability(torch.device(device)) >= (8, 0)
-        return task if modern else torch.float32
-    if torch.device(device).type == "cpu":
-        native = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-        return task if native is not None and native() else torch.float32
-    return torch.float32
-
-
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """How a weight's memory is laid out, and with that what it costs."""
-
-    methods: Mapping[str, Method[Any]]
-    """By canonical name; a weight that is filtered out has none."""
-    output: str
-    device: str
-    workers: int
-    memory: int
-    vram: int
-    held: int
-    """Anonymous bytes of the process before the merge, and of what the sink holds."""
-
-    def shape(self, weight: LogicalWeight, device: str = "") -> budget.WeightShape:
-        """For the arithmetic of the plan's device, or of another."""
-        task = common_dtype(source.dtype for source in weight.roles)
-        out_features, in_features = weight.shape
-        strip = min(out_features, budget.strip_rows(in_features, budget.READ_ELEMENTS))
-        scratch = [source.scratch(strip) for source in weight.roles]
-        return budget.WeightShape(
-            out_features=out_features,
-            in_features=in_features,
-            roles=len(weight.others),
-            stored_item=max(torch_dtype(source.dtype).itemsize for source in weight.roles),
-            task_item=task.itemsize,
-            arithmetic_item=arithmetic_dtype(task, device or self.device).itemsize,
-            widened=any(torch_dtype(source.dtype) != task for source in weight.roles),
-            scratch=scratch[0] + max(scratch[1:]) + scratch[1],
-            held=sum(source.held for source in weight.roles),
-            columns=any(source.in_columns for source in weight.roles),
-        )
-
-    @property
-    def on_cpu(self) -> bool:
-        return torch.device(self.device).type == "cpu"
-
-    def cost(self, weight: LogicalWeight, device: str = "") -> AnalysisCost:
-        """What the method's analysis of a weight costs at most, and the sink's work after it."""
-        method = self.methods.get(weight.canonical)
-        if method is None or not needs_analysis(weight):
-            return AnalysisCost()
-        cost = method.cost(weight.shape, item=self.shape(weight, device).arithmetic_item)
-        if self.output != "lora":
-            return cost
-        # The analysis has let go of its own by then.
-        cut = budget.truncation_bytes(method.largest_rank(weight.shape))
-        return dataclasses.replace(cost, workspace=max(cost.workspace, cut))
-
-    def fixed(self, weight: LogicalWeight) -> tuple[int, int]:
-        """Bytes on the host and on the device with no tile resident."""
-        # The CPU's share on any device: small problems, and all if that one runs out of memory.
-        cost = self.cost(weight, "cpu")
-        host = budget.host_bytes(
-            self.shape(weight, "cpu"),
-            widest=cost.widest,
-            workspace=cost.workspace,
-            workers=self.workers,
-        )
-        if self.on_cpu or not cost.passes:
-            return host, 0
-        cost = self.cost(weight)
-        device = budget.device_bytes(
-            self.shape(weight), widest=cost.widest, workspace=cost.workspace, workers=self.workers
-        )
-        return host, device
-
-    def feeding(self, weights: Sequence[LogicalWeight]) -> int:
-        """Bytes on the host for bringing tiles to the device: pinned ones, and its libraries'."""
-        if self.on_cpu or not any(self.cost(weight).passes for weight in weights):
-            return 0
-        largest = max(self.shape(weight).resident_tile for weight in weights)
-        slots = budget.ring_slots(self.workers)
-        return budget.ring_bytes(largest, slots) + budget.DEVICE_LIBRARIES
-
-    def needs(self, weight: LogicalWeight) -> tuple[int, int]:
-        """Bytes on host and device without which the weight cannot be merged."""
-        host, device = self.fixed(weight)
-        return self.held + host, device
-
-    def resident(self, weight: LogicalWeight) -> int:
-        """Tiles to keep in what the weight's needs leave free."""
-        shape = self.shape(weight)
-        host, device = self.needs(weight)
-        if self.cost(weight).passes == 0:
-            return 0
-        if self.on_cpu:
-            return budget.resident_tiles(shape, self.memory - host)
-        return budget.resident_tiles(shape, self.vram - device) if self.vram else shape.tiles
-
-    def bytes_copied(self, task: CopyTask) -> int:
-        """Bytes that a task out of scope reads."""
-        if not task.decoded:
-            return task.source.nbytes
-        return sum(each.loaded + each.nbytes(slice(0, each.shape[0])) for each in task.decoded)
-
-    def bytes_read(self, task: WeightTask) -> tuple[int, bool]:
-        """Most bytes that the task reads, and whether it is exactly that many."""
-        total, exact = 0, True
-        for weight, resident, method in zip(
-            task.weight.slices, task.resident, task.methods, strict=True
-        ):
-            passes = self.cost(weight).passes
-            total += sum(source.loaded for source in weight.roles)
-            tiles = list(budget.row_tiles(weight.shape))
-            kept, again = tiles[:resident], tiles[resident:]
-            if passes:
-                total += _bytes(weight.roles, kept) + _bytes(weight.roles, again) * passes
-                exact = exact and not again
-            if not self.writes_rows:
-                continue
-            total += _bytes([weight.mllm], tiles)
-            whole = method.reads_task_vectors() if method else [False] * len(weight.others)
-            wanted = [source for source, add in zip(weight.others, whole, strict=True) if add]
-            if any(not source.is_difference for source in wanted):
-                wanted.append(weight.base)
-            if wanted:
-                # Those that stay on a device are not brought back.
-                total += _bytes(wanted, again if self.on_cpu else tiles)
-                exact = exact and (passes == 0 or not again)
-        return total, exact
-
-    @property
-    def writes_rows(self) -> bool:
-        """Whether the MLLM's rows are read once more, to be written with their update."""
-        return self.output in ("checkpoint", "stream")
-
-
-def _bytes(sources: Sequence[WeightSource], tiles: Sequence[slice]) -> int:
-    """What reading these tiles once reads."""
-    return sum(source.nbytes(rows) for source in sources for rows in tiles)
-
-
-def _check_budget(tasks: Sequence[WeightTask], layout: _Layout) -> None:
-    """Raise BudgetError, with the smallest that works for all weights, if one does not fit."""
-    needs = [
-        (*layout.needs(part), task.weight.mllm) for task in tasks for part in task.weight.slices
-    ]
-    if not needs:
-        return
-    host, _, largest = max(needs, key=lambda need: need[0])
-    name = f"{largest.name} {list(largest.shape)}"
-    budget.check_fits(host, layout.memory, what="Memory", flag="--memory", name=name)
-    if not layout.on_cpu and layout.vram:
-        _, device, largest = max(needs, key=lambda need: need[1])
-        name = f"{largest.name} {list(largest.shape)}"
-        budget.check_fits(device, layout.vram, what="Device memory", flag="--vram", name=name)
-
-
 def _tasks(
     mllm: Checkpoint,
     coverage: Coverage,
     scope: Scope,
     outputs: Mapping[str, OutputTensor],
     shards: tuple[Shard, ...],
-    layout: _Layout,
+    layout: Layout,
 ) -> tuple[CopyTask | WeightTask, ...]:
     """One task a tensor, in the order of the bytes that are written, else of those read.
 
@@ -618,7 +342,7 @@ def _check_low_rank(weights: Sequence[MappedWeight], methods: Mapping[str, Metho
                 )
 
 
-def _predict(plan: Plan, layout: _Layout) -> Prediction:
+def _predict(plan: Plan, layout: Layout) -> Prediction:
     host = vram = read = 0
     exact = True
     for task in plan.tasks:
@@ -669,20 +393,3 @@ def _adapter_bytes(plan: Plan) -> tuple[int, int]:
     factors = sum(m.rank * m.in_features for m in modules)
     factors += sum(part.rows * part.rank for m in modules for part in m.parts)
     return size, size + 4 * factors
-
-
-__all__ = [
-    "BudgetError",
-    "CopyTask",
-    "Plan",
-    "Prediction",
-    "Resources",
-    "WeightTask",
-    "arithmetic_dtype",
-    "build_method",
-    "needs_analysis",
-    "plan",
-    "plan_stream",
-    "resolve_device",
-    "row_runs",
-]

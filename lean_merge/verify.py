@@ -29,9 +29,11 @@ from lean_merge.errors import CheckpointError, LeanMergeError
 from lean_merge.identity import environment
 from lean_merge.methods import Decision
 from lean_merge.output import Difference, FolderCheck, Journal, check_folder
-from lean_merge.plan import CopyTask, Plan, Resources, WeightTask
+from lean_merge.plan import Plan
 from lean_merge.plan import plan as make_plan
 from lean_merge.recipe import MergeRecipe
+from lean_merge.resources import Resources
+from lean_merge.tasks import CopyTask, WeightTask
 
 _STEP = 1 << 18
 """Bytes that are compared at once: so few that no budget need count them."""

@@ -24,7 +24,7 @@ from lean_merge.checkpoints import open_checkpoint
 from lean_merge.cli import app
 from lean_merge.demo.run import FAMILY, family_recipe
 from lean_merge.describe import inspect_dict, methods_list, plan_dict
-from lean_merge.plan import build_method
+from lean_merge.parameters import build_method
 from lean_merge.plan import plan as make_plan
 
 ROOT = Path(__file__).parents[1]

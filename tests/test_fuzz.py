@@ -26,7 +26,7 @@ from lean_merge.checkpoints.jsonfile import MAX_PARSED, parse_object, parsed_byt
 from lean_merge.checkpoints.names import language_layout
 from lean_merge.errors import is_plain, plain, shown
 from lean_merge.output import OutputTensor, plan_shards, remote_code
-from lean_merge.plan import build_method
+from lean_merge.parameters import build_method
 from lean_merge.recipe import load_recipe_file
 from lean_merge.sizes import parse_size
 from lean_merge.yamlfile import MAX_TEXT, parse_yaml

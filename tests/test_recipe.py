@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lean_merge.errors import RecipeError
-from lean_merge.plan import build_method
+from lean_merge.parameters import build_method
 from lean_merge.recipe import Expert, MergeRecipe
 from lean_merge.sizes import format_size, parse_size
 

@@ -15,7 +15,8 @@ from lean_merge.engine.update import Truncated
 from lean_merge.linalg import truncate
 from lean_merge.methods import Decision
 from lean_merge.output import AdapterModule, FactorStore, StoredFactors
-from lean_merge.plan import CopyTask, Plan, WeightTask, row_runs
+from lean_merge.plan import Plan, row_runs
+from lean_merge.tasks import CopyTask, WeightTask
 
 ADAPTER_ERROR = 2e-4
 """Largest relative Frobenius error of an update that `--lora-rank auto` cuts off."""

@@ -15,7 +15,9 @@ from lean_merge.engine.sinks import Tools
 from lean_merge.engine.taskvectors import TaskVectors
 from lean_merge.engine.workers import Workers
 from lean_merge.methods import Decision, ExpertRecord, Method, WeightContext
-from lean_merge.plan import Plan, arithmetic_dtype, needs_analysis
+from lean_merge.plan import Plan
+from lean_merge.resources import arithmetic_dtype
+from lean_merge.tasks import needs_analysis
 
 LONGEST_REASON = 160
 """Characters of a device's message that are kept."""

@@ -20,7 +20,8 @@ from lean_merge.engine.sinks import Sink, Tools
 from lean_merge.engine.workers import Precision, full_float32, worker_pool
 from lean_merge.memory import release_free_memory, usage
 from lean_merge.methods import Decision, ExpertRecord
-from lean_merge.plan import CopyTask, Plan, WeightTask
+from lean_merge.plan import Plan
+from lean_merge.tasks import CopyTask, WeightTask
 
 READ_AHEAD = 512 << 20
 """Bytes that the page cache is asked for before they are used."""

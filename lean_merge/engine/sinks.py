@@ -26,7 +26,8 @@ from lean_merge.engine.update import (
 from lean_merge.engine.workers import Workers
 from lean_merge.methods import Decision
 from lean_merge.output import OutputFolder
-from lean_merge.plan import CopyTask, Plan, WeightTask
+from lean_merge.plan import Plan
+from lean_merge.tasks import CopyTask, WeightTask
 
 Spans = Sequence[tuple[int, int]]
 

@@ -92,6 +92,7 @@ class BlockKrylov:
         self.z: list[Tensor] = []
         empty = torch.zeros(0, 0, dtype=torch.float64)
         self.qq, self.yy, self.zz = empty, empty, empty
+        self._right: Ritz | None = None
         self._next = self._orthonormal(start.clone())
 
     @property
@@ -117,6 +118,7 @@ class BlockKrylov:
         self.qq = grow_gram(self.qq, self.q, self._next, rounded=self._rounded)
         self.yy = grow_gram(self.yy, self.y, products.y, rounded=self._rounded)
         self.zz = grow_gram(self.zz, self.z, z, rounded=self._rounded)
+        self._right = None
         self.q.append(self._next)
         self.y.append(products.y)
         self.z.append(z)
@@ -133,7 +135,10 @@ class BlockKrylov:
 
     def right(self) -> Ritz:
         """Ritz pairs of B^T B on the span of the right blocks `q`."""
-        return generalized_ritz(self.yy, self.qq, independent=_DISTINCT)
+        if self._right is None:
+            # Asked for by a look, by the sums, and by what is settled, between two passes.
+            self._right = generalized_ritz(self.yy, self.qq, independent=_DISTINCT)
+        return self._right
 
     def left(self) -> Ritz:
         """Ritz pairs of B B^T on the span of the left blocks `y`: half an iteration further."""

@@ -34,6 +34,9 @@ LOOK_DEPTH, MIN_DEPTH, MAX_DEPTH = 2, 4, 8
 """Krylov blocks before the first look, before the rank may be found too small, and at most."""
 GROWN_DEPTH = MIN_DEPTH + 1
 """Krylov blocks at most once the rank has grown: its wider blocks need fewer."""
+GROWN_BELOW = 8192
+"""Columns of a weight up to which the rank may grow. Beyond, random directions weigh so little that
+only a structured tail could ask for it, which `omitted_share` tells."""
 QUADRATURE_BLOCK, QUADRATURE_DEPTHS, GROWN_QUADRATURE = 32, (3, 6), 4
 """Probes for the sums of singular values, fewest and most quadrature nodes of each, and most where
 the rank has grown."""
@@ -123,7 +126,8 @@ class Effort:
         exact = whole or smaller <= EXACT_BELOW or MAX_DEPTH * _block(start) > smaller
         if exact:
             start = start if forced else min(smaller, MAX_SUBSPACE)
-        largest = start if forced or exact else min(2 * start, MAX_SUBSPACE)
+        fixed = forced or exact or shape[1] > GROWN_BELOW
+        largest = start if fixed else min(2 * start, MAX_SUBSPACE)
         return cls(shape, roles, exact, start, max(start, largest))
 
     def depth_limit(self, rank: int) -> int:

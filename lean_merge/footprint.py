@@ -1,0 +1,165 @@
+"""What the weights of a plan hold and read, from their headers and the method's cost."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lean_merge import budget
+from lean_merge.checkpoints import LogicalWeight, WeightSource, common_dtype, torch_dtype
+from lean_merge.methods import AnalysisCost, Method
+from lean_merge.resources import arithmetic_dtype
+from lean_merge.tasks import CopyTask, WeightTask, needs_analysis
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a weight's memory is laid out, and with that what it costs."""
+
+    methods: Mapping[str, Method[Any]]
+    """By canonical name; a weight that is filtered out has none."""
+    output: str
+    device: str
+    workers: int
+    memory: int
+    vram: int
+    held: int
+    """Anonymous bytes of the process before the merge, and of what the sink holds."""
+
+    def shape(self, weight: LogicalWeight, device: str = "") -> budget.WeightShape:
+        """For the arithmetic of the plan's device, or of another."""
+        task = common_dtype(source.dtype for source in weight.roles)
+        out_features, in_features = weight.shape
+        strip = min(out_features, budget.strip_rows(in_features, budget.READ_ELEMENTS))
+        scratch = [source.scratch(strip) for source in weight.roles]
+        return budget.WeightShape(
+            out_features=out_features,
+            in_features=in_features,
+            roles=len(weight.others),
+            stored_item=max(torch_dtype(source.dtype).itemsize for source in weight.roles),
+            task_item=task.itemsize,
+            arithmetic_item=arithmetic_dtype(task, device or self.device).itemsize,
+            widened=any(torch_dtype(source.dtype) != task for source in weight.roles),
+            scratch=scratch[0] + max(scratch[1:]) + scratch[1],
+            held=sum(source.held for source in weight.roles),
+            columns=any(source.in_columns for source in weight.roles),
+        )
+
+    @property
+    def on_cpu(self) -> bool:
+        return torch.device(self.device).type == "cpu"
+
+    def cost(self, weight: LogicalWeight, device: str = "") -> AnalysisCost:
+        """What the method's analysis of a weight costs at most, and the sink's work after it."""
+        method = self.methods.get(weight.canonical)
+        if method is None or not needs_analysis(weight):
+            return AnalysisCost()
+        cost = method.cost(weight.shape, item=self.shape(weight, device).arithmetic_item)
+        if self.output != "lora":
+            return cost
+        # The analysis has let go of its own by then.
+        cut = budget.truncation_bytes(method.largest_rank(weight.shape))
+        return dataclasses.replace(cost, workspace=max(cost.workspace, cut))
+
+    def fixed(self, weight: LogicalWeight) -> tuple[int, int]:
+        """Bytes on the host and on the device with no tile resident."""
+        # The CPU's share on any device: small problems, and all if that one runs out of memory.
+        cost = self.cost(weight, "cpu")
+        host = budget.host_bytes(
+            self.shape(weight, "cpu"),
+            widest=cost.widest,
+            workspace=cost.workspace,
+            workers=self.workers,
+        )
+        if self.on_cpu or not cost.passes:
+            return host, 0
+        cost = self.cost(weight)
+        device = budget.device_bytes(
+            self.shape(weight), widest=cost.widest, workspace=cost.workspace, workers=self.workers
+        )
+        return host, device
+
+    def feeding(self, weights: Sequence[LogicalWeight]) -> int:
+        """Bytes on the host for bringing tiles to the device: pinned ones, and its libraries'."""
+        if self.on_cpu or not any(self.cost(weight).passes for weight in weights):
+            return 0
+        largest = max(self.shape(weight).resident_tile for weight in weights)
+        slots = budget.ring_slots(self.workers)
+        return budget.ring_bytes(largest, slots) + budget.DEVICE_LIBRARIES
+
+    def needs(self, weight: LogicalWeight) -> tuple[int, int]:
+        """Bytes on host and device without which the weight cannot be merged."""
+        host, device = self.fixed(weight)
+        return self.held + host, device
+
+    def resident(self, weight: LogicalWeight) -> int:
+        """Tiles to keep in what the weight's needs leave free."""
+        shape = self.shape(weight)
+        host, device = self.needs(weight)
+        if self.cost(weight).passes == 0:
+            return 0
+        if self.on_cpu:
+            return budget.resident_tiles(shape, self.memory - host)
+        return budget.resident_tiles(shape, self.vram - device) if self.vram else shape.tiles
+
+    def bytes_copied(self, task: CopyTask) -> int:
+        """Bytes that a task out of scope reads."""
+        if not task.decoded:
+            return task.source.nbytes
+        return sum(each.loaded + each.nbytes(slice(0, each.shape[0])) for each in task.decoded)
+
+    def bytes_read(self, task: WeightTask) -> tuple[int, bool]:
+        """Most bytes that the task reads, and whether it is exactly that many."""
+        total, exact = 0, True
+        for weight, resident, method in zip(
+            task.weight.slices, task.resident, task.methods, strict=True
+        ):
+            passes = self.cost(weight).passes
+            total += sum(source.loaded for source in weight.roles)
+            tiles = list(budget.row_tiles(weight.shape))
+            kept, again = tiles[:resident], tiles[resident:]
+            if passes:
+                total += _bytes(weight.roles, kept) + _bytes(weight.roles, again) * passes
+                exact = exact and not again
+            if not self.writes_rows:
+                continue
+            total += _bytes([weight.mllm], tiles)
+            whole = method.reads_task_vectors() if method else [False] * len(weight.others)
+            wanted = [source for source, add in zip(weight.others, whole, strict=True) if add]
+            if any(not source.is_difference for source in wanted):
+                wanted.append(weight.base)
+            if wanted:
+                # Those that stay on a device are not brought back.
+                total += _bytes(wanted, again if self.on_cpu else tiles)
+                exact = exact and (passes == 0 or not again)
+        return total, exact
+
+    @property
+    def writes_rows(self) -> bool:
+        """Whether the MLLM's rows are read once more, to be written with their update."""
+        return self.output in ("checkpoint", "stream")
+
+
+def _bytes(sources: Sequence[WeightSource], tiles: Sequence[slice]) -> int:
+    """What reading these tiles once reads."""
+    return sum(source.nbytes(rows) for source in sources for rows in tiles)
+
+
+def check_budget(tasks: Sequence[WeightTask], layout: Layout) -> None:
+    """Raise BudgetError, with the smallest that works for all weights, if one does not fit."""
+    needs = [
+        (*layout.needs(part), task.weight.mllm) for task in tasks for part in task.weight.slices
+    ]
+    if not needs:
+        return
+    host, _, largest = max(needs, key=lambda need: need[0])
+    name = f"{largest.name} {list(largest.shape)}"
+    budget.check_fits(host, layout.memory, what="Memory", flag="--memory", name=name)
+    if not layout.on_cpu and layout.vram:
+        _, device, largest = max(needs, key=lambda need: need[1])
+        name = f"{largest.name} {list(largest.shape)}"
+        budget.check_fits(device, layout.vram, what="Device memory", flag="--vram", name=name)

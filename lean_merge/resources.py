@@ -1,0 +1,98 @@
+"""What of the machine a merge may use: device, memory, threads, and the fast dtype of products."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from lean_merge import memory
+from lean_merge.errors import RecipeError
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What the merge may use; decides speed, never the numbers.
+
+    Parameters
+    ----------
+    device : str
+        `auto`, `cpu`, `cuda`, `cuda:N`, or another torch device.
+    memory, vram : int, optional
+        Ceilings in bytes; by default half of what is available.
+    threads : int, optional
+        By default the processors this process may use.
+    """
+
+    device: str = "auto"
+    memory: int | None = None
+    vram: int | None = None
+    threads: int | None = None
+
+
+def resolve_device(wanted: str) -> tuple[str, list[str]]:
+    """The torch device to compute on, and a note if it is not tested. Raises RecipeError."""
+    if wanted == "auto":
+        return ("cuda" if torch.cuda.is_available() else "cpu"), []
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise RecipeError(f"{wanted!r} is not a torch device; use auto, cpu or cuda:N.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("No CUDA device is available; use --device cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RecipeError(
+            f"{wanted} does not exist; there are {torch.cuda.device_count()} devices."
+        )
+    notes = []
+    if device.type not in ("cpu", "cuda"):
+        notes.append(f"device {wanted} is untested; compare a few weights with --device cpu")
+    return wanted, notes
+
+
+def processors(wanted: int | None) -> int:
+    """How many threads: as `wanted`, else the processors that this process may use."""
+    if wanted is not None:
+        if wanted < 1:
+            raise RecipeError(f"threads must be 1 or more, not {wanted}.")
+        return wanted
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def limits_of(resources: Resources, device: str) -> tuple[str, tuple[int, int], list[str]]:
+    """The device, what may be used of the CPU's memory and of its, and a note if it is not usable.
+
+    Raises RecipeError if that device was asked for by name.
+    """
+    notes, vram = [], resources.vram or 0
+    if torch.device(device).type == "cuda":
+        try:
+            # The first call that takes memory there, and a good deal on the host.
+            free = torch.cuda.mem_get_info(torch.device(device))[0]
+            vram = vram or free // 2
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            if resources.device != "auto":
+                raise RecipeError(
+                    f"{device} cannot be used ({reason}); free it, or use --device cpu."
+                ) from error
+            notes.append(f"{device} cannot be used ({reason}), so the CPU is")
+            device, vram = "cpu", 0
+    held = memory.usage().anonymous
+    return device, (resources.memory or held + memory.available() // 2, vram), notes
+
+
+def arithmetic_dtype(task: torch.dtype, device: str) -> torch.dtype:
+    """Dtype of products: bfloat16 where the task vectors are and the machine is fast at it."""
+    if task is not torch.bfloat16:
+        return torch.float32
+    if torch.device(device).type == "cuda":
+        modern = torch.cuda.get_device_capability(torch.device(device)) >= (8, 0)
+        return task if modern else torch.float32
+    if torch.device(device).type == "cpu":
+        native = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+        return task if native is not None and native() else torch.float32
+    return torch.float32
