@@ -64,7 +64,9 @@ def test_the_floor_reads_and_writes_every_byte(tmp_path: Path) -> None:
 def test_a_process_is_watched_with_its_memory_and_failure() -> None:
     import measure
 
-    done = measure.watch([sys.executable, "-c", "b = bytearray(64 << 20); print(len(b))"])
+    # It stays for as long as several samples take.
+    code = "import time; b = bytearray(64 << 20); print(len(b)); time.sleep(0.5)"
+    done = measure.watch([sys.executable, "-c", code])
     assert done.output.strip() == str(64 << 20)
     assert done.peak_rss >= done.peak_anonymous > 64 << 20
     assert 0 <= done.others <= 1
