@@ -356,10 +356,9 @@ def test_flags_and_yaml_reach_the_plan(deep: Triple, tmp_path: Path):
         }
     )
     text += "include:\n  - layers: 0-2\n  - up_proj\n"
-    with pytest.raises(RecipeError, match="scale"):
-        plan(MergeRecipe.from_yaml(text), CPU)
-    text = text.replace("  - - 1\n    - 2\n", "  - value: [1, 2]\n")
     work = plan(MergeRecipe.from_yaml(text), CPU)
+    named = text.replace("  - - 1\n    - 2\n", "  - value: [1, 2]\n")
+    assert named != text and MergeRecipe.from_yaml(named) == work.recipe
     assert work.recipe.include == ("layers: 0-2", "up_proj")
     assert len(work.weights) == 8
     scales = [task.methods[0].common.scale for task in work.weights if "q_proj" in task.tensor.name]

@@ -124,6 +124,8 @@ def test_a_signal_leaves_with_5_and_nothing_behind(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # Whoever runs the tests in the background has interrupts ignored, which is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         cwd=home,
         env={**os.environ, "TMPDIR": str(temporary), "HOME": str(home)},
     ) as process:

@@ -172,6 +172,8 @@ def test_an_end_before_time_leaves_no_process_and_no_file_elsewhere(tmp_path: Pa
         text=True,
         cwd=tmp_path / "in",
         start_new_session=True,
+        # Whoever runs the tests in the background has interrupts ignored, which is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         limit = time.monotonic() + 120

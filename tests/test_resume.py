@@ -126,8 +126,11 @@ def test_numbers_of_the_journal_come_back_bit_for_bit(scene: Scene, out: Path):
         "n", "c", (record,), True, (float("nan"), 5e-324), Written(1 / 3, -0.0), 7
     )
     note = json.loads(json.dumps(to_note([weight], bytes_read=12), allow_nan=False))
-    (back,), read = from_note(note) or ([], 0)
-    assert repr(back) == repr(weight) and read == 12
+    kept = from_note(note)
+    assert kept is not None and kept.bytes_read == 12 and not kept.non_finite
+    assert repr(kept.weights) == repr([weight])
+    tainted = from_note(to_note([], bytes_read=0, non_finite=True))
+    assert tainted is not None and tainted.non_finite
     for broken in (None, {}, {"weights": [{}], "bytes_read": 1}, {"weights": 3, "bytes_read": 0}):
         assert from_note(broken) is None
 
