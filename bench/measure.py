@@ -233,6 +233,7 @@ def scratch(folder: Path | None, needed: int) -> Iterator[Path]:
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A markdown table."""
     lines = [header, ["---"] * len(header), *rows]
+    assert all(len(line) == len(header) for line in lines), header
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 

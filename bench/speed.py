@@ -147,17 +147,12 @@ def report(arguments: argparse.Namespace, shapes: Shapes, rounds: Sequence[Round
                 f"{max(run.peak for run in runs) / MIB:.0f}",
                 f"{max(run.process.peak_rss for run in runs) / MIB:.0f}",
                 measure.cpu([run.process for run in runs]),
-                f"{max(max(r.buffered.others, run.process.others) for r, run in pairs):.0%}",
+                ", ".join(f"{max(r.buffered.others, run.process.others):.0%}" for r, run in pairs),
             ]
         )
     header = ["triple", "output", "GB read", "GB written", "merge s", "process s", "floor s"]
-    header += [
-        "merge / floor",
-        "merge / direct floor",
-        "peak MiB",
-        "peak RSS MiB",
-        "CPU s, user + system",
-    ]
+    header += ["merge / floor", "merge / direct floor", "peak MiB", "peak RSS MiB"]
+    header += ["CPU s, user + system", "others' share of the cores in each round"]
     return measure.table(header, rows)
 
 
@@ -220,8 +215,11 @@ def main() -> None:
         rounds = []
         for number in range(arguments.rounds):
             rounds.append(measured(triple, out, lora=arguments.lora))
+            last = rounds[-1]
             note(
-                f"round {number + 1}: {rounds[-1].over(rounds[-1].merge, rounds[-1].buffered):.2f}"
+                f"round {number + 1}: {last.over(last.merge, last.buffered):.2f}, others took "
+                f"{last.merge.process.others:.0%} of the cores during the merge and "
+                f"{last.buffered.others:.0%} during the floor"
             )
         print(report(arguments, shapes, rounds))
         print("\n" + floors(rounds, read, written))

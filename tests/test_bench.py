@@ -123,6 +123,22 @@ def test_the_profile_names_what_takes_the_time(tiny: Path, tmp_path: Path) -> No
     assert "| reading rows |" in text and "| writing |" in text
 
 
+def test_all_runs_a_benchmark_and_notes_it_above_the_older_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import all as every
+
+    results = tmp_path / "RESULTS.md"
+    results.write_text(f"# Results\n\n{every.MARK}\n## Before\n")
+    monkeypatch.setattr(every, "RESULTS", results)
+    fails = every.Benchmark("memory", ("--layers", "none"), "No number")
+    text, ended_well = every.run(fails, [])
+    assert not ended_well and "It ended with code 2." in text
+    every.put(every.section([text], 60.0))
+    lines = results.read_text()
+    assert lines.index(every.MARK) < lines.index("### No number") < lines.index("## Before")
+
+
 def test_results_have_their_mark_and_every_script_its_command() -> None:
     import all as every
 
