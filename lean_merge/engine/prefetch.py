@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import abc
 import threading
 from collections.abc import Sequence
 from types import TracebackType
+from typing import TypeVar
 
 from lean_merge.checkpoints import TensorReader, TensorSpec
 from lean_merge.output import OutputFolder, Shard
@@ -16,7 +18,38 @@ FLUSH_SECONDS = 5.0
 """The same in seconds, for runs that write slowly."""
 
 
-class Prefetcher:
+B = TypeVar("B", bound="_Background")
+
+
+class _Background(abc.ABC):
+    """A thread that runs while the context is open; it ends soon after `_closed` is set."""
+
+    def __init__(self, name: str) -> None:
+        self._closed = False
+        self._moved = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    @abc.abstractmethod
+    def _run(self) -> None:
+        """What the thread does."""
+
+    def __enter__(self: B) -> B:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._moved:
+            self._closed = True
+            self._moved.notify_all()
+        self._thread.join()
+
+
+class Prefetcher(_Background):
     """Asks the system for the bytes of coming tasks, at most `ahead` bytes before they are used.
 
     The bytes wait in the page cache, which is not this program's memory and is given up under
@@ -26,6 +59,7 @@ class Prefetcher:
     def __init__(
         self, reader: TensorReader, tasks: Sequence[Sequence[TensorSpec]], *, ahead: int
     ) -> None:
+        super().__init__("prefetch")
         self._reader = reader
         self._tasks = tasks
         self._ahead = ahead
@@ -33,9 +67,6 @@ class Prefetcher:
         self._fetched: list[list[tuple[TensorSpec, int, int]]] = [[] for _ in tasks]
         self._used = 0
         self._asked = 0
-        self._closed = False
-        self._moved = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
 
     def _run(self) -> None:
         for specs, fetched in zip(self._tasks, self._fetched, strict=True):
@@ -64,37 +95,19 @@ class Prefetcher:
         for spec, start, length in self._fetched[index]:
             self._reader.drop(spec, start, length)
 
-    def __enter__(self) -> Prefetcher:
-        self._thread.start()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with self._moved:
-            self._closed = True
-            self._moved.notify_all()
-        self._thread.join()
-
-
-class Flusher:
+class Flusher(_Background):
     """Sends written bytes to the disk while more are made, so that the end does not wait for all.
 
     An error of the disk is raised by the next `wrote`, or on leaving the context.
     """
 
     def __init__(self, folder: OutputFolder) -> None:
+        super().__init__("flush")
         self._folder = folder
         self._pending = 0
         self._latest: Shard | None = None
-        self._due: Shard | None = None
-        self._closed = False
         self._error: Exception | None = None
-        self._moved = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="flush", daemon=True)
 
     def wrote(self, shard: Shard, count: int) -> None:
         """`count` bytes more were written to `shard`."""
@@ -103,19 +116,18 @@ class Flusher:
                 raise self._error
             self._pending, self._latest = self._pending + count, shard
             if self._pending >= FLUSH_EVERY:
-                self._due = shard
                 self._moved.notify_all()
 
     def _run(self) -> None:
         while True:
             with self._moved:
                 self._moved.wait_for(
-                    lambda: self._closed or self._due is not None, timeout=FLUSH_SECONDS
+                    lambda: self._closed or self._pending >= FLUSH_EVERY, timeout=FLUSH_SECONDS
                 )
                 if self._closed:
                     return
                 shard = self._latest
-                self._pending, self._latest, self._due = 0, None, None
+                self._pending, self._latest = 0, None
             if shard is None:
                 continue
             try:
@@ -125,19 +137,12 @@ class Flusher:
                     self._error = error
                 return
 
-    def __enter__(self) -> Flusher:
-        self._thread.start()
-        return self
-
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with self._moved:
-            self._closed = True
-            self._moved.notify_all()
-        self._thread.join()
+        super().__exit__(kind, error, trace)
         if kind is None and self._error is not None:
             raise self._error
