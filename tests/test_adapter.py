@@ -531,16 +531,15 @@ def test_parts_are_put_together_whatever_their_ranks_rows_and_the_chunks(
     heights = [*heights, (2, 1)]
     generator = torch.Generator().manual_seed(len(heights))
     folder = Path(tmp_path / f"{len(list(tmp_path.iterdir()))}")
-    patch = pytest.MonkeyPatch()
-    patch.setattr(adapter_module, "_CHUNK", max(chunk, sum(rank for _, rank in heights)))
     blocks, parts, done = [], [], 0
     order = list(range(sum(rows for rows, _ in heights)))
     shuffle.shuffle(order)
     with (
-        patch.context(),
+        pytest.MonkeyPatch.context() as patch,
         OutputFolder.create(folder, (), inputs=(), overwrite=False) as out,
         FactorStore(folder) as store,
     ):
+        patch.setattr(adapter_module, "_CHUNK", max(chunk, sum(rank for _, rank in heights)))
         for rows, rank in heights:
             b, a = (torch.randn(s, generator=generator) for s in ((rows, rank), (rank, columns)))
             blocks.append(as_matrix(b) @ as_matrix(a))
@@ -549,7 +548,6 @@ def test_parts_are_put_together_whatever_their_ranks_rows_and_the_chunks(
             done += rows
         module = AdapterModule("m", columns, tuple(parts))
         write_adapter(out, store, [module], dtype=torch.float32, base_model="x")
-        patch.undo()
         out.seal()
     assert np.allclose(updates(folder)["m"][order], np.concatenate(blocks), atol=1e-5)
     size = (folder / WEIGHTS).stat().st_size
