@@ -17,6 +17,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package, when not installed
 
@@ -30,12 +31,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=family.seeds())
     parser.add_argument("--problems", type=int, default=measuring.PROBLEMS, help="of each task")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--only", nargs="+", metavar="GROUP", help="put these into the results")
     parser.add_argument("--render", action="store_true", help="measure nothing")
     parser.add_argument("--out", type=Path, help="write results.json and figures here alone")
     options = parser.parse_args()
     file = results.FILE if options.out is None else options.out / results.FILE.name
     if not options.render:
         data = measured(options)
+        if options.only:
+            data = results.joined(results.read(file).data, data)
         file.parent.mkdir(parents=True, exist_ok=True)
         results.write(data, file)
     found = results.read(file)
@@ -47,11 +51,15 @@ def main() -> None:
     print(f"{len(drawn)} figures; measured in {found.data['run']['minutes']:.1f} minutes")
 
 
-def measured(options: argparse.Namespace) -> dict[str, object]:
+def measured(options: argparse.Namespace) -> dict[str, Any]:
     """All figures, and how they were had."""
     start = time.perf_counter()
     data = measuring.measure_all(
-        options.seeds, problems=options.problems, workers=options.workers, say=note
+        options.seeds,
+        problems=options.problems,
+        workers=options.workers,
+        groups=options.only,
+        say=note,
     )
     return {
         "version": 1,

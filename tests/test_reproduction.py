@@ -319,6 +319,21 @@ def test_results_are_read_as_written(results: Any, tmp_path: Path) -> None:
     assert module.FILE.read_bytes() == (tmp_path / "results.json").read_bytes()
 
 
+def test_later_figures_are_put_among_the_others(results: Any) -> None:
+    from reproduction.results import Results, joined
+
+    old = results.data
+    first = old["candidates"][0]
+    new = {**old, "candidates": [first, {**old["candidates"][5], "norm": [9.0]}]}
+    both = joined(old, new)
+    assert len(both["candidates"]) == len(old["candidates"])
+    key = old["candidates"][5]["group"], old["candidates"][5]["name"]
+    assert Results(both).entry(*key)["norm"] == [9.0] and both["run"]["added"] == [old["run"]]
+    for wrong in ({"seeds": [0]}, {"candidates": [{**first, "norm": [1.0]}]}):
+        with pytest.raises(ValueError, match="differ"):
+            joined(old, {**new, **wrong})
+
+
 def test_figures_are_the_same_bytes_each_time(results: Any, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="an extra of the benchmarks")
     from reproduction import figures

@@ -62,7 +62,7 @@ def measure_all(
     *,
     problems: int | None,
     workers: int,
-    wanted: Callable[[Candidate], bool] = lambda candidate: True,
+    groups: Sequence[str] | None = None,
     say: Callable[[str], None],
 ) -> Result:
     """Everything, in `workers` processes of one thread each.
@@ -73,11 +73,15 @@ def measure_all(
         Of the families.
     problems
         Held-out problems for each task, or all.
-    wanted
-        Leaves candidates out; the MLLM itself must stay.
+    groups
+        Of candidates that are measured, beside the MLLM itself; all by default.
     """
     weights = len(Family(seeds[0], problems=1).base)
-    listed = [c for c in candidates(weights) if wanted(c)]
+    listed = [
+        c
+        for i, c in enumerate(candidates(weights))
+        if i == 0 or groups is None or c.group in groups
+    ]
     say(f"{len(listed)} models for each of the seeds {', '.join(map(str, seeds))}")
     jobs: dict[int, Job] = {seed: Job(seed) for seed in seeds}
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:

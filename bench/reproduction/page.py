@@ -68,12 +68,15 @@ def run(results: Results) -> str:
     """How it was run."""
     of = results.data["run"]
     seeds = ", ".join(map(str, results.seeds))
-    return (
+    text = (
         f"`{of['command']}`, {of['minutes']:.1f} minutes with {of['workers']} processes of one "
         f"thread ({of['machine']}), commit {of['commit']}, {of['date']}: "
         f"{len(results.data['candidates'])} models for each of the seeds {seeds}, "
         f"{results.data['problems']} held-out problems a task."
     )
+    for later in of.get("added", []):
+        text += f" Added later: `{later['command']}`, commit {later['commit']}."
+    return text
 
 
 def claims(results: Results) -> str:

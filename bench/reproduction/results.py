@@ -103,6 +103,26 @@ def _points(interval: list[float]) -> intervals.Interval:
     return 100 * interval[0], 100 * interval[1]
 
 
+def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Old figures with new ones of some candidates put in.
+
+    Raises
+    ------
+    ValueError
+        They are not of the same seeds and problems, or the MLLM did not answer the same.
+    """
+    before, after = Results(old), Results(new)
+    for key in ("seeds", "problems", "weights"):
+        if old[key] != new[key]:
+            raise ValueError(f"{key} differ: {old[key]} and {new[key]}")
+    if before.entry("models", "mllm") != after.entry("models", "mllm"):
+        raise ValueError("the MLLM's answers differ; measure everything anew")
+    of = {(c["group"], c["name"]): c for c in (*old["candidates"], *new["candidates"])}
+    added = [*old["run"].get("added", []), new["run"]]
+    run = {**old["run"], "added": added}
+    return {**old, "run": run, "candidates": list(of.values())}
+
+
 def read(file: Path = FILE) -> Results:
     """Read what `write` wrote."""
     return Results(json.loads(file.read_text(encoding="utf-8")))
