@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from families import Triple, contents, write_triple
 from scenes import (
+    LORA,
     REPORT,
     Scene,
     Stop,
@@ -37,6 +38,16 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
     return make_scene(tmp_path_factory.mktemp("kills"))
+
+
+@pytest.fixture(scope="module", params=["checkpoint", "adapter"])
+def to_kill(
+    request: pytest.FixtureRequest, scene: Scene, tmp_path_factory: pytest.TempPathFactory
+) -> Scene:
+    """A merge of either kind."""
+    if request.param == "checkpoint":
+        return scene
+    return make_scene(tmp_path_factory.mktemp("adapters"), LORA)
 
 
 def merge_in_child(scene: Scene, out: Path, overwrite: bool, ready: Connection) -> None:
@@ -86,13 +97,13 @@ def kill_often(scene: Scene, *, kills: int, seed: int) -> Counter[str]:
     return found
 
 
-def test_a_few_kills_lose_nothing(scene: Scene):
-    assert kill_often(scene, kills=4, seed=0).total() >= 4
+def test_a_few_kills_lose_nothing(to_kill: Scene):
+    assert kill_often(to_kill, kills=4, seed=0).total() >= 4
 
 
 @pytest.mark.durability
-def test_many_kills_lose_nothing(scene: Scene, capsys: pytest.CaptureFixture[str]):
-    found = kill_often(scene, kills=120, seed=1)
+def test_many_kills_lose_nothing(to_kill: Scene, capsys: pytest.CaptureFixture[str]):
+    found = kill_often(to_kill, kills=120, seed=1)
     with capsys.disabled():
         print(f"\nSIGKILL: {found.total()} kills, found {dict(found)}, none lost")
     assert found["unfinished"] > 10 and found["old"] > 10

@@ -106,15 +106,16 @@ class Flusher(_Background):
         super().__init__("flush")
         self._folder = folder
         self._pending = 0
+        self._due = False
         self._latest: Shard | None = None
         self._error: Exception | None = None
 
-    def wrote(self, shard: Shard, count: int) -> None:
-        """`count` bytes more were written to `shard`."""
+    def wrote(self, shard: Shard | None, count: int) -> None:
+        """`count` bytes more were written to `shard`, or to blocks of the folder."""
         with self._moved:
             if self._error is not None:
                 raise self._error
-            self._pending, self._latest = self._pending + count, shard
+            self._pending, self._latest, self._due = self._pending + count, shard, True
             if self._pending >= FLUSH_EVERY:
                 self._moved.notify_all()
 
@@ -126,9 +127,9 @@ class Flusher(_Background):
                 )
                 if self._closed:
                     return
-                shard = self._latest
-                self._pending, self._latest = 0, None
-            if shard is None:
+                shard, due = self._latest, self._due
+                self._pending, self._latest, self._due = 0, None, False
+            if not due:
                 continue
             try:
                 self._folder.flush(shard)
