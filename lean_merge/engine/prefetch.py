@@ -106,7 +106,6 @@ class Flusher(_Background):
         super().__init__("flush")
         self._folder = folder
         self._pending = 0
-        self._due = False
         self._latest: Shard | None = None
         self._error: Exception | None = None
 
@@ -115,7 +114,7 @@ class Flusher(_Background):
         with self._moved:
             if self._error is not None:
                 raise self._error
-            self._pending, self._latest, self._due = self._pending + count, shard, True
+            self._pending, self._latest = self._pending + count, shard
             if self._pending >= FLUSH_EVERY:
                 self._moved.notify_all()
 
@@ -127,9 +126,9 @@ class Flusher(_Background):
                 )
                 if self._closed:
                     return
-                shard, due = self._latest, self._due
-                self._pending, self._latest, self._due = 0, None, False
-            if not due:
+                shard, pending = self._latest, self._pending
+                self._pending, self._latest = 0, None
+            if not pending:
                 continue
             try:
                 self._folder.flush(shard)

@@ -212,7 +212,8 @@ class BlockSink(Sink):
     def finish(self, task: CopyTask | WeightTask, note: Any) -> None:
         """Goes to the folder's journal once the blocks are on the disk."""
         self._folder.blocks.finish(task.tensor.name, note)
-        self._flusher.wrote(None, 0)
+        # Its line in the journal is to be written, even if it has no block.
+        self._flusher.wrote(None, 1)
 
 
 def begin_copy(task: CopyTask, write: WriteBytes, tools: Tools) -> Callable[[], None]:
