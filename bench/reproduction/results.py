@@ -120,7 +120,8 @@ def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     of = {(c["group"], c["name"]): c for c in (*old["candidates"], *new["candidates"])}
     added = [*old["run"].get("added", []), new["run"]]
     run = {**old["run"], "added": added}
-    return {**old, "run": run, "candidates": list(of.values())}
+    facts = [{**was, **now} for was, now in zip(old["facts"], new["facts"], strict=True)]
+    return {**old, "run": run, "facts": facts, "candidates": list(of.values())}
 
 
 def read(file: Path = FILE) -> Results:
