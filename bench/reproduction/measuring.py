@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -50,11 +51,15 @@ class Measured:
 
 @dataclass
 class Job:
-    """A part of the candidates on one family; `facts` are those of the task vectors, or empty."""
+    """A part of the candidates on one family.
+
+    `facts` are those of the task vectors, or empty; `seconds` are of the CPU.
+    """
 
     seed: int
     measured: dict[int, Measured] = field(default_factory=dict)
     facts: Result = field(default_factory=dict)
+    seconds: float = 0.0
 
 
 def measure_all(
@@ -84,7 +89,9 @@ def measure_all(
     ]
     say(f"{len(listed)} models for each of the seeds {', '.join(map(str, seeds))}")
     jobs: dict[int, Job] = {seed: Job(seed) for seed in seeds}
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), max_tasks_per_child=1
+    ) as pool:
         running = [
             pool.submit(_work, seed, listed, part, problems)
             for seed in seeds
@@ -94,10 +101,12 @@ def measure_all(
             done = each.result()
             jobs[done.seed].measured |= done.measured
             jobs[done.seed].facts |= done.facts
+            jobs[done.seed].seconds += done.seconds
             say(f"seed {done.seed}: {len(jobs[done.seed].measured)} of {len(listed)} measured")
     by_seed = [jobs[seed] for seed in seeds]
     return {
         "seeds": list(seeds),
+        "cpu_minutes": round(sum(job.seconds for job in by_seed) / 60, 2),
         "problems": len(by_seed[0].measured[0].marks["text_sums"].right),
         "weights": weights,
         "facts": [job.facts for job in by_seed],
@@ -118,6 +127,7 @@ def _work(seed: int, listed: Sequence[Candidate], part: int, problems: int | Non
         job.measured[index] = measure(family, listed[index], known)
     if part == 0:
         job.facts = facts(family)
+    job.seconds = time.process_time()
     return job
 
 
