@@ -70,7 +70,8 @@ def run(results: Results) -> str:
     seeds = ", ".join(map(str, results.seeds))
     text = (
         f"`{of['command']}`, {of['minutes']:.1f} minutes with {of['workers']} processes of one "
-        f"thread, {results.data['cpu_minutes']:.1f} minutes of CPU ({of['machine']}), commit {of['commit']}, {of['date']}: "
+        f"thread, {results.data['cpu_minutes']:.1f} minutes of CPU ({of['machine']}), "
+        f"commit {of['commit']}, {of['date']}: "
         f"{len(results.data['candidates'])} models for each of the seeds {seeds}, "
         f"{results.data['problems']} held-out problems a task."
     )
