@@ -30,8 +30,8 @@ TEMPERATURES = (1.0, 4.0, 8.0, 16.0, 64.0, 128.0)
 RELATIVE_TEMPERATURES = (0.0, 2.0, 8.0, 32.0)
 SCALES = (2.0, 4.0, 8.0, 16.0)
 RANKS = (1, 2, 4, 8, 16, 32, 64)
-SINGLE_LIMIT = 500
-"""Problems on which one weight at a time is measured, by the loss, which says more than a count."""
+WHY_LIMIT = 500
+"""Problems on which options and oracles are measured: they explain, and decide no claim."""
 
 
 @dataclass(frozen=True)
@@ -182,23 +182,41 @@ def _options() -> list[Candidate]:
     for threshold in (0.4, 0.0):
         for tau in TEMPERATURES:
             make = partial(ip, threshold=threshold, temperature=tau)
-            found.append(Candidate(f"temperature at {threshold:g}", f"{tau:g}", make, tasks=SUMS))
+            found.append(
+                Candidate(
+                    f"temperature at {threshold:g}", f"{tau:g}", make, tasks=SUMS, limit=WHY_LIMIT
+                )
+            )
         for tau in RELATIVE_TEMPERATURES:
             make = partial(ip, threshold=threshold, temperature=tau, importance="relative")
-            found.append(Candidate(f"relative at {threshold:g}", f"{tau:g}", make, tasks=SUMS))
+            found.append(
+                Candidate(
+                    f"relative at {threshold:g}", f"{tau:g}", make, tasks=SUMS, limit=WHY_LIMIT
+                )
+            )
         for scale in SCALES:
             make = partial(ip, threshold=threshold, scale=scale)
-            found.append(Candidate(f"scale at {threshold:g}", f"{scale:g}", make))
+            found.append(Candidate(f"scale at {threshold:g}", f"{scale:g}", make, limit=WHY_LIMIT))
     for threshold in (0.3, 0.4, 0.5, 0.6):
         make = partial(ip, threshold=threshold, select_by="max")
-        found.append(Candidate("select_by: max", f"{threshold:g}", make, tasks=SUMS))
+        found.append(
+            Candidate("select_by: max", f"{threshold:g}", make, tasks=SUMS, limit=WHY_LIMIT)
+        )
     for threshold in (0.0, 0.4):
         other = partial(ip, threshold=threshold, nuclear="top_q")
-        found.append(Candidate("nuclear: top_q", f"{threshold:g}", other, tasks=SUMS))
+        found.append(
+            Candidate("nuclear: top_q", f"{threshold:g}", other, tasks=SUMS, limit=WHY_LIMIT)
+        )
         weighed = partial(ip, threshold=threshold, similarity_weight="sigma")
-        found.append(Candidate("similarity_weight: sigma", f"{threshold:g}", weighed, tasks=SUMS))
+        found.append(
+            Candidate(
+                "similarity_weight: sigma", f"{threshold:g}", weighed, tasks=SUMS, limit=WHY_LIMIT
+            )
+        )
         stored = partial(ip, threshold=threshold, out_dtype="auto")
-        found.append(Candidate("stored in bf16", f"{threshold:g}", stored, tasks=SUMS))
+        found.append(
+            Candidate("stored in bf16", f"{threshold:g}", stored, tasks=SUMS, limit=WHY_LIMIT)
+        )
     return found
 
 
@@ -209,27 +227,45 @@ def _oracles() -> list[Candidate]:
     for rank in RANKS:
         cut = partial(oracles.leading, rank=rank)
         on_base = partial(base_with, cut)
-        found.append(Candidate("base + dM cut to rank", str(rank), on_base, "base", text))
+        found.append(
+            Candidate("base + dM cut to rank", str(rank), on_base, "base", text, WHY_LIMIT)
+        )
         for group, make in {
             "dM cut to rank": cut,
             "dM without its leading directions": partial(oracles.trailing, rank=rank),
             "dM on the MLLM's leading directions": partial(oracles.inside, count=rank),
             "dM on random directions": partial(oracles.inside_random, count=rank),
         }.items():
-            found.append(Candidate(group, str(rank), partial(oracle, make), tasks=SUMS))
+            found.append(
+                Candidate(group, str(rank), partial(oracle, make), tasks=SUMS, limit=WHY_LIMIT)
+            )
     for threshold in (0.0, 0.4):
         each = partial(stretched, False, threshold=threshold)
-        found.append(Candidate("update as long as lambda dM", f"each weight, {threshold:g}", each))
+        found.append(
+            Candidate(
+                "update as long as lambda dM", f"each weight, {threshold:g}", each, limit=WHY_LIMIT
+            )
+        )
         whole = partial(stretched, True, threshold=threshold)
-        found.append(Candidate("update as long as lambda dM", f"the whole, {threshold:g}", whole))
+        found.append(
+            Candidate(
+                "update as long as lambda dM", f"the whole, {threshold:g}", whole, limit=WHY_LIMIT
+            )
+        )
     for count in (1, 4, 16):
         make = partial(stretched_random, count)
-        found.append(Candidate("random directions as long as lambda dM", str(count), make))
+        found.append(
+            Candidate("random directions as long as lambda dM", str(count), make, limit=WHY_LIMIT)
+        )
     for count in (4, 8, 14):
         for order in ("largest", "smallest", "1", "2", "3"):
             title = order if order.isalpha() else f"random {order}"
             chosen_by = partial(chosen, order, count)
-            found.append(Candidate("lambda dM of", f"{count} {title}", chosen_by, tasks=SUMS))
+            found.append(
+                Candidate(
+                    "lambda dM of", f"{count} {title}", chosen_by, tasks=SUMS, limit=WHY_LIMIT
+                )
+            )
     return found
 
 
@@ -241,5 +277,4 @@ def _singles(weights: int) -> list[Candidate]:
         )
         for kind in ("whole", "update")
         for i in range(weights)
-        for limit in (SINGLE_LIMIT,)
     ]

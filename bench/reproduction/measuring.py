@@ -103,9 +103,13 @@ def measure_all(
             jobs[done.seed].facts |= done.facts
             jobs[done.seed].seconds += done.seconds
             say(f"seed {done.seed}: {len(jobs[done.seed].measured)} of {len(listed)} measured")
-    by_seed = [jobs[seed] for seed in seeds]
+    return gathered([jobs[seed] for seed in seeds], listed, weights)
+
+
+def gathered(by_seed: Sequence[Job], listed: Sequence[Candidate], weights: int) -> Result:
+    """All jobs' figures as plain data."""
     return {
-        "seeds": list(seeds),
+        "seeds": [job.seed for job in by_seed],
         "cpu_minutes": round(sum(job.seconds for job in by_seed) / 60, 2),
         "problems": len(by_seed[0].measured[0].marks["text_sums"].right),
         "weights": weights,
