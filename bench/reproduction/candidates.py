@@ -273,7 +273,12 @@ def _singles(weights: int) -> list[Candidate]:
     """One weight at a time, by the loss on fewer problems."""
     return [
         Candidate(
-            f"one weight: {kind}", str(i), partial(single, i, kind), "mllm", ("text_sums",), limit
+            f"one weight: {kind}",
+            str(i),
+            partial(single, i, kind),
+            "mllm",
+            ("text_sums",),
+            WHY_LIMIT,
         )
         for kind in ("whole", "update")
         for i in range(weights)
