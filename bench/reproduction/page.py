@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from scipy import stats
+
+from lean_merge.linalg import log_omitted
 from reproduction.candidates import (
     LINEAR_WEIGHTS,
     RANKS,
@@ -255,6 +259,23 @@ def energies(results: Results) -> str:
     return table((*head, "gamma^2: median, largest", f"of those at {DEFAULT}"), rows)
 
 
+def dimension(results: Results) -> str:
+    """By arithmetic alone: how far one direction must stand out of q - 1 random ones."""
+    rows = []
+    for width in (128, 1024, 2048, 4096):
+        directions = min(1024, width)
+        chance = float(stats.norm.ppf(0.995)) / width**0.5
+        tail = log_omitted(directions - 1, in_features=width, temperature=TEMPERATURE)
+        shares = [1 / (1 + math.exp(tail - TEMPERATURE * s)) ** 2 for s in (0.3, 0.4, 0.5)]
+        cells = [f"{share:.3f}" for share in shares]
+        rows.append(
+            (str(width), str(directions), f"{chance:.3f}", f"{tail / TEMPERATURE:.2f}", *cells)
+        )
+    head = ("width", "directions q", "1 % of random s_i above", "gamma_1 = 1/2 at s_1 =")
+    return table((*head, "gamma_1^2 at 0.3", "at 0.4", "at 0.5"), rows)
+
+
+TEMPERATURE = 32.0
 PARTS: dict[str, Callable[[Results], str]] = {
     "run": run,
     "claims": claims,
@@ -264,6 +285,7 @@ PARTS: dict[str, Callable[[Results], str]] = {
     "options": options,
     "rank": rank,
     "energies": energies,
+    "dimension": dimension,
     "lengths": lengths,
     "selection": selection,
     "predictors": predictors,
