@@ -60,6 +60,7 @@ class Verdict(Enum):
     MORE = "more passes"
     GROW = "more directions"
     DONE = "done"
+    LEFT = "no expert has anything to give"
 
 
 Judge = Callable[[list["Spectrum"], int, bool], Verdict]
@@ -169,7 +170,7 @@ class Effort:
 
 
 def find_spectra(weight: WeightContext, effort: Effort, judge: Judge) -> PassesOf[list[Spectrum]]:
-    """Leading directions of every task vector; their sums are rough unless the effort is exact."""
+    """Leading directions of every task vector; their sums too where the effort is exact."""
     if effort.exact:
         return (yield from _exact(weight, effort))
     return (yield from _sketched(weight, effort, judge))
@@ -226,9 +227,11 @@ def _sketched(weight: WeightContext, effort: Effort, judge: Judge) -> PassesOf[l
                 spectra = _without_faint(found, weight.squared_norms())
                 may_grow = rank < effort.largest and _depth(sketches) == MIN_DEPTH
                 verdict = judge(spectra, _depth(sketches), may_grow)
+        if verdict is Verdict.LEFT:
+            return spectra
         if verdict is not Verdict.GROW:
             spectra = weight.parallel(_with_settled, list(zip(spectra, sketches, strict=True)))
-            return _with_sums(weight, spectra, sketches)
+            return spectra
         rank = min(2 * rank, effort.largest)
 
 
