@@ -220,7 +220,8 @@ def _inverse_root(metric: Tensor) -> Tensor:
     """X [m, m] with X^T M X = 1 for a definite M, by Cholesky: a sixteenth of an eigenproblem."""
     lower = torch.linalg.cholesky(metric)
     identity = torch.eye(len(metric), dtype=metric.dtype)
-    return torch.linalg.solve_triangular(lower, identity, upper=False).T
+    inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return inverse.T
 
 
 def combine(blocks: list[Tensor], coefficients: Tensor) -> Tensor:
