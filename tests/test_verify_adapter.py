@@ -256,6 +256,40 @@ def test_the_sample_holds_modules_and_others(tmp_path: Path):
     assert len(names & {*first.recomputed}) == 8 and len(first.recomputed) == 16
 
 
+def test_some_flipped_bits_of_every_file_are_found(out: Path):
+    flipped_bits(out, every={ADAPTER: 4001, "adapter_config.json": 997, JOURNAL: 4999})
+
+
+@pytest.mark.durability
+def test_every_flipped_bit_of_an_adapters_header_is_found(
+    out: Path, capsys: pytest.CaptureFixture[str]
+):
+    """And many of its weights, its config and its journal."""
+    header = 8 * (8 + int.from_bytes((out / ADAPTER).read_bytes()[:8], "little"))
+    count = flipped_bits(out, every={ADAPTER: 1}, most=header)
+    count += flipped_bits(out, every={ADAPTER: 499, "adapter_config.json": 7, JOURNAL: 97})
+    with capsys.disabled():
+        print(f"\nflipped bits of an adapter, all found: {count}, {header} of them of its header")
+
+
+def flipped_bits(out: Path, *, every: dict[str, int], most: int | None = None) -> int:
+    """Flip bits of files, one at a time; how many, all of which were found."""
+    count = 0
+    for name, step in every.items():
+        before = (out / name).read_bytes()
+        data = bytearray(before)
+        for bit in range(0, most or 8 * len(data), step):
+            data[bit // 8] ^= 1 << bit % 8
+            (out / name).write_bytes(data)
+            found = {each.file for each in verify(out, with_inputs=False).differences}
+            data[bit // 8] ^= 1 << bit % 8
+            assert name in found, (name, bit)
+            count += 1
+        (out / name).write_bytes(before)
+    assert verify(out, with_inputs=False).ok
+    return count
+
+
 @pytest.mark.durability
 @pytest.mark.parametrize(
     "setting",
