@@ -15,7 +15,7 @@ import torch
 from lean_merge.checkpoints import LogicalWeight, TensorReader, TensorSpec
 from lean_merge.engine.analysis import Analyst
 from lean_merge.engine.prefetch import Prefetcher
-from lean_merge.engine.results import Note, WeightResult, from_note, to_note
+from lean_merge.engine.results import Note, WeightResult, note_of, to_note
 from lean_merge.engine.sinks import Sink, Tools
 from lean_merge.engine.workers import Precision, full_float32, worker_pool
 from lean_merge.memory import release_free_memory, usage
@@ -93,7 +93,7 @@ def steps(plan: Plan, sink: Sink, result: RunResult) -> Generator[Event, None, N
         # The threads write into the sink, so they end before it does.
         stack.enter_context(sink)
         workers = stack.enter_context(worker_pool(plan.workers))
-        notes = [from_note(sink.finished(task)) for task in plan.tasks]
+        notes = [note_of(task, sink.finished(task)) for task in plan.tasks]
         sources = [
             [] if note else _sources(task) for task, note in zip(plan.tasks, notes, strict=True)
         ]
