@@ -1,0 +1,10 @@
+"""Pages that show what was found: one HTML file each, which opens offline and asks nobody.
+
+They are made from the dictionaries that are stored as JSON, and from nothing else. Plotly draws;
+it comes with the extra `report`.
+"""
+
+from lean_merge.page.document import report_available
+from lean_merge.page.report import write_report
+
+__all__ = ["report_available", "write_report"]
