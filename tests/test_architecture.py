@@ -136,8 +136,17 @@ MAY_IMPORT = {
     },
     "report": {"plan", "engine", "memory", "output", "version", "sizes"},
     "page": {"page", "errors", "sizes", "version"},
-    "comparison": {"comparison", "checkpoints", "budget", "errors", "recipe", "version"}
-    | {"resources", "engine"},
+    "comparison": {
+        "comparison",
+        "checkpoints",
+        "engine",
+        "budget",
+        "memory",
+        "resources",
+        "recipe",
+        "errors",
+        "version",
+    },
 }
 """The rooms that each room may see; the architecture page gives the reasons."""
 

@@ -4,7 +4,9 @@ They are made from the dictionaries that are stored as JSON, and from nothing el
 it comes with the extra `report`.
 """
 
+from lean_merge.page.comparison import write_comparison_page
 from lean_merge.page.document import report_available
 from lean_merge.page.report import write_report
+from lean_merge.page.sweep import write_sweep_page
 
-__all__ = ["report_available", "write_report"]
+__all__ = ["report_available", "write_comparison_page", "write_report", "write_sweep_page"]

@@ -59,7 +59,7 @@ def mappings(value: Any) -> list[Mapping[str, Any]]:
 def check_version(data: Any, what: str, known: int = 1) -> None:
     """Raises OutputError unless `data` is a dictionary of the version that is known here."""
     version = mapping(data).get("version")
-    if version != known:
+    if type(version) is not int or version != known:
         raise OutputError(
             f"The {what} is of version {shown(version)}, and this program shows version {known}; "
             "use the lean-merge that wrote it, or make it again."

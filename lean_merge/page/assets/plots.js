@@ -137,7 +137,7 @@ function logTicks(values) {
   for (let power = low; power <= high; power += Math.max(1, step)) {
     tickvals.push(...digits.map((digit) => digit * 10 ** power));
   }
-  return { tickvals, ticktext: tickvals.map((value) => brief(value).replace(/\.?0+$/, '')) };
+  return { tickvals, ticktext: tickvals.map((value) => String(Number(value.toPrecision(1)))) };
 }
 
 /** From low to high, in the theme in force. */
