@@ -31,7 +31,8 @@ class Products:
         From the products: of weights closer than about 1e-7 nothing is left but rounding.
         """
         square = self.squares[one] + self.squares[other] - 2 * self._inner(one, other)
-        return _ratio(math.sqrt(max(0.0, square)), math.sqrt(self.squares[other]))
+        # Rounding may leave it below zero; NaN stays what it is.
+        return _ratio(math.sqrt(0.0 if square < 0 else square), math.sqrt(self.squares[other]))
 
     def cosine(self, one: str, other: str) -> float | None:
         """Of the angle between the two as vectors."""
