@@ -222,6 +222,12 @@ def test_only_declared_packages_are_imported():
         assert outside(others(name)) <= known, name
 
 
+def test_plotly_is_imported_only_where_a_page_is_written():
+    for name in MODULES:
+        packages = {module.split(".")[0] for module, _ in imported(name, at_import=True)}
+        assert "plotly" not in packages, name
+
+
 def test_nothing_but_the_command_line_prints_or_exits():
     for name, tree in TREES.items():
         if name in ("lean_merge.cli", "lean_merge.__main__"):
