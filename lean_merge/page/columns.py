@@ -36,6 +36,7 @@ def page_data(analysis: Mapping[str, Any]) -> dict[str, Any]:
     modules = sorted({module_of(each) for each in weights}, key=_module_order)
     place = {module: number for number, module in enumerate(modules)}
     thresholds = [*mappings(analysis.get("thresholds")), *[{}] * len(names)]
+    stated = mapping(mapping(analysis.get("recipe")).get("parameters")).get("select_by")
     return {
         "experts": names,
         "modules": modules,
@@ -46,7 +47,8 @@ def page_data(analysis: Mapping[str, Any]) -> dict[str, Any]:
             "shape": ["x".join(str(n) for n in _shape(each)) for each in weights],
         },
         "columns": [
-            _expert_columns(weights, number, thresholds[number]) for number in range(len(names))
+            _expert_columns(weights, number, {"select_by": stated, **thresholds[number]})
+            for number in range(len(names))
         ],
         "spectra": spectra(weights, modules, len(names)),
     }

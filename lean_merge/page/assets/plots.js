@@ -36,6 +36,8 @@ function fill(select, pairs) {
   for (const [value, text] of pairs) select.append(element('option', text, { value }));
 }
 
+const REMOVED = ['zoom2d', 'pan2d', 'select2d', 'lasso2d', 'zoomIn2d', 'zoomOut2d', 'autoScale2d'];
+
 const drawings = new Map();
 
 /** Draws into an element, again whenever the theme changes; `figure` makes traces and layout. */
@@ -49,7 +51,7 @@ function draw(id, figure) {
     scrollZoom: false,
     displayModeBar: 'hover',
     doubleClick: 'reset',
-    modeBarButtons: [['toImage', 'resetScale2d']],
+    modeBarButtonsToRemove: REMOVED,
     toImageButtonOptions: { format: 'svg', filename: target.id || 'lean-merge' },
   });
 }

@@ -19,14 +19,18 @@ function isSelected(row) {
 
 // --- the threshold
 
+/** A threshold in two decimals, or as many as it has. */
+const places = (value) =>
+  value === null ? '' : value === Number(value.toFixed(2)) ? value.toFixed(2) : String(value);
+
 function countsFigure() {
   const { threshold } = ours();
   const pairs = threshold.counts.length ? threshold.counts : counted();
   const marks = markers([
     { at: threshold.null, text: '99 % of unrelated', name: 'faint', dash: 'dot' },
-    { at: threshold.auto, text: `auto ${brief(threshold.auto)}`, name: 'good', dash: 'dash' },
-    { at: threshold.in_force, text: `recipe ${brief(threshold.in_force)}`, name: 'text' },
-    ...(state.threshold === null ? [] : [{ at: state.threshold, text: `${state.threshold}`, name: 'accent' }]),
+    { at: threshold.auto, text: `auto ${places(threshold.auto)}`, name: 'good', dash: 'dash' },
+    { at: threshold.in_force, text: `recipe ${places(threshold.in_force)}`, name: 'text' },
+    ...(state.threshold === null ? [] : [{ at: state.threshold, text: `tried ${places(state.threshold)}`, name: 'accent' }]),
   ]);
   return {
     traces: [
@@ -104,7 +108,7 @@ function showThreshold() {
   const { threshold } = ours();
   const tried = state.threshold === null ? threshold.in_force : state.threshold;
   byId('slider').value = String(tried === null ? 0.4 : tried);
-  byId('slider-value').textContent = tried === null ? 'by weight' : tried.toFixed(2);
+  byId('slider-value').textContent = tried === null ? 'by weight' : places(tried);
   const chosen = every.filter(isSelected).length;
   const said = state.threshold === null ? 'as in the recipe' : 'would be';
   byId('slider-count').textContent = `${chosen} of ${count} weights selected, ${said}`.replace(
@@ -205,8 +209,8 @@ function heatFigure() {
     layout: {
       height: Math.max(220, 34 * mapped.length + (narrow ? 170 : 90)),
       margin: { l: 48, r: 8, t: 26, b: narrow ? 110 : 48 },
-      xaxis: { type: 'category', showgrid: false, title: { text: 'layer' }, nticks: narrow ? 9 : 24, tickangle: 0 },
-      yaxis: { type: 'category', autorange: 'reversed', showgrid: false, ticks: '' },
+      xaxis: { type: 'category', range: [-0.5, spectra.layers.length - 0.5], showgrid: false, title: { text: 'layer' }, nticks: narrow ? 9 : 24, tickangle: 0 },
+      yaxis: { type: 'category', range: [mapped.length - 0.5, -0.5], showgrid: false, ticks: '' },
     },
   };
 }
@@ -266,7 +270,7 @@ function spectrumFigure(group, big) {
   return {
     traces,
     layout: {
-      height: big ? 380 : 230,
+      height: big ? 380 : 215,
       margin: { l: 48, r: 8, t: 26, b: 40 },
       xaxis: { title: { text: 'rank' }, rangemode: 'tozero' },
       yaxis: { type: 'log', title: { text: 'σ' }, ...logTicks(shown) },
