@@ -170,7 +170,7 @@ def comparison(layers: int = 32) -> dict[str, Any]:
         | {"compared": 224, "verdict": "one origin"},
         {"one": "expert 1", "other": "base", "equal_shape": 128, "unequal_shape": 96, **summary}
         | {"compared": 128, "cosine": 1e-4, "distance": 1.4, "verdict": "unrelated"},
-        {"one": "expert 1", "other": "mllm", "equal_shape": 128, "unequal_shape": 96, **summary}
+        {"one": "expert 1", "other": "mllm", "equal_shape": 0, "unequal_shape": 224, **summary}
         | {"compared": 0, "cosine": None, "distance": None, "verdict": "not comparable"},
     ]
     tokenizers = [

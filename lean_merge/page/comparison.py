@@ -113,7 +113,8 @@ def _facts(comparison: Mapping[str, Any]) -> str:
 def _cell(value: Any, ours: Any) -> str:
     differs = value is not None and ours is not None and value != ours
     mark = ' class="differs"' if differs else ""
-    return f"<td{mark}>{escaped(value)}</td>"
+    said = ("no", "yes")[value] if isinstance(value, bool) else value
+    return f"<td{mark}>{escaped(said)}</td>"
 
 
 def _tokenizer(row: Mapping[str, Any], columns: int) -> str:

@@ -38,15 +38,15 @@ def write_sweep_page(sweep: dict[str, Any], path: Path) -> None:
 def _data(sweep: Mapping[str, Any]) -> dict[str, Any]:
     points = mappings(sweep.get("points"))
     results = [_results(point) for point in points]
+    axes = _axes(sweep, points)
     return {
-        "axes": _axes(sweep, points),
+        "axes": axes,
         "results": sorted({name for each in results for name in each}),
         "points": [
             {
                 "name": text(point.get("name")) or text(point.get("path")) or "",
-                "parameters": {
-                    axis: _plain(value) for axis, value in mapping(point.get("parameters")).items()
-                },
+                "parameters": _fixed(axes)
+                | {axis: _plain(value) for axis, value in mapping(point.get("parameters")).items()},
                 **{measure: short(point.get(measure)) for measure in _MEASURES},
                 "results": found,
                 "same_as": text(point.get("same_as")),
@@ -70,6 +70,11 @@ def _axes(
                 known.append(_plain(value))
     order = {axis: place for place, axis in enumerate(_AXES)}
     return {axis: axes[axis] for axis in sorted(axes, key=lambda a: (order.get(a, 9), a))}
+
+
+def _fixed(axes: Mapping[str, list[str | float]]) -> dict[str, str | float]:
+    """The axes with one value, which a point need not repeat."""
+    return {axis: values[0] for axis, values in axes.items() if len(values) == 1}
 
 
 def _plain(value: Any) -> str | float:
@@ -97,10 +102,10 @@ def _lead(sweep: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     points = data["points"]
     failed = sum(point["error"] is not None for point in points)
     same = sum(point["same_as"] is not None for point in points)
-    facts = [f"{len(points)} merges from one analysis"]
+    facts = [f"{len(points)} merges from the analysis"]
     facts += [f"{same} of them equal to another"] if same else []
     facts += [f"{failed} failed"] if failed else []
     facts += [] if data["results"] else ["none was evaluated"]
     analysis = text(sweep.get("analysis"))
-    source = f" ({escaped(analysis)})" if analysis else ""
-    return f"{escaped('; '.join(facts))}{source}."
+    facts[0] += f" {analysis}" if analysis else ""
+    return f"{escaped('; '.join(facts))}."

@@ -79,7 +79,7 @@ const table = new BigTable(byId('table'), [
     [0, 2].map((measure) => ({
       title: `${titles[measure]}: ${pair}`,
       number: true,
-      text: (row) => brief(weights[row][MEASURES][place][measure]),
+      text: (row) => weights[row][MEASURES][place][measure]?.toFixed(4) ?? '—',
       value: (row) => weights[row][MEASURES][place][measure],
     })),
   ),

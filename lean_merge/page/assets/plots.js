@@ -13,11 +13,16 @@ function label(text) {
   return String(text).replace(/&/g, '&amp;').replace(/</g, '&lt;').replace(/>/g, '&gt;');
 }
 
+/** The same for an axis, where a long name would leave no room. */
+function axisLabel(text) {
+  return label(text.length > 24 ? `${text.slice(0, 23)}…` : text);
+}
+
 /** A number with three significant digits; a dash for none. */
 function brief(value) {
   if (value === null || value === undefined) return '—';
-  if (value === 0) return '0';
   const size = Math.abs(value);
+  if (Number.isInteger(value) && size < 1e5) return String(value);
   if (size >= 1e5 || size < 1e-3) return value.toExponential(1);
   if (size >= 100) return value.toFixed(0);
   return value.toPrecision(3);

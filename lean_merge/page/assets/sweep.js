@@ -2,6 +2,7 @@
 
 const { axes, points } = data;
 const axisNames = Object.keys(axes);
+const varied = axisNames.filter((name) => axes[name].length > 1);
 const measures = [
   ...data.results.map((name) => ({ title: name, value: (point) => point.results[name] ?? null })),
   { title: 'selected weights', value: (point) => point.selected },
@@ -15,7 +16,7 @@ const dashes = ['solid', 'dash', 'dot', 'dashdot'];
 function linesFigure() {
   const measure = measures[Number(byId('measure').value)];
   const axis = byId('axis').value;
-  const others = axisNames.filter((name) => name !== axis && axes[name].length > 1);
+  const others = varied.filter((name) => name !== axis);
   const series = new Map();
   for (const point of points) {
     const value = measure.value(point);
@@ -89,7 +90,7 @@ function bytes(count) {
 
 const table = new BigTable(byId('table'), [
   words('Merge', (point) => point.name, { header: true, wide: true }),
-  ...axisNames.map((axis) => {
+  ...varied.map((axis) => {
     const value = (point) => point.parameters[axis] ?? null;
     return axes[axis].every((each) => typeof each === 'number')
       ? { ...figure(axis, value), text: (row) => String(value(points[row]) ?? '—') }
@@ -123,7 +124,7 @@ function showTable() {
 function start() {
   fill(byId('measure'), measures.map((measure, place) => [place, measure.title]));
   fill(byId('axis'), axisNames.map((axis) => [axis, axis]));
-  byId('axis').value = axisNames.find((axis) => axes[axis].length > 1) || axisNames[0] || '';
+  byId('axis').value = varied[0] || axisNames[0] || '';
   byId('find').addEventListener('input', showTable);
   showTable();
   if (!axisNames.length) return;
