@@ -36,9 +36,9 @@ def page_data(analysis: Mapping[str, Any]) -> dict[str, Any]:
     modules = sorted({module_of(each) for each in weights}, key=_module_order)
     place = {module: number for number, module in enumerate(modules)}
     thresholds = [*mappings(analysis.get("thresholds")), *[{}] * len(names)]
-    stated = mapping(mapping(analysis.get("recipe")).get("parameters")).get("select_by")
+    stated = mapping(analysis.get("gathered")).get("select_by")
     return {
-        "experts": names,
+        "experts": [last(name) for name in names],
         "modules": modules,
         "weights": {
             "name": [text(each.get("weight")) or text(each.get("name")) or "" for each in weights],
@@ -59,6 +59,11 @@ def expert_names(analysis: Mapping[str, Any]) -> list[str]:
     names = texts(analysis.get("experts"))
     most = max((len(items(w.get("experts"))) for w in mappings(analysis.get("weights"))), default=0)
     return names + [f"expert {n + 1}" for n in range(len(names), most)]
+
+
+def last(source: str) -> str:
+    """The end of a path or hub id, as one calls it."""
+    return source.replace("\\", "/").rstrip("/").rpartition("/")[2] or source
 
 
 def module_of(weight: Weight) -> str:

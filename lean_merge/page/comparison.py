@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +105,7 @@ def _facts(comparison: Mapping[str, Any]) -> str:
         for words in dict.fromkeys(word for each in stated for word in each):
             cells = "".join(_cell(each.get(words), ours.get(words)) for each in stated)
             rows.append(f'<tr><th scope="row">{escaped(words)}</th>{cells}</tr>')
-    for row in mappings(comparison.get("tokenizers")):
-        rows.append(_tokenizer(row, len(models)))
+    rows += _tokenizers(comparison, models)
     return f'<thead><tr><th scope="col">Fact</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody>'
 
 
@@ -117,20 +116,28 @@ def _cell(value: Any, ours: Any) -> str:
     return f"<td{mark}>{escaped(said)}</td>"
 
 
-def _tokenizer(row: Mapping[str, Any], columns: int) -> str:
-    role = _name(text(row.get("role")))
-    counts = [whole(row.get(key)) for key in ("tokens", "shared", "moved")]
-    if None in counts:
-        said, differs = "not known", False
-    else:
-        tokens, shared, moved = counts
-        differs = bool(moved) or tokens != shared
-        said = f"{tokens} tokens, {shared} of them the base's, {moved} of these with another id"
-    mark = ' class="differs"' if differs else ""
-    return (
-        f'<tr><th scope="row">tokenizer of the {escaped(role)}</th>'
-        f'<td{mark} colspan="{columns}">{escaped(said)}</td></tr>'
-    )
+def _tokenizers(
+    comparison: Mapping[str, Any], models: Sequence[Mapping[str, Any]]
+) -> Iterator[str]:
+    """Counts of tokens, a row each; the base is counted with the others."""
+    rows = mappings(comparison.get("tokenizers"))
+    by_role = {text(row.get("role")): row for row in rows}
+    own = [by_role.get(text(model.get("role")), {}) for model in models]
+    if not rows:
+        return
+    yield (f'<tr class="kind"><th scope="rowgroup" colspan="{len(models) + 1}">tokenizer</th></tr>')
+    base = whole(rows[0].get("base_tokens"))
+    for key, words in (
+        ("tokens", "tokens"),
+        ("shared", "in common with the base"),
+        ("moved", "of these with another id"),
+    ):
+        wanted = 0 if key == "moved" else base
+        found = [
+            base if n == 0 and key == "tokens" else whole(row.get(key)) for n, row in enumerate(own)
+        ]
+        cells = "".join(_cell(each, wanted) for each in found)
+        yield f'<tr><th scope="row">{words}</th>{cells}</tr>'
 
 
 def _pairs(comparison: Mapping[str, Any]) -> str:

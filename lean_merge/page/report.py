@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lean_merge.page.columns import expert_names, expert_of, page_data, similarity
+from lean_merge.page.columns import expert_names, expert_of, last, page_data, similarity
 from lean_merge.page.document import escaped, filled, write_page
 from lean_merge.page.values import (
     check_version,
@@ -53,13 +53,8 @@ def write_report(analysis: dict[str, Any], path: Path) -> None:
 
 def _title(analysis: Mapping[str, Any]) -> str:
     recipe = mapping(analysis.get("recipe"))
-    given = " + ".join(map(_last, expert_names(analysis)))
-    return f"{_last(text(recipe.get('mllm_model')) or 'MLLM')} ← {given or 'no expert'}"
-
-
-def _last(source: str) -> str:
-    """The end of a path or hub id, as one calls it."""
-    return source.replace("\\", "/").rstrip("/").rpartition("/")[2] or source
+    given = " + ".join(map(last, expert_names(analysis)))
+    return f"{last(text(recipe.get('mllm_model')) or 'MLLM')} ← {given or 'no expert'}"
 
 
 def _body(analysis: Mapping[str, Any]) -> str:
@@ -136,7 +131,7 @@ def _overview(analysis: Mapping[str, Any], names: Sequence[str]) -> str:
         middle = statistics.median(similar) if similar else None
         rows.append(
             [
-                escaped(_last(name)),
+                escaped(last(name)),
                 f"{len(chosen)} of {len(weights)}",
                 _plain(thresholds[expert].get("in_force"), "varies"),
                 _plain(thresholds[expert].get("auto"), "none"),
@@ -192,13 +187,13 @@ def _chooser(names: Sequence[str]) -> str:
         return ""
     if len(names) > _RADIOS:
         options = "".join(
-            f'<option value="{n}">{escaped(_last(name))}</option>' for n, name in enumerate(names)
+            f'<option value="{n}">{escaped(last(name))}</option>' for n, name in enumerate(names)
         )
         choice = f'<label>Expert <select id="expert">{options}</select></label>'
         return f'<div class="chooser">{choice}</div>'
     inner = "".join(
         f'<label><input type="radio" name="expert" value="{n}"{" checked" if n == 0 else ""}>'
-        f"<span>{escaped(_last(name))}</span></label>"
+        f"<span>{escaped(last(name))}</span></label>"
         for n, name in enumerate(names)
     )
     return f'<fieldset class="chooser segments"><legend>Expert</legend>{inner}</fieldset>'

@@ -52,7 +52,7 @@ function heatFigure() {
       height: Math.max(220, 34 * places.length + (narrow ? 170 : 90)),
       margin: { l: 48, r: 8, t: 26, b: narrow ? 110 : 48 },
       xaxis: { type: 'category', showgrid: false, title: { text: 'layer' }, nticks: narrow ? 9 : 24, tickangle: 0 },
-      yaxis: { type: 'category', autorange: 'reversed', showgrid: false, ticks: '' },
+      yaxis: { type: 'category', autorange: 'reversed', showgrid: false, ticks: '', tickvals: places.map((place) => label(modules[place])), ticktext: places.map((place) => axisLabel(modules[place])) },
     },
   };
 }

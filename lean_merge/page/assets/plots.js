@@ -21,8 +21,8 @@ function axisLabel(text) {
 /** A number with three significant digits; a dash for none. */
 function brief(value) {
   if (value === null || value === undefined) return '—';
+  if (value === 0) return '0';
   const size = Math.abs(value);
-  if (Number.isInteger(value) && size < 1e5) return String(value);
   if (size >= 1e5 || size < 1e-3) return value.toExponential(1);
   if (size >= 100) return value.toFixed(0);
   return value.toPrecision(3);
@@ -40,8 +40,6 @@ function element(tag, text, attributes) {
 function fill(select, pairs) {
   for (const [value, text] of pairs) select.append(element('option', text, { value }));
 }
-
-const REMOVED = ['zoom2d', 'pan2d', 'select2d', 'lasso2d', 'zoomIn2d', 'zoomOut2d', 'autoScale2d'];
 
 const drawings = new Map();
 

@@ -210,7 +210,7 @@ function heatFigure() {
       height: Math.max(220, 34 * mapped.length + (narrow ? 170 : 90)),
       margin: { l: 48, r: 8, t: 26, b: narrow ? 110 : 48 },
       xaxis: { type: 'category', range: [-0.5, spectra.layers.length - 0.5], showgrid: false, title: { text: 'layer' }, nticks: narrow ? 9 : 24, tickangle: 0 },
-      yaxis: { type: 'category', range: [mapped.length - 0.5, -0.5], showgrid: false, ticks: '' },
+      yaxis: { type: 'category', range: [mapped.length - 0.5, -0.5], showgrid: false, ticks: '', tickvals: names, ticktext: mapped.map((place) => axisLabel(modules[place])) },
     },
   };
 }

@@ -100,7 +100,7 @@ const table = new BigTable(byId('table'), [
     ...figure(name, (point) => point.results[name] ?? null),
     text: (row) => (points[row].results[name] === undefined ? '—' : String(Number(points[row].results[name].toPrecision(5)))),
   })),
-  figure('selected', (point) => point.selected),
+  { ...figure('selected', (point) => point.selected), text: (row) => String(points[row].selected ?? '—') },
   figure('‖update‖', (point) => point.update_norm, 'Root of the sum of all squared norms'),
   { ...figure('own', (point) => point.bytes_own, 'Bytes that only this output holds'), text: (row) => bytes(points[row].bytes_own) },
   { ...figure('shared', (point) => point.bytes_shared, 'Bytes that other outputs hold too'), text: (row) => bytes(points[row].bytes_shared) },
