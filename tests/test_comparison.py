@@ -11,16 +11,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import contents
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lean_merge import BudgetError, CoverageError, MergeRecipe, Resources, budget, memory
+from lean_merge import (
+    BudgetError,
+    CoverageError,
+    MergeRecipe,
+    OutputError,
+    Resources,
+    budget,
+    comparing,
+    memory,
+)
+from lean_merge.comparing import write_comparison
 from lean_merge.comparison import compare, differing
+from lean_merge.output import JOURNAL
 from lean_merge.plan import plan
 
 WORDS = ("one", "plus", "two", "is", "three", "minus")
 Make = Callable[..., Path]
+CPU = Resources(device="cpu", threads=1)
 
 
 def tokenizer(folder: Path, words: tuple[str, ...]) -> None:
@@ -309,3 +322,49 @@ def test_memory_is_that_of_strips_and_not_of_weights(tmp_path: Path):
     strips = 3 * (1 << 18) * (2 + 8)
     assert grown < strips + budget.SLACK < 128 << 20, f"{grown >> 20} MiB"
     assert found["bytes"]["read"] == 3 * (128 << 20)
+
+
+def test_a_comparison_is_kept_and_replaced_by_the_next(make: Make, tmp_path: Path):
+    base, expert = make("base"), make("expert", num_hidden_layers=3)
+    out = tmp_path / "out"
+    for reason in ("first", "second"):
+        result = write_comparison(recipe(base, base, expert), out, resources=CPU, reason=reason)
+        assert result.path == out and result.page == out / "comparison.html"
+        stored = json.loads((out / "comparison.json").read_text())
+        assert stored["reason"] == reason and stored["version"] == 1
+        assert {each.name for each in out.iterdir()} == {
+            "comparison.json",
+            "comparison.html",
+            JOURNAL,
+        }
+        assert b"number of layers" in result.page.read_bytes()
+
+
+def test_a_comparison_never_replaces_what_is_no_comparison(make: Make, tmp_path: Path):
+    base, expert = make("base"), make("expert", num_hidden_layers=3)
+    out = tmp_path / "out"
+    write_comparison(recipe(base, base, expert), out, resources=CPU)
+    (out / "notes.txt").write_text("mine")
+    before = contents(out)
+    with pytest.raises(OutputError, match="not empty"):
+        write_comparison(recipe(base, base, expert), out, resources=CPU)
+    with pytest.raises(OutputError, match="input"):
+        write_comparison(recipe(base, base, expert), base, resources=CPU, overwrite=True)
+    assert contents(out) == before
+
+
+def test_a_comparison_that_fails_leaves_nothing(make: Make, tmp_path: Path):
+    base = make("base")
+    out = tmp_path / "out"
+    with pytest.raises(BudgetError):
+        write_comparison(recipe(base, base, base), out, resources=Resources(memory=1 << 20))
+    assert not out.exists()
+
+
+def test_without_plotly_a_comparison_is_kept_without_its_page(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(comparing, "report_available", lambda: False)
+    base = make("base")
+    result = write_comparison(recipe(base, base, base), tmp_path / "out", resources=CPU)
+    assert result.page is None and (tmp_path / "out" / "comparison.json").exists()

@@ -3,6 +3,6 @@
 They cannot be merged, and users want to know why, and whether another pair would do.
 """
 
-from lean_merge.comparison.compare import COMPARISON, compare, differing
+from lean_merge.comparison.compare import COMPARISON, compare, differing, open_roles
 
-__all__ = ["COMPARISON", "compare", "differing"]
+__all__ = ["COMPARISON", "compare", "differing", "open_roles"]

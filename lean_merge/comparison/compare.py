@@ -56,7 +56,11 @@ class Shared:
 
 
 def compare(
-    recipe: MergeRecipe, resources: Resources | None = None, *, reason: str | None = None
+    recipe: MergeRecipe,
+    resources: Resources | None = None,
+    *,
+    reason: str | None = None,
+    checkpoints: Mapping[str, Checkpoint] | None = None,
 ) -> dict[str, Any]:
     """What differs between the models of a recipe, and how far apart their weights are.
 
@@ -71,6 +75,8 @@ def compare(
         Memory and threads; a device is not used.
     reason
         Why they cannot be merged, to be kept with the rest.
+    checkpoints
+        From `open_roles`, if they are open already.
 
     Returns
     -------
@@ -84,12 +90,7 @@ def compare(
         The memory given does not hold two strips.
     """
     started = time.perf_counter()
-    checkpoints = {
-        "base": open_checkpoint(recipe.base_model),
-        "mllm": open_checkpoint(recipe.mllm_model),
-    }
-    for number, expert in enumerate(recipe.experts, start=1):
-        checkpoints[f"expert {number}"] = open_expert(expert.model)
+    checkpoints = open_roles(recipe) if checkpoints is None else checkpoints
     rules = recipe.name_rules()
     named = {role: renamed(checkpoints[role], role, rules[role]) for role in rules}
     found = portraits(checkpoints, named)
@@ -113,6 +114,17 @@ def compare(
         "seconds": time.perf_counter() - started,
         "bytes": {"read": read},
     }
+
+
+def open_roles(recipe: MergeRecipe) -> dict[str, Checkpoint]:
+    """The models of a recipe by role. Raises CheckpointError."""
+    roles = {
+        "base": open_checkpoint(recipe.base_model),
+        "mllm": open_checkpoint(recipe.mllm_model),
+    }
+    for number, expert in enumerate(recipe.experts, start=1):
+        roles[f"expert {number}"] = open_expert(expert.model)
+    return roles
 
 
 def _model(portrait: Portrait) -> dict[str, Any]:
@@ -293,4 +305,4 @@ def _brief(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.3g}"
 
 
-__all__ = ["COMPARISON", "RELATED", "compare", "differing"]
+__all__ = ["COMPARISON", "RELATED", "compare", "differing", "open_roles"]

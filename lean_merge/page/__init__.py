@@ -4,9 +4,17 @@ They are made from the dictionaries that are stored as JSON, and from nothing el
 it comes with the extra `report`.
 """
 
-from lean_merge.page.comparison import write_comparison_page
+from lean_merge.page.comparison import comparison_page, write_comparison_page
 from lean_merge.page.document import report_available
-from lean_merge.page.report import write_report
-from lean_merge.page.sweep import write_sweep_page
+from lean_merge.page.report import report_page, write_report
+from lean_merge.page.sweep import sweep_page, write_sweep_page
 
-__all__ = ["report_available", "write_comparison_page", "write_report", "write_sweep_page"]
+__all__ = [
+    "comparison_page",
+    "report_available",
+    "report_page",
+    "sweep_page",
+    "write_comparison_page",
+    "write_report",
+    "write_sweep_page",
+]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lean_merge.page.document import escaped, filled, write_page
+from lean_merge.page.document import escaped, filled, page, write
 from lean_merge.page.values import (
     check_version,
     items,
@@ -28,20 +28,18 @@ _VERDICTS = {
 }
 
 
-def write_comparison_page(comparison: dict[str, Any], path: Path) -> None:
-    """Writes a comparison of models as one HTML file that opens offline.
+def comparison_page(comparison: dict[str, Any]) -> bytes:
+    """A comparison of models as one HTML file that opens offline.
 
     Parameters
     ----------
     comparison
         What comparison.json holds.
-    path
-        The file, replaced if it exists.
 
     Raises
     ------
     OutputError
-        Plotly is missing, the comparison is of another version, or the file cannot be written.
+        Plotly is missing, or the comparison is of another version.
     """
     check_version(comparison, "comparison")
     body = filled(
@@ -51,13 +49,19 @@ def write_comparison_page(comparison: dict[str, Any], path: Path) -> None:
         facts=_facts(comparison),
         pairs=_pairs(comparison),
     )
-    write_page(
-        path,
-        title="lean-merge comparison",
-        body=body,
-        data=_data(comparison),
-        scripts=SCRIPTS,
-    )
+    data = _data(comparison)
+    return page(title="lean-merge comparison", body=body, data=data, scripts=SCRIPTS)
+
+
+def write_comparison_page(comparison: dict[str, Any], path: Path) -> None:
+    """Writes `comparison_page` to a file, replaced if it exists.
+
+    Raises
+    ------
+    OutputError
+        As `comparison_page`, or the file cannot be written.
+    """
+    write(path, comparison_page(comparison))
 
 
 def _name(role: str | None) -> str:

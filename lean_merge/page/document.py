@@ -35,13 +35,11 @@ def escaped(value: Any) -> str:
     return html.escape(plain("—" if value is None else str(value)), quote=True)
 
 
-def write_page(path: Path, *, title: str, body: str, data: Any, scripts: Sequence[str]) -> None:
-    """Writes one self-contained page; the same arguments give the same bytes.
+def page(*, title: str, body: str, data: Any, scripts: Sequence[str]) -> bytes:
+    """One self-contained page; the same arguments give the same bytes.
 
     Parameters
     ----------
-    path
-        The file, replaced if it exists; until it is whole it bears another name.
     title, body
         Plain text, and HTML that is escaped already.
     data
@@ -52,12 +50,16 @@ def write_page(path: Path, *, title: str, body: str, data: Any, scripts: Sequenc
     Raises
     ------
     OutputError
-        Plotly is missing, or the file cannot be written.
+        Plotly is missing.
     """
-    page = _page(title, body, data, scripts).encode("utf-8", "backslashreplace")
+    return _page(title, body, data, scripts).encode("utf-8", "backslashreplace")
+
+
+def write(path: Path, content: bytes) -> None:
+    """Makes or replaces a file, which bears another name until it is whole. Raises OutputError."""
     partial = path.with_name(f"{path.name}.partial")
     try:
-        partial.write_bytes(page)
+        partial.write_bytes(content)
         os.replace(partial, path)
     except OSError as error:
         raise OutputError(

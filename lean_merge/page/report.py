@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lean_merge.page.columns import expert_names, expert_of, last, page_data, similarity
-from lean_merge.page.document import escaped, filled, write_page
+from lean_merge.page.document import escaped, filled, page, write
 from lean_merge.page.values import (
     check_version,
     items,
@@ -26,29 +26,33 @@ _RADIOS = 4
 """More experts than this are chosen from a list."""
 
 
-def write_report(analysis: dict[str, Any], path: Path) -> None:
-    """Writes the report of an analysis as one HTML file that opens offline.
+def report_page(analysis: dict[str, Any]) -> bytes:
+    """The report of an analysis as one HTML file that opens offline.
 
     Parameters
     ----------
     analysis
         What analysis.json holds; docs/analysis.md explains the page.
-    path
-        The file, replaced if it exists.
 
     Raises
     ------
     OutputError
-        Plotly is missing, the analysis is of another version, or the file cannot be written.
+        Plotly is missing, or the analysis is of another version.
     """
     check_version(analysis, "analysis")
-    write_page(
-        path,
-        title=_title(analysis),
-        body=_body(analysis),
-        data=page_data(analysis),
-        scripts=SCRIPTS,
-    )
+    data = page_data(analysis)
+    return page(title=_title(analysis), body=_body(analysis), data=data, scripts=SCRIPTS)
+
+
+def write_report(analysis: dict[str, Any], path: Path) -> None:
+    """Writes `report_page` to a file, replaced if it exists.
+
+    Raises
+    ------
+    OutputError
+        As `report_page`, or the file cannot be written.
+    """
+    write(path, report_page(analysis))
 
 
 def _title(analysis: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lean_merge.page.document import escaped, filled, write_page
+from lean_merge.page.document import escaped, filled, page, write
 from lean_merge.page.values import check_version, items, mapping, mappings, number, short, text
 
 SCRIPTS = ("plots.js", "table.js", "sweep.js")
@@ -14,25 +14,34 @@ _AXES = ("threshold", "stages", "scale", "temperature")
 _MEASURES = ("selected", "update_norm", "seconds", "bytes_own", "bytes_shared")
 
 
-def write_sweep_page(sweep: dict[str, Any], path: Path) -> None:
-    """Writes a sweep's table and plots as one HTML file that opens offline.
+def sweep_page(sweep: dict[str, Any]) -> bytes:
+    """A sweep's table and plots as one HTML file that opens offline.
 
     Parameters
     ----------
     sweep
         What sweep.json holds.
-    path
-        The file, replaced if it exists.
 
     Raises
     ------
     OutputError
-        Plotly is missing, the sweep is of another version, or the file cannot be written.
+        Plotly is missing, or the sweep is of another version.
     """
     check_version(sweep, "sweep")
     data = _data(sweep)
     body = filled("sweep.html", lead=_lead(sweep, data))
-    write_page(path, title="lean-merge sweep", body=body, data=data, scripts=SCRIPTS)
+    return page(title="lean-merge sweep", body=body, data=data, scripts=SCRIPTS)
+
+
+def write_sweep_page(sweep: dict[str, Any], path: Path) -> None:
+    """Writes `sweep_page` to a file, replaced if it exists.
+
+    Raises
+    ------
+    OutputError
+        As `sweep_page`, or the file cannot be written.
+    """
+    write(path, sweep_page(sweep))
 
 
 def _data(sweep: Mapping[str, Any]) -> dict[str, Any]:
