@@ -9,7 +9,7 @@ from typing import Any
 
 from lean_merge.checkpoints import Checkpoint, identify
 from lean_merge.comparison import COMPARISON, compare, open_roles
-from lean_merge.output import JOURNAL, OutputFolder
+from lean_merge.output import JOURNAL, OutputFolder, check_output
 from lean_merge.page import comparison_page, report_available
 from lean_merge.recipe import MergeRecipe
 from lean_merge.report import to_json
@@ -57,15 +57,16 @@ def write_comparison(
     """
     checkpoints = open_roles(recipe)
     final = Path(out)
-    with OutputFolder.create(
-        final,
-        (),
-        inputs=[each.path for each in checkpoints.values()],
-        overwrite=overwrite or is_comparison(final),
-        run=_facts(recipe, checkpoints),
-        resume=False,
-    ) as folder:
-        found = compare(recipe, resources, reason=reason, checkpoints=checkpoints)
+    place: dict[str, Any] = {
+        "inputs": [each.path for each in checkpoints.values()],
+        "overwrite": overwrite or is_comparison(final),
+        "run": _facts(recipe, checkpoints),
+        "resume": False,
+    }
+    # Said before the weights are read, which takes a while.
+    check_output(final, (), **place)
+    found = compare(recipe, resources, reason=reason, checkpoints=checkpoints)
+    with OutputFolder.create(final, (), **place) as folder:
         folder.write_file(COMPARISON, to_json(found))
         if report_available():
             folder.write_file(PAGE, comparison_page(found))
