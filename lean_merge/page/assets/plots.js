@@ -52,9 +52,10 @@ function draw(id, figure) {
     displaylogo: false,
     responsive: true,
     scrollZoom: false,
-    displayModeBar: 'hover',
+    // Shown by style.css under a pointer; nothing that leaves this page is among them.
+    displayModeBar: true,
     doubleClick: 'reset',
-    modeBarButtonsToRemove: REMOVED,
+    modeBarButtons: [['toImage', 'resetScale2d']],
     toImageButtonOptions: { format: 'svg', filename: target.id || 'lean-merge' },
   });
 }
