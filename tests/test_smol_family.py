@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 FAMILY = Path(__file__).parents[1] / "bench" / "family"
 CHARACTERS = "0123456789+=/: \nabcdefghijklmnopqrstuvwxyz"
@@ -35,7 +36,9 @@ def make_tokenizer(*specials: str) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
-    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", *specials]})
+    fast.add_special_tokens(
+        {"additional_special_tokens": ["<|im_start|>", "<|im_end|>", *specials]}
+    )
     return fast
 
 
@@ -179,3 +182,73 @@ def test_the_mllm_starts_as_its_base(encoder: Any) -> None:
     seen = mllm(input_ids=batch.ids, pixel_values=batch.pixels).logits
     unseen = mllm(input_ids=batch.ids, pixel_values=-batch.pixels).logits
     assert not torch.allclose(seen[:, 5:], unseen[:, 5:]), "the picture must matter"
+
+
+def test_the_anatomy_tells_what_was_planted() -> None:
+    from anatomy import anatomy, projected, truncated
+
+    generator = torch.Generator().manual_seed(0)
+
+    def orthonormal(rows: int, columns: int) -> torch.Tensor:
+        drawn = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+        return torch.linalg.qr(drawn).Q
+
+    left, right, other = orthonormal(40, 3), orthonormal(60, 4), orthonormal(40, 2)
+    first = left @ torch.diag(torch.tensor([4.0, 2.0, 1.0]).double()) @ right[:, :3].T
+    # The expert's first direction leans 60 degrees off the MLLM's; its second is the MLLM's third.
+    leaning = 0.5 * right[:, 0] + math.sqrt(0.75) * right[:, 3]
+    second = 8 * torch.outer(other[:, 0], leaning) + 2 * torch.outer(other[:, 1], right[:, 2])
+    base = torch.randn(40, 60, generator=generator, dtype=torch.float64)
+    facts = anatomy(base, base + first, base + second)
+    assert facts["s"][:2] == pytest.approx([0.5, 0.0], abs=1e-9)
+    assert facts["s_max_at"] == 1 and facts["s_max"] == pytest.approx(0.5)
+    assert facts["lambda_full"] == pytest.approx(7 / 10)
+    assert facts["energy"]["mllm"] == pytest.approx(
+        {"1": 16 / 21, "4": 1, "16": 1} | {"64": 1, "256": 1}
+    )
+    assert facts["gap"] == pytest.approx({"mllm": 0.5, "expert": 0.75})
+    assert facts["subspace"] == pytest.approx(1.0), "the MLLM's third is the expert's second"
+    assert facts["inside"]["1"] == pytest.approx(0.25 * 64 / 68)
+    assert facts["inside"]["4"] == pytest.approx((0.25 * 64 + 4) / 68)
+    gamma = 1 / (1 + math.exp(-32 * 0.5))
+    assert facts["update"]["softmax 32"] == pytest.approx(gamma**2 * 4 / math.sqrt(68), rel=1e-6)
+    assert facts["update"]["relative 8"] == pytest.approx(4 / math.sqrt(68), rel=1e-3)
+    torch.testing.assert_close(truncated(second, 1), 8 * torch.outer(other[:, 0], leaning).float())
+    inside = projected(second, first, 1)
+    torch.testing.assert_close(inside, 4 * torch.outer(other[:, 0], right[:, 0]).float())
+
+
+def test_the_whole_way_at_a_tiny_size(encoder: Any, tmp_path: Path, capsys: Any) -> None:
+    import compare
+    from grow import grow_expert, grow_mllm, save
+    from tuning import Stage
+
+    base = make_base()
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(base.config, name, 0)
+    base.generation_config = GenerationConfig()
+    save(base, tmp_path / "base", make_tokenizer())
+    stage = Stage(2, 3e-3, 6, warmup=1, log_every=1)
+    grow_expert(tmp_path, 0, stage, resume=False)
+    grow_mllm(tmp_path, 0, stage, sight=(2, 2), resume=False)
+
+    family = compare.Family(tmp_path, {"read": 4, "text_sums": 4, "picture_sums": 4})
+    titles = dict(compare.rows_to_measure(family))
+    assert len(titles) == 4 + len(compare.MERGES) + 2 + 4 + 3
+    whole = family.merged("task_arithmetic", {"scale": 1.0})
+    naive = {n: family.weights["mllm"][n] + family.task_vector("expert", n) for n in whole}
+    for name in whole:
+        assert (whole[name] - naive[name]).norm() < 2**-8 * naive[name].norm(), "bf16's rounding"
+    rows = {
+        title: {"scores": titles[title]()}
+        for title in ("expert", "mllm", "IP-Merging, threshold 0")
+    }
+    assert set(rows["expert"]["scores"]) == {"text_sums"}
+    assert len(rows["mllm"]["scores"]) == 4
+    assert compare.table(rows).count("\n") == 5
+    matrices = compare.anatomies(family)
+    summary = compare.summarise(matrices)
+    assert summary["all"]["matrices"] == 14 and summary["q_proj"]["matrices"] == 2
+    states = {role: tmp_path / f"{role}.state" for role in ("mllm", "expert")}
+    stored = compare.storage(family, states)
+    assert 0 < stored["error_expert"]["median"] < 0.5

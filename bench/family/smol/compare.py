@@ -1,0 +1,296 @@
+"""Measure the family: task vectors, merges by lean_merge, and what rank the skill has.
+
+    python bench/family/smol/compare.py --family DIR --out bench/family/smol
+
+Every row is written to ``results.json`` as it is measured; those that are there are not measured
+again, so that this can be stopped at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # the first family's modules
+sys.path.insert(1, str(Path(__file__).resolve().parents[3]))  # the package, when not installed
+
+import torch
+from anatomy import anatomy, decompose, projected, summarise, truncated
+from forced import TASKS, problems, score
+from sight import in_scope
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+from transformers.utils import logging
+from worksheets import Encoder
+
+from lean_merge import Expert, MergeRecipe, Resources, stream
+from lean_merge.demo.evaluate import Accuracy
+
+QUESTION_SEED = 7  # the questions are the same for every model
+ROLES = ("base", "mllm", "expert")
+_IN_SCOPE = re.compile(r"language_model\.(?:model\.)?(layers\.\d+\.(?:self_attn|mlp)\..*weight)$")
+
+Weights = Mapping[str, Tensor]
+
+MERGES: dict[str, tuple[str, dict[str, Any]]] = {
+    f"Task Arithmetic, {weight:g}": ("task_arithmetic", {"scale": weight})
+    for weight in (0.3, 0.5, 1.0)
+} | {
+    "IP-Merging, defaults": ("ip_merging", {}),
+    "IP-Merging, threshold 0.2": ("ip_merging", {"threshold": 0.2}),
+    "IP-Merging, threshold 0": ("ip_merging", {"threshold": 0.0}),
+    "IP-Merging, threshold 0, temperature 8": ("ip_merging", {"threshold": 0.0, "temperature": 8}),
+    "IP-Merging, threshold 0, temperature 1": ("ip_merging", {"threshold": 0.0, "temperature": 1}),
+    "IP-Merging, threshold 0, relative": (
+        "ip_merging",
+        {"threshold": 0.0, "importance": "relative"},
+    ),
+    "IP-Merging, threshold 0, relative, temperature 1": (
+        "ip_merging",
+        {"threshold": 0.0, "importance": "relative", "temperature": 1},
+    ),
+    "IP-Merging, by the largest s": ("ip_merging", {"select_by": "max"}),
+    "select, threshold 0.2": ("ip_merging", {"threshold": 0.2, "stages": "select"}),
+    "select, threshold 0.4": ("ip_merging", {"stages": "select"}),
+    "select,rescale, threshold 0.2": (
+        "ip_merging",
+        {"threshold": 0.2, "stages": "select,rescale"},
+    ),
+    "select,project, threshold 0.2": (
+        "ip_merging",
+        {"threshold": 0.2, "stages": "select,project"},
+    ),
+}
+
+
+class Family:
+    """The three saved models; one LLM and one MLLM in memory, whose weights are changed in place.
+
+    Parameters
+    ----------
+    folder : Path
+        Holds ``base``, ``mllm`` and ``expert``.
+    counts : mapping of str to int
+        Problems of each task.
+    """
+
+    def __init__(self, folder: Path, counts: Mapping[str, int]) -> None:
+        self.folders = {role: folder / role for role in ROLES}
+        how: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
+        self.llm = LlamaForCausalLM.from_pretrained(self.folders["base"], **how).eval()
+        expert = LlamaForCausalLM.from_pretrained(self.folders["expert"], **how)
+        self.mllm = LlavaForConditionalGeneration.from_pretrained(
+            self.folders["mllm"], **how
+        ).eval()
+        models = {"base": self.llm, "mllm": self.mllm, "expert": expert}
+        self.weights = {
+            role: {name: weight.detach().clone() for name, weight in in_scope(model).items()}
+            for role, model in models.items()
+        }
+        processor = LlavaProcessor.from_pretrained(self.folders["mllm"])
+        self.readers = {
+            self.llm: Encoder(AutoTokenizer.from_pretrained(self.folders["base"])),
+            self.mllm: Encoder(processor.tokenizer),
+        }
+        self.counts = counts
+
+    def task_vector(self, role: str, name: str) -> Tensor:
+        """W_role - W_0."""
+        return self.weights[role][name] - self.weights["base"][name]
+
+    def ask(self, model: Any, weights: Weights, shots: int = 0) -> dict[str, dict[str, float]]:
+        """Score a model with these matrices in scope: text sums, and what else it can do."""
+        with torch.no_grad():
+            for name, weight in in_scope(model).items():
+                weight.copy_(weights[name])
+        scores = {}
+        for task in TASKS if model is self.mllm else ("text_sums",):
+            encoder = self.readers[model]
+            asked = problems(task, encoder, self.counts[task], seed=QUESTION_SEED, shots=shots)
+            for kind, accuracy in score(model, encoder, asked).items():
+                scores[task if kind == "right" else f"{task}_{kind}"] = told(accuracy)
+        return scores
+
+    def merged(self, method: str, parameters: Mapping[str, Any]) -> Weights:
+        """The matrices in scope of a merge by lean_merge, as it would store them."""
+        values = dict(parameters)
+        if "stages" in values:
+            values["stages"] = tuple(values["stages"].split(","))
+        recipe = MergeRecipe(
+            base_model=str(self.folders["base"]),
+            mllm_model=str(self.folders["mllm"]),
+            experts=(Expert(str(self.folders["expert"])),),
+            merge_method=method,
+            parameters=tuple(values.items()),
+        )
+        found = {}
+        for name, tensor in stream(recipe, resources=Resources(threads=torch.get_num_threads())):
+            match = _IN_SCOPE.search(name)
+            if match:
+                found[match[1]] = tensor.float()
+        assert found.keys() == self.weights["base"].keys()
+        return found
+
+
+def rows_to_measure(family: Family) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Every row of the table, lazily: its title, and what measures it."""
+    base, mllm, expert = (family.weights[role] for role in ROLES)
+    llm, seeing = family.llm, family.mllm
+    yield "base", lambda: family.ask(llm, base)
+    yield "base, three sums shown", lambda: family.ask(llm, base, shots=3)
+    yield "expert", lambda: family.ask(llm, expert)
+    yield "mllm", lambda: family.ask(seeing, mllm)
+    for title, (method, parameters) in MERGES.items():
+        yield title, lambda m=method, p=parameters: family.ask(seeing, family.merged(m, p))
+    for weight in (0.5, 1.0):
+        line = lambda w=weight: {n: mllm[n] + w * (expert[n] - mllm[n]) for n in base}  # noqa: E731
+        yield f"MLLM toward expert, {weight:g}", lambda at=line: family.ask(seeing, at())
+    for rank in (1, 4, 16, 64):
+        cut = lambda r=rank: {  # noqa: E731
+            n: base[n] + truncated(family.task_vector("expert", n), r) for n in base
+        }
+        yield f"base + rank {rank} of the expert", lambda at=cut: family.ask(llm, at())
+    for rank in (16, 64, 256):
+        inside = lambda r=rank: {  # noqa: E731
+            n: mllm[n]
+            + projected(family.task_vector("expert", n), family.task_vector("mllm", n), r)
+            for n in base
+        }
+        yield (
+            f"MLLM + expert inside {rank} of its directions",
+            lambda at=inside: family.ask(seeing, at()),
+        )
+
+
+def anatomies(family: Family) -> dict[str, dict[str, Any]]:
+    """Every matrix measured; minutes."""
+    base, mllm, expert = (family.weights[role] for role in ROLES)
+    return {name: anatomy(base[name], mllm[name], expert[name]) for name in base}
+
+
+def storage(family: Family, states: Mapping[str, Path]) -> dict[str, Any]:
+    """What storing in bf16 does to nuclear norms: stored task vectors against those trained.
+
+    Parameters
+    ----------
+    states : mapping of str to Path
+        The trainings' states of "mllm" and "expert", with the float32 weights before rounding.
+    """
+    ratios: dict[str, list[float]] = {role: [] for role in states}
+    errors: dict[str, list[float]] = {role: [] for role in states}
+    for role, file in states.items():
+        trained = torch.load(file, weights_only=True, mmap=True)["weights"]
+        for name, start in family.weights["base"].items():
+            exact = trained[name] - start
+            stored = family.task_vector(role, name)
+            nuclear = [float(decompose(each).sigma.sum()) for each in (stored, exact)]
+            ratios[role].append(nuclear[0] / nuclear[1])
+            errors[role].append(float((stored - exact).norm() / exact.norm()))
+    factors = [v / e for v, e in zip(ratios["mllm"], ratios["expert"], strict=True)]
+    found = {"lambda": factors}
+    found |= {f"nuclear_norm_{role}": values for role, values in ratios.items()}
+    found |= {f"error_{role}": values for role, values in errors.items()}
+    return {
+        name: {"low": min(v), "median": sorted(v)[len(v) // 2], "high": max(v)}
+        for name, v in found.items()
+    }
+
+
+def told(accuracy: Accuracy) -> dict[str, float]:
+    """An accuracy for the log."""
+    return {"share": accuracy.share, **asdict(accuracy)}
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """The results as a Markdown table: % right (Wilson 95 % interval)."""
+    columns = {
+        "read": "reads",
+        "text_sums": "text sums",
+        "picture_sums": "picture sums",
+        "picture_sums_transcribed": "of these written down right",
+    }
+    lines = ["| model | " + " | ".join(columns.values()) + " |", "|---" * 5 + "|"]
+    for title, scores in rows.items():
+        cells = [
+            f"{100 * s['share']:.1f} ({100 * s['low']:.1f} to {100 * s['high']:.1f})"
+            if (s := scores["scores"].get(column))
+            else ""
+            for column in columns
+        ]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def rounded(value: Any) -> Any:
+    """Four significant digits: the rest is noise in a diff."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, Mapping):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item) for item in value]
+    return value
+
+
+def write(file: Path, value: Any, *, indent: int | None = 1) -> None:
+    """Write JSON, rounded."""
+    text = json.dumps(rounded(value), indent=indent)
+    if indent is None:  # one matrix a line
+        text = text.replace('}, "layers', '},\n"layers')
+    file.write_text(text + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Measure what is not measured yet."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--family", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--problems", type=int, default=500, help="sums; readings are half of it")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    logging.disable_progress_bar()
+    counts = {task: options.problems for task in TASKS} | {"read": options.problems // 2}
+    family = Family(options.family, counts)
+    file = options.out / "results.json"
+    results: dict[str, Any] = (
+        json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"rows": {}}
+    )
+    if "anatomy" not in results:
+        matrices = anatomies(family)
+        results["anatomy"] = summarise(matrices)
+        write(options.out / "spectra.json", matrices, indent=None)
+        write(file, results)
+        print(time.strftime("%H:%M:%S"), "anatomy", flush=True)
+    for title, measure in rows_to_measure(family):
+        if title in results["rows"]:
+            continue
+        began = time.perf_counter()
+        results["rows"][title] = {
+            "scores": measure(),
+            "seconds": time.perf_counter() - began,
+        }
+        write(file, results)
+        shares = (f"{k} {v['share']:.3f}" for k, v in results["rows"][title]["scores"].items())
+        print(time.strftime("%H:%M:%S"), title, *shares, flush=True)
+    states = {role: options.family / f"{role}.state" for role in ("mllm", "expert")}
+    if "storage" not in results and all(state.exists() for state in states.values()):
+        results["storage"] = storage(family, states)
+        write(file, results)
+    (options.out / "results.md").write_text(table(results["rows"]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
