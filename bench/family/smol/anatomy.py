@@ -1,4 +1,4 @@
-"""What two task vectors look like, matrix by matrix, from whole decompositions in float64.
+"""What two task vectors look like, matrix by matrix, from whole spectra in float64.
 
 Nothing here uses lean_merge's own linear algebra, so that it can be held against its reports.
 """
@@ -19,6 +19,7 @@ DEPTHS = (1, 4, 16, 64, 256)
 """Numbers of leading directions at which energy is told."""
 TEMPERATURES = (1.0, 8.0, 32.0)
 GAP = 0.05
+FAINT = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,11 +31,19 @@ class Parts:
 
 
 def decompose(matrix: Tensor) -> Parts:
-    """Decompose [out, in] in float64; directions below the numerical rank are left out."""
-    _, sigma, rows = torch.linalg.svd(matrix.double(), full_matrices=False)
-    floor = sigma[0] * max(matrix.shape) * torch.finfo(torch.float64).eps
-    rank = int((sigma > floor).sum())
-    return Parts(sigma[:rank], rows[:rank].T)
+    """Decompose [out, in] through the smaller Gram matrix, all of it in float64.
+
+    Singular values below `FAINT` of the largest are left out: a Gram matrix cannot tell them well,
+    and rounding to bf16 puts a stored task vector's smallest far above.
+    """
+    task_vector = matrix.double()
+    wide = matrix.shape[0] < matrix.shape[1]
+    gram = task_vector @ task_vector.T if wide else task_vector.T @ task_vector
+    squares, vectors = torch.linalg.eigh(gram)
+    sigma, vectors = squares.clamp_min(0).sqrt().flip(0), vectors.flip(1)
+    rank = int((sigma > FAINT * sigma[0]).sum())
+    sigma, vectors = sigma[:rank], vectors[:, :rank]
+    return Parts(sigma, task_vector.T @ vectors / sigma if wide else vectors)
 
 
 def anatomy(base: Tensor, mllm: Tensor, expert: Tensor) -> dict[str, Any]:
@@ -89,12 +98,11 @@ def anatomy(base: Tensor, mllm: Tensor, expert: Tensor) -> dict[str, Any]:
 
 def truncated(task_vector: Tensor, rank: int) -> Tensor:
     """The best approximation of a rank: [out, in], float32."""
-    left, sigma, rows = torch.linalg.svd(task_vector.double(), full_matrices=False)
-    return ((left[:, :rank] * sigma[:rank]) @ rows[:rank]).float()
+    return projected(task_vector, task_vector, rank)
 
 
 def projected(task_vector: Tensor, onto: Tensor, rank: int) -> Tensor:
-    """dM V V^T with the leading right singular vectors V of another task vector."""
+    """dM V V^T with the leading right singular vectors V of another task vector; float32."""
     right = decompose(onto).right[:, :rank]
     return ((task_vector.double() @ right) @ right.T).float()
 

@@ -13,7 +13,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,35 +44,39 @@ _IN_SCOPE = re.compile(r"language_model\.(?:model\.)?(layers\.\d+\.(?:self_attn|
 
 Weights = Mapping[str, Tensor]
 
+# In the order of what is wanted first: each row takes minutes on a busy machine.
 MERGES: dict[str, tuple[str, dict[str, Any]]] = {
-    f"Task Arithmetic, {weight:g}": ("task_arithmetic", {"scale": weight})
-    for weight in (0.3, 0.5, 1.0)
-} | {
+    "Task Arithmetic, 1": ("task_arithmetic", {}),
     "IP-Merging, defaults": ("ip_merging", {}),
-    "IP-Merging, threshold 0.2": ("ip_merging", {"threshold": 0.2}),
     "IP-Merging, threshold 0": ("ip_merging", {"threshold": 0.0}),
-    "IP-Merging, threshold 0, temperature 8": ("ip_merging", {"threshold": 0.0, "temperature": 8}),
-    "IP-Merging, threshold 0, temperature 1": ("ip_merging", {"threshold": 0.0, "temperature": 1}),
+    "select, threshold 0.4": ("ip_merging", {"stages": ("select",)}),
+    "select,rescale, threshold 0.4": ("ip_merging", {"stages": ("select", "rescale")}),
+    "Task Arithmetic, 0.5": ("task_arithmetic", {"scale": 0.5}),
     "IP-Merging, threshold 0, relative": (
         "ip_merging",
         {"threshold": 0.0, "importance": "relative"},
     ),
     "IP-Merging, threshold 0, relative, temperature 1": (
         "ip_merging",
-        {"threshold": 0.0, "importance": "relative", "temperature": 1},
+        {"threshold": 0.0, "importance": "relative", "temperature": 1.0},
     ),
-    "IP-Merging, by the largest s": ("ip_merging", {"select_by": "max"}),
-    "select, threshold 0.2": ("ip_merging", {"threshold": 0.2, "stages": "select"}),
-    "select, threshold 0.4": ("ip_merging", {"stages": "select"}),
-    "select,rescale, threshold 0.2": (
+    "IP-Merging, threshold 0, temperature 8": (
         "ip_merging",
-        {"threshold": 0.2, "stages": "select,rescale"},
+        {"threshold": 0.0, "temperature": 8.0},
     ),
-    "select,project, threshold 0.2": (
+    "IP-Merging, threshold 0.4, largest s": ("ip_merging", {"select_by": "max"}),
+    "select,project, threshold 0": (
         "ip_merging",
-        {"threshold": 0.2, "stages": "select,project"},
+        {"threshold": 0.0, "stages": ("select", "project")},
     ),
+    "IP-Merging, threshold 0.2": ("ip_merging", {"threshold": 0.2}),
+    "IP-Merging, threshold 0, temperature 1": (
+        "ip_merging",
+        {"threshold": 0.0, "temperature": 1.0},
+    ),
+    "Task Arithmetic, 0.3": ("task_arithmetic", {"scale": 0.3}),
 }
+FIRST = 5  # so many merges come before the rank of the skill
 
 
 class Family:
@@ -125,15 +129,12 @@ class Family:
 
     def merged(self, method: str, parameters: Mapping[str, Any]) -> Weights:
         """The matrices in scope of a merge by lean_merge, as it would store them."""
-        values = dict(parameters)
-        if "stages" in values:
-            values["stages"] = tuple(values["stages"].split(","))
         recipe = MergeRecipe(
             base_model=str(self.folders["base"]),
             mllm_model=str(self.folders["mllm"]),
             experts=(Expert(str(self.folders["expert"])),),
             merge_method=method,
-            parameters=tuple(values.items()),
+            parameters=tuple(parameters.items()),
         )
         found = {}
         for name, tensor in stream(recipe, resources=Resources(threads=torch.get_num_threads())):
@@ -143,39 +144,62 @@ class Family:
         assert found.keys() == self.weights["base"].keys()
         return found
 
+    def toward_expert(self, weight: float) -> Weights:
+        """The straight line from the MLLM to the expert."""
+        mllm, expert = self.weights["mllm"], self.weights["expert"]
+        return {name: torch.lerp(mllm[name], expert[name], weight) for name in mllm}
 
-def rows_to_measure(family: Family) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """Every row of the table, lazily: its title, and what measures it."""
-    base, mllm, expert = (family.weights[role] for role in ROLES)
+    def cut(self, rank: int) -> Weights:
+        """The base with the expert's task vectors cut to a rank."""
+        return {
+            name: weight + truncated(self.task_vector("expert", name), rank)
+            for name, weight in self.weights["base"].items()
+        }
+
+    def inside(self, rank: int) -> Weights:
+        """The MLLM with what of the expert lies in so many of the MLLM's leading directions."""
+        return {
+            name: weight
+            + projected(self.task_vector("expert", name), self.task_vector("mllm", name), rank)
+            for name, weight in self.weights["mllm"].items()
+        }
+
+
+def rows_to_measure(family: Family) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Every row of the table: its title, and what measures it."""
+
+    def asking(
+        model: Any, weights: Callable[..., Weights], *values: Any
+    ) -> Callable[[], dict[str, Any]]:
+        return lambda: family.ask(model, weights(*values))
+
+    own = family.weights
     llm, seeing = family.llm, family.mllm
-    yield "base", lambda: family.ask(llm, base)
-    yield "base, three sums shown", lambda: family.ask(llm, base, shots=3)
-    yield "expert", lambda: family.ask(llm, expert)
-    yield "mllm", lambda: family.ask(seeing, mllm)
-    for title, (method, parameters) in MERGES.items():
-        yield title, lambda m=method, p=parameters: family.ask(seeing, family.merged(m, p))
-    for weight in (0.5, 1.0):
-        line = lambda w=weight: {n: mllm[n] + w * (expert[n] - mllm[n]) for n in base}  # noqa: E731
-        yield f"MLLM toward expert, {weight:g}", lambda at=line: family.ask(seeing, at())
-    for rank in (1, 4, 16, 64):
-        cut = lambda r=rank: {  # noqa: E731
-            n: base[n] + truncated(family.task_vector("expert", n), r) for n in base
-        }
-        yield f"base + rank {rank} of the expert", lambda at=cut: family.ask(llm, at())
-    for rank in (16, 64, 256):
-        inside = lambda r=rank: {  # noqa: E731
-            n: mllm[n]
-            + projected(family.task_vector("expert", n), family.task_vector("mllm", n), r)
-            for n in base
-        }
-        yield (
-            f"MLLM + expert inside {rank} of its directions",
-            lambda at=inside: family.ask(seeing, at()),
-        )
+    merges = {
+        title: asking(seeing, family.merged, method, parameters)
+        for title, (method, parameters) in MERGES.items()
+    }
+    rows = {
+        "base": lambda: family.ask(llm, own["base"]),
+        "base, three sums shown": lambda: family.ask(llm, own["base"], shots=3),
+        "expert": lambda: family.ask(llm, own["expert"]),
+        "mllm": lambda: family.ask(seeing, own["mllm"]),
+        **dict(list(merges.items())[:FIRST]),
+        "base + expert's rank 16": asking(llm, family.cut, 16),
+        "base + expert's rank 64": asking(llm, family.cut, 64),
+        "MLLM + expert inside its leading 64": asking(seeing, family.inside, 64),
+        "MLLM + expert inside its leading 256": asking(seeing, family.inside, 256),
+        "base + expert's rank 1": asking(llm, family.cut, 1),
+        "base + expert's rank 4": asking(llm, family.cut, 4),
+        **dict(list(merges.items())[FIRST:]),
+        "MLLM toward expert, 0.5": asking(seeing, family.toward_expert, 0.5),
+        "MLLM toward expert, 1": asking(seeing, family.toward_expert, 1.0),
+    }
+    return rows
 
 
 def anatomies(family: Family) -> dict[str, dict[str, Any]]:
-    """Every matrix measured; minutes."""
+    """Every matrix measured."""
     base, mllm, expert = (family.weights[role] for role in ROLES)
     return {name: anatomy(base[name], mllm[name], expert[name]) for name in base}
 
@@ -258,7 +282,7 @@ def main() -> None:
     parser.add_argument("--family", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--problems", type=int, default=500, help="sums; readings are half of it")
+    parser.add_argument("--problems", type=int, default=300, help="sums; readings are half of it")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     logging.disable_progress_bar()
@@ -274,7 +298,7 @@ def main() -> None:
         write(options.out / "spectra.json", matrices, indent=None)
         write(file, results)
         print(time.strftime("%H:%M:%S"), "anatomy", flush=True)
-    for title, measure in rows_to_measure(family):
+    for title, measure in rows_to_measure(family).items():
         if title in results["rows"]:
             continue
         began = time.perf_counter()
