@@ -199,13 +199,14 @@ def test_the_anatomy_tells_what_was_planted() -> None:
     leaning = 0.5 * right[:, 0] + math.sqrt(0.75) * right[:, 3]
     second = 8 * torch.outer(other[:, 0], leaning) + 2 * torch.outer(other[:, 1], right[:, 2])
     base = torch.randn(40, 60, generator=generator, dtype=torch.float64)
-    facts = anatomy(base, base + first, base + second)
+    facts = anatomy(base, base + first, base + second, right[:, 3])
     assert facts["s"][:2] == pytest.approx([0.5, 0.0], abs=1e-9)
     assert facts["s_max_at"] == 1 and facts["s_max"] == pytest.approx(0.5)
     assert facts["lambda_full"] == pytest.approx(7 / 10)
     assert facts["energy"]["mllm"] == pytest.approx(
         {"1": 16 / 21, "4": 1, "16": 1} | {"64": 1, "256": 1}
     )
+    assert facts["input"] == pytest.approx({"mllm": 0, "expert": math.sqrt(0.75)}, abs=1e-9)
     assert facts["gap"] == pytest.approx({"mllm": 0.5, "expert": 0.75})
     assert facts["subspace"] == pytest.approx(1.0), "the MLLM's third is the expert's second"
     assert facts["inside"]["1"] == pytest.approx(0.25 * 64 / 68)

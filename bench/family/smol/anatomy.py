@@ -46,8 +46,36 @@ def decompose(matrix: Tensor) -> Parts:
     return Parts(sigma, task_vector.T @ vectors / sigma if wide else vectors)
 
 
-def anatomy(base: Tensor, mllm: Tensor, expert: Tensor) -> dict[str, Any]:
+def dominant_inputs(model: Any, ids: Tensor) -> dict[str, Tensor]:
+    """The direction in which each matrix's inputs are largest, for a text: name to [in], float64.
+
+    It is the leading right singular vector of the inputs [tokens, in], not centred.
+    """
+    found: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Any:
+        def hook(module: Any, inputs: tuple[Tensor, ...]) -> None:
+            seen = inputs[0].detach().flatten(0, -2).double()
+            found[name] = torch.linalg.svd(seen, full_matrices=False).Vh[0]
+
+        return hook
+
+    watched = [
+        module.register_forward_pre_hook(watch(f"{name}.weight"))
+        for name, module in model.model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    with torch.no_grad():
+        model.model(input_ids=ids, use_cache=False)
+    for handle in watched:
+        handle.remove()
+    return found
+
+
+def anatomy(base: Tensor, mllm: Tensor, expert: Tensor, inputs: Tensor) -> dict[str, Any]:
     """Measure one matrix [out, in] of the three models.
+
+    `inputs` [in] is the direction in which its inputs are largest.
 
     Returns
     -------
@@ -59,6 +87,7 @@ def anatomy(base: Tensor, mllm: Tensor, expert: Tensor) -> dict[str, Any]:
         subspaces. ``gap``: (sigma_1 - sigma_2) / sigma_1. ``lambda_full``, ``lambda_64``: ratios
         of nuclear norms. ``inside``: share of dM's energy in the MLLM's leading directions.
         ``update``: norm of dM V diag(gamma^2) over that of dM, for each importance.
+        ``input``: |cosine| of each task vector's v_1 with `inputs`.
     """
     norm = float(base.double().norm())
     first, second = mllm.double() - base.double(), expert.double() - base.double()
@@ -85,6 +114,7 @@ def anatomy(base: Tensor, mllm: Tensor, expert: Tensor) -> dict[str, Any]:
         "s": s[:LEADING].tolist(),
         "s_max": float(s.max()),
         "s_max_at": int(s.argmax()) + 1,
+        "directions": count,
         "random": base.shape[1] ** -0.5,
         "subspace": float(
             torch.linalg.matrix_norm(seen.right[:, :LEADING].T @ taught.right[:, :LEADING], ord=2)
@@ -93,6 +123,7 @@ def anatomy(base: Tensor, mllm: Tensor, expert: Tensor) -> dict[str, Any]:
         "lambda_64": float(seen.sigma[:64].sum() / taught.sigma[:64].sum()),
         "inside": {str(k): float(images[:k].sum()) / whole for k in DEPTHS},
         "update": update,
+        "input": {name: float((p.right[:, 0] @ inputs).abs()) for name, p in parts.items()},
     }
 
 
@@ -125,9 +156,9 @@ def _summary(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
         return math.erfc(row["s"][0] / row["random"] / math.sqrt(2))
 
     by_role = {
-        f"{fact}_{role}": spread([pick(row[fact][role]) for row in rows])
+        f"{fact}_{role}": spread([row[fact][role] for row in rows])
         for role in ("mllm", "expert")
-        for fact, pick in (("relative", float), ("effective_rank", float), ("gap", float))
+        for fact in ("relative", "effective_rank", "gap", "input")
     }
     return {
         "matrices": len(rows),
@@ -144,6 +175,7 @@ def _summary(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
         "s_max": spread([row["s_max"] for row in rows]),
         "s_max_is_s_1": sum(row["s_max_at"] == 1 for row in rows),
         "s_max_within_16": sum(row["s_max_at"] <= LEADING for row in rows),
+        "s_max_is_the_last": sum(row["s_max_at"] == row["directions"] for row in rows),
         "subspace": spread([row["subspace"] for row in rows]),
         "no_gap": sum(min(row["gap"].values()) < GAP for row in rows),
         "lambda_full": spread([row["lambda_full"] for row in rows]),

@@ -22,7 +22,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # the first family
 sys.path.insert(1, str(Path(__file__).resolve().parents[3]))  # the package, when not installed
 
 import torch
-from anatomy import anatomy, decompose, projected, summarise, truncated
+from anatomy import anatomy, decompose, dominant_inputs, projected, summarise, truncated
 from forced import TASKS, problems, score
 from sight import in_scope
 from torch import Tensor
@@ -40,6 +40,13 @@ from lean_merge.demo.evaluate import Accuracy
 
 QUESTION_SEED = 7  # the questions are the same for every model
 ROLES = ("base", "mllm", "expert")
+PLAIN = (  # text without digits, unlike anything in either tuning
+    "The river had been rising since the morning, and by noon the lower fields were under water. "
+    "Nobody in the village was surprised: old people remembered worse, and the younger ones had "
+    "carried their chairs and their books upstairs the evening before. What worried them was the "
+    "bridge. It was built of wood, by a carpenter who had never seen the sea, and every tree that "
+    "came down with the flood struck it like a hammer."
+)
 _IN_SCOPE = re.compile(r"language_model\.(?:model\.)?(layers\.\d+\.(?:self_attn|mlp)\..*weight)$")
 
 Weights = Mapping[str, Tensor]
@@ -51,7 +58,12 @@ MERGES: dict[str, tuple[str, dict[str, Any]]] = {
     "IP-Merging, threshold 0": ("ip_merging", {"threshold": 0.0}),
     "select, threshold 0.4": ("ip_merging", {"stages": ("select",)}),
     "select,rescale, threshold 0.4": ("ip_merging", {"stages": ("select", "rescale")}),
-    "Task Arithmetic, 0.5": ("task_arithmetic", {"scale": 0.5}),
+    "IP-Merging, s weighted by sigma": ("ip_merging", {"similarity_weight": "sigma"}),
+    "IP-Merging, threshold 0, s weighted by sigma": (
+        "ip_merging",
+        {"threshold": 0.0, "similarity_weight": "sigma"},
+    ),
+    "IP-Merging, rank 64": ("ip_merging", {"rank": 64}),
     "IP-Merging, threshold 0, relative": (
         "ip_merging",
         {"threshold": 0.0, "importance": "relative"},
@@ -70,6 +82,7 @@ MERGES: dict[str, tuple[str, dict[str, Any]]] = {
         {"threshold": 0.0, "stages": ("select", "project")},
     ),
     "IP-Merging, threshold 0.2": ("ip_merging", {"threshold": 0.2}),
+    "Task Arithmetic, 0.5": ("task_arithmetic", {"scale": 0.5}),
     "IP-Merging, threshold 0, temperature 1": (
         "ip_merging",
         {"threshold": 0.0, "temperature": 1.0},
@@ -201,7 +214,9 @@ def rows_to_measure(family: Family) -> dict[str, Callable[[], dict[str, Any]]]:
 def anatomies(family: Family) -> dict[str, dict[str, Any]]:
     """Every matrix measured."""
     base, mllm, expert = (family.weights[role] for role in ROLES)
-    return {name: anatomy(base[name], mllm[name], expert[name]) for name in base}
+    ids = torch.tensor([family.readers[family.llm].ids(PLAIN)])
+    inputs = dominant_inputs(family.llm, ids)  # still the base: nothing was put into it
+    return {name: anatomy(base[name], mllm[name], expert[name], inputs[name]) for name in base}
 
 
 def storage(family: Family, states: Mapping[str, Path]) -> dict[str, Any]:
