@@ -3,7 +3,8 @@
     python bench/family/smol/compare.py --family DIR --out bench/family/smol
 
 Every row is written to ``results.json`` as it is measured; those that are there are not measured
-again, so that this can be stopped at any time.
+again, so that this can be stopped at any time. Without ``--out`` it only looks at the task vectors,
+those of any family with these three folders.
 """
 
 from __future__ import annotations
@@ -55,41 +56,41 @@ Weights = Mapping[str, Tensor]
 MERGES: dict[str, tuple[str, dict[str, Any]]] = {
     "Task Arithmetic, 1": ("task_arithmetic", {}),
     "IP-Merging, defaults": ("ip_merging", {}),
-    "IP-Merging, threshold 0": ("ip_merging", {"threshold": 0.0}),
     "select, threshold 0.4": ("ip_merging", {"stages": ("select",)}),
-    "select,rescale, threshold 0.4": ("ip_merging", {"stages": ("select", "rescale")}),
-    "IP-Merging, s weighted by sigma": ("ip_merging", {"similarity_weight": "sigma"}),
     "IP-Merging, threshold 0, s weighted by sigma": (
         "ip_merging",
         {"threshold": 0.0, "similarity_weight": "sigma"},
-    ),
-    "IP-Merging, rank 64": ("ip_merging", {"rank": 64}),
-    "IP-Merging, threshold 0, relative": (
-        "ip_merging",
-        {"threshold": 0.0, "importance": "relative"},
     ),
     "IP-Merging, threshold 0, relative, temperature 1": (
         "ip_merging",
         {"threshold": 0.0, "importance": "relative", "temperature": 1.0},
     ),
-    "IP-Merging, threshold 0, temperature 8": (
-        "ip_merging",
-        {"threshold": 0.0, "temperature": 8.0},
-    ),
-    "IP-Merging, threshold 0.4, largest s": ("ip_merging", {"select_by": "max"}),
+    "IP-Merging, threshold 0": ("ip_merging", {"threshold": 0.0}),
+    "Task Arithmetic, 0.5": ("task_arithmetic", {"scale": 0.5}),
+    "select,rescale, threshold 0.4": ("ip_merging", {"stages": ("select", "rescale")}),
     "select,project, threshold 0": (
         "ip_merging",
         {"threshold": 0.0, "stages": ("select", "project")},
     ),
+    "IP-Merging, s weighted by sigma": ("ip_merging", {"similarity_weight": "sigma"}),
+    "IP-Merging, threshold 0.4, largest s": ("ip_merging", {"select_by": "max"}),
+    "IP-Merging, rank 64": ("ip_merging", {"rank": 64}),
     "IP-Merging, threshold 0.2": ("ip_merging", {"threshold": 0.2}),
-    "Task Arithmetic, 0.5": ("task_arithmetic", {"scale": 0.5}),
+    "IP-Merging, threshold 0, relative": (
+        "ip_merging",
+        {"threshold": 0.0, "importance": "relative"},
+    ),
+    "IP-Merging, threshold 0, temperature 8": (
+        "ip_merging",
+        {"threshold": 0.0, "temperature": 8.0},
+    ),
     "IP-Merging, threshold 0, temperature 1": (
         "ip_merging",
         {"threshold": 0.0, "temperature": 1.0},
     ),
     "Task Arithmetic, 0.3": ("task_arithmetic", {"scale": 0.3}),
 }
-FIRST = 5  # so many merges come before the rank of the skill
+FIRST = 6  # so many merges come before the rank of the skill
 
 
 class Family:
@@ -199,11 +200,11 @@ def rows_to_measure(family: Family) -> dict[str, Callable[[], dict[str, Any]]]:
         "mllm": lambda: family.ask(seeing, own["mllm"]),
         **dict(list(merges.items())[:FIRST]),
         "base + expert's rank 16": asking(llm, family.cut, 16),
-        "base + expert's rank 64": asking(llm, family.cut, 64),
-        "MLLM + expert inside its leading 64": asking(seeing, family.inside, 64),
-        "MLLM + expert inside its leading 256": asking(seeing, family.inside, 256),
-        "base + expert's rank 1": asking(llm, family.cut, 1),
         "base + expert's rank 4": asking(llm, family.cut, 4),
+        "MLLM + expert inside its leading 64": asking(seeing, family.inside, 64),
+        "base + expert's rank 64": asking(llm, family.cut, 64),
+        "MLLM + expert inside its leading 16": asking(seeing, family.inside, 16),
+        "base + expert's rank 1": asking(llm, family.cut, 1),
         **dict(list(merges.items())[FIRST:]),
         "MLLM toward expert, 0.5": asking(seeing, family.toward_expert, 0.5),
         "MLLM toward expert, 1": asking(seeing, family.toward_expert, 1.0),
@@ -295,7 +296,7 @@ def main() -> None:
     """Measure what is not measured yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--family", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="without it, only the task vectors, printed")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--problems", type=int, default=300, help="sums; readings are half of it")
     options = parser.parse_args()
@@ -303,6 +304,9 @@ def main() -> None:
     logging.disable_progress_bar()
     counts = {task: options.problems for task in TASKS} | {"read": options.problems // 2}
     family = Family(options.family, counts)
+    if options.out is None:
+        print(json.dumps(rounded(summarise(anatomies(family))["all"]), indent=1))
+        return
     file = options.out / "results.json"
     results: dict[str, Any] = (
         json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"rows": {}}

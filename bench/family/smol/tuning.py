@@ -82,7 +82,7 @@ def tune(
     Returns
     -------
     list of dict
-        The log: step, mean loss since the last point, seconds and tokens are the callers' to add.
+        The log: step, mean loss since the last point, rate, and seconds of training so far.
     """
     optimizer = torch.optim.AdamW(
         list(moving.values()), lr=stage.rate, weight_decay=0.0, betas=(0.9, 0.98), fused=True
@@ -128,6 +128,7 @@ def tune(
                 {
                     "step": step + 1,
                     "loss": sum(recent) / len(recent),
+                    "rate": stage.rate_at(step),
                     "seconds": spent + now - began,
                 }
             )
