@@ -55,6 +55,7 @@ Weights = Mapping[str, Tensor]
 # In the order of what is wanted first: each row takes minutes on a busy machine.
 MERGES: dict[str, tuple[str, dict[str, Any]]] = {
     "Task Arithmetic, 1": ("task_arithmetic", {}),
+    "Task Arithmetic, 0.5": ("task_arithmetic", {"scale": 0.5}),
     "IP-Merging, defaults": ("ip_merging", {}),
     "select, threshold 0.4": ("ip_merging", {"stages": ("select",)}),
     "IP-Merging, threshold 0, s weighted by sigma": (
@@ -65,8 +66,8 @@ MERGES: dict[str, tuple[str, dict[str, Any]]] = {
         "ip_merging",
         {"threshold": 0.0, "importance": "relative", "temperature": 1.0},
     ),
+    "Task Arithmetic, 0.3": ("task_arithmetic", {"scale": 0.3}),
     "IP-Merging, threshold 0": ("ip_merging", {"threshold": 0.0}),
-    "Task Arithmetic, 0.5": ("task_arithmetic", {"scale": 0.5}),
     "select,rescale, threshold 0.4": ("ip_merging", {"stages": ("select", "rescale")}),
     "select,project, threshold 0": (
         "ip_merging",
@@ -88,9 +89,8 @@ MERGES: dict[str, tuple[str, dict[str, Any]]] = {
         "ip_merging",
         {"threshold": 0.0, "temperature": 1.0},
     ),
-    "Task Arithmetic, 0.3": ("task_arithmetic", {"scale": 0.3}),
 }
-FIRST = 6  # so many merges come before the rank of the skill
+FIRST = 4  # so many merges come before the rank of the skill
 
 
 class Family:
@@ -200,9 +200,9 @@ def rows_to_measure(family: Family) -> dict[str, Callable[[], dict[str, Any]]]:
         "mllm": lambda: family.ask(seeing, own["mllm"]),
         **dict(list(merges.items())[:FIRST]),
         "base + expert's rank 16": asking(llm, family.cut, 16),
-        "base + expert's rank 4": asking(llm, family.cut, 4),
         "MLLM + expert inside its leading 64": asking(seeing, family.inside, 64),
         "base + expert's rank 64": asking(llm, family.cut, 64),
+        "base + expert's rank 4": asking(llm, family.cut, 4),
         "MLLM + expert inside its leading 16": asking(seeing, family.inside, 16),
         "base + expert's rank 1": asking(llm, family.cut, 1),
         **dict(list(merges.items())[FIRST:]),
