@@ -245,7 +245,7 @@ def test_the_whole_way_at_a_tiny_size(encoder: Any, tmp_path: Path, capsys: Any)
         for title in ("expert", "mllm", "IP-Merging, threshold 0")
     }
     assert set(rows["expert"]["scores"]) == {"text_sums"}
-    assert len(rows["mllm"]["scores"]) == 4
+    assert len(rows["mllm"]["scores"]) == 5
     assert compare.table(rows).count("\n") == 5
     matrices = compare.anatomies(family)
     summary = compare.summarise(matrices)

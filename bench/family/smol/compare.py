@@ -259,9 +259,10 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         "read": "reads",
         "text_sums": "text sums",
         "picture_sums": "picture sums",
-        "picture_sums_transcribed": "of these written down right",
+        "picture_sums_seen": "question written down",
+        "picture_sums_added": "result, the question given",
     }
-    lines = ["| model | " + " | ".join(columns.values()) + " |", "|---" * 5 + "|"]
+    lines = ["| model | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
     for title, scores in rows.items():
         cells = [
             f"{100 * s['share']:.1f} ({100 * s['low']:.1f} to {100 * s['high']:.1f})"

@@ -89,10 +89,11 @@ def score(model: Any, encoder: Encoder, asked: Sequence[Problem]) -> dict[str, A
     Returns
     -------
     dict
-        ``right``; for picture sums also ``transcribed``, the share right up to ``=``.
+        ``right``; for picture sums also ``seen``, where the question is written down right but
+        for its ``=``, and ``added``, where the result is right once the question stands there.
     """
     digits = torch.tensor([token for digit in "0123456789" for token in encoder.ids(digit)])
-    right = transcribed = 0
+    right = seen = added = 0
     for start in range(0, len(asked), ROWS):
         part = asked[start : start + ROWS]
         batch = padded([problem.row for problem in part])
@@ -110,10 +111,13 @@ def score(model: Any, encoder: Encoder, asked: Sequence[Problem]) -> dict[str, A
             answer, last = said[place : end - 1], said[end - 1]
             labels = torch.tensor([label for label in problem.row[1] if label != IGNORED])[:-1]
             same = answer == labels
-            right += bool(same.all()) and not bool((digits == last).any())
-            transcribed += bool(same[: problem.written].all())
+            ended = not bool((digits == last).any())
+            right += bool(same.all()) and ended
+            seen += bool(same[: problem.written - 1].all())
+            added += bool(same[problem.written :].all()) and ended
             place = end
     scores = {"right": Accuracy.of(right, len(asked))}
     if asked[0].written:
-        scores["transcribed"] = Accuracy.of(transcribed, len(asked))
+        scores["seen"] = Accuracy.of(seen, len(asked))
+        scores["added"] = Accuracy.of(added, len(asked))
     return scores
