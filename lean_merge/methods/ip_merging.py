@@ -250,6 +250,7 @@ class IPMerging(Method[IPMergingParameters]):
         if self.common.select_by == "max":
             # Any computed direction may still rise, so that the sketch goes to its full depth.
             return Verdict.MORE
+        verdict = Verdict.LEFT
         for k, alignment in enumerate(aligned):
             if alignment.subspace == 0:
                 continue
@@ -264,7 +265,8 @@ class IPMerging(Method[IPMergingParameters]):
                     continue
             if max(alignment.angle_error, first) > ANGLE:
                 return Verdict.MORE
-        return Verdict.DONE
+            verdict = Verdict.DONE
+        return verdict
 
     def _decide(
         self,
