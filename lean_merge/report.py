@@ -37,7 +37,7 @@ def build_report(
     """The content of `lean_merge_report.json`; docs/formats.md explains every field."""
     rows = [row for weight in result.weights for row in weight_rows(plan, weight)]
     merged = {weight.name for weight in result.weights if weight.merged}
-    prediction, code = plan.prediction, remote_code(plan.mllm)
+    code = remote_code(plan.mllm)
     return {
         "version": REPORT_VERSION,
         "lean_merge": __version__,
@@ -76,6 +76,17 @@ def build_report(
         "skipped": list(plan.coverage.left_out),
         "filtered": dict(plan.scope.filtered),
         "remote_code": list(code),
+        **measures(plan, result, bytes_written=bytes_written, peak=peak, baseline=baseline),
+        "weights": rows,
+    }
+
+
+def measures(
+    plan: Plan, result: RunResult, *, bytes_written: int, peak: Usage, baseline: Usage
+) -> dict[str, Any]:
+    """What a run took, beside what was predicted."""
+    prediction = plan.prediction
+    return {
         "seconds": {phase: round(s, 3) for phase, s in result.seconds.items()},
         "bytes": {
             "read": result.bytes_read,
@@ -99,7 +110,6 @@ def build_report(
         "device": plan.device,
         "threads": plan.threads,
         "workers": plan.workers,
-        "weights": rows,
     }
 
 

@@ -244,7 +244,9 @@ class _Engine:
         decision = _explained(found.decision, weight)
         with self._result.timed("write"):
             stored = self._sink.update(task, found.vectors, decision, tools)
-        norms = found.vectors.squared_norms()
+        # What was gathered is stored; the next weight needs its memory.
+        decision = replace(decision, evidence=None)
+        norms = [*decision.squared_norms] or found.vectors.squared_norms()
         return lambda: WeightResult(
             name=task.tensor.name,
             canonical=weight.canonical,
