@@ -87,6 +87,13 @@ class Recorded(Protocol):
     def gathered(self) -> Gathered:
         """What it depends on."""
 
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What tells it from other evidence, for the journal of a merge from it."""
+
+    def check_inputs(self, plan: Any) -> None:
+        """Raise CheckpointError, naming what changed, unless a plan reads what was analysed."""
+
     def facts(self, canonical: str) -> Facts | None:
         """Of a weight; None if there are none."""
 

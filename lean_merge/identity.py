@@ -28,12 +28,14 @@ def run_facts(plan: Plan, out: Path) -> dict[str, Any]:
     CheckpointError
         An input cannot be read.
     """
-    return {
+    source = None if plan.evidence is None else plan.evidence.source
+    facts = {
         "recipe": plan.recipe.to_dict(),
         "recipe_sha256": recipe_digest(plan.recipe),
         "inputs": inputs(plan, out),
         "environment": environment(plan.device),
     }
+    return facts if source is None else {**facts, "analysis": dict(source.identity)}
 
 
 def recipe_digest(recipe: MergeRecipe) -> str:

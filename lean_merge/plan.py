@@ -30,6 +30,7 @@ from lean_merge.footprint import Layout, check_budget
 from lean_merge.gathering import (
     Gathered,
     Recorded,
+    described,
     evidence_method,
     recalling,
     regathering,
@@ -166,7 +167,10 @@ def plan(
         The memory given is too small; the message names the smallest that works.
     """
     evidence = None if analysis is None else EvidencePlan(analysis.gathered, analysis)
-    return _plan(recipe, resources or Resources(), recipe.output, evidence)
+    made = _plan(recipe, resources or Resources(), recipe.output, evidence)
+    if analysis is not None:
+        analysis.check_inputs(made)
+    return made
 
 
 def plan_again(recipe: MergeRecipe, gathered: Gathered, resources: Resources | None = None) -> Plan:
@@ -236,6 +240,8 @@ def _plan(
     threads = processors(resources.threads)
     device, limits, busy = limits_of(resources, device)
     notes += busy
+    if evidence is not None:
+        notes += described(evidence.anew)
     largest = max((tensor.nbytes for tensor in outputs.values()), default=0)
     layout = Layout(
         methods=by_weight,

@@ -13,6 +13,7 @@ from lean_merge.engine.results import WeightResult
 from lean_merge.engine.run import RunResult
 from lean_merge.engine.update import Truncated, Written
 from lean_merge.memory import Usage
+from lean_merge.methods import Recalling
 from lean_merge.output import remote_code
 from lean_merge.plan import Plan
 from lean_merge.version import __version__
@@ -73,11 +74,25 @@ def build_report(
             for weight in result.weights
             if weight.fallback is not None
         ],
+        "analysis": _from_analysis(plan),
         "skipped": list(plan.coverage.left_out),
         "filtered": dict(plan.scope.filtered),
         "remote_code": list(code),
         **measures(plan, result, bytes_written=bytes_written, peak=peak, baseline=baseline),
         "weights": rows,
+    }
+
+
+def _from_analysis(plan: Plan) -> dict[str, Any] | None:
+    """Of a merge from an analysis: which, and what was looked at again."""
+    if plan.evidence is None or plan.evidence.source is None:
+        return None
+    return {
+        **plan.evidence.source.identity,
+        "recalled": sum(
+            isinstance(method, Recalling) for task in plan.weights for method in task.methods
+        ),
+        "anew": dict(plan.evidence.anew),
     }
 
 

@@ -125,6 +125,7 @@ MAY_IMPORT = {
     },
     "identity": {"plan", "resources", "checkpoints", "output", "recipe", "version"},
     "verify": {
+        "gathering",
         "engine",
         "plan",
         "tasks",
@@ -136,7 +137,7 @@ MAY_IMPORT = {
         "output",
         "errors",
     },
-    "report": {"plan", "engine", "memory", "output", "version", "sizes"},
+    "report": {"methods", "plan", "engine", "memory", "output", "version", "sizes"},
     "analysis": {
         "analysis",
         "engine",

@@ -39,7 +39,7 @@ class Analysis:
     gathered
         What its evidence depends on, beside the inputs.
     sha256
-        Digest of analysis.json, which names the evidence.
+        Of analysis.json.
     """
 
     path: Path
@@ -56,6 +56,15 @@ class Analysis:
     def factors(self, canonical: str) -> Factors:
         """Of a weight that has facts; read when they are asked for."""
         return _StoredFactors(self._tensors, canonical, self._facts[canonical])
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What tells its evidence from any other."""
+        return {
+            "sha256": self.sha256,
+            "gathered": self.gathered.to_dict(),
+            "environment": self.document["environment"],
+        }
 
     def check_inputs(self, plan: Plan) -> None:
         """Raise CheckpointError, naming what changed, unless `plan` reads what was analysed."""
@@ -113,6 +122,8 @@ def open_analysis(path: str | Path) -> Analysis:
         facts = _facts_of(document)
         gathered = Gathered.from_dict(document.get("gathered"))
         _check_inputs(document.get("inputs"))
+        if not isinstance(document.get("environment"), dict):
+            raise ValueError("the environment is missing")
     except (ValueError, RecipeError) as error:
         raise CheckpointError(
             f"{folder / ANALYSIS}: is damaged or none of ours ({error}); {_MEND}."

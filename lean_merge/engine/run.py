@@ -95,7 +95,8 @@ def steps(plan: Plan, sink: Sink, result: RunResult) -> Generator[Event, None, N
         workers = stack.enter_context(worker_pool(plan.workers))
         notes = [from_note(sink.finished(task)) for task in plan.tasks]
         sources = [
-            [] if note else _sources(task) for task, note in zip(plan.tasks, notes, strict=True)
+            [] if note else _sources(task, rows=sink.reads_rows)
+            for task, note in zip(plan.tasks, notes, strict=True)
         ]
         prefetcher = stack.enter_context(Prefetcher(reader, sources, ahead=READ_AHEAD))
         engine = _Engine(plan, sink, Tools(reader, workers), result)
@@ -165,8 +166,8 @@ def _source_name(task: CopyTask | WeightTask) -> str:
     return task.source.name if isinstance(task, CopyTask) else task.tensor.name
 
 
-def _sources(task: CopyTask | WeightTask) -> list[TensorSpec]:
-    return list(task.stored if isinstance(task, CopyTask) else task.weight.extents)
+def _sources(task: CopyTask | WeightTask, *, rows: bool) -> list[TensorSpec]:
+    return list(task.stored if isinstance(task, CopyTask) else task.read(rows=rows))
 
 
 class _Engine:
