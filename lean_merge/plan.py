@@ -27,6 +27,15 @@ from lean_merge.checkpoints import (
 )
 from lean_merge.errors import CoverageError, RecipeError
 from lean_merge.footprint import Layout, Room, check_budget, share_room
+from lean_merge.gathering import (
+    Choice,
+    EvidencePlan,
+    Gathered,
+    Recorded,
+    decided,
+    described,
+    watching,
+)
 from lean_merge.methods import Method
 from lean_merge.output import (
     AdapterModule,
@@ -42,8 +51,10 @@ from lean_merge.recipe import MergeRecipe
 from lean_merge.resources import Resources, limits_of, processors, resolve_device
 from lean_merge.scope import Scope, filter_weights, positions_of
 from lean_merge.sizes import format_size
-from lean_merge.tasks import CopyTask, WeightTask
+from lean_merge.tasks import CopyTask, WeightTask, needs_analysis
 
+ANALYSIS = "analysis"
+"""The output of a plan that only gathers evidence."""
 DECODED_DTYPE = torch.bfloat16
 """What weights that are stored with scales are written in unless the recipe says otherwise."""
 
@@ -88,6 +99,7 @@ class Plan:
     """Bytes on the host for tiles that stay, of each weight that is analysed at a time."""
     prediction: Prediction
     notes: tuple[str, ...]
+    evidence: EvidencePlan | None = None
 
     @property
     def inputs(self) -> tuple[Path, ...]:
@@ -97,6 +109,13 @@ class Plan:
         return (
             *(checkpoint.path for checkpoint in checkpoints),
             *(file.resolve() for file in files if file.is_symlink()),
+        )
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether no threshold is to be found before anything is merged."""
+        return self.evidence is not None or all(
+            method is None or method.is_settled for task in self.weights for method in task.methods
         )
 
     @property
@@ -122,11 +141,16 @@ class Plan:
         return tuple(task for task in self.tasks if isinstance(task, CopyTask))
 
 
-def plan(recipe: MergeRecipe, resources: Resources | None = None) -> Plan:
+def plan(
+    recipe: MergeRecipe,
+    resources: Resources | None = None,
+    *,
+    analysis: Recorded | None = None,
+) -> Plan:
     """Read the headers of all checkpoints and lay out the whole merge.
 
     An adapter's files are laid out once its ranks are known, so `Plan.shards` is empty; so it is
-    where nothing is written.
+    where nothing is written. With an `analysis` of the same inputs, weights are decided from it.
 
     Raises
     ------
@@ -137,7 +161,32 @@ def plan(recipe: MergeRecipe, resources: Resources | None = None) -> Plan:
     BudgetError
         The memory given is too small; the message names the smallest that works.
     """
-    return _plan(recipe, resources or Resources(), recipe.output)
+    evidence = None if analysis is None else EvidencePlan(analysis.gathered, analysis)
+    return _plan(recipe, resources or Resources(), recipe.output, evidence)
+
+
+def plan_again(
+    recipe: MergeRecipe,
+    gathered: Gathered,
+    resources: Resources | None = None,
+    *,
+    choices: tuple[Choice, ...] = (),
+) -> Plan:
+    """The plan of a merge from an analysis, which gathers its evidence anew in the same way.
+
+    `choices` are the thresholds that it found, if there were any to find.
+    """
+    evidence = EvidencePlan(gathered, choices=choices)
+    return _plan(recipe, resources or Resources(), recipe.output, evidence)
+
+
+def plan_analysis(recipe: MergeRecipe, resources: Resources | None = None) -> Plan:
+    """The plan of an analysis, which writes no weights.
+
+    Raises as `plan`; RecipeError too for a method that has nothing to analyse.
+    """
+    evidence = EvidencePlan(Gathered.by(recipe))
+    return _plan(recipe, resources or Resources(), ANALYSIS, evidence)
 
 
 def plan_stream(recipe: MergeRecipe, resources: Resources | None = None) -> Plan:
@@ -153,7 +202,9 @@ def plan_stream(recipe: MergeRecipe, resources: Resources | None = None) -> Plan
     return _plan(recipe, resources or Resources(), "stream")
 
 
-def _plan(recipe: MergeRecipe, resources: Resources, output: str) -> Plan:
+def _plan(
+    recipe: MergeRecipe, resources: Resources, output: str, evidence: EvidencePlan | None = None
+) -> Plan:
     method = build_method(recipe)
     base = open_checkpoint(recipe.base_model)
     mllm = open_checkpoint(recipe.mllm_model)
@@ -172,6 +223,14 @@ def _plan(recipe: MergeRecipe, resources: Resources, output: str) -> Plan:
     by_weight = {
         name: methods.at(place) for name, place in places.items() if name not in scope.filtered
     }
+    if output == ANALYSIS:
+        by_weight = watching(by_weight)
+    elif evidence is not None:
+        if evidence.source is not None:
+            evidence.source.check_inputs(base, mllm, experts)
+        by_weight, evidence = decided(by_weight, places, recipe, evidence)
+    elif output == "stream" and not all(each.is_settled for each in by_weight.values()):
+        raise RecipeError("A stream finds no threshold of its own; give one instead of auto.")
     outputs = _outputs(recipe, mllm, _merged(coverage, scope))
     shards: tuple[Shard, ...] = ()
     if output == "checkpoint":
@@ -182,6 +241,7 @@ def _plan(recipe: MergeRecipe, resources: Resources, output: str) -> Plan:
     threads = processors(resources.threads)
     device, limits, busy = limits_of(resources, device)
     notes += busy
+    notes += described(evidence.anew) if evidence is not None else []
     largest = max((tensor.nbytes for tensor in outputs.values()), default=0)
     layout = Layout(
         methods=by_weight,
@@ -228,6 +288,7 @@ def _plan(recipe: MergeRecipe, resources: Resources, output: str) -> Plan:
         arenas=room.arenas,
         prediction=Prediction(layout.held + room.peak, 0, 0, 0, 0, True, True),
         notes=tuple(notes),
+        evidence=evidence,
     )
     return dataclasses.replace(unpredicted, prediction=_predict(unpredicted, layout))
 
@@ -374,6 +435,9 @@ def _predict(plan: Plan, layout: Layout) -> Prediction:
     disk = written
     if layout.output == "lora":
         written, disk = _adapter_bytes(plan)
+    if layout.output == ANALYSIS:
+        written = _evidence_bytes(plan)
+        disk = 2 * written
     return Prediction(
         peak_memory=plan.prediction.peak_memory,
         peak_vram=vram,
@@ -381,7 +445,7 @@ def _predict(plan: Plan, layout: Layout) -> Prediction:
         bytes_written=written,
         disk=disk,
         exact_reads=exact,
-        exact_writes=layout.output != "lora",
+        exact_writes=layout.output not in ("lora", ANALYSIS),
     )
 
 
@@ -407,3 +471,13 @@ def _adapter_bytes(plan: Plan) -> tuple[int, int]:
     factors = sum(m.rank * m.in_features for m in modules)
     factors += sum(part.rows * part.rank for m in modules for part in m.parts)
     return size, size + 4 * factors
+
+
+def _evidence_bytes(plan: Plan) -> int:
+    """Most bytes of the factors that an analysis stores."""
+    return 4 * sum(
+        method.largest_rank(part.shape) * (part.shape[1] + len(part.experts) * part.shape[0])
+        for task in plan.weights
+        for part, method in zip(task.weight.slices, task.methods, strict=True)
+        if method is not None and needs_analysis(part)
+    )

@@ -14,15 +14,17 @@ from lean_merge.output.adapter import (
 from lean_merge.output.blocks import Block, BlockStore, Group
 from lean_merge.output.card import adapter_card, license_of, model_card
 from lean_merge.output.check import Difference, FolderCheck, check_folder
+from lean_merge.output.factors import FACTORS, write_factors
 from lean_merge.output.folder import OutputFolder
 from lean_merge.output.journal import JOURNAL, Journal, read_journal
 from lean_merge.output.layout import OutputTensor, Shard, index_json, plan_shards
-from lean_merge.output.opening import check_output, find_complete
+from lean_merge.output.opening import check_output, find_complete, journal_run
 from lean_merge.output.sidefiles import copy_side_files, remote_code, side_files
 from lean_merge.output.state import changed_input
 
 __all__ = [
     "ADAPTER",
+    "FACTORS",
     "JOURNAL",
     "AdapterModule",
     "Block",
@@ -44,6 +46,7 @@ __all__ = [
     "copy_side_files",
     "find_complete",
     "index_json",
+    "journal_run",
     "license_of",
     "model_card",
     "plan_shards",
@@ -51,4 +54,5 @@ __all__ = [
     "remote_code",
     "side_files",
     "write_adapter",
+    "write_factors",
 ]

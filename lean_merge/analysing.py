@@ -1,0 +1,115 @@
+"""An analysis from recipe to sealed folder: the engine without a merge."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lean_merge import memory
+from lean_merge.analysis import ANALYSIS, Analysis, build_analysis, open_analysis
+from lean_merge.engine.evidence import EvidenceSink, gathered_evidence, gathered_factors
+from lean_merge.engine.run import Event, run
+from lean_merge.identity import check_unchanged, run_facts
+from lean_merge.output import OutputFolder, find_complete, write_factors
+from lean_merge.plan import Plan, plan_analysis
+from lean_merge.recipe import MergeRecipe
+from lean_merge.report import RECIPE, to_json
+from lean_merge.resources import Resources
+
+
+@dataclass(frozen=True, slots=True)
+class AnalysisResult:
+    """A finished analysis: its folder, and what it holds.
+
+    `reused` is how many tensors an interrupted run had analysed; `was_complete` tells that it was
+    there already and nothing was done.
+    """
+
+    path: Path
+    analysis: Analysis
+    reused: int = 0
+    was_complete: bool = False
+
+
+def analyze(
+    work: MergeRecipe | Plan,
+    out: str | Path,
+    *,
+    resources: Resources | None = None,
+    overwrite: bool = False,
+    resume: bool = True,
+    on_event: Callable[[Event], None] | None = None,
+) -> AnalysisResult:
+    """Look at every weight once, and keep what merges are decided from; no weight is written.
+
+    Parameters
+    ----------
+    work
+        A recipe, or a plan of `plan_analysis`. What the recipe says of rank, svd, nuclear,
+        temperature and importance decides how much is gathered; threshold, scale and stages only
+        what the report says.
+    out
+        Folder. Until the last rename it is visibly unfinished.
+    resources
+        Device, memory and threads, for a recipe; a plan has its own.
+    overwrite
+        Replace what `out` holds, once the new is complete.
+    resume
+        Use what an interrupted run left; else it is removed.
+    on_event
+        Called after each weight.
+
+    Raises
+    ------
+    LeanMergeError
+        One of its subclasses; nothing that existed is lost.
+    """
+    final = Path(out)
+    with memory.PeakSampler() as sampler:
+        baseline = sampler.peak
+        plan = work if isinstance(work, Plan) else plan_analysis(work, resources)
+        facts = analysis_facts(plan, final)
+        if resume:
+            complete = find_complete(final, (), inputs=plan.inputs, run=facts)
+            if complete is not None:
+                return AnalysisResult(complete, open_analysis(complete), was_complete=True)
+        with OutputFolder.create(
+            final, (), inputs=plan.inputs, overwrite=overwrite, run=facts, resume=resume
+        ) as folder:
+            reused = len(folder.blocks.groups)
+            result = run(plan, EvidenceSink(folder), on_event or (lambda event: None))
+            with result.timed("write"):
+                shard = write_factors(folder, gathered_factors(folder, plan.weights))
+            sampler.sample()
+            check_unchanged(plan, final, facts)
+            document = build_analysis(
+                plan,
+                result,
+                gathered_evidence(folder, plan.weights),
+                facts=facts,
+                bytes_written=shard.size,
+                peak=sampler.peak,
+                baseline=baseline,
+            )
+            folder.write_file(RECIPE, plan.recipe.to_yaml().encode())
+            folder.write_file(ANALYSIS, to_json(document))
+            folder.seal()
+    return AnalysisResult(folder.final, open_analysis(folder.final), reused=reused)
+
+
+def analysis_facts(plan: Plan, out: Path) -> dict[str, object]:
+    """The `run` of an analysis's journal: no merge of the same recipe is mistaken for it."""
+    return {**run_facts(plan, out), "kind": "an analysis"}
+
+
+def beside(final: Path) -> Path:
+    """Where the analysis of a merge into `final` waits, if that finds its thresholds itself."""
+    resolved = final.expanduser().resolve()
+    return resolved.parent / f".{resolved.name}.lean-merge-analysis"
+
+
+def discard(folder: Path) -> None:
+    """Deletes an analysis that `beside` named, once its merge is complete."""
+    shutil.rmtree(folder, ignore_errors=True)
