@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from lean_merge.engine.sinks import CheckpointSink, DecisionSink, TensorSink
 from lean_merge.errors import CheckpointError, RecipeError
 from lean_merge.identity import inputs, run_facts
 from lean_merge.output import (
+    EqualShard,
     FactorStore,
     OutputFolder,
     adapter_card,
@@ -59,6 +60,7 @@ def merge(
     resources: Resources | None = None,
     overwrite: bool = False,
     resume: bool = True,
+    equal: Sequence[EqualShard] = (),
     on_event: Callable[[Event], None] | None = None,
 ) -> MergeResult:
     """Merge, and write what the recipe's `output` says.
@@ -81,6 +83,9 @@ def merge(
         Replace what `out` holds, once the new is complete.
     resume
         Use what an interrupted run left; else it is removed, and all is written anew.
+    equal
+        Weight files that are known to be those of other complete outputs: hard links to them are
+        made, or copies where there are no links. `sweep` knows them.
     on_event
         Called after each tensor is written.
 
@@ -111,6 +116,7 @@ def merge(
             overwrite=overwrite,
             run=facts,
             resume=resume,
+            equal=equal,
         ) as folder:
             reused = len(folder.finished)
             report = _merge(plan, folder, sampler, baseline, on_event)
@@ -134,6 +140,7 @@ def _merge(
         plan,
         result,
         bytes_written=0 if folder is None else sum(shard.size for shard in folder.shards),
+        shared=None if folder is None else folder.sharing,
         peak=sampler.peak,
         baseline=baseline,
     )

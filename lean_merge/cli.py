@@ -29,6 +29,7 @@ from lean_merge.plan import plan as make_plan
 from lean_merge.recipe import MergeRecipe, load_recipe_file
 from lean_merge.resources import Resources
 from lean_merge.sizes import parse_size
+from lean_merge.sweep import Evaluation, Grid, PointEvent, sweep
 from lean_merge.verify import verify
 from lean_merge.version import __version__
 
@@ -220,16 +221,20 @@ def _resources(device: str, memory: str | None, vram: str | None, threads: int |
     )
 
 
-def _shares_options_of_work(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command `_work`'s parameters before its own; it receives the plan's arguments."""
+def _shares_options_of_work(command: Callable[..., int | None]) -> Callable[..., int | None]:
+    """Give a command `_work`'s parameters before its own; it receives the plan's arguments.
+
+    One of the same name is the command's own.
+    """
     own = inspect.signature(command, eval_str=True).parameters
-    shared = inspect.signature(_work, eval_str=True).parameters
+    every = inspect.signature(_work, eval_str=True).parameters
+    shared = {name: parameter for name, parameter in every.items() if name not in own}
     listed = [*shared.values(), *(p for name, p in own.items() if name != "work")]
     order = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in listed]
 
-    def wrapped(**arguments: Any) -> None:
+    def wrapped(**arguments: Any) -> int | None:
         work = {name: arguments.pop(name) for name in shared}
-        command(work=work, **arguments)
+        return command(work=work, **arguments)
 
     wrapped.__signature__ = inspect.Signature(order)  # type: ignore[attr-defined]
     wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
@@ -308,6 +313,79 @@ def plan_command(
     if quiet:
         return
     _echo(json.dumps(describe.plan_dict(plan)) if as_json else describe.plan_text(plan))
+
+
+@app.command("sweep")
+@_shares_options_of_work
+def sweep_command(
+    work: dict[str, Any],
+    out: Annotated[Path, typer.Option(help="Folder of the table and of all results.")],
+    thresholds: Annotated[
+        str | None,
+        typer.Option(help="0.1:0.9:0.1 is start:stop:step, both included; or 0.3,0.5,auto."),
+    ] = None,
+    stages: Annotated[
+        list[str] | None,
+        typer.Option(help="Sets as 'select;select,rescale'; may be repeated."),
+    ] = None,
+    scales: Annotated[str | None, typer.Option(help="As thresholds.")] = None,
+    temperatures: Annotated[str | None, typer.Option(help="As thresholds.")] = None,
+    evaluate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COMMAND",
+            help="Measure each result; {path}, {name}, {mllm}, {threshold} and so on are put in, "
+            "and the last JSON value that it prints is kept.",
+        ),
+    ] = None,
+    evaluate_shell: Annotated[
+        bool, typer.Option("--evaluate-shell", help="Run COMMAND by the shell.")
+    ] = False,
+    evaluate_timeout: Annotated[
+        float | None, typer.Option(help="Seconds after which COMMAND is ended.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace results of another recipe or input.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> int:
+    """Merge at every point of a grid from one analysis, measure, and print a table.
+
+    Points that come out the same are made once, and equal files are hard links. The same command
+    goes on where it stopped. The exit code is 1 if any point could not be made or measured.
+    """
+    grid = Grid(
+        thresholds=thresholds or (),
+        stages=tuple(stages or ()),
+        scales=scales or (),
+        temperatures=temperatures or (),
+    )
+    evaluation = None
+    if evaluate is not None:
+        evaluation = Evaluation(evaluate, evaluate_shell, evaluate_timeout)
+    recipe, resources = _work(**work)
+
+    def on_event(event: PointEvent) -> None:
+        if not (quiet or as_json):
+            _echo(f"{event.number} of {event.total}: {event.record['name']}", err=True)
+
+    with downloads_shown(not quiet):
+        result = sweep(
+            recipe,
+            grid,
+            out,
+            evaluate=evaluation,
+            resources=resources,
+            overwrite=overwrite,
+            on_event=on_event,
+        )
+    if as_json:
+        _echo(json.dumps(result.table))
+    elif not (quiet and result.ok):
+        _echo(describe.sweep_text(result.table))
+    return 0 if result.ok else EXIT_FAILED
 
 
 @app.command("verify")

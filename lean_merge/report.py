@@ -13,8 +13,9 @@ from lean_merge.engine.results import WeightResult
 from lean_merge.engine.run import RunResult
 from lean_merge.engine.update import Truncated, Written
 from lean_merge.memory import Usage
-from lean_merge.output import remote_code
+from lean_merge.output import Sharing, remote_code
 from lean_merge.plan import Plan
+from lean_merge.sizes import format_size
 from lean_merge.version import __version__
 
 REPORT = "lean_merge_report.json"
@@ -32,12 +33,19 @@ KEPT_WARNING = 0.9
 
 
 def build_report(
-    plan: Plan, result: RunResult, *, bytes_written: int, peak: Usage, baseline: Usage
+    plan: Plan,
+    result: RunResult,
+    *,
+    bytes_written: int,
+    peak: Usage,
+    baseline: Usage,
+    shared: Sharing | None = None,
 ) -> dict[str, Any]:
     """The content of `lean_merge_report.json`; docs/formats.md explains every field."""
     rows = [row for weight in result.weights for row in weight_rows(plan, weight)]
     merged = {weight.name for weight in result.weights if weight.merged}
     prediction, code = plan.prediction, remote_code(plan.mllm)
+    shared = shared or Sharing()
     return {
         "version": REPORT_VERSION,
         "lean_merge": __version__,
@@ -67,6 +75,7 @@ def build_report(
             *code_warnings(code),
             *adapter_warnings(result),
             *fallback_warnings(result),
+            *sharing_warnings(shared),
         ],
         "fallbacks": [
             {"weight": weight.canonical, **asdict(weight.fallback)}
@@ -81,7 +90,8 @@ def build_report(
             "read": result.bytes_read,
             "read_predicted": prediction.bytes_read,
             "read_predicted_exactly": prediction.exact_reads,
-            "written": bytes_written,
+            "written": bytes_written - shared.linked,
+            "shared": shared.linked,
             "written_predicted": prediction.bytes_written,
             "written_predicted_exactly": prediction.exact_writes,
         },
@@ -234,6 +244,16 @@ def fallback_warnings(result: RunResult) -> list[str]:
     return [
         f"the device ran out of memory: of {len(result.weights)} weights, {done}; a smaller --vram "
         "plans for less, and what else uses the device may be closed"
+    ]
+
+
+def sharing_warnings(shared: Sharing) -> list[str]:
+    """A warning where equal files take their space twice."""
+    if not shared.refusal:
+        return []
+    return [
+        f"{format_size(shared.copied)} that other outputs hold too were copied, because the file "
+        f"system made no hard link ({shared.refusal})"
     ]
 
 

@@ -240,9 +240,7 @@ class Recorder:
                 self._note("write", node, data=(offset, bytes(data)[:written]))
             return written
 
-    def call_copy_file_range(
-        self, source: int, target: int, count: int, at: int, to: int
-    ) -> int:
+    def call_copy_file_range(self, source: int, target: int, count: int, at: int, to: int) -> int:
         """As a write of what is copied: what a power failure does to it is the same."""
         with self._lock:
             node = self._descriptors.get(target)

@@ -134,6 +134,22 @@ MAY_IMPORT = {
         "output",
         "errors",
     },
+    "sweep": {
+        "sweep",
+        "api",
+        "plan",
+        "engine",
+        "tasks",
+        "resources",
+        "recipe",
+        "parameters",
+        "checkpoints",
+        "methods",
+        "output",
+        "report",
+        "version",
+        "errors",
+    },
     "report": {"plan", "engine", "memory", "output", "version", "sizes"},
 }
 """The rooms that each room may see; the architecture page gives the reasons."""

@@ -1,4 +1,4 @@
-"""Outputs that share weight files: linked where that is possible, and never at each other's cost."""
+"""Outputs that share weight files: linked where possible, and never at each other's cost."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from lean_merge.output import (
     OutputFolder,
     OutputTensor,
     Shard,
+    Sharing,
     check_folder,
     plan_shards,
 )
@@ -111,8 +112,7 @@ def test_equal_shards_are_linked_and_the_rest_is_written(tmp_path: Path):
     equal = equal_shards(tmp_path / "a", FIRST, SECOND)
     with create(tmp_path / "b", SECOND, equal=equal) as folder:
         assert dict(folder.finished) == {f"t{n}": f"shared t{n}" for n in (0, 1, 3)}
-        assert (folder.shared, folder.copied) == (3 * layout()[0].size, 0)
-        assert folder.refusal is None
+        assert folder.sharing == Sharing(linked=3 * layout()[0].size)
         assert fill(folder, SECOND) == 1
         folder.write_file("config.json", b"{}")
         folder.seal()
@@ -200,7 +200,7 @@ operations = st.lists(
 
 
 @settings(
-    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(operations)
 def test_whatever_becomes_of_one_output_the_others_stay(
@@ -267,8 +267,7 @@ def test_without_links_files_are_copied_and_it_is_said(
     ]
     make(tmp_path / "a", FIRST, length=length)
     with create(tmp_path / "b", SECOND, equal=equal, length=length) as folder:
-        assert (folder.shared, folder.copied) == (0, 3 * shards[0].size)
-        assert folder.refusal == "Operation not permitted"
+        assert folder.sharing == Sharing(0, 3 * shards[0].size, "Operation not permitted")
         for partial in (tmp_path / "b").glob("*.safetensors.partial"):
             with pytest.raises(SafetensorError), safe_open(partial, "pt"):
                 pass
@@ -335,7 +334,8 @@ def a_link_itself(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "written"), [(unfinished, 4), (gone, 4), (cut, 2), (other_header, 2), (a_link_itself, 2)]
+    ("harm", "written"),
+    [(unfinished, 4), (gone, 4), (cut, 2), (other_header, 2), (a_link_itself, 2)],
 )
 def test_what_is_not_as_it_was_sealed_is_not_taken(
     tmp_path: Path, harm: Callable[[Path], None], written: int
@@ -404,11 +404,19 @@ def by_chance(seed: int) -> Any:
     return lambda index, change, part: random.Random(f"{seed} {index} {part}").random() < 0.5
 
 
+def test_power_may_fail_now_and_then(recorder: Recorder, tmp_path: Path):
+    cut_everywhere(recorder, tmp_path / "disk", every=4)
+
+
+@pytest.mark.durability
 def test_power_may_fail_after_any_change(recorder: Recorder, tmp_path: Path):
+    cut_everywhere(recorder, tmp_path / "disk", every=1)
+
+
+def cut_everywhere(recorder: Recorder, disk: Path, *, every: int) -> None:
     """The first output is as it was; the second is unfinished or whole, and can be ended."""
     found: dict[str, int] = {"absent": 0, "unfinished": 0, "complete": 0}
-    disk = tmp_path / "disk"
-    cuts = range(len(recorder.changes) + 1)
+    cuts = range(0, len(recorder.changes) + 1, every)
     for cut, survives in itertools.product(cuts, (nothing_more, everything, by_chance(1))):
         write_tree(recorder.after(cut, survives), disk)
         assert_holds(disk / "a", FIRST)
@@ -428,7 +436,7 @@ def test_power_may_fail_after_any_change(recorder: Recorder, tmp_path: Path):
         assert_holds(disk / "b", SECOND)
         assert not list(disk.rglob("*.partial"))
         shutil.rmtree(disk)
-    assert min(found.values()) > 2
+    assert min(found.values()) > 0, found
 
 
 def assert_nothing_wrong_opens(folder: Path, recorder: Recorder) -> None:

@@ -21,7 +21,13 @@ from lean_merge.output.journal import JOURNAL, JournalWriter, commit_mark, start
 from lean_merge.output.layout import Shard, extents, index_json
 from lean_merge.output.ledger import Ledger
 from lean_merge.output.opening import Place, checked_place, find_place, finished_tensors, unseal
-from lean_merge.output.sharing import EqualShard, discard_links, linked_name, take_equal
+from lean_merge.output.sharing import (
+    EqualShard,
+    Sharing,
+    discard_links,
+    linked_name,
+    take_equal,
+)
 from lean_merge.output.state import PARTIAL
 from lean_merge.output.storage import (
     check_free_space,
@@ -56,10 +62,8 @@ class OutputFolder:
         Bytes of tensors so far, without those.
     sealed
         Whether it is whole.
-    shared, copied
-        Bytes of weight files that are links to another output's, or copies of it.
-    refusal
-        Why the file system made no such link; None if it did, or was not asked.
+    sharing
+        What it has from other outputs.
     """
 
     def __init__(
@@ -70,8 +74,7 @@ class OutputFolder:
         self.finished: Mapping[str, Any] = {}
         self.bytes_written = 0
         self.sealed = False
-        self.shared = self.copied = 0
-        self.refusal: str | None = None
+        self.sharing = Sharing()
         self._linked: frozenset[str] = frozenset()
         self._place = place
         self._ledger = Ledger(start, shards)
@@ -151,22 +154,19 @@ class OutputFolder:
         sync_folder(path)
         discard_links(path, [shard.file_name for shard in self.shards])
         taken = take_equal(path, self.shards, equal, start, self._reserve)
-        self._linked, self.refusal = frozenset(taken.linked), taken.refusal
+        self.sharing, self._linked = taken.sharing(self.shards), frozenset(taken.linked)
         own = [shard for shard in self.shards if shard.file_name not in self._linked]
         for shard in own:
             self._reserve(shard)
         sync_folder(path)
-        records = {} if journal is None else finished_tensors(own, journal, path)
-        for each in taken.linked.values():
-            records |= each
-        self._ledger.restore(records)
-        for each in taken.copied.values():
-            self._ledger.adopt(each)
-            records |= each
-        self.finished = {name: record.get("result") for name, record in records.items()}
-        sizes = {shard.file_name: shard.size for shard in self.shards}
-        self.shared = sum(sizes[name] for name in taken.linked)
-        self.copied = sum(sizes[name] for name in taken.copied)
+        found = {} if journal is None else finished_tensors(own, journal, path)
+        for records in taken.linked.values():
+            found |= records
+        self._ledger.restore(found)
+        for records in taken.copied.values():
+            self._ledger.adopt(records)
+            found |= records
+        self.finished = {name: record.get("result") for name, record in found.items()}
 
     def add(self, shard: Shard) -> None:
         """Reserves one more weight file, whose layout only the run could tell.

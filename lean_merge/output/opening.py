@@ -152,8 +152,8 @@ def _clear(folder: Path) -> None:
 def unseal(path: Path, journal: Journal) -> None:
     """Gives the files of an unfinished output the names back that they had before sealing. OSError.
 
-    At every moment one whole journal is there. A file that another output has too is only let go of:
-    under its old name it would be written to.
+    At every moment one whole journal is there. A file that another output has too is only let go
+    of: under its old name it would be written to.
     """
     # The commit mark goes first: complete folders come here too, which wait for their switch.
     for name in [journal.mark, *journal.shards] if journal.mark else []:

@@ -50,21 +50,36 @@ class EqualShard:
     results: Mapping[str, Any]
 
 
-@dataclass(slots=True)
-class Taken:
-    """What could be taken.
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """What an output has from others.
 
     Attributes
     ----------
     linked, copied
-        Records of tensors by name, by file.
+        Bytes of its weight files that are links to those of others, or copies of them.
     refusal
         Why the file system made no link, in its words; None if it was not asked, or did.
     """
 
+    linked: int = 0
+    copied: int = 0
+    refusal: str | None = None
+
+
+@dataclass(slots=True)
+class Taken:
+    """Records of tensors by name, by file, of the files that could be taken; see `Sharing`."""
+
     linked: dict[str, dict[str, Record]] = field(default_factory=dict)
     copied: dict[str, dict[str, Record]] = field(default_factory=dict)
     refusal: str | None = None
+
+    def sharing(self, shards: Sequence[Shard]) -> Sharing:
+        """The same in bytes."""
+        linked = sum(each.size for each in shards if each.file_name in self.linked)
+        copied = sum(each.size for each in shards if each.file_name in self.copied)
+        return Sharing(linked, copied, self.refusal)
 
 
 def linked_name(name: str) -> str:

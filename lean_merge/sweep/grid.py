@@ -124,23 +124,23 @@ class Grid:
     def points(self) -> Iterator[Point]:
         """Every combination; thresholds vary fastest."""
         axes = self.axes
-        slowest_first = [axis for axis in ("stages", "scale", "temperature") if axis in axes]
-        slowest_first += [axis for axis in ("threshold",) if axis in axes]
+        slowest_first = sorted(axes, key=("stages", "scale", "temperature", "threshold").index)
         for combination in itertools.product(*(axes[axis] for axis in slowest_first)):
             values = dict(zip(slowest_first, combination, strict=True))
             ordered = tuple((axis, values[axis]) for axis in axes)
             yield Point("_".join(f"{axis}-{_word(value)}" for axis, value in ordered), ordered)
 
 
+def written(value: Value) -> str:
+    """A value in plain decimals, as it could be given."""
+    return value if isinstance(value, str) else format(Decimal(repr(value)).normalize(), "f")
+
+
 def _word(value: Value) -> str:
     """A value as part of a file name."""
     if isinstance(value, str):
         return value.replace(",", "-")
-    return f"minus-{_decimal(-value)}" if value < 0 else _decimal(value)
-
-
-def _decimal(value: float) -> str:
-    return format(Decimal(repr(value)).normalize(), "f")
+    return f"minus-{written(-value)}" if value < 0 else written(value)
 
 
 def _numbers(given: Any, field: str) -> list[Value]:
