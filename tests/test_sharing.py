@@ -416,7 +416,7 @@ def test_power_may_fail_after_any_change(recorder: Recorder, tmp_path: Path):
 def cut_everywhere(recorder: Recorder, disk: Path, *, every: int) -> None:
     """The first output is as it was; the second is unfinished or whole, and can be ended."""
     found: dict[str, int] = {"absent": 0, "unfinished": 0, "complete": 0}
-    cuts = range(0, len(recorder.changes) + 1, every)
+    cuts = {0, *range(len(recorder.changes), -1, -every)}
     for cut, survives in itertools.product(cuts, (nothing_more, everything, by_chance(1))):
         write_tree(recorder.after(cut, survives), disk)
         assert_holds(disk / "a", FIRST)

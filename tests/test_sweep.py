@@ -190,7 +190,7 @@ def test_several_experts_are_swept_together(two_experts: Triple, tmp_path: Path)
     table = sweep(recipe, grid, tmp_path / "out", resources=CPU).table
     assert table["points"][0]["selected"] == 2
     report = json.loads((tmp_path / "out" / "threshold-0.4" / "lean_merge_report.json").read_text())
-    assert [row["selected"] for row in report["weights"]] == [True, True, True, False]
+    assert [row["selected"] for row in report["weights"]] == [True, False, True, True]
 
 
 def test_digests_tell_updates_apart():
@@ -242,7 +242,10 @@ def test_a_sweep_goes_on_where_it_stopped(triple: Triple, tmp_path: Path):
     assert times(first) == before
     assert by_name(table)[first.name]["seconds"] == done[first.name]["seconds"]
     for one, other in zip(table["points"], whole["points"], strict=True):
-        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+        # A report's length varies with the digits of its times.
+        assert one["bytes_own"] == pytest.approx(other["bytes_own"], abs=100)
+        varying = {"seconds": 0, "bytes_own": 0}
+        assert {**one, **varying} == {**other, **varying}
     again = run(triple, tmp_path / "out", grid)
     assert again == table
 
@@ -515,10 +518,7 @@ def test_the_exit_code_says_that_something_failed(call: Call, triple: Triple, tm
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_command_that_measures_and_leaves_with_5(
-    triple: Triple, tmp_path: Path, number: signal.Signals
-):
+def test_a_signal_ends_the_command_that_measures_and_leaves_with_5(triple: Triple, tmp_path: Path):
     """The point before it is kept with its result; the same command goes on."""
     pid = tmp_path / "pid"
     (tmp_path / "evaluate.py").write_text(
@@ -540,13 +540,12 @@ def test_a_signal_ends_the_command_that_measures_and_leaves_with_5(
         [*command, "--thresholds", "0.3,0.99", "--evaluate", evaluate, "--quiet"],
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         deadline = time.monotonic() + 120
         while not (pid.exists() and pid.read_text()):
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.01)
-        process.send_signal(number)
+        process.send_signal(signal.SIGTERM)
         _, message = process.communicate(timeout=60)
     assert process.returncode == 5, message
     assert "the same command goes on" in message

@@ -71,8 +71,8 @@ class Sharing:
 class Taken:
     """Records of tensors by name, by file, of the files that could be taken; see `Sharing`."""
 
-    linked: dict[str, dict[str, Record]] = field(default_factory=dict)
-    copied: dict[str, dict[str, Record]] = field(default_factory=dict)
+    linked: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    copied: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     refusal: str | None = None
 
     def sharing(self, shards: Sequence[Shard]) -> Sharing:
@@ -194,7 +194,7 @@ def _take(
 def _is_whole(file: Path, described: Mapping[str, Any]) -> bool:
     if file.is_symlink() or not file.is_file() or file.stat().st_size != described["size"]:
         return False
-    return header_digest(file) == described["header_sha256"]
+    return header_digest(file) == str(described["header_sha256"])
 
 
 def _copy(source: Path, target: Path, size: int) -> None:

@@ -27,7 +27,7 @@ GRACE = 5.0
 MAX_NUMBERS = 200
 _TAIL = 256 << 10
 """Bytes at the end of its output in which the result is looked for."""
-_MAX_LINES = 2000
+_MAX_LINES = 1000
 """The same in lines: where nothing closes, every line that opens something is read to the end."""
 _LONGEST_LINE = 200
 _PLACEHOLDER = re.compile(r"\{([a-z]+)\}")

@@ -60,7 +60,7 @@ class Point:
         return replace(recipe, experts=experts, parameters=tuple(common.items()))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class Grid:
     """Values of parameters, of which a sweep tries every combination.
 
@@ -83,17 +83,27 @@ class Grid:
         A value cannot be read, there is none at all, or there are more than 1000 points.
     """
 
-    thresholds: tuple[Value, ...] = ()
-    stages: tuple[str, ...] = ()
-    scales: tuple[float, ...] = ()
-    temperatures: tuple[float, ...] = ()
+    thresholds: tuple[Value, ...]
+    stages: tuple[str, ...]
+    scales: tuple[float, ...]
+    temperatures: tuple[float, ...]
 
-    def __post_init__(self) -> None:
-        for axis, field in AXES.items():
-            given = getattr(self, field)
-            read = _stage_sets if axis == "stages" else _numbers
-            values = read(given, field) if given is not None else ()
-            if AUTO in values and axis != "threshold":
+    def __init__(
+        self,
+        *,
+        thresholds: str | float | Sequence[Value] = (),
+        stages: str | Sequence[str | Sequence[str]] = (),
+        scales: str | float | Sequence[Value] = (),
+        temperatures: str | float | Sequence[Value] = (),
+    ) -> None:
+        fields: dict[str, Sequence[Value]] = {
+            "thresholds": _numbers(thresholds, "thresholds"),
+            "stages": _stage_sets(stages, "stages"),
+            "scales": _numbers(scales, "scales"),
+            "temperatures": _numbers(temperatures, "temperatures"),
+        }
+        for field, values in fields.items():
+            if AUTO in values and field != "thresholds":
                 raise RecipeError(f"{field}: only a threshold can be auto; {_HOW}.")
             object.__setattr__(self, field, tuple(dict.fromkeys(values)))
         if not self.axes:

@@ -254,6 +254,7 @@ class _Sweep:
         if twin is not None:
             record |= {"same_as": twin["name"], "bytes_own": 0, "bytes_shared": 0}
             record |= {key: twin[key] for key in ("path", "result", "evaluation", "error")}
+            record["seconds"] = self._known(record).get("seconds")
         elif recipe.output == "lora" and not any(map(any, decided.digests.values())):
             # An adapter without any update is none that PEFT would load.
             record |= {"bytes_own": 0, "bytes_shared": 0}
@@ -268,10 +269,8 @@ class _Sweep:
         folder = self.place / point.name
         equal = equal_shards(plan, decided, self.made)
         result = merge(plan, folder, overwrite=self.overwrite, equal=equal)
-        before = self.earlier.get(point.name)
-        if result.was_complete and before is not None and before["digest"] == record["digest"]:
-            kept = ("seconds", "result", "evaluation")
-            record |= {key: before[key] for key in kept}
+        if result.was_complete and (known := self._known(record)):
+            record |= {key: known[key] for key in ("seconds", "result", "evaluation")}
         sizes = result.report["bytes"]
         files = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         record |= {
@@ -280,6 +279,11 @@ class _Sweep:
             "bytes_shared": sizes["shared"],
         }
         self.made.append(Made(folder, decided.digests))
+
+    def _known(self, record: Record) -> Record:
+        """What an earlier sweep noted of the point, if its decisions were these; else nothing."""
+        before = self.earlier.get(record["name"], {})
+        return before if before.get("digest") == record["digest"] else {}
 
     def _measure(self, point: Point, record: Record, evaluation: Evaluation) -> None:
         asked = {"command": evaluation.command, "shell": evaluation.shell}
