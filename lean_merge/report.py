@@ -13,6 +13,7 @@ from lean_merge.engine.results import WeightResult
 from lean_merge.engine.run import RunResult
 from lean_merge.engine.update import Truncated, Written
 from lean_merge.memory import Usage
+from lean_merge.methods import Recalling
 from lean_merge.output import Sharing, remote_code
 from lean_merge.plan import Plan
 from lean_merge.sizes import format_size
@@ -44,8 +45,9 @@ def build_report(
     """The content of `lean_merge_report.json`; docs/formats.md explains every field."""
     rows = [row for weight in result.weights for row in weight_rows(plan, weight)]
     merged = {weight.name for weight in result.weights if weight.merged}
-    prediction, code = plan.prediction, remote_code(plan.mllm)
-    shared = shared or Sharing()
+    code, shared = remote_code(plan.mllm), shared or Sharing()
+    measured = measures(plan, result, bytes_written=bytes_written, peak=peak, baseline=baseline)
+    measured["bytes"] |= {"written": bytes_written - shared.linked, "shared": shared.linked}
     return {
         "version": REPORT_VERSION,
         "lean_merge": __version__,
@@ -82,16 +84,40 @@ def build_report(
             for weight in result.weights
             if weight.fallback is not None
         ],
+        "analysis": _from_analysis(plan),
         "skipped": list(plan.coverage.left_out),
         "filtered": dict(plan.scope.filtered),
         "remote_code": list(code),
+        **measured,
+        "weights": rows,
+    }
+
+
+def _from_analysis(plan: Plan) -> dict[str, Any] | None:
+    """Of a merge from an analysis: which, and what was looked at again."""
+    if plan.evidence is None or plan.evidence.source is None:
+        return None
+    return {
+        **plan.evidence.source.identity,
+        "recalled": sum(
+            isinstance(method, Recalling) for task in plan.weights for method in task.methods
+        ),
+        "anew": dict(plan.evidence.anew),
+    }
+
+
+def measures(
+    plan: Plan, result: RunResult, *, bytes_written: int, peak: Usage, baseline: Usage
+) -> dict[str, Any]:
+    """What a run took, beside what was predicted."""
+    prediction = plan.prediction
+    return {
         "seconds": {phase: round(s, 3) for phase, s in result.seconds.items()},
         "bytes": {
             "read": result.bytes_read,
             "read_predicted": prediction.bytes_read,
             "read_predicted_exactly": prediction.exact_reads,
-            "written": bytes_written - shared.linked,
-            "shared": shared.linked,
+            "written": bytes_written,
             "written_predicted": prediction.bytes_written,
             "written_predicted_exactly": prediction.exact_writes,
         },
@@ -109,7 +135,6 @@ def build_report(
         "device": plan.device,
         "threads": plan.threads,
         "workers": plan.workers,
-        "weights": rows,
     }
 
 
