@@ -330,6 +330,10 @@ def sweep_command(
     ] = None,
     scales: Annotated[str | None, typer.Option(help="As thresholds.")] = None,
     temperatures: Annotated[str | None, typer.Option(help="As thresholds.")] = None,
+    analysis: Annotated[
+        Path | None,
+        typer.Option(help="Folder of an analysis of these models; default: one is made in OUT."),
+    ] = None,
     evaluate: Annotated[
         str | None,
         typer.Option(
@@ -367,8 +371,8 @@ def sweep_command(
         evaluation = Evaluation(evaluate, evaluate_shell, evaluate_timeout)
     recipe, resources = _work(**work)
 
-    def on_event(event: PointEvent) -> None:
-        if not (quiet or as_json):
+    def on_event(event: PointEvent | Event) -> None:
+        if isinstance(event, PointEvent) and not (quiet or as_json):
             _echo(f"{event.number} of {event.total}: {event.record['name']}", err=True)
 
     with downloads_shown(not quiet):
@@ -376,6 +380,7 @@ def sweep_command(
             recipe,
             grid,
             out,
+            analysis=analysis,
             evaluate=evaluation,
             resources=resources,
             overwrite=overwrite,

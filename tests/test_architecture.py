@@ -142,6 +142,8 @@ MAY_IMPORT = {
         "api",
         "analysing",
         "analysis",
+        "gathering",
+        "identity",
         "plan",
         "engine",
         "tasks",

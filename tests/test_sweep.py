@@ -21,14 +21,17 @@ from families import SMALL, Triple, contents, load, write_triple
 from lean_merge import (
     CheckpointError,
     Evaluation,
+    Event,
     Grid,
     OutputError,
     PointEvent,
     RecipeError,
     Resources,
     SweepResult,
+    analyze,
     cli,
     merge,
+    open_analysis,
     sweep,
     verify,
 )
@@ -80,8 +83,11 @@ def test_every_point_is_the_merge_that_it_says(triple: Triple, tmp_path: Path):
     made = [point for point in table["points"] if point["same_as"] is None]
     assert len(made) == 5
     for point in made:
-        alone = triple.merge(
-            tmp_path / "alone" / point["name"], shard_size=SHARD, **point["parameters"]
+        alone = merge(
+            triple.recipe(shard_size=SHARD, **point["parameters"]),
+            tmp_path / "alone" / point["name"],
+            analysis=tmp_path / "out" / str(table["analysis"]),
+            resources=CPU,
         )
         found = contents(tmp_path / "out" / point["path"])
         wanted = contents(alone.path)
@@ -169,7 +175,8 @@ def test_outputs_may_be_adapters_or_none(triple: Triple, tmp_path: Path):
     assert (last["path"], last["error"], last["selected"], last["bytes_own"]) == (None, None, 0, 0)
     table = by_name(run(triple, tmp_path / "none", grid, output="none"))
     assert [p["selected"] for p in table.values()] == [first["selected"], 0]
-    assert not list((tmp_path / "none").rglob("*.safetensors"))
+    found = {each.parent.name for each in (tmp_path / "none").rglob("*.safetensors")}
+    assert found == {"analysis"}
 
 
 def test_a_method_that_looks_at_nothing_can_be_swept_too(triple: Triple, tmp_path: Path):
@@ -213,6 +220,71 @@ def test_digests_tell_updates_apart():
     assert decision_digest(again) == decision_digest(updates[3])
 
 
+# --- one analysis ------------------------------------------------------------------------------
+
+
+def test_all_points_come_from_one_analysis(triple: Triple, tmp_path: Path):
+    """No point reads a row to decide, and none is far from the merge without an analysis."""
+    events: list[Any] = []
+    grid = Grid(thresholds=[0.3], temperatures=[64, 8])
+    table = run(triple, tmp_path / "out", grid, on_event=events.append, out_dtype="float32")
+    assert table["analysis"] == "analysis"
+    gathered = open_analysis(tmp_path / "out" / "analysis").gathered.to_dict()
+    assert gathered["temperature"] == 8.0
+    assert [type(event) for event in events] == [Event] * len(SHAPES) + [PointEvent] * 2
+    for point in table["points"]:
+        folder = tmp_path / "out" / point["path"]
+        report = json.loads((folder / "lean_merge_report.json").read_text())
+        assert {row["passes"] for row in report["weights"]} == {0}
+        plain = triple.merge(
+            tmp_path / "plain" / point["name"], out_dtype="float32", **point["parameters"]
+        )
+        found, wanted, mllm = load(folder), load(plain.path), load(triple.mllm)
+        for name in mllm:
+            change = wanted[name].double() - mllm[name].double()
+            error = (found[name].double() - wanted[name].double()).norm()
+            assert error <= 1e-4 * change.norm() + 1e-12
+
+
+def test_an_analysis_may_be_given_and_must_be_of_these_models(triple: Triple, tmp_path: Path):
+    analyze(triple.recipe(), tmp_path / "analysis", resources=CPU)
+    recipe, grid = triple.recipe(shard_size=SHARD), Grid(thresholds=[0.3])
+    table = sweep(
+        recipe, grid, tmp_path / "out", analysis=tmp_path / "analysis", resources=CPU
+    ).table
+    assert table["analysis"] == "../analysis"
+    assert not (tmp_path / "out" / "analysis").exists()
+    other = write_triple(tmp_path / "other", SMALL)
+    with pytest.raises(CheckpointError, match="analysis of other models"):
+        sweep(other.recipe(), grid, tmp_path / "b", analysis=tmp_path / "analysis", resources=CPU)
+    with pytest.raises(CheckpointError, match="no-such"):
+        sweep(recipe, grid, tmp_path / "c", analysis=tmp_path / "no-such", resources=CPU)
+    with pytest.raises(RecipeError, match="nothing to analyse"):
+        sweep(
+            triple.recipe(merge_method="task_arithmetic"),
+            Grid(scales=[1]),
+            tmp_path / "d",
+            analysis=tmp_path / "analysis",
+            resources=CPU,
+        )
+
+
+@pytest.mark.parametrize("harm", ["unfinished", "damaged"])
+def test_an_analysis_that_is_not_whole_is_made_anew(triple: Triple, tmp_path: Path, harm: str):
+    def stop(event: Any) -> None:
+        raise Stop
+
+    grid = Grid(thresholds=[0.3])
+    if harm == "unfinished":
+        with pytest.raises(Stop):
+            run(triple, tmp_path / "out", Grid(temperatures=[16]), on_event=stop)
+    else:
+        run(triple, tmp_path / "out", Grid(thresholds=[0.99]))
+        (tmp_path / "out" / "analysis" / "analysis.json").write_text("{")
+    table = run(triple, tmp_path / "out", grid)
+    assert table["points"][0]["error"] is None and table["points"][0]["selected"] == 3
+
+
 # --- resuming ---------------------------------------------------------------------------------
 
 
@@ -228,8 +300,8 @@ def test_a_sweep_goes_on_where_it_stopped(triple: Triple, tmp_path: Path):
     grid = Grid(thresholds=[0.3, 0.99], scales=[1, 2])
     whole = run(triple, tmp_path / "whole", grid)
 
-    def stop(event: PointEvent) -> None:
-        if event.number == 2:
+    def stop(event: PointEvent | Event) -> None:
+        if isinstance(event, PointEvent) and event.number == 2:
             raise Stop
 
     with pytest.raises(Stop):
@@ -290,10 +362,28 @@ def test_a_point_of_other_inputs_needs_overwrite(tmp_path: Path):
     before = contents(tmp_path / "out" / "threshold-0.3")
     config = triple.base / "config.json"
     config.write_text(config.read_text() + " ")
-    table = run(triple, tmp_path / "out", grid)
-    assert "config.json of the base has changed" in table["points"][0]["error"]
+    with pytest.raises(CheckpointError, match=r"config\.json of the base .*--overwrite"):
+        run(triple, tmp_path / "out", grid)
     assert contents(tmp_path / "out" / "threshold-0.3") == before
-    assert run(triple, tmp_path / "out", grid, overwrite=True)["points"][0]["error"] is None
+    table = run(triple, tmp_path / "out", grid, overwrite=True)
+    assert table["points"][0]["error"] is None
+    again = contents(tmp_path / "out" / "threshold-0.3")
+    assert again[JOURNAL] != before[JOURNAL] and weights_of(tmp_path / "out" / "threshold-0.3") == {
+        name: data for name, data in before.items() if name.endswith(".safetensors")
+    }
+
+
+def test_inputs_that_change_amid_a_sweep_fail_the_points_that_follow(tmp_path: Path):
+    triple = write_triple(tmp_path / "in", SMALL)
+
+    def change(event: Any) -> None:
+        if isinstance(event, PointEvent) and event.number == 1:
+            config = triple.base / "config.json"
+            config.write_text(config.read_text() + " ")
+
+    table = run(triple, tmp_path / "out", Grid(thresholds=[0.3, 0.99]), on_event=change)
+    first, second = table["points"]
+    assert first["error"] is None and "config.json of the base" in second["error"]
 
 
 @pytest.mark.parametrize(
@@ -394,7 +484,7 @@ def test_a_folder_of_others_an_input_or_a_second_sweep_are_refused(triple: Tripl
     with pytest.raises(OutputError, match="must not change"):
         run(triple, triple.mllm / "sweep", grid)
 
-    def second(event: PointEvent) -> None:
+    def second(event: Any) -> None:
         with pytest.raises(OutputError, match="another lean-merge"):
             run(triple, tmp_path / "out", grid)
 
@@ -490,7 +580,7 @@ def test_the_command_prints_a_table(call: Call, triple: Triple, tmp_path: Path):
     more = ("--thresholds", "0.3,0.9:0.95:0.05", "--stages", "select;select,rescale")
     evaluate = f"{sys.executable} -c 'print(0.25)'"
     code, out, err = call(*words(triple, tmp_path / "out"), *more, "--evaluate", evaluate)
-    assert code == 0
+    assert code == 0, (out, err)
     lines = [line.split() for line in out.splitlines()]
     assert lines[0] == [
         *("threshold", "stages", "selected", "update", "own", "shared", "seconds", "result")

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lean_merge.analysis import Analysis
 from lean_merge.api import merge
-from lean_merge.engine.run import run
-from lean_merge.errors import LeanMergeError, OutputError, RecipeError
+from lean_merge.engine.run import Event, run
+from lean_merge.errors import LeanMergeError
+from lean_merge.identity import seen_from
 from lean_merge.output.opening import checked_place
-from lean_merge.output.storage import explain, lock_folder, make_folder
-from lean_merge.parameters import build_method
 from lean_merge.plan import Plan
 from lean_merge.plan import plan as make_plan
 from lean_merge.recipe import MergeRecipe
@@ -23,17 +21,8 @@ from lean_merge.resources import Resources
 from lean_merge.sweep.decisions import Decisions, DigestSink, Made, equal_shards
 from lean_merge.sweep.evaluation import Evaluation, measure
 from lean_merge.sweep.grid import AXES, Grid, Point, written
-from lean_merge.sweep.table import (
-    CSV,
-    TABLE,
-    TABLE_VERSION,
-    Record,
-    check_same_recipe,
-    common_recipe,
-    new_record,
-    read_table,
-    write_table,
-)
+from lean_merge.sweep.start import analysis_for, check, earlier_points, folders, held
+from lean_merge.sweep.table import TABLE_VERSION, Record, common_recipe, new_record, write_table
 from lean_merge.version import __version__
 
 LOGS = "evaluations"
@@ -66,12 +55,13 @@ def sweep(
     grid: Grid,
     out: str | Path,
     *,
+    analysis: str | Path | Analysis | None = None,
     evaluate: Evaluation | str | None = None,
     resources: Resources | None = None,
     overwrite: bool = False,
-    on_event: Callable[[PointEvent], None] | None = None,
+    on_event: Callable[[PointEvent | Event], None] | None = None,
 ) -> SweepResult:
-    """Merge at every point of a grid.
+    """Merge at every point of a grid, from one analysis.
 
     Each point has a folder of its own in `out`, named after its values, with what the recipe's
     `output` says. Points with equal decisions are made once; weight files that are equal are hard
@@ -86,14 +76,17 @@ def sweep(
         The values.
     out
         Folder of the table and of the points.
+    analysis
+        Of the same inputs, or its folder; by default the one in `out`, made if it is not there.
     evaluate
         A command that measures each result; see `Evaluation`.
     resources
         Device, memory and threads.
     overwrite
-        Replace what the points' folders hold, each once the new is complete.
+        Replace what the points' folders and the sweep's own analysis hold, if it is not the same,
+        each once the new is complete.
     on_event
-        Called after each point.
+        Called after each weight of an analysis that is made, and after each point.
 
     Raises
     ------
@@ -102,80 +95,32 @@ def sweep(
     """
     evaluation = Evaluation(evaluate) if isinstance(evaluate, str) else evaluate
     points = list(grid.points())
-    _check(recipe, grid, points, evaluation, resources)
-    place = checked_place(Path(out), _folders(recipe))
-    with _taken(place):
-        earlier = _earlier(place, recipe)
+    plan = check(recipe, grid, points, evaluation, resources)
+    place = checked_place(Path(out), folders(recipe))
+    with held(place):
+        earlier = earlier_points(place, recipe)
         work = _Sweep(recipe, place, earlier, evaluation, resources, overwrite)
         table = work.table(grid, points)
+        # From here on the folder is known to be a sweep's, whatever becomes of it.
         write_table(place, table)
+        work.analysis = analysis_for(
+            recipe,
+            plan,
+            grid,
+            place,
+            analysis,
+            resources=resources,
+            overwrite=overwrite,
+            on_event=on_event,
+        )
+        if work.analysis is not None:
+            table["analysis"] = seen_from(place, work.analysis.path)
         for number, point in enumerate(points):
             table["points"][number] = record = work.carry_out(point)
             write_table(place, table)
             if on_event is not None:
                 on_event(PointEvent(number + 1, len(points), record))
     return SweepResult(place, table)
-
-
-def _check(
-    recipe: MergeRecipe,
-    grid: Grid,
-    points: list[Point],
-    evaluation: Evaluation | None,
-    resources: Resources | None,
-) -> None:
-    """Raise for what would go wrong at every point, or is a slip in the grid."""
-    if evaluation is not None:
-        evaluation.check(grid.axes)
-        if recipe.output == "none":
-            raise RecipeError(
-                "With output none there is nothing to evaluate; give output checkpoint or lora."
-            )
-    for point in points:
-        build_method(point.recipe(recipe))
-    for stages in grid.axes.get("stages", (None,)):
-        first = next(p for p in points if p.parameters.get("stages") == stages)
-        make_plan(first.recipe(recipe), resources)
-
-
-def _folders(recipe: MergeRecipe) -> list[Path]:
-    """Where the inputs are, as far as they are no hub ids."""
-    models = [recipe.base_model, recipe.mllm_model, *(each.model for each in recipe.experts)]
-    return [path for path in map(Path, models) if path.exists()]
-
-
-@contextmanager
-def _taken(place: Path) -> Iterator[None]:
-    """The sweep's folder, made and held. Raises OutputError, BudgetError."""
-    lock = None
-    try:
-        try:
-            if not place.exists():
-                make_folder(place)
-            lock = lock_folder(place)
-        except OSError as error:
-            raise explain(place, error) from error
-        yield
-    finally:
-        if lock is not None:
-            os.close(lock)
-
-
-def _earlier(place: Path, recipe: MergeRecipe) -> dict[str, Record]:
-    """The points of an earlier sweep into the same folder, by name.
-
-    Raises OutputError if it was of another recipe, or the folder is another's.
-    """
-    table = read_table(place)
-    if table is None:
-        leftovers = {f"{name}.partial" for name in (TABLE, CSV)}
-        if {each.name for each in place.iterdir()} - leftovers:
-            raise OutputError(
-                f"{place}: is not empty and holds no sweep; choose another folder, or empty it."
-            )
-        return {}
-    check_same_recipe(place, table, recipe)
-    return {point["name"]: point for point in table["points"]}
 
 
 @dataclass
@@ -186,6 +131,7 @@ class _Sweep:
     evaluation: Evaluation | None
     resources: Resources | None
     overwrite: bool
+    analysis: Analysis | None = None
     made: list[Made] = field(default_factory=list)
     """Complete outputs of this grid, in the order in which they were made."""
     first: dict[str, Record] = field(default_factory=dict)
@@ -237,7 +183,7 @@ class _Sweep:
         return record
 
     def _plan(self, recipe: MergeRecipe) -> Plan:
-        return make_plan(recipe, self.resources)
+        return make_plan(recipe, self.resources, analysis=self.analysis)
 
     def _make(self, point: Point, record: Record) -> None:
         start = time.monotonic()
