@@ -15,12 +15,11 @@ from lean_merge.analysis import Analysis, open_analysis
 from lean_merge.checkpoints.jsonfile import read_object
 from lean_merge.engine.adapter import AdapterSink
 from lean_merge.engine.run import Event, RunResult, run, steps
-from lean_merge.engine.sinks import CheckpointSink, DecisionSink, TensorSink
+from lean_merge.engine.sinks import BlockSink, CheckpointSink, DecisionSink, TensorSink
 from lean_merge.errors import CheckpointError, RecipeError
 from lean_merge.identity import inputs, run_facts
 from lean_merge.output import (
     EqualShard,
-    FactorStore,
     OutputFolder,
     adapter_card,
     changed_input,
@@ -123,7 +122,7 @@ def merge(
             resume=resume,
             equal=equal,
         ) as folder:
-            reused = len(folder.finished)
+            reused = len(folder.finished) or len(folder.blocks.groups)
             report = _merge(plan, folder, sampler, baseline, on_event)
             check_unchanged(plan, folder_path, facts)
             write_companions(plan, folder, report)
@@ -223,21 +222,21 @@ def _carry_out(
     plan: Plan, folder: OutputFolder | None, on_event: Callable[[Event], None]
 ) -> RunResult:
     """The plan into the sink of its output."""
-    if folder is None or plan.recipe.output == "none":
+    if folder is None:
         return run(plan, DecisionSink(), on_event)
+    if plan.recipe.output == "none":
+        return run(plan, BlockSink(folder), on_event)
     if plan.recipe.output == "checkpoint":
         return run(plan, CheckpointSink(plan, folder), on_event)
-    with FactorStore(folder.path) as store:
-        sink = AdapterSink(plan, store)
-        result = run(plan, sink, on_event)
-        with result.timed("write"):
-            write_adapter(
-                folder,
-                store,
-                sink.modules,
-                dtype=plan.adapter_dtype,
-                base_model=plan.recipe.mllm_model,
-            )
+    sink = AdapterSink(plan, folder)
+    result = run(plan, sink, on_event)
+    with result.timed("write"):
+        write_adapter(
+            folder,
+            sink.modules(),
+            dtype=plan.adapter_dtype,
+            base_model=plan.recipe.mllm_model,
+        )
     return result
 
 

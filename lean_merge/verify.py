@@ -262,12 +262,9 @@ def _plan(
         return make_plan(recipe, resources), then
     plan = plan_again(recipe, Gathered.from_dict(analysis.get("gathered")), resources)
     gathered = analysis.get("environment")
-    if not isinstance(gathered, dict):
-        return plan, then
-    return plan, {
-        **then,
-        **{key: value for key, value in gathered.items() if value != then.get(key)},
-    }
+    others = gathered.items() if isinstance(gathered, dict) else ()
+    # What the analysis was made with decides last bits too.
+    return plan, {**then, **{key: value for key, value in others if value != then.get(key)}}
 
 
 def _headers(files: list[dict[str, Any]]) -> dict[str, tuple[int, str]]:

@@ -14,6 +14,7 @@ from faults import Tree, flat, write_tree
 from safetensors import SafetensorError, safe_open
 
 from lean_merge import Event, MergeResult, open_checkpoint
+from lean_merge.checkpoints import open_expert
 from lean_merge.engine import prefetch
 from lean_merge.errors import CheckpointError
 from lean_merge.output import JOURNAL, check_folder
@@ -26,7 +27,9 @@ SHAPES = {
     "layers.1.mlp.gate_proj": (32, 16),
 }
 OPTIONS: dict[str, Any] = {"shard_size": 2000, "rounding": "stochastic", "out_dtype": "bfloat16"}
+LORA: dict[str, Any] = {"output": "lora", "lora_rank": 3}
 REPORT = "lean_merge_report.json"
+RECIPE = "lean_merge_recipe.yml"
 TIMED = ("seconds", "memory", "threads", "workers")
 """Fields of a report that tell of the run and not of its result."""
 
@@ -38,28 +41,41 @@ class Scene:
     """
 
     def __init__(
-        self, triple: Triple, expected: Mapping[str, bytes], old: Mapping[str, bytes], folder: Path
+        self,
+        triple: Triple,
+        options: Mapping[str, Any],
+        expected: Mapping[str, bytes],
+        old: Mapping[str, bytes],
+        folder: Path,
     ) -> None:
         self.triple = triple
+        self.options = options
         self.expected = expected
         self.old = old
         self.folder = folder
 
     def merge(self, out: Path, **options: Any) -> MergeResult:
         """The merge; `options` may say otherwise."""
-        return self.triple.merge(out, **{**OPTIONS, **options})
+        return self.triple.merge(out, **{**self.options, **options})
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether what is written is an adapter."""
+        return self.options.get("output") == "lora"
 
 
-def make_scene(folder: Path) -> Scene:
+def make_scene(folder: Path, options: Mapping[str, Any] = OPTIONS) -> Scene:
     """Checkpoints, an output of the merge, and one of another merge to be replaced."""
     triple = write_triple(folder / "in", SHAPES)
     templates = triple.mllm / "additional_chat_templates"
     templates.mkdir()
     (templates / "tool.jinja").write_text("{{ messages }}")
-    expected = contents(triple.merge(folder / "expected" / "out", **OPTIONS).path)
-    assert len([name for name in expected if name.endswith(".safetensors")]) == 3
-    old = contents(triple.merge(folder / "old" / "out", scale=0.25).path)
-    return Scene(triple, expected, old, folder)
+    expected = contents(triple.merge(folder / "expected" / "out", **options).path)
+    weights = [name for name in expected if name.endswith(".safetensors")]
+    assert len(weights) == (3 if options is OPTIONS else 1)
+    others = {"output": "lora"} if options is LORA else {}
+    old = contents(triple.merge(folder / "old" / "out", scale=0.25, **others).path)
+    return Scene(triple, options, expected, old, folder)
 
 
 def steady(files: Mapping[str, bytes]) -> dict[str, Any]:
@@ -93,12 +109,12 @@ def assert_never_half_done(folder: Path, scene: Scene) -> str:
         assert file.read_bytes() in (scene.expected.get(name), scene.old.get(name)), file
     out = folder / "out"
     try:
-        open_checkpoint(out)
+        open_expert(str(out)) if scene.is_adapter else open_checkpoint(out)
     except CheckpointError:
-        _assert_transformers_refuses(out)
+        (_assert_peft_refuses if scene.is_adapter else _assert_transformers_refuses)(out)
         return "unfinished" if out.exists() else "absent"
     found = contents(out)
-    if found.keys() == scene.old.keys():
+    if found.get(RECIPE) == scene.old[RECIPE]:
         assert_same(found, scene.old)
         return "old"
     assert_same(found, scene.expected)
@@ -119,6 +135,13 @@ def _assert_transformers_refuses(out: Path) -> None:
     )
     with pytest.raises(OSError):
         transformers.LlamaForCausalLM.from_pretrained(out, config=config, local_files_only=True)
+
+
+def _assert_peft_refuses(out: Path) -> None:
+    from peft import load_peft_weights
+
+    with pytest.raises((OSError, ValueError)):
+        load_peft_weights(str(out), device="cpu", local_files_only=True)
 
 
 def try_disk(tree: Tree, scene: Scene, *, overwrite: bool) -> str:

@@ -38,7 +38,7 @@ from lean_merge.engine.adapter import ADAPTER_ERROR
 from lean_merge.linalg import truncate
 from lean_merge.output import (
     AdapterModule,
-    FactorStore,
+    BlockStore,
     OutputFolder,
     StoredFactors,
     adapter_layout,
@@ -448,10 +448,10 @@ def test_an_adapter_is_replaced_only_when_told(small: Triple, tmp_path: Path):
 def test_a_failure_leaves_no_adapter(
     small: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def fail(store: FactorStore, numbers: Tensor) -> int:
+    def fail(store: BlockStore, *args: Any) -> None:
         raise OutputError("the disk is gone")
 
-    monkeypatch.setattr(FactorStore, "append", fail)
+    monkeypatch.setattr(BlockStore, "put", fail)
     with pytest.raises(OutputError, match="gone"):
         small.merge(tmp_path / "out", output="lora")
     names = [each.name for each in (tmp_path / "out").iterdir()]
@@ -537,17 +537,18 @@ def test_parts_are_put_together_whatever_their_ranks_rows_and_the_chunks(
     with (
         pytest.MonkeyPatch.context() as patch,
         OutputFolder.create(folder, (), inputs=(), overwrite=False) as out,
-        FactorStore(folder) as store,
     ):
         patch.setattr(adapter_module, "_CHUNK", max(chunk, sum(rank for _, rank in heights)))
         for rows, rank in heights:
             b, a = (torch.randn(s, generator=generator) for s in ((rows, rank), (rank, columns)))
             blocks.append(as_matrix(b) @ as_matrix(a))
             runs = tuple((first, 1) for first in order[done : done + rows])
-            parts.append(StoredFactors(runs, rank, store.append(a), store.append(b)))
+            of_a, of_b = (out.blocks.put(f"{done} {f.shape}", f.shape, [f]) for f in (a, b))
+            parts.append(StoredFactors(runs, rank, of_a, of_b))
             done += rows
         module = AdapterModule("m", columns, tuple(parts))
-        write_adapter(out, store, [module], dtype=torch.float32, base_model="x")
+        out.blocks.finish("m", None)
+        write_adapter(out, [module], dtype=torch.float32, base_model="x")
         out.seal()
     assert np.allclose(updates(folder)["m"][order], np.concatenate(blocks), atol=1e-5)
     size = (folder / WEIGHTS).stat().st_size

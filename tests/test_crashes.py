@@ -13,18 +13,30 @@ from pathlib import Path
 import pytest
 from families import contents
 from faults import Change, Recorder, Survives, everything, nothing_more, write_tree
-from scenes import Scene, assert_never_half_done, assert_same, make_scene, often, try_disk
+from scenes import (
+    LORA,
+    OPTIONS,
+    Scene,
+    assert_never_half_done,
+    assert_same,
+    make_scene,
+    often,
+    try_disk,
+)
 
 from lean_merge.errors import BudgetError, OutputError
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the layer stands for POSIX calls")
 
 
-@pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+@pytest.fixture(scope="module", params=["checkpoint", "adapter"])
+def scene(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Scene]:
     """A merge whose every byte is followed by a sync and a line in the journal."""
     with often():
-        yield make_scene(tmp_path_factory.mktemp("crashes"))
+        options = LORA if request.param == "adapter" else OPTIONS
+        yield make_scene(tmp_path_factory.mktemp("crashes"), options)
 
 
 def record(scene: Scene, *, overwrite: bool = False, start: Path | None = None) -> Recorder:

@@ -63,6 +63,7 @@ def build_analysis(
         "thresholds": [
             {
                 "expert": expert.model,
+                "select_by": plan.evidence.gathered.to_dict().get("select_by"),
                 "in_force": _in_force([own[k] for own in compared.values()]),
                 **each.to_dict(),
             }

@@ -109,8 +109,8 @@ class Flusher(_Background):
         self._latest: Shard | None = None
         self._error: Exception | None = None
 
-    def wrote(self, shard: Shard, count: int) -> None:
-        """`count` bytes more were written to `shard`."""
+    def wrote(self, shard: Shard | None, count: int) -> None:
+        """`count` bytes more were written to `shard`, or to blocks of the folder."""
         with self._moved:
             if self._error is not None:
                 raise self._error
@@ -126,9 +126,9 @@ class Flusher(_Background):
                 )
                 if self._closed:
                     return
-                shard = self._latest
+                shard, pending = self._latest, self._pending
                 self._pending, self._latest = 0, None
-            if shard is None:
+            if not pending:
                 continue
             try:
                 self._folder.flush(shard)

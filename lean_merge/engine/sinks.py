@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, ClassVar
@@ -162,6 +162,61 @@ class CheckpointSink(Sink):
             self._flusher.wrote(shard, data.nbytes)
 
         return write
+
+
+class BlockSink(Sink):
+    """What is laid out only at the end waits in the blocks of an unfinished output.
+
+    By itself it keeps nothing but what the engine tells of each task, so that a run without weights
+    to write can be taken up again too. Others put the blocks of a task before it is finished.
+
+    Parameters
+    ----------
+    folder
+        Open; it stays unsealed.
+    """
+
+    def __init__(self, folder: OutputFolder) -> None:
+        self._folder = folder
+        self._flusher = Flusher(folder)
+
+    def __enter__(self) -> BlockSink:
+        self._flusher.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._flusher.__exit__(kind, error, trace)
+
+    def copy(self, task: CopyTask, tools: Tools) -> Callable[[], None]:
+        """Nothing is copied."""
+        return _nothing
+
+    def update(
+        self, task: WeightTask, vectors: TaskVectors, decision: Decision, tools: Tools
+    ) -> Callable[[], Stored]:
+        """Nothing is stored."""
+        return _nothing
+
+    def put(self, name: str, shape: tuple[int, ...], parts: Iterable[Tensor]) -> None:
+        """Keep a block of the task in hand, as `BlockStore.put` does."""
+        block = self._folder.blocks.put(name, shape, parts)
+        self._flusher.wrote(None, block.nbytes)
+
+    def finished(self, task: CopyTask | WeightTask) -> Any:
+        """From the folder's journal."""
+        group = self._folder.blocks.groups.get(task.tensor.name)
+        return None if group is None else group.result
+
+    def finish(self, task: CopyTask | WeightTask, note: Any) -> None:
+        """Goes to the folder's journal once the blocks are on the disk."""
+        self._folder.blocks.finish(task.tensor.name, note)
+        # Its line in the journal is to be written, even if it has no block.
+        self._flusher.wrote(None, 1)
 
 
 def begin_copy(task: CopyTask, write: WriteBytes, tools: Tools) -> Callable[[], None]:

@@ -6,11 +6,11 @@ Shards, side files and model card become a checkpoint by one last rename.
 from lean_merge.output.adapter import (
     ADAPTER,
     AdapterModule,
-    FactorStore,
     StoredFactors,
     adapter_layout,
     write_adapter,
 )
+from lean_merge.output.blocks import Block, BlockStore, Group
 from lean_merge.output.card import adapter_card, license_of, model_card
 from lean_merge.output.check import Difference, FolderCheck, check_folder
 from lean_merge.output.factors import FACTORS, StoredTensor, write_factors
@@ -27,10 +27,12 @@ __all__ = [
     "FACTORS",
     "JOURNAL",
     "AdapterModule",
+    "Block",
+    "BlockStore",
     "Difference",
     "EqualShard",
-    "FactorStore",
     "FolderCheck",
+    "Group",
     "Journal",
     "OutputFolder",
     "OutputTensor",

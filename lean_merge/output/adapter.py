@@ -1,17 +1,13 @@
 """A merge as a LoRA adapter in PEFT's format: factors collected, then laid out and written.
 
-Ranks are known only once a weight was analysed, and a safetensors file begins with all shapes. So
-the factors wait on the output's disk, in a file without a name that vanishes with the process.
+Ranks are known only once a weight was analysed, so until then the factors are blocks of the output.
 """
 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -20,9 +16,9 @@ from torch import Tensor
 from lean_merge.checkpoints.dtypes import safetensors_dtype
 from lean_merge.checkpoints.reader import as_bytes
 from lean_merge.errors import DataError, OutputError
+from lean_merge.output.blocks import Block
 from lean_merge.output.folder import OutputFolder
 from lean_merge.output.layout import ADAPTER, OutputTensor, Shard, single_file
-from lean_merge.output.storage import explain, read_all, write_all
 
 ADAPTER_CONFIG = "adapter_config.json"
 _KEY = "base_model.model."
@@ -32,7 +28,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class StoredFactors:
-    """The update of some rows of a module, b [rows, rank] @ a [rank, in], in a `FactorStore`.
+    """The update of some rows of a module, b [rows, rank] @ a [rank, in].
 
     Attributes
     ----------
@@ -41,13 +37,13 @@ class StoredFactors:
     rank
         0 without an update.
     a, b
-        Where they begin in the store, as float32.
+        Blocks of the output; None without an update, or while only sizes matter.
     """
 
     runs: tuple[tuple[int, int], ...]
     rank: int = 0
-    a: int = 0
-    b: int = 0
+    a: Block | None = None
+    b: Block | None = None
 
     @property
     def rows(self) -> int:
@@ -88,55 +84,6 @@ class AdapterModule:
         return f"{_KEY}{self.name}.lora_B.weight"
 
 
-class FactorStore:
-    """Numbers on the disk of a folder, appended and read back; a context that ends them.
-
-    Raises OutputError or BudgetError where the disk refuses.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._size = 0
-        try:
-            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)
-        except OSError as error:
-            raise explain(folder, error) from error
-
-    def __enter__(self) -> FactorStore:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._file.close()
-
-    def append(self, numbers: Tensor) -> int:
-        """Keeps a contiguous CPU tensor; returns where it begins."""
-        data = as_bytes(numbers)
-        start = self._size
-        try:
-            write_all(self._file.fileno(), data, start)
-        except OSError as error:
-            raise explain(self._folder, error) from error
-        self._size += data.nbytes
-        return start
-
-    def read(self, start: int, out: Tensor) -> None:
-        """Fills a contiguous CPU tensor."""
-        try:
-            count = read_all(self._file.fileno(), as_bytes(out), start)
-        except OSError as error:
-            raise explain(self._folder, error) from error
-        if count != out.nbytes:
-            raise OutputError(
-                f"{self._folder}: the adapter's factors were cut short on the disk; run the merge "
-                "again."
-            )
-
-
 def adapter_layout(modules: Sequence[AdapterModule], dtype: torch.dtype) -> Shard:
     """Where the factors of `modules` lie in adapter_model.safetensors."""
     tensors = []
@@ -153,7 +100,6 @@ def adapter_layout(modules: Sequence[AdapterModule], dtype: torch.dtype) -> Shar
 
 def write_adapter(
     folder: OutputFolder,
-    store: FactorStore,
     modules: Sequence[AdapterModule],
     *,
     dtype: torch.dtype,
@@ -163,8 +109,8 @@ def write_adapter(
 
     Parameters
     ----------
-    folder, store
-        Whereto, and where the factors are.
+    folder
+        Whereto; the factors are among its blocks.
     modules
         Those with an update; at least one.
     dtype
@@ -188,8 +134,10 @@ def write_adapter(
     folder.add(shard)
     chunk = torch.empty(_CHUNK)
     for module in modules:
-        _write_a(folder, shard, store, module, dtype, chunk)
-        _write_b(folder, shard, store, module, dtype, chunk)
+        if not folder.is_finished(module.key_a):
+            _write_a(folder, shard, module, dtype, chunk)
+        if not folder.is_finished(module.key_b):
+            _write_b(folder, shard, module, dtype, chunk)
     config = adapter_config(modules, base_model=base_model)
     folder.write_file(ADAPTER_CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
@@ -197,17 +145,18 @@ def write_adapter(
 def _write_a(
     folder: OutputFolder,
     shard: Shard,
-    store: FactorStore,
     module: AdapterModule,
     dtype: torch.dtype,
     chunk: Tensor,
 ) -> None:
     position = shard.offsets[module.key_a]
     for part in module.parts:
+        if part.a is None:
+            continue
         count = part.rank * module.in_features
         for start in range(0, count, _CHUNK):
             numbers = chunk[: min(_CHUNK, count - start)]
-            store.read(part.a + start * 4, numbers)
+            folder.blocks.read(part.a, start, numbers)
             data = as_bytes(_cast(numbers, dtype, module.name))
             folder.write_at(shard, position, data)
             position += data.nbytes
@@ -216,7 +165,6 @@ def _write_a(
 def _write_b(
     folder: OutputFolder,
     shard: Shard,
-    store: FactorStore,
     module: AdapterModule,
     dtype: torch.dtype,
     chunk: Tensor,
@@ -230,9 +178,9 @@ def _write_b(
             for start in range(0, count, height):
                 rows = min(height, count - start)
                 block = torch.zeros(rows, module.rank)
-                if part.rank:
+                if part.b is not None:
                     numbers = chunk[: rows * part.rank].view(rows, part.rank)
-                    store.read(part.b + done * part.rank * 4, numbers)
+                    folder.blocks.read(part.b, done * part.rank, numbers)
                     block[:, left : left + part.rank] = numbers
                 position = shard.offsets[module.key_b] + (first + start) * width
                 folder.write_at(shard, position, as_bytes(_cast(block, dtype, module.name)))
@@ -282,7 +230,6 @@ __all__ = [
     "ADAPTER",
     "ADAPTER_CONFIG",
     "AdapterModule",
-    "FactorStore",
     "StoredFactors",
     "adapter_config",
     "adapter_layout",

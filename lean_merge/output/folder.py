@@ -17,10 +17,25 @@ from typing import Any
 from lean_merge.checkpoints.checkpoint import INDEX, SINGLE
 from lean_merge.checkpoints.descriptors import DescriptorPool
 from lean_merge.errors import LeanMergeError, OutputError
-from lean_merge.output.journal import JOURNAL, JournalWriter, commit_mark, start_record
+from lean_merge.output.blocks import BLOCKS, BlockStore, kept_groups
+from lean_merge.output.journal import (
+    JOURNAL,
+    JournalWriter,
+    Record,
+    commit_mark,
+    shard_record,
+    start_record,
+)
 from lean_merge.output.layout import Shard, extents, index_json
 from lean_merge.output.ledger import Ledger
-from lean_merge.output.opening import Place, checked_place, find_place, finished_tensors, unseal
+from lean_merge.output.opening import (
+    Place,
+    checked_place,
+    find_place,
+    finished_tensors,
+    unseal,
+    whole_shards,
+)
 from lean_merge.output.sharing import (
     EqualShard,
     Sharing,
@@ -58,6 +73,8 @@ class OutputFolder:
     finished
         What `finish_tensor` was told of the tensors that an interrupted run had written, by name:
         they are on the disk, were read again, and need not be written.
+    blocks
+        Numbers that wait until a file's layout is known; an interrupted run's are among them.
     bytes_written
         Bytes of tensors so far, without those.
     sealed
@@ -78,6 +95,8 @@ class OutputFolder:
         self._linked: frozenset[str] = frozenset()
         self._place = place
         self._ledger = Ledger(start, shards)
+        self._whole: Mapping[str, Mapping[str, Record]] = {}
+        self.blocks = BlockStore(place.path / BLOCKS, self._ledger.finish_blocks)
         self._closed = False
         self._failed = False
         self._counter = threading.Lock()
@@ -167,9 +186,16 @@ class OutputFolder:
             self._ledger.adopt(records)
             found |= records
         self.finished = {name: record.get("result") for name, record in found.items()}
+        if journal is not None:
+            self._whole = whole_shards(journal, path)
+            needed = not journal.added or self._whole.keys() != journal.added.keys()
+            self.blocks.restore(kept_groups(journal.groups, path / BLOCKS, needed=needed))
 
     def add(self, shard: Shard) -> None:
         """Reserves one more weight file, whose layout only the run could tell.
+
+        All that is finished is on the disk before. Where an interrupted run has written the very
+        same, all of it, its tensors are finished.
 
         Raises
         ------
@@ -180,12 +206,22 @@ class OutputFolder:
         """
         if self._closed:
             raise ValueError("The output folder is closed.")
+        # What it is laid out from must not be lost with it.
+        self.flush()
         file = self._partial(shard.file_name)
+        records = self._whole.get(shard.file_name)
+        journal = self._place.journal
+        if journal is None or journal.added.get(shard.file_name) != shard_record(shard):
+            records = None
         try:
-            check_free_space(self.path, shard.size, freed=occupied(file))
-            self._ledger.add_shard(shard)
-            self._reserve(shard)
-            sync_folder(self.path)
+            if records is None:
+                check_free_space(self.path, shard.size, freed=occupied(file))
+            self._ledger.add_shard(shard, known=records is not None)
+            if records is None:
+                self._reserve(shard)
+                sync_folder(self.path)
+            else:
+                self._ledger.restore(records)
         except OSError as error:
             raise explain(file, error) from error
         self.shards = (*self.shards, shard)
@@ -278,6 +314,10 @@ class OutputFolder:
         with self._counter:
             self.bytes_written += data.nbytes
 
+    def is_finished(self, name: str) -> bool:
+        """Whether all of a tensor is written."""
+        return self._ledger.is_finished(name)
+
     def finish_tensor(self, shard: Shard, name: str, result: Any = None) -> None:
         """A tensor's bytes were all written, so that an interrupted run need not write them again.
 
@@ -292,16 +332,19 @@ class OutputFolder:
         """
         self._ledger.finish_tensor(shard, name, result)
 
-    def flush(self, shard: Shard) -> None:
-        """Waits until what was written is on the disk: that of `shard`, and all finished tensors.
+    def flush(self, shard: Shard | None = None) -> None:
+        """Waits until what was written is on the disk: that of `shard`, and all that is finished.
 
         Raises as `write_at`.
         """
         with self._flushing:
             ready = self._ledger.take_unsaved()
             named = {each.file_name: each for each in self.shards}
-            due = {shard.file_name, *(str(record["shard"]) for record in ready)}
+            due = {str(record["shard"]) for record in ready if record["record"] == "tensor"}
+            due |= {shard.file_name} if shard is not None else set()
             try:
+                if any(record["record"] == "blocks" for record in ready):
+                    self.blocks.sync()
                 for name in due - self._linked:
                     with self._open(named[name]) as descriptor:
                         sync_data(descriptor)
@@ -383,12 +426,13 @@ class OutputFolder:
         if mark is not None and mark not in names:
             self._write_new(self._partial(mark), mark, index_json(self.shards))
             names.append(mark)
-        write_new(path / JOURNAL, [self._ledger.sealed(self.shards)])
+        write_new(path / JOURNAL, [self._ledger.sealed(self.shards, self.blocks.sealed())])
         # Windows renames no open file.
         self._close_files()
         for folder in {(path / name).parent for name in self._ledger.files} | {path}:
             sync_folder(folder)
         self._partial(JOURNAL).unlink()
+        (path / BLOCKS).unlink(missing_ok=True)
         for name in names:
             if name == mark:
                 sync_folder(path)
@@ -420,7 +464,7 @@ class OutputFolder:
         try:
             if self._ledger.has_unsaved and not (self._failed or self._closed):
                 with suppress(LeanMergeError):
-                    self.flush(self.shards[0])
+                    self.flush()
         finally:
             self._close()
 
@@ -432,3 +476,4 @@ class OutputFolder:
     def _close_files(self) -> None:
         self._files.close()
         self._ledger.close()
+        self.blocks.close()

@@ -29,6 +29,7 @@ _TYPES: Mapping[str, Mapping[str, type]] = {
     "start": {"format": int, "run": dict, "shards": list},
     "shard": {"file": str, "size": int, "header_sha256": str},
     "tensor": {"name": str, "shard": str, "crc32_data": int},
+    "blocks": {"name": str, "blocks": list},
     "file": {"name": str, "size": int, "sha256": str},
     "end": {"records": int, "sha256": str},
 }
@@ -58,12 +59,23 @@ def decode(line: bytes) -> dict[str, Any] | None:
         return None
     if record["record"] == "file" and not _is_inside(record["name"]):
         return None
+    if record["record"] == "blocks" and not all(map(_is_block, record["blocks"])):
+        return None
     return record
 
 
 def _is_inside(name: str) -> bool:
     path = PurePosixPath(name)
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+
+
+def _is_block(entry: Any) -> bool:
+    """Whether it says where numbers lie, in lengths that a file can have."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("shape"), list):
+        return False
+    counts = [entry.get("crc32_data"), entry.get("start", 0), *entry["shape"]]
+    whole = all(type(count) is int and 0 <= count < 1 << 40 for count in counts)
+    return whole and isinstance(entry.get("name"), str)
 
 
 def start_record(run: Mapping[str, Any], shards: Sequence[Shard]) -> dict[str, Any]:
@@ -97,8 +109,9 @@ class Journal:
     ----------
     start
         The first record.
-    shards, tensors, files
-        Weight files, tensors, and other files, by name; the last record of each counts.
+    shards, tensors, groups, files
+        Weight files, tensors, groups of blocks, and other files, by name; the last record of each
+        counts.
     sealed
         Whether it ends in a matching `end` record, as that of a complete output does.
     length
@@ -108,9 +121,16 @@ class Journal:
     start: dict[str, Any]
     shards: dict[str, dict[str, Any]]
     tensors: dict[str, dict[str, Any]]
+    groups: dict[str, dict[str, Any]]
     files: dict[str, dict[str, Any]]
     sealed: bool
     length: int
+
+    @property
+    def added(self) -> dict[str, dict[str, Any]]:
+        """The weight files whose layout only the run could tell."""
+        known = {each["file"] for each in self.start["shards"]}
+        return {name: record for name, record in self.shards.items() if name not in known}
 
     @property
     def mark(self) -> str | None:
@@ -132,6 +152,7 @@ def read_journal(file: Path) -> Journal | None:
     """What `file` says; None if there is none, or its first line does not count. OSError."""
     shards: dict[str, dict[str, Any]] = {}
     tensors: dict[str, dict[str, Any]] = {}
+    groups: dict[str, dict[str, Any]] = {}
     files: dict[str, dict[str, Any]] = {}
     start: dict[str, Any] | None = None
     sealed, length, count = False, 0, 0
@@ -156,6 +177,8 @@ def read_journal(file: Path) -> Journal | None:
                 shards[record["file"]] = record
             elif record["record"] == "tensor":
                 tensors[record["name"]] = record
+            elif record["record"] == "blocks":
+                groups[record["name"]] = record
             elif record["record"] == "file":
                 files[record["name"]] = record
             else:
@@ -165,7 +188,9 @@ def read_journal(file: Path) -> Journal | None:
             whole.update(line)
             length += len(line) if record["record"] not in ("file", "end") else 0
             count += 1
-    return None if start is None else Journal(start, shards, tensors, files, sealed, length)
+    if start is None:
+        return None
+    return Journal(start, shards, tensors, groups, files, sealed, length)
 
 
 def _is_shard(entry: Any) -> bool:

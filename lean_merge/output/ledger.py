@@ -48,10 +48,11 @@ class Ledger:
             self._tensors.update(copied)
             self._unsaved.extend(copied.values())
 
-    def add_shard(self, shard: Shard) -> None:
-        """One more weight file. OSError."""
+    def add_shard(self, shard: Shard, *, known: bool) -> None:
+        """One more weight file, which the journal may tell of already. OSError."""
         record = shard_record(shard)
-        self._append([record])
+        if not known:
+            self._append([record])
         self._added.append(record)
         self._digests[shard.file_name] = RangeDigests(shard.offsets.values())
 
@@ -73,6 +74,11 @@ class Ledger:
             self._tensors[name] = record
             self._unsaved.append(record)
 
+    def finish_blocks(self, record: Record) -> None:
+        """All bytes of a group of blocks were written."""
+        with self._lock:
+            self._unsaved.append(record)
+
     def is_finished(self, name: str) -> bool:
         """Whether the tensor is."""
         return name in self._tensors
@@ -83,7 +89,7 @@ class Ledger:
         return bool(self._unsaved)
 
     def take_unsaved(self) -> list[Record]:
-        """Finished tensors that the journal does not tell of; once their bytes are synced, `save`.
+        """What is finished and the journal does not tell of; once its bytes are synced, `save`.
 
         Whoever fails to sync them must not try again: some systems report a failure once only.
         """
@@ -110,11 +116,11 @@ class Ledger:
         """Names of files that are not shards."""
         return tuple(self._files)
 
-    def sealed(self, shards: Sequence[Shard]) -> bytes:
+    def sealed(self, shards: Sequence[Shard], groups: Sequence[Record]) -> bytes:
         """The sealed journal, in the order of the output."""
         tensors = [self._tensors[name] for shard in shards for name in shard.offsets]
         files = [self._files[name] for name in sorted(self._files)]
-        return sealed_lines([self._start, *self._added, *tensors, *files])
+        return sealed_lines([self._start, *self._added, *groups, *tensors, *files])
 
     def close(self) -> None:
         """May be called twice."""

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lean_merge.checkpoints.checkpoint import INDEX
-from lean_merge.errors import OutputError
+from lean_merge.checkpoints.header import read_header
+from lean_merge.checkpoints.identity import header_digest
+from lean_merge.errors import CheckpointError, OutputError
+from lean_merge.output.blocks import BLOCKS
 from lean_merge.output.digest import range_digest
 from lean_merge.output.journal import JOURNAL, Journal, start_record
 from lean_merge.output.layout import Shard, extents
@@ -143,6 +146,7 @@ def _clear(folder: Path) -> None:
     for name in sorted(ours):
         for each in (folder / name, folder / f"{name}{PARTIAL}"):
             each.unlink(missing_ok=True)
+    (folder / BLOCKS).unlink(missing_ok=True)
     sync_folder(folder)
     for each in (folder / JOURNAL, folder / f"{JOURNAL}{PARTIAL}"):
         each.unlink(missing_ok=True)
@@ -189,6 +193,34 @@ def finished_tensors(
                     found[name] = record
         finally:
             os.close(descriptor)
+    return found
+
+
+def whole_shards(journal: Journal, path: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """The records of tensors by weight file, of files that only the run could lay out.
+
+    Of those alone that are whole under their partial names, header and every byte. OSError.
+    """
+    found = {}
+    buffer = memoryview(bytearray(_STEP))
+    for name, record in journal.added.items():
+        file = path / f"{name}{PARTIAL}"
+        if file.is_symlink() or not file.is_file() or file.stat().st_size != record["size"]:
+            continue
+        if header_digest(file) != record["header_sha256"]:
+            continue
+        try:
+            specs, _ = read_header(file)
+        except CheckpointError:
+            continue
+        records = {n: r for n, r in journal.tensors.items() if r["shard"] == name}
+        with open(file, "rb", buffering=0) as stream:
+            digests = {
+                spec.name: range_digest(stream.fileno(), spec.offset, spec.nbytes, buffer)
+                for spec in specs.values()
+            }
+        if digests == {n: r["crc32_data"] for n, r in records.items()}:
+            found[name] = records
     return found
 
 
