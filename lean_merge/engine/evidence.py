@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lean_merge.budget import READ_ELEMENTS, STRIP_ELEMENTS, strip_rows
+from lean_merge.budget import SAMPLED_ELEMENTS, STRIP_ELEMENTS, strip_rows
 from lean_merge.checkpoints import LogicalWeight
 from lean_merge.engine.sinks import BlockSink, Tools
 from lean_merge.engine.taskvectors import TaskVectors
@@ -96,7 +96,7 @@ def base_norm(weight: LogicalWeight, tools: Tools) -> float:
 
 def sampled_rows(weight: LogicalWeight) -> int:
     """How many of the base's rows `base_norm` reads."""
-    return min(weight.shape[0], strip_rows(weight.shape[1], READ_ELEMENTS))
+    return min(weight.shape[0], strip_rows(weight.shape[1], SAMPLED_ELEMENTS))
 
 
 def _nothing() -> None:

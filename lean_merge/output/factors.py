@@ -1,4 +1,4 @@
-"""The factors of an analysis: blocks of the output, laid out and written as one safetensors file."""
+"""The factors of an analysis: blocks of the output, written as one safetensors file."""
 
 from __future__ import annotations
 
