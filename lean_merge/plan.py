@@ -120,8 +120,13 @@ class Plan:
 
     @property
     def inputs(self) -> tuple[Path, ...]:
-        """Folders or files that are read, and never written to."""
-        return tuple(checkpoint.path for checkpoint in (self.base, self.mllm, *self.experts))
+        """Folders that are read, and where links in them lead to, which are never written to."""
+        checkpoints = (self.base, self.mllm, *self.experts)
+        files = [file for checkpoint in checkpoints for file in checkpoint.files]
+        return (
+            *(checkpoint.path for checkpoint in checkpoints),
+            *(file.resolve() for file in files if file.is_symlink()),
+        )
 
     @property
     def weights(self) -> tuple[WeightTask, ...]:

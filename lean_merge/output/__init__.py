@@ -8,6 +8,7 @@ from lean_merge.output.adapter import (
     AdapterModule,
     StoredFactors,
     adapter_layout,
+    cast_factors,
     write_adapter,
 )
 from lean_merge.output.blocks import Block, BlockStore, Group
@@ -41,6 +42,7 @@ __all__ = [
     "StoredFactors",
     "adapter_card",
     "adapter_layout",
+    "cast_factors",
     "changed_input",
     "check_folder",
     "check_output",
