@@ -79,12 +79,12 @@ def analysis_for(
         return None
     if given is not None:
         analysis = open_analysis(given) if isinstance(given, (str, Path)) else given
-        analysis.check_inputs(plan)
+        analysis.check_inputs(plan.base, plan.mllm, plan.experts)
         return analysis
     folder = place / ANALYSIS
     if not overwrite and (found := _opened(folder)) is not None:
         try:
-            found.check_inputs(plan)
+            found.check_inputs(plan.base, plan.mllm, plan.experts)
         except CheckpointError as error:
             raise CheckpointError(
                 f"{error} A sweep makes its own anew with --overwrite."
