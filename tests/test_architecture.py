@@ -148,6 +148,7 @@ MAY_IMPORT = {
     },
     "sweep": {
         "sweep",
+        "page",
         "api",
         "analysing",
         "analysis",
@@ -183,6 +184,18 @@ MAY_IMPORT = {
         "version",
         "errors",
     },
+    "page": {"page", "errors", "sizes", "version"},
+    "comparison": {
+        "comparison",
+        "checkpoints",
+        "engine",
+        "budget",
+        "memory",
+        "resources",
+        "recipe",
+        "errors",
+        "version",
+    },
 }
 """The rooms that each room may see; the architecture page gives the reasons."""
 
@@ -195,7 +208,7 @@ def test_a_room_sees_only_what_it_may(room: str):
 
 def test_every_room_has_a_rule():
     """A new room must be given a place in this house."""
-    rest = {"lean_merge", "__main__", "api", "analysing", "cli", "describe", "demo"}
+    rest = {"lean_merge", "__main__", "api", "analysing", "cli", "comparing", "describe", "demo"}
     found = {room_of(name) for name in MODULES}
     assert found <= MAY_IMPORT.keys() | rest
 
@@ -242,6 +255,7 @@ def test_a_plan_opens_no_tensor_data():
         ("PIL", {"demo"}),
         ("huggingface_hub", {"checkpoints"}),
         ("psutil", {"memory"}),
+        ("plotly", {"page"}),
         ("scipy", {"linalg"}),
     ],
 )
@@ -252,9 +266,15 @@ def test_a_package_stays_in_its_room(package: str, homes: set[str]):
 
 def test_only_declared_packages_are_imported():
     known = {"torch", "safetensors", "numpy", "scipy", "psutil", "tqdm", "typer", "yaml"}
-    known |= {"huggingface_hub", "transformers", "tokenizers", "sklearn", "PIL"}
+    known |= {"huggingface_hub", "transformers", "tokenizers", "sklearn", "PIL", "plotly"}
     for name in MODULES:
         assert outside(others(name)) <= known, name
+
+
+def test_plotly_is_imported_only_where_a_page_is_written():
+    for name in MODULES:
+        packages = {module.split(".")[0] for module, _ in imported(name, at_import=True)}
+        assert "plotly" not in packages, name
 
 
 def test_nothing_but_the_command_line_prints_or_exits():

@@ -81,11 +81,11 @@ def sizes(checkpoint: Checkpoint, decoder: Decoder) -> dict[str, int]:
 def config_warnings(base: Checkpoint, other: Checkpoint, role: str) -> list[str]:
     """Differences that do not forbid a merge but may cost quality."""
     warnings = []
-    ours, theirs = _rope_theta(base), _rope_theta(other)
+    ours, theirs = rope_theta(base), rope_theta(other)
     if ours and theirs and ours != theirs:
         warnings.append(
-            f"rope_theta is {_plain(ours)} in the base and {_plain(theirs)} in the {role}; the "
-            "merged model keeps the MLLM's."
+            f"rope_theta is {plain_theta(ours)} in the base and {plain_theta(theirs)} in the "
+            f"{role}; the merged model keeps the MLLM's."
         )
     act, other_act = (text_config(each).get("hidden_act") for each in (base, other))
     if isinstance(act, str) and isinstance(other_act, str) and act != other_act:
@@ -95,7 +95,7 @@ def config_warnings(base: Checkpoint, other: Checkpoint, role: str) -> list[str]
     return warnings
 
 
-def _rope_theta(checkpoint: Checkpoint) -> dict[str, float]:
+def rope_theta(checkpoint: Checkpoint) -> dict[str, float]:
     """rope_theta by kind of layer; one kind, "", where all layers share it."""
     config = text_config(checkpoint)
     parameters = config.get("rope_parameters")
@@ -112,7 +112,8 @@ def _rope_theta(checkpoint: Checkpoint) -> dict[str, float]:
     }
 
 
-def _plain(thetas: dict[str, float]) -> str:
+def plain_theta(thetas: Mapping[str, float]) -> str:
+    """Frequencies by kind of layer in a sentence."""
     return ", ".join(f"{kind} {value:g}".strip() for kind, value in thetas.items())
 
 
@@ -128,8 +129,8 @@ def tokenizer_warnings(base: Checkpoint, others: Mapping[str, Checkpoint]) -> li
         if theirs_digest is None or theirs_digest == ours_digest:
             continue
         if ours is None:
-            ours = _vocabulary(base)
-        theirs = _vocabulary(other)
+            ours = vocabulary(base)
+        theirs = vocabulary(other)
         common = ours.keys() & theirs.keys()
         moved = sum(ours[token] != theirs[token] for token in common)
         if moved:
@@ -157,7 +158,7 @@ def _tokenizer_digest(checkpoint: Checkpoint) -> bytes | None:
         ) from error
 
 
-def _vocabulary(checkpoint: Checkpoint) -> dict[str, int]:
+def vocabulary(checkpoint: Checkpoint) -> dict[str, int]:
     """Token ids by token, as far as tokenizer.json can be understood."""
     try:
         content = read_object(
