@@ -57,6 +57,12 @@ def triple(tmp_path_factory: pytest.TempPathFactory) -> Triple:
     return write_triple(tmp_path_factory.mktemp("sweep"), SHAPES)
 
 
+@pytest.fixture(autouse=True)
+def _without_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would hold all of plotly; one test looks at one."""
+    monkeypatch.setattr(run_module, "report_available", lambda: False)
+
+
 def run(triple: Triple, out: Path, grid: Grid, *, evaluate: Any = None, **options: Any) -> Any:
     options = {"shard_size": SHARD} | options
     mine = {key: options.pop(key) for key in ("overwrite", "on_event") if key in options}
@@ -424,6 +430,19 @@ def test_a_table_with_odd_points_is_refused(triple: Triple, tmp_path: Path, chan
     file.write_text(json.dumps(table))
     with pytest.raises(CheckpointError, match="a point that is none"):
         run(triple, tmp_path / "out", Grid(thresholds=[0.99]), output="none")
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_where_plotly_is_installed_there_is_a_page(
+    triple: Triple, tmp_path: Path, drawn: bool, monkeypatch: pytest.MonkeyPatch
+):
+    if drawn:
+        pytest.importorskip("plotly")
+        monkeypatch.setattr(run_module, "report_available", lambda: True)
+    run(triple, tmp_path / "out", Grid(thresholds=[0.99]), output="none")
+    page = tmp_path / "out" / "sweep.html"
+    assert page.exists() is drawn
+    assert not drawn or "threshold-0.99" in page.read_text(encoding="utf-8")
 
 
 # --- what goes wrong --------------------------------------------------------------------------

@@ -13,7 +13,9 @@ from lean_merge.checkpoints import downloads_shown
 from lean_merge.cli.app import EXIT_FAILED, app, echo
 from lean_merge.cli.options import Debug, Json, Quiet, shares_options_of_work, work_of
 from lean_merge.engine.run import Event
-from lean_merge.sweep import Evaluation, Grid, PointEvent, sweep
+from lean_merge.sweep import PAGE, Evaluation, Grid, PointEvent, sweep
+
+HOW_TO_PLOT = "pip install 'lean-merge[report]' and give the command again"
 
 
 @app.command("sweep")
@@ -91,4 +93,6 @@ def sweep_command(
         echo(json.dumps(result.table))
     elif not (quiet and result.ok):
         echo(describe.sweep_text(result.table))
+        page = result.path / PAGE
+        echo(f"plots in {page}" if page.exists() else f"for plots of it, {HOW_TO_PLOT}", err=True)
     return 0 if result.ok else EXIT_FAILED

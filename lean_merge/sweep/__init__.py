@@ -2,11 +2,12 @@
 
 from lean_merge.sweep.evaluation import Evaluation
 from lean_merge.sweep.grid import Grid
-from lean_merge.sweep.run import PointEvent, SweepResult, sweep
+from lean_merge.sweep.run import PAGE, PointEvent, SweepResult, sweep
 from lean_merge.sweep.table import CSV, TABLE, result_names, result_of
 
 __all__ = [
     "CSV",
+    "PAGE",
     "TABLE",
     "Evaluation",
     "Grid",

@@ -14,6 +14,7 @@ from lean_merge.engine.run import Event, run
 from lean_merge.errors import LeanMergeError
 from lean_merge.identity import seen_from
 from lean_merge.output.opening import checked_place
+from lean_merge.page import report_available, write_sweep_page
 from lean_merge.plan import Plan
 from lean_merge.plan import plan as make_plan
 from lean_merge.recipe import MergeRecipe
@@ -26,6 +27,7 @@ from lean_merge.sweep.table import TABLE_VERSION, Record, common_recipe, new_rec
 from lean_merge.version import __version__
 
 LOGS = "evaluations"
+PAGE = "sweep.html"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,8 @@ def sweep(
     Each point has a folder of its own in `out`, named after its values, with what the recipe's
     `output` says. Points with equal decisions are made once; weight files that are equal are hard
     links. A point that fails does not keep the others from being made. Run again, a sweep goes on
-    where it stopped, and points of the same recipe that another grid had stay in the table.
+    where it stopped, and points of the same recipe that another grid had stay in the table. Where
+    plotly is installed, the table is a page with plots too.
 
     Parameters
     ----------
@@ -120,6 +123,8 @@ def sweep(
             write_table(place, table)
             if on_event is not None:
                 on_event(PointEvent(number + 1, len(points), record))
+        if report_available():
+            write_sweep_page(table, place / PAGE)
     return SweepResult(place, table)
 
 
