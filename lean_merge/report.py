@@ -19,6 +19,7 @@ from lean_merge.plan import Plan
 from lean_merge.sizes import format_size
 from lean_merge.version import __version__
 
+RECIPE = "lean_merge_recipe.yml"
 REPORT = "lean_merge_report.json"
 REPORT_VERSION = 1
 OMITTED_WARNING = 0.025
@@ -98,7 +99,8 @@ def _from_analysis(plan: Plan) -> dict[str, Any] | None:
     if plan.evidence is None or plan.evidence.source is None:
         return None
     return {
-        **plan.evidence.source.identity,
+        **plan.evidence.identity,
+        "explanations": [each.explanation for each in plan.evidence.choices],
         "recalled": sum(
             isinstance(method, Recalling) for task in plan.weights for method in task.methods
         ),

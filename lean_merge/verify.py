@@ -14,7 +14,7 @@ from lean_merge.checkpoints import TensorReader, identify
 from lean_merge.engine.results import WeightResult, from_note
 from lean_merge.engine.run import Event, run
 from lean_merge.errors import CheckpointError, LeanMergeError
-from lean_merge.gathering import Gathered
+from lean_merge.gathering import Gathered, choices_from
 from lean_merge.identity import environment
 from lean_merge.output import Difference, FolderCheck, Journal, check_folder
 from lean_merge.plan import Plan, plan_again
@@ -146,8 +146,8 @@ def _with_inputs(
     assert check.journal is not None
     facts = check.journal.start["run"]
     recipe = _recipe(check.journal, result.path)
-    if recipe.output == "none":
-        return replace(result, notes=("a report alone is not compared with the inputs",))
+    if recipe.output == "none" or "kind" in facts:
+        return replace(result, notes=("numbers alone are not compared with the inputs",))
     plan, then = _plan(recipe, facts, resources)
     _check_inputs(plan, facts)
     _check_names(plan, check.journal, result.path)
@@ -179,6 +179,22 @@ def _with_inputs(
         exact=not notes,
         notes=tuple(notes),
     )
+
+
+def _plan(
+    recipe: MergeRecipe, facts: Mapping[str, Any], resources: Resources | None
+) -> tuple[Plan, Mapping[str, str]]:
+    """The merge's plan and environment; one from an analysis gathers its evidence anew."""
+    then, analysis = facts.get("environment", {}), facts.get("analysis")
+    if not isinstance(analysis, dict):
+        return make_plan(recipe, resources), then
+    gathered = Gathered.from_dict(analysis.get("gathered"))
+    choices = choices_from(analysis.get("thresholds"), len(recipe.experts))
+    plan = plan_again(recipe, gathered, resources, choices=choices)
+    environment = analysis.get("environment")
+    others = environment.items() if isinstance(environment, dict) else ()
+    # What the analysis was made with decides last bits too.
+    return plan, {**then, **{key: value for key, value in others if value != then.get(key)}}
 
 
 def _check_names(plan: Plan, journal: Journal, folder: Path) -> None:
@@ -278,20 +294,6 @@ def _check_inputs(plan: Plan, facts: Mapping[str, Any]) -> None:
                 f"{checkpoint.path}: is not the {role} that was merged, for its weight files have "
                 "other names, lengths or headers; restore it, or pass --without-inputs."
             )
-
-
-def _plan(
-    recipe: MergeRecipe, facts: Mapping[str, Any], resources: Resources | None
-) -> tuple[Plan, Mapping[str, str]]:
-    """The merge's plan and environment; one from an analysis gathers its evidence anew."""
-    then, analysis = facts.get("environment", {}), facts.get("analysis")
-    if not isinstance(analysis, dict):
-        return make_plan(recipe, resources), then
-    plan = plan_again(recipe, Gathered.from_dict(analysis.get("gathered")), resources)
-    gathered = analysis.get("environment")
-    others = gathered.items() if isinstance(gathered, dict) else ()
-    # What the analysis was made with decides last bits too.
-    return plan, {**then, **{key: value for key, value in others if value != then.get(key)}}
 
 
 def _headers(files: list[dict[str, Any]]) -> dict[str, tuple[int, str]]:

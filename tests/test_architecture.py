@@ -123,7 +123,7 @@ MAY_IMPORT = {
         "output",
         "errors",
     },
-    "identity": {"plan", "resources", "checkpoints", "output", "recipe", "version"},
+    "identity": {"errors", "plan", "resources", "checkpoints", "output", "recipe", "version"},
     "recompute": {
         "engine",
         "plan",
