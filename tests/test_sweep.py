@@ -252,6 +252,16 @@ def test_all_points_come_from_one_analysis(triple: Triple, tmp_path: Path):
             assert error <= 1e-4 * change.norm() + 1e-12
 
 
+def test_auto_is_a_threshold_among_others(triple: Triple, tmp_path: Path):
+    table = by_name(run(triple, tmp_path / "out", Grid(thresholds="0,auto,1"), output="none"))
+    document = open_analysis(tmp_path / "out" / "analysis").document
+    found = document["thresholds"][0]["auto"]
+    similar = [row["experts"][0]["similarity_first"] for row in document["weights"]]
+    assert table["threshold-auto"]["selected"] == sum(s >= found for s in similar)
+    assert table["threshold-auto"]["parameters"] == {"threshold": "auto"}
+    assert [point["error"] for point in table.values()] == [None] * 3
+
+
 def test_an_analysis_may_be_given_and_must_be_of_these_models(triple: Triple, tmp_path: Path):
     analyze(triple.recipe(), tmp_path / "analysis", resources=CPU)
     recipe, grid = triple.recipe(shard_size=SHARD), Grid(thresholds=[0.3])
