@@ -16,7 +16,7 @@ from lean_merge.checkpoints import LogicalWeight, TensorReader, TensorSpec
 from lean_merge.engine.ahead import Ahead, Part
 from lean_merge.engine.analysis import Analyst
 from lean_merge.engine.prefetch import Prefetcher
-from lean_merge.engine.results import Note, WeightResult, from_note, to_note
+from lean_merge.engine.results import Note, WeightResult, note_of, to_note
 from lean_merge.engine.sinks import Sink, Tools
 from lean_merge.engine.workers import Precision, Workers, full_float32, worker_pool
 from lean_merge.memory import release_free_memory, usage
@@ -97,7 +97,7 @@ def steps(plan: Plan, sink: Sink, result: RunResult) -> Generator[Event, None, N
         # Those that drive an analysis wait for the workers, and so end after them.
         drivers = stack.enter_context(worker_pool(len(plan.arenas)))
         workers = stack.enter_context(worker_pool(plan.workers))
-        notes = [from_note(sink.finished(task)) for task in plan.tasks]
+        notes = [note_of(task, sink.finished(task)) for task in plan.tasks]
         sources = [
             [] if note else _sources(task, rows=sink.reads_rows)
             for task, note in zip(plan.tasks, notes, strict=True)
