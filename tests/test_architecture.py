@@ -167,6 +167,18 @@ MAY_IMPORT = {
         "version",
         "errors",
     },
+    "page": {"page", "errors", "sizes", "version"},
+    "comparison": {
+        "comparison",
+        "checkpoints",
+        "engine",
+        "budget",
+        "memory",
+        "resources",
+        "recipe",
+        "errors",
+        "version",
+    },
     "report": {"methods", "plan", "engine", "memory", "output", "version", "sizes"},
     "analysis": {
         "analysis",
@@ -183,18 +195,6 @@ MAY_IMPORT = {
         "memory",
         "version",
         "errors",
-    },
-    "page": {"page", "errors", "sizes", "version"},
-    "comparison": {
-        "comparison",
-        "checkpoints",
-        "engine",
-        "budget",
-        "memory",
-        "resources",
-        "recipe",
-        "errors",
-        "version",
     },
 }
 """The rooms that each room may see; the architecture page gives the reasons."""
