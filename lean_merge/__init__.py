@@ -17,6 +17,7 @@ from lean_merge.errors import (
 from lean_merge.plan import Plan, plan
 from lean_merge.recipe import Expert, MergeRecipe
 from lean_merge.resources import Resources
+from lean_merge.sweep import Evaluation, Grid, PointEvent, SweepResult, sweep
 from lean_merge.verify import Verification, verify
 from lean_merge.version import __version__
 
@@ -28,15 +29,19 @@ __all__ = [
     "CheckpointError",
     "CoverageError",
     "DataError",
+    "Evaluation",
     "Event",
     "Expert",
+    "Grid",
     "LeanMergeError",
     "MergeRecipe",
     "MergeResult",
     "OutputError",
     "Plan",
+    "PointEvent",
     "RecipeError",
     "Resources",
+    "SweepResult",
     "Verification",
     "__version__",
     "analyze",
@@ -45,5 +50,6 @@ __all__ = [
     "open_checkpoint",
     "plan",
     "stream",
+    "sweep",
     "verify",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from lean_merge.engine.sinks import BlockSink, CheckpointSink, DecisionSink, Ten
 from lean_merge.errors import RecipeError
 from lean_merge.identity import check_unchanged, run_facts
 from lean_merge.output import (
+    EqualShard,
     OutputFolder,
     adapter_card,
     check_output,
@@ -61,6 +62,7 @@ def merge(
     resources: Resources | None = None,
     overwrite: bool = False,
     resume: bool = True,
+    equal: Sequence[EqualShard] = (),
     on_event: Callable[[Event], None] | None = None,
 ) -> MergeResult:
     """Merge, and write what the recipe's `output` says.
@@ -86,6 +88,9 @@ def merge(
         Replace what `out` holds, once the new is complete.
     resume
         Use what an interrupted run left; else it is removed, and all is written anew.
+    equal
+        Weight files that are known to be those of other complete outputs: hard links to them are
+        made, or copies where there are no links. `sweep` knows them.
     on_event
         Called after each tensor is written.
 
@@ -118,6 +123,7 @@ def merge(
             overwrite=overwrite,
             run=facts,
             resume=resume,
+            equal=equal,
         ) as folder:
             reused = len(folder.finished) or len(folder.blocks.groups)
             report = _merge(plan, folder, sampler, baseline, on_event)
@@ -185,6 +191,7 @@ def _merge(
         plan,
         result,
         bytes_written=0 if folder is None else sum(shard.size for shard in folder.shards),
+        shared=None if folder is None else folder.sharing,
         peak=sampler.peak,
         baseline=baseline,
     )

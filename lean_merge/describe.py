@@ -14,6 +14,7 @@ from lean_merge.methods import all_methods
 from lean_merge.plan import Plan
 from lean_merge.report import REPORT
 from lean_merge.sizes import format_size
+from lean_merge.sweep import result_names, result_of
 from lean_merge.verify import Verification
 from lean_merge.yamlfile import parse_yaml
 
@@ -219,6 +220,47 @@ def verification_text(result: Verification) -> str:
         *(f"different: {each}" for each in result.differences),
     ]
     return "\n".join([*lines, "nothing differs" if result.ok else "the output is not as written"])
+
+
+def sweep_text(table: dict[str, Any]) -> str:
+    """A sweep's table for people: a row a point, a column a parameter and a result."""
+    axes = [axis for axis, values in table["axes"].items() if values]
+    names = result_names(table)
+    head = [*axes, "selected", "update", "own", "shared", "seconds"]
+    rows = [[*head, *(name or "result" for name in names), ""]]
+    for point in table["points"]:
+        own, shared = point["bytes_own"], point["bytes_shared"]
+        update, seconds = point["update_norm"], point["seconds"]
+        cells = [
+            *(_cell(point["parameters"].get(axis)) for axis in axes),
+            _cell(point["selected"]),
+            "-" if update is None else f"{update:.4g}",
+            "-" if own is None else format_size(own),
+            "-" if shared is None else format_size(shared),
+            "-" if seconds is None else f"{seconds:.1f}",
+            *(_cell(result_of(point, name)) for name in names),
+        ]
+        rows.append([*cells, _remark(point)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head) + len(names))]
+    return "\n".join(
+        "  ".join(
+            [*(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=True)), row[-1]]
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _remark(point: dict[str, Any]) -> str:
+    if point["error"] is not None:
+        return f"failed: {point['error']}"
+    if point["same_as"] is not None:
+        return f"as {point['same_as']}"
+    unchanged = point["path"] is None and point["selected"] is not None
+    return "no update: the MLLM as it is" if unchanged else ""
 
 
 def methods_list() -> list[dict[str, Any]]:

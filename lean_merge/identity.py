@@ -56,7 +56,7 @@ def inputs(plan: Plan, out: Path) -> list[dict[str, Any]]:
     return [
         {
             "role": role,
-            "path": _seen_from(final, checkpoint.path.resolve()),
+            "path": seen_from(final, checkpoint.path.resolve()),
             "files": identify(
                 checkpoint, others=side_files(checkpoint.path) if role == "mllm" else ()
             ),
@@ -114,7 +114,8 @@ def _deciding(entry: dict[str, Any]) -> dict[str, Any]:
     return {"role": entry.get("role"), "files": files}
 
 
-def _seen_from(folder: Path, path: Path) -> str:
+def seen_from(folder: Path, path: Path) -> str:
+    """A path relative to a folder, as journals name it; whole where that cannot be."""
     try:
         return Path(os.path.relpath(path, folder)).as_posix()
     except ValueError:

@@ -67,6 +67,7 @@ class CheckpointComparison(Comparison):
     """
 
     ahead = True
+    reads_rows = True
 
     def __init__(
         self,

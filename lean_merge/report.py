@@ -14,8 +14,9 @@ from lean_merge.engine.run import RunResult
 from lean_merge.engine.update import Truncated, Written
 from lean_merge.memory import Usage
 from lean_merge.methods import Recalling
-from lean_merge.output import remote_code
+from lean_merge.output import Sharing, remote_code
 from lean_merge.plan import Plan
+from lean_merge.sizes import format_size
 from lean_merge.version import __version__
 
 RECIPE = "lean_merge_recipe.yml"
@@ -34,12 +35,20 @@ KEPT_WARNING = 0.9
 
 
 def build_report(
-    plan: Plan, result: RunResult, *, bytes_written: int, peak: Usage, baseline: Usage
+    plan: Plan,
+    result: RunResult,
+    *,
+    bytes_written: int,
+    peak: Usage,
+    baseline: Usage,
+    shared: Sharing | None = None,
 ) -> dict[str, Any]:
     """The content of `lean_merge_report.json`; docs/formats.md explains every field."""
     rows = [row for weight in result.weights for row in weight_rows(plan, weight)]
     merged = {weight.name for weight in result.weights if weight.merged}
-    code = remote_code(plan.mllm)
+    code, shared = remote_code(plan.mllm), shared or Sharing()
+    measured = measures(plan, result, bytes_written=bytes_written, peak=peak, baseline=baseline)
+    measured["bytes"] |= {"written": bytes_written - shared.linked, "shared": shared.linked}
     return {
         "version": REPORT_VERSION,
         "lean_merge": __version__,
@@ -69,6 +78,7 @@ def build_report(
             *code_warnings(code),
             *adapter_warnings(result),
             *fallback_warnings(result),
+            *sharing_warnings(shared),
         ],
         "fallbacks": [
             {"weight": weight.canonical, **asdict(weight.fallback)}
@@ -79,7 +89,7 @@ def build_report(
         "skipped": list(plan.coverage.left_out),
         "filtered": dict(plan.scope.filtered),
         "remote_code": list(code),
-        **measures(plan, result, bytes_written=bytes_written, peak=peak, baseline=baseline),
+        **measured,
         "weights": rows,
     }
 
@@ -261,6 +271,16 @@ def fallback_warnings(result: RunResult) -> list[str]:
     return [
         f"the device ran out of memory: of {len(result.weights)} weights, {done}; a smaller --vram "
         "plans for less, and what else uses the device may be closed"
+    ]
+
+
+def sharing_warnings(shared: Sharing) -> list[str]:
+    """A warning where equal files take their space twice."""
+    if not shared.refusal:
+        return []
+    return [
+        f"{format_size(shared.copied)} that other outputs hold too were copied, because the file "
+        f"system made no hard link ({shared.refusal})"
     ]
 
 

@@ -23,6 +23,7 @@ SECTOR = 512
 PATCHED = (
     *("open", "close", "write", "pwrite", "ftruncate", "truncate", "posix_fallocate"),
     *("fsync", "fdatasync", "mkdir", "rmdir", "unlink", "remove", "rename", "replace"),
+    *("link", "copy_file_range"),
 )
 
 
@@ -66,9 +67,15 @@ def read_tree(folder: Path) -> Tree:
     tree: Tree = {ROOT: Node()}
     numbers = itertools.count(1)
 
+    known: dict[int, int] = {}
+
     def add(path: Path, parent: int) -> None:
         for each in sorted(path.iterdir()):
-            number = next(numbers)
+            inode = each.stat().st_ino
+            if not each.is_dir() and inode in known:
+                tree[parent].entries[each.name] = known[inode]
+                continue
+            number = known[inode] = next(numbers)
             tree[parent].entries[each.name] = number
             tree[number] = Node(None if each.is_dir() else bytearray(each.read_bytes()))
             if each.is_dir():
@@ -78,15 +85,23 @@ def read_tree(folder: Path) -> Tree:
     return tree
 
 
-def write_tree(tree: Tree, folder: Path, number: int = ROOT) -> None:
-    """The opposite of `read_tree`; `folder` must not be there."""
-    folder.mkdir()
-    for name, child in tree[number].entries.items():
-        content = tree[child].content
-        if content is None:
-            write_tree(tree, folder / name, child)
-        else:
-            (folder / name).write_bytes(content)
+def write_tree(tree: Tree, folder: Path) -> None:
+    """The opposite of `read_tree`, hard links included; `folder` must not be there."""
+    known: dict[int, Path] = {}
+
+    def add(number: int, folder: Path) -> None:
+        folder.mkdir()
+        for name, child in tree[number].entries.items():
+            content = tree[child].content
+            if content is None:
+                add(child, folder / name)
+            elif child in known:
+                os.link(known[child], folder / name)
+            else:
+                known[child] = folder / name
+                (folder / name).write_bytes(content)
+
+    add(ROOT, folder)
 
 
 def flat(tree: Tree, number: int = ROOT, prefix: str = "") -> dict[str, bytes | None]:
@@ -224,6 +239,27 @@ class Recorder:
             if node is not None:
                 self._note("write", node, data=(offset, bytes(data)[:written]))
             return written
+
+    def call_copy_file_range(self, source: int, target: int, count: int, at: int, to: int) -> int:
+        """As a write of what is copied: what a power failure does to it is the same."""
+        with self._lock:
+            node = self._descriptors.get(target)
+            if node is not None:
+                self._may("write")
+            copied: int = self._real["copy_file_range"](source, target, count, at, to)
+            if node is not None:
+                self._note("write", node, data=(to, os.pread(source, copied, at)))
+            return copied
+
+    def call_link(self, source: Any, target: Any) -> None:
+        with self._lock:
+            node, new = self._node(source), self._find(target)
+            if new is not None:
+                self._may("create")
+            self._real["link"](source, target)
+            if new is not None:
+                assert node is not None, "a link to a file outside"
+                self._note("create", new[0], data=(new[1], node, False))
 
     def _resize(self, name: str, descriptor: int, *args: int, size: int, cut: bool) -> None:
         with self._lock:

@@ -328,6 +328,16 @@ def test_every_field_of_a_plan_is_documented():
     assert fields == paths(plan_dict(make_plan(family_recipe())), {"counts", "predicted"})
 
 
+def test_every_field_of_a_sweep_is_documented_and_no_other(tmp_path: Path):
+    from lean_merge import Grid, Resources, sweep
+
+    recipe, cpu = family_recipe(output="none"), Resources(device="cpu", threads=1)
+    table = sweep(recipe, Grid(thresholds=[0.9]), tmp_path / "out", resources=cpu).table
+    top, row = section("sweep.md", "### The table").split("A row of `points`:")
+    assert documented(top) == set(table)
+    assert documented(row) == set(table["points"][0])
+
+
 def test_every_field_of_an_inspection_is_documented():
     fields = documented(section("formats.md", "## `lean-merge inspect --json`"))
     facts = inspect_dict(str(FAMILY / "mllm"))

@@ -19,6 +19,7 @@ from lean_merge.output.folder import OutputFolder
 from lean_merge.output.journal import JOURNAL, Journal, read_journal
 from lean_merge.output.layout import OutputTensor, Shard, index_json, plan_shards
 from lean_merge.output.opening import check_output, find_complete, journal_run
+from lean_merge.output.sharing import EqualShard, Sharing
 from lean_merge.output.sidefiles import copy_side_files, remote_code, side_files
 from lean_merge.output.state import changed_input
 
@@ -30,12 +31,14 @@ __all__ = [
     "Block",
     "BlockStore",
     "Difference",
+    "EqualShard",
     "FolderCheck",
     "Group",
     "Journal",
     "OutputFolder",
     "OutputTensor",
     "Shard",
+    "Sharing",
     "StoredFactors",
     "adapter_card",
     "adapter_layout",

@@ -19,6 +19,7 @@ from lean_merge.output.digest import range_digest
 from lean_merge.output.journal import JOURNAL, Journal, start_record
 from lean_merge.output.layout import Shard, extents
 from lean_merge.output.replace import Replacement
+from lean_merge.output.sharing import discard_links
 from lean_merge.output.state import PARTIAL, Step, choose, difference, is_complete, look
 from lean_merge.output.storage import (
     check_free_space,
@@ -85,8 +86,13 @@ def checked_place(out: Path, inputs: Sequence[Path]) -> Path:
     return final
 
 
-def find_place(final: Path, start: Mapping[str, Any], *, overwrite: bool, resume: bool) -> Place:
-    """Where a run that begins with `start` writes, locked and cleared. OSError, LeanMergeError."""
+def find_place(
+    final: Path, start: Mapping[str, Any], *, overwrite: bool, resume: bool, lent: int = 0
+) -> Place:
+    """Where a run that begins with `start` writes, locked and cleared. OSError, LeanMergeError.
+
+    `lent` is how many of its bytes are on the disk in other outputs, to be linked.
+    """
     replacement = Replacement(final)
     replacement.recover()
     place = Place(final)
@@ -99,7 +105,7 @@ def find_place(final: Path, start: Mapping[str, Any], *, overwrite: bool, resume
             if replacement.new.exists():
                 place.lock(replacement.new)
             step = _step_beside(replacement.new, start, resume=resume)
-        freed = folder_bytes(replacement.new)
+        freed = lent + folder_bytes(replacement.new)
         if place.replacement is None:
             freed += folder_bytes(final)
         check_free_space(place.path, sum(each["size"] for each in start["shards"]), freed=freed)
@@ -136,6 +142,7 @@ def _clear(folder: Path) -> None:
         return
     journal = look(folder).journal
     ours = {INDEX, *(journal.shards if journal else ())}
+    discard_links(folder, sorted(ours))
     for name in sorted(ours):
         for each in (folder / name, folder / f"{name}{PARTIAL}"):
             each.unlink(missing_ok=True)
@@ -149,12 +156,16 @@ def _clear(folder: Path) -> None:
 def unseal(path: Path, journal: Journal) -> None:
     """Gives the files of an unfinished output the names back that they had before sealing. OSError.
 
-    At every moment one whole journal is there.
+    At every moment one whole journal is there. A file that another output has too is only let go
+    of: under its old name it would be written to.
     """
     # The commit mark goes first: complete folders come here too, which wait for their switch.
     for name in [journal.mark, *journal.shards] if journal.mark else []:
         if (path / name).exists():
-            os.replace(path / name, path / f"{name}{PARTIAL}")
+            if (path / name).stat().st_nlink > 1:
+                os.unlink(path / name)
+            else:
+                os.replace(path / name, path / f"{name}{PARTIAL}")
             sync_folder(path)
     (path / f"{INDEX}{PARTIAL}").unlink(missing_ok=True)
     sealed, partial = path / JOURNAL, path / f"{JOURNAL}{PARTIAL}"

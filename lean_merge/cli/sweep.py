@@ -1,0 +1,98 @@
+"""sweep: many merges of one recipe, and a table of what came of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lean_merge import describe
+from lean_merge.checkpoints import downloads_shown
+from lean_merge.cli.app import EXIT_FAILED, app, echo
+from lean_merge.cli.options import Debug, Json, Quiet, shares_options_of_work, work_of
+from lean_merge.engine.run import Event
+from lean_merge.sweep import PAGE, Evaluation, Grid, PointEvent, sweep
+
+HOW_TO_PLOT = "pip install 'lean-merge[report]' and give the command again"
+
+
+@app.command("sweep")
+@shares_options_of_work
+def sweep_command(
+    work: dict[str, Any],
+    out: Annotated[Path, typer.Option(help="Folder of the table and of all results.")],
+    thresholds: Annotated[
+        str | None,
+        typer.Option(help="0.1:0.9:0.1 is start:stop:step, both included; or 0.3,0.5,auto."),
+    ] = None,
+    stages: Annotated[
+        list[str] | None,
+        typer.Option(help="Sets as 'select;select,rescale'; may be repeated."),
+    ] = None,
+    scales: Annotated[str | None, typer.Option(help="As thresholds, without auto.")] = None,
+    temperatures: Annotated[str | None, typer.Option(help="As scales.")] = None,
+    analysis: Annotated[
+        Path | None,
+        typer.Option(help="Folder of an analysis of these models; default: one is made in OUT."),
+    ] = None,
+    evaluate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COMMAND",
+            help="Measure each result; {path}, {name}, {mllm}, {threshold} and so on are put in, "
+            "and the last JSON value that it prints is kept.",
+        ),
+    ] = None,
+    evaluate_shell: Annotated[
+        bool, typer.Option("--evaluate-shell", help="Run COMMAND by the shell.")
+    ] = False,
+    evaluate_timeout: Annotated[
+        float | None, typer.Option(help="Seconds after which COMMAND is ended.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace results of other inputs.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> int:
+    """Merge at every point of a grid from one analysis, measure, and print a table.
+
+    Points that come out the same are made once, and equal files are hard links. The same command
+    goes on where it stopped. The exit code is 1 if any point could not be made or measured.
+    """
+    grid = Grid(
+        thresholds=thresholds or (),
+        stages=stages or (),
+        scales=scales or (),
+        temperatures=temperatures or (),
+    )
+    evaluation = None
+    if evaluate is not None:
+        evaluation = Evaluation(evaluate, evaluate_shell, evaluate_timeout)
+    recipe, resources = work_of(**work)
+
+    def on_event(event: PointEvent | Event) -> None:
+        if isinstance(event, PointEvent) and not (quiet or as_json):
+            echo(f"{event.number} of {event.total}: {event.record['name']}", err=True)
+
+    with downloads_shown(not quiet):
+        result = sweep(
+            recipe,
+            grid,
+            out,
+            analysis=analysis,
+            evaluate=evaluation,
+            resources=resources,
+            overwrite=overwrite,
+            on_event=on_event,
+        )
+    if as_json:
+        echo(json.dumps(result.table))
+    elif not (quiet and result.ok):
+        echo(describe.sweep_text(result.table))
+        page = result.path / PAGE
+        echo(f"plots in {page}" if page.exists() else f"for plots of it, {HOW_TO_PLOT}", err=True)
+    return 0 if result.ok else EXIT_FAILED

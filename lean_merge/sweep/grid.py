@@ -1,0 +1,225 @@
+"""The points of a sweep: values of a recipe's parameters, each point with a name of its own."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from typing import Any
+
+from lean_merge.errors import RecipeError, shown
+from lean_merge.recipe import Expert, MergeRecipe
+
+AXES: Mapping[str, str] = {
+    "threshold": "thresholds",
+    "stages": "stages",
+    "scale": "scales",
+    "temperature": "temperatures",
+}
+"""Parameter of the method, and the field of `Grid` with its values; in the order of names."""
+AUTO = "auto"
+MAX_POINTS = 1000
+_NUMBER = re.compile(r"[+-]?(?:\d{1,9}(?:\.\d{0,12})?|\.\d{1,12})", re.ASCII)
+_STAGE_SET = re.compile(r"[a-z]{1,16}(?:,[a-z]{1,16}){0,7}", re.ASCII)
+_HOW = "write numbers as 0.3, lists as 0.2,0.4 and ranges as 0.1:0.9:0.1 (start:stop:step)"
+
+Value = float | str
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One point of a grid.
+
+    Attributes
+    ----------
+    name
+        Its folder: lower-case letters, digits, dots and hyphens, as threshold-0.3_scale-0.5. It
+        depends on the point's values alone.
+    values
+        What each swept parameter is here, in the order of `AXES`.
+    """
+
+    name: str
+    values: tuple[tuple[str, Value], ...]
+
+    @property
+    def parameters(self) -> dict[str, Value]:
+        """`values` as a mapping."""
+        return dict(self.values)
+
+    def recipe(self, recipe: MergeRecipe) -> MergeRecipe:
+        """`recipe` with this point's values, which hold for every expert and weight."""
+        swept = self.parameters
+        experts = tuple(
+            Expert(each.model, tuple((n, v) for n, v in each.parameters if n not in swept))
+            for each in recipe.experts
+        )
+        common = {**dict(recipe.parameters), **swept}
+        return replace(recipe, experts=experts, parameters=tuple(common.items()))
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class Grid:
+    """Values of parameters, of which a sweep tries every combination.
+
+    Each may be given as text, as on the command line, or as a sequence of values. A value that is
+    named twice counts once.
+
+    Parameters
+    ----------
+    thresholds : text or numbers
+        "0.1:0.9:0.1" is start:stop:step, both ends included, in exact decimals; lists have commas;
+        "auto" is a threshold too.
+    stages : text or texts
+        Sets of stages, with semicolons between them: "select;select,rescale".
+    scales, temperatures : text or numbers
+        As thresholds, without "auto".
+
+    Raises
+    ------
+    RecipeError
+        A value cannot be read, there is none at all, or there are more than 1000 points.
+    """
+
+    thresholds: tuple[Value, ...]
+    stages: tuple[str, ...]
+    scales: tuple[float, ...]
+    temperatures: tuple[float, ...]
+
+    def __init__(
+        self,
+        *,
+        thresholds: str | float | Sequence[Value] = (),
+        stages: str | Sequence[str | Sequence[str]] = (),
+        scales: str | float | Sequence[Value] = (),
+        temperatures: str | float | Sequence[Value] = (),
+    ) -> None:
+        fields: dict[str, Sequence[Value]] = {
+            "thresholds": _numbers(thresholds, "thresholds"),
+            "stages": _stage_sets(stages, "stages"),
+            "scales": _numbers(scales, "scales"),
+            "temperatures": _numbers(temperatures, "temperatures"),
+        }
+        for field, values in fields.items():
+            if AUTO in values and field != "thresholds":
+                raise RecipeError(f"{field}: only a threshold can be auto; {_HOW}.")
+            object.__setattr__(self, field, tuple(dict.fromkeys(values)))
+        if not self.axes:
+            raise RecipeError(
+                "A sweep needs values of at least one of thresholds, stages, scales and "
+                "temperatures; give --thresholds 0.1:0.9:0.1."
+            )
+        if self.size > MAX_POINTS:
+            raise RecipeError(
+                f"The grid has {self.size} points, and a sweep makes at most {MAX_POINTS}; give "
+                "fewer values."
+            )
+
+    @property
+    def axes(self) -> dict[str, tuple[Value, ...]]:
+        """The values of the parameters that are swept."""
+        found = {axis: tuple(getattr(self, field)) for axis, field in AXES.items()}
+        return {axis: values for axis, values in found.items() if values}
+
+    @property
+    def size(self) -> int:
+        """How many points there are."""
+        size = 1
+        for values in self.axes.values():
+            size *= len(values)
+        return size
+
+    def points(self) -> Iterator[Point]:
+        """Every combination; thresholds vary fastest."""
+        axes = self.axes
+        slowest_first = sorted(axes, key=("stages", "scale", "temperature", "threshold").index)
+        for combination in itertools.product(*(axes[axis] for axis in slowest_first)):
+            values = dict(zip(slowest_first, combination, strict=True))
+            ordered = tuple((axis, values[axis]) for axis in axes)
+            yield Point("_".join(f"{axis}-{_word(value)}" for axis, value in ordered), ordered)
+
+
+def written(value: Value) -> str:
+    """A value in plain decimals, as it could be given."""
+    return value if isinstance(value, str) else format(Decimal(repr(value)).normalize(), "f")
+
+
+def _word(value: Value) -> str:
+    """A value as part of a file name."""
+    if isinstance(value, str):
+        return value.replace(",", "-")
+    return f"minus-{written(-value)}" if value < 0 else written(value)
+
+
+def _numbers(given: Any, field: str) -> list[Value]:
+    if isinstance(given, str):
+        return [value for item in given.split(",") for value in _items(item.strip(), field)]
+    return [
+        value
+        for each in _sequence(given, field)
+        for value in _items(each if isinstance(each, str) else _text(each, field), field)
+    ]
+
+
+def _sequence(given: Any, field: str) -> Sequence[Any]:
+    if isinstance(given, (list, tuple)):
+        return given
+    return [given]
+
+
+def _text(value: Any, field: str) -> str:
+    """A Python number as it would be written."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9:
+        return format(Decimal(repr(value)), "f")
+    raise RecipeError(f"{field}: {shown(value)} is no value of a grid; {_HOW}.")
+
+
+def _items(item: str, field: str) -> list[Value]:
+    """What one item of a list stands for: a number, a range, or auto."""
+    if item == AUTO:
+        return [AUTO]
+    parts = [part.strip() for part in item.split(":")]
+    if len(parts) not in (1, 3) or not all(map(_NUMBER.fullmatch, parts)):
+        raise RecipeError(f"{field}: {shown(item)} cannot be read; {_HOW}.")
+    numbers = [Decimal(part) for part in parts]
+    if len(numbers) == 1:
+        return [_float(numbers[0])]
+    start, stop, step = numbers
+    if step <= 0 or stop < start:
+        raise RecipeError(
+            f"{field}: the range {shown(item)} leads nowhere; its stop must not lie below its "
+            "start, and its step must be positive."
+        )
+    count = int((stop - start) // step) + 1
+    if count > MAX_POINTS:
+        raise RecipeError(
+            f"{field}: the range {shown(item)} has {count} values, and a sweep makes at most "
+            f"{MAX_POINTS} points; take a larger step."
+        )
+    return [_float(start + index * step) for index in range(count)]
+
+
+def _float(number: Decimal) -> float:
+    # Adding 0.0 makes of -0.0 what it equals.
+    return float(number) + 0.0
+
+
+def _stage_sets(given: Any, field: str) -> list[str]:
+    texts = [given] if isinstance(given, str) else _sequence(given, field)
+    found = []
+    for text in texts:
+        if isinstance(text, (list, tuple)) and all(isinstance(each, str) for each in text):
+            text = ",".join(text)
+        if not isinstance(text, str):
+            raise RecipeError(f"{field}: {shown(text)} is no set of stages; write select,rescale.")
+        for part in text.split(";"):
+            words = ",".join(word.strip() for word in part.split(","))
+            if not _STAGE_SET.fullmatch(words):
+                raise RecipeError(
+                    f"{field}: {shown(part)} is no set of stages; write select,rescale, with "
+                    "semicolons between sets."
+                )
+            found.append(words)
+    return found
