@@ -171,6 +171,31 @@ def test_one_pass_over_the_disk_as_predicted_and_no_weight_written(small: Triple
     assert kept <= names <= kept | {"lean_merge_journal.jsonl", "report.html"}
 
 
+def test_task_vectors_of_zero_are_said(tmp_path: Path):
+    """On both paths: the MLLM's, one expert's, and everything's."""
+
+    def edit(role: str, tensors: dict[str, torch.Tensor]) -> None:
+        zero = {"mllm": "v_proj", "expert1": "q_proj"}.get(role)
+        for name in tensors:
+            if zero and zero in name:
+                shape = tensors[name].shape
+                tensors[name] = torch.zeros(shape)
+            elif role == "base" and "proj" in name and "gate" not in name:
+                tensors[name] = torch.zeros(tensors[name].shape)
+
+    shapes = {**SKETCHED, "layers.0.mlp.gate_proj": (64, 80), "layers.1.self_attn.q_proj": (64, 80)}
+    triple = write_triple(tmp_path / "in", shapes, edit=edit)
+    found = analysed(triple.recipe(), tmp_path / "analysis")
+    rows = {row["weight"]: row["experts"][0] for row in found.document["weights"]}
+    assert rows["layers.0.self_attn.v_proj"]["reason"] == "the MLLM's task vector is zero"
+    for name in ("layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj"):
+        assert rows[name]["reason"] == "the expert's task vector is zero"
+        assert rows[name]["update_norm"] is None and not rows[name]["selected"]
+    report = merged(triple.recipe(), tmp_path / "out", found).report
+    reasons = {row["weight"]: row["reason"] for row in report["weights"]}
+    assert reasons == {name: row["reason"] for name, row in rows.items()}
+
+
 # --- merges from it ------------------------------------------------------------------------
 
 GRID: list[dict[str, Any]] = [

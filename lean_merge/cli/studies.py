@@ -38,7 +38,7 @@ def analyze_command(
 ) -> None:
     """Look at every weight, and say what each threshold would select; no weight is written.
 
-    merge --analysis decides from what is kept, at any threshold, temperature, stages and scale.
+    A merge decides from what is kept, at any threshold, temperature, stages and scale.
     """
     recipe, resources = work_of(**work)
     with downloads_shown(not quiet):
