@@ -1,5 +1,7 @@
 """Streaming IP-Merging: give a multimodal model the abilities of a text model, without training."""
 
+from lean_merge.analysing import AnalysisResult, analyze
+from lean_merge.analysis import Analysis, open_analysis
 from lean_merge.api import MergeResult, merge, stream
 from lean_merge.checkpoints import Checkpoint, open_checkpoint
 from lean_merge.engine.run import Event
@@ -19,6 +21,8 @@ from lean_merge.verify import Verification, verify
 from lean_merge.version import __version__
 
 __all__ = [
+    "Analysis",
+    "AnalysisResult",
     "BudgetError",
     "Checkpoint",
     "CheckpointError",
@@ -35,7 +39,9 @@ __all__ = [
     "Resources",
     "Verification",
     "__version__",
+    "analyze",
     "merge",
+    "open_analysis",
     "open_checkpoint",
     "plan",
     "stream",

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from lean_merge import memory
+from lean_merge.analysis import Analysis, open_analysis
 from lean_merge.checkpoints.jsonfile import read_object
 from lean_merge.engine.adapter import AdapterSink
 from lean_merge.engine.run import Event, RunResult, run, steps
@@ -55,6 +56,7 @@ def merge(
     work: MergeRecipe | Plan,
     out: str | Path | None = None,
     *,
+    analysis: str | Path | Analysis | None = None,
     resources: Resources | None = None,
     overwrite: bool = False,
     resume: bool = True,
@@ -74,6 +76,9 @@ def merge(
         A recipe, or a plan of one.
     out
         Output folder. Until the last rename it is visibly unfinished.
+    analysis
+        Of the same inputs, or its folder, to decide from; for a recipe, a plan has its own. What it
+        lacks is looked at again, and the report says how much and why.
     resources
         Device, memory and threads, for a recipe; a plan has its own.
     overwrite
@@ -88,12 +93,12 @@ def merge(
     LeanMergeError
         One of its subclasses; nothing that existed is lost.
     """
-    if isinstance(work, Plan) and resources is not None:
-        raise RecipeError("A plan has its resources; give others when it is made.")
+    if isinstance(work, Plan) and (resources is not None or analysis is not None):
+        raise RecipeError("A plan has its resources and analysis; give others when it is made.")
     check_has_folder(work.recipe if isinstance(work, Plan) else work, out)
     with memory.PeakSampler() as sampler:
         baseline = sampler.peak
-        plan = work if isinstance(work, Plan) else make_plan(work, resources)
+        plan = work if isinstance(work, Plan) else _planned(work, resources, analysis)
         if out is None:
             return MergeResult(None, _merge(plan, None, sampler, baseline, on_event))
         folder_path = Path(out)
@@ -117,6 +122,13 @@ def merge(
             write_companions(plan, folder, report)
             folder.seal()
     return MergeResult(folder.final, report, reused=reused)
+
+
+def _planned(
+    recipe: MergeRecipe, resources: Resources | None, analysis: str | Path | Analysis | None
+) -> Plan:
+    opened = open_analysis(analysis) if isinstance(analysis, (str, Path)) else analysis
+    return make_plan(recipe, resources, analysis=opened)
 
 
 def _merge(

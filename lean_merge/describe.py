@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from lean_merge.analysis import ANALYSIS
 from lean_merge.checkpoints import language_layout, open_checkpoint
 from lean_merge.errors import RecipeError
 from lean_merge.methods import all_methods
@@ -103,6 +104,9 @@ def result_text(path: Path | None, report: dict[str, Any]) -> str:
     counts, seconds, used = report["counts"], report["seconds"], report["memory"]
     done = "selected" if report["recipe"]["output"] == "none" else "merged"
     details = f"; details in {REPORT}" if path else "; --json prints the details"
+    analysis = report["analysis"]
+    if analysis is not None:
+        details = f"; {analysis['recalled']} weights decided from the analysis{details}"
     lines = [
         f"{path or 'analysis'}: {counts['merged']} weights {done}, {counts['unchanged']} in scope "
         f"unchanged, {counts['copied']} tensors copied, {counts['skipped']} skipped",
@@ -111,6 +115,35 @@ def result_text(path: Path | None, report: dict[str, Any]) -> str:
         f"{format_size(used['peak_anonymous'])}{details}",
     ]
     return "\n".join([*lines, *(f"warning: {line}" for line in report["warnings"])])
+
+
+def analysis_dict(path: Path, document: dict[str, Any]) -> dict[str, Any]:
+    """What `analyze --json` prints: analysis.json without its weights."""
+    return {"path": str(path)} | {k: v for k, v in document.items() if k != "weights"}
+
+
+def analysis_text(path: Path, document: dict[str, Any]) -> str:
+    """`analysis_dict` for people."""
+    looked = [row for row in document["weights"] if row["skipped"] is None]
+    lines = [
+        f"{path}: {len(looked)} weights analysed, {len(document['weights']) - len(looked)} skipped"
+    ]
+    for k, entry in enumerate(document["thresholds"]):
+        chosen = sum(row["experts"][k]["selected"] for row in looked)
+        counts = entry["counts"][::10]
+        lines += [
+            f"{entry['expert']}: {chosen} selected as the recipe has it",
+            "  threshold  " + " ".join(f"{each['threshold']:>5.1f}" for each in counts),
+            "  selected   " + " ".join(f"{each['selected']:>5}" for each in counts),
+            f"  auto: {entry['explanation']}",
+        ]
+    seconds, used = document["seconds"], document["memory"]
+    lines.append(
+        f"{sum(seconds.values()):.1f} s, {format_size(document['bytes']['read'])} read, "
+        f"{format_size(document['bytes']['written'])} written, peak memory "
+        f"{format_size(used['peak_anonymous'])}; numbers in {ANALYSIS}"
+    )
+    return "\n".join([*lines, *(f"warning: {line}" for line in document["warnings"])])
 
 
 def inspect_dict(source: str) -> dict[str, Any]:

@@ -125,6 +125,9 @@ class Layout:
             if passes:
                 total += _bytes(weight.roles, kept) + _bytes(weight.roles, again) * passes
                 exact = exact and not again
+            if self.output == "analysis" and passes:
+                rows = budget.strip_rows(weight.shape[1], budget.READ_ELEMENTS)
+                total += weight.base.nbytes(slice(0, min(weight.shape[0], rows)))
             if not self.writes_rows:
                 continue
             total += _bytes([weight.mllm], tiles)

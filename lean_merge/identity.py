@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lean_merge.checkpoints import identify
-from lean_merge.output import side_files
+from lean_merge.output import changed_input, side_files
 from lean_merge.plan import Plan
 from lean_merge.recipe import MergeRecipe
 from lean_merge.resources import arithmetic_dtype
@@ -28,12 +28,14 @@ def run_facts(plan: Plan, out: Path) -> dict[str, Any]:
     CheckpointError
         An input cannot be read.
     """
-    return {
+    source = None if plan.evidence is None else plan.evidence.source
+    facts = {
         "recipe": plan.recipe.to_dict(),
         "recipe_sha256": recipe_digest(plan.recipe),
         "inputs": inputs(plan, out),
         "environment": environment(plan.device),
     }
+    return facts if source is None else {**facts, "analysis": dict(source.identity)}
 
 
 def recipe_digest(recipe: MergeRecipe) -> str:
@@ -57,6 +59,29 @@ def inputs(plan: Plan, out: Path) -> list[dict[str, Any]]:
         }
         for role, checkpoint in roles.items()
     ]
+
+
+def changed_weights(then: Any, now: list[dict[str, Any]]) -> str | None:
+    """What of the inputs that decide numbers is not as it was, wherever they lie; None if nothing.
+
+    `then` was checked to be lists of roles and files.
+    """
+    old, new = ([_deciding(entry) for entry in entries] for entries in (then, now))
+    if old == new:
+        return None
+    roles = [entry["role"] for entry in new]
+    if [entry["role"] for entry in old] != roles:
+        return f"the roles were {len(old)}, are {len(new)}"
+    return changed_input(old, new)
+
+
+def _deciding(entry: dict[str, Any]) -> dict[str, Any]:
+    files = [
+        file
+        for file in entry.get("files", ())
+        if "header_sha256" in file or file.get("name") in ("config.json", "adapter_config.json")
+    ]
+    return {"role": entry.get("role"), "path": "", "files": files}
 
 
 def _seen_from(folder: Path, path: Path) -> str:

@@ -27,6 +27,15 @@ from lean_merge.checkpoints import (
 )
 from lean_merge.errors import CoverageError, RecipeError
 from lean_merge.footprint import Layout, check_budget
+from lean_merge.gathering import (
+    Gathered,
+    Recorded,
+    described,
+    evidence_method,
+    recalling,
+    regathering,
+    watching,
+)
 from lean_merge.methods import Method
 from lean_merge.output import (
     AdapterModule,
@@ -42,8 +51,10 @@ from lean_merge.recipe import MergeRecipe
 from lean_merge.resources import Resources, limits_of, processors, resolve_device
 from lean_merge.scope import Scope, filter_weights, positions_of
 from lean_merge.sizes import format_size
-from lean_merge.tasks import CopyTask, WeightTask
+from lean_merge.tasks import CopyTask, WeightTask, needs_analysis
 
+ANALYSIS = "analysis"
+"""The output of a plan that only gathers evidence."""
 DECODED_DTYPE = torch.bfloat16
 """What weights that are stored with scales are written in unless the recipe says otherwise."""
 
@@ -67,6 +78,25 @@ class Prediction:
 
 
 @dataclass(frozen=True, slots=True)
+class EvidencePlan:
+    """Of a plan that gathers evidence or decides from some.
+
+    Attributes
+    ----------
+    gathered
+        What the evidence depends on.
+    source
+        Where it comes from, if it is recorded; else it is gathered.
+    anew
+        Why weights are looked at though evidence is recorded, by canonical name.
+    """
+
+    gathered: Gathered
+    source: Recorded | None = None
+    anew: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Everything that `merge` will do; made from headers, so nothing is written yet."""
 
@@ -86,6 +116,7 @@ class Plan:
     workers: int
     prediction: Prediction
     notes: tuple[str, ...]
+    evidence: EvidencePlan | None = None
 
     @property
     def inputs(self) -> tuple[Path, ...]:
@@ -115,11 +146,16 @@ class Plan:
         return tuple(task for task in self.tasks if isinstance(task, CopyTask))
 
 
-def plan(recipe: MergeRecipe, resources: Resources | None = None) -> Plan:
+def plan(
+    recipe: MergeRecipe,
+    resources: Resources | None = None,
+    *,
+    analysis: Recorded | None = None,
+) -> Plan:
     """Read the headers of all checkpoints and lay out the whole merge.
 
     An adapter's files are laid out once its ranks are known, so `Plan.shards` is empty; so it is
-    where nothing is written.
+    where nothing is written. With an `analysis` of the same inputs, weights are decided from it.
 
     Raises
     ------
@@ -130,7 +166,25 @@ def plan(recipe: MergeRecipe, resources: Resources | None = None) -> Plan:
     BudgetError
         The memory given is too small; the message names the smallest that works.
     """
-    return _plan(recipe, resources or Resources(), recipe.output)
+    evidence = None if analysis is None else EvidencePlan(analysis.gathered, analysis)
+    made = _plan(recipe, resources or Resources(), recipe.output, evidence)
+    if analysis is not None:
+        analysis.check_inputs(made)
+    return made
+
+
+def plan_again(recipe: MergeRecipe, gathered: Gathered, resources: Resources | None = None) -> Plan:
+    """The plan of a merge from an analysis, which gathers its evidence anew in the same way."""
+    return _plan(recipe, resources or Resources(), recipe.output, EvidencePlan(gathered))
+
+
+def plan_analysis(recipe: MergeRecipe, resources: Resources | None = None) -> Plan:
+    """The plan of an analysis, which writes no weights.
+
+    Raises as `plan`; RecipeError too for a method that has nothing to analyse.
+    """
+    evidence = EvidencePlan(Gathered.by(recipe))
+    return _plan(recipe, resources or Resources(), ANALYSIS, evidence)
 
 
 def plan_stream(recipe: MergeRecipe, resources: Resources | None = None) -> Plan:
@@ -146,7 +200,9 @@ def plan_stream(recipe: MergeRecipe, resources: Resources | None = None) -> Plan
     return _plan(recipe, resources or Resources(), "stream")
 
 
-def _plan(recipe: MergeRecipe, resources: Resources, output: str) -> Plan:
+def _plan(
+    recipe: MergeRecipe, resources: Resources, output: str, evidence: EvidencePlan | None = None
+) -> Plan:
     method = build_method(recipe)
     base = open_checkpoint(recipe.base_model)
     mllm = open_checkpoint(recipe.mllm_model)
@@ -165,6 +221,15 @@ def _plan(recipe: MergeRecipe, resources: Resources, output: str) -> Plan:
     by_weight = {
         name: methods.at(place) for name, place in places.items() if name not in scope.filtered
     }
+    if evidence is not None:
+        evidence_method(recipe)
+        if output == ANALYSIS:
+            by_weight = watching(by_weight)
+        elif evidence.source is None:
+            by_weight = regathering(by_weight, places, recipe, evidence.gathered)
+        else:
+            by_weight, anew = recalling(by_weight, places, recipe, evidence.source)
+            evidence = dataclasses.replace(evidence, anew=anew)
     outputs = _outputs(recipe, mllm, _merged(coverage, scope))
     shards: tuple[Shard, ...] = ()
     if output == "checkpoint":
@@ -175,6 +240,8 @@ def _plan(recipe: MergeRecipe, resources: Resources, output: str) -> Plan:
     threads = processors(resources.threads)
     device, limits, busy = limits_of(resources, device)
     notes += busy
+    if evidence is not None:
+        notes += described(evidence.anew)
     largest = max((tensor.nbytes for tensor in outputs.values()), default=0)
     layout = Layout(
         methods=by_weight,
@@ -215,6 +282,7 @@ def _plan(recipe: MergeRecipe, resources: Resources, output: str) -> Plan:
         workers=layout.workers,
         prediction=Prediction(0, 0, 0, 0, 0, True, True),
         notes=tuple(notes),
+        evidence=evidence,
     )
     return dataclasses.replace(unpredicted, prediction=_predict(unpredicted, layout))
 
@@ -360,6 +428,9 @@ def _predict(plan: Plan, layout: Layout) -> Prediction:
     disk = written
     if layout.output == "lora":
         written, disk = _adapter_bytes(plan)
+    if layout.output == ANALYSIS:
+        written = _evidence_bytes(plan)
+        disk = 2 * written
     return Prediction(
         peak_memory=layout.held + host,
         peak_vram=vram,
@@ -367,7 +438,7 @@ def _predict(plan: Plan, layout: Layout) -> Prediction:
         bytes_written=written,
         disk=disk,
         exact_reads=exact,
-        exact_writes=layout.output != "lora",
+        exact_writes=layout.output not in ("lora", ANALYSIS),
     )
 
 
@@ -393,3 +464,13 @@ def _adapter_bytes(plan: Plan) -> tuple[int, int]:
     factors = sum(m.rank * m.in_features for m in modules)
     factors += sum(part.rows * part.rank for m in modules for part in m.parts)
     return size, size + 4 * factors
+
+
+def _evidence_bytes(plan: Plan) -> int:
+    """Most bytes of the factors that an analysis stores."""
+    return 4 * sum(
+        method.largest_rank(part.shape) * (part.shape[1] + len(part.experts) * part.shape[0])
+        for task in plan.weights
+        for part, method in zip(task.weight.slices, task.methods, strict=True)
+        if method is not None and needs_analysis(part)
+    )

@@ -13,6 +13,7 @@ from lean_merge.engine.results import WeightResult
 from lean_merge.engine.run import RunResult
 from lean_merge.engine.update import Truncated, Written
 from lean_merge.memory import Usage
+from lean_merge.methods import Recalling
 from lean_merge.output import remote_code
 from lean_merge.plan import Plan
 from lean_merge.version import __version__
@@ -37,7 +38,7 @@ def build_report(
     """The content of `lean_merge_report.json`; docs/formats.md explains every field."""
     rows = [row for weight in result.weights for row in weight_rows(plan, weight)]
     merged = {weight.name for weight in result.weights if weight.merged}
-    prediction, code = plan.prediction, remote_code(plan.mllm)
+    code = remote_code(plan.mllm)
     return {
         "version": REPORT_VERSION,
         "lean_merge": __version__,
@@ -73,9 +74,34 @@ def build_report(
             for weight in result.weights
             if weight.fallback is not None
         ],
+        "analysis": _from_analysis(plan),
         "skipped": list(plan.coverage.left_out),
         "filtered": dict(plan.scope.filtered),
         "remote_code": list(code),
+        **measures(plan, result, bytes_written=bytes_written, peak=peak, baseline=baseline),
+        "weights": rows,
+    }
+
+
+def _from_analysis(plan: Plan) -> dict[str, Any] | None:
+    """Of a merge from an analysis: which, and what was looked at again."""
+    if plan.evidence is None or plan.evidence.source is None:
+        return None
+    return {
+        **plan.evidence.source.identity,
+        "recalled": sum(
+            isinstance(method, Recalling) for task in plan.weights for method in task.methods
+        ),
+        "anew": dict(plan.evidence.anew),
+    }
+
+
+def measures(
+    plan: Plan, result: RunResult, *, bytes_written: int, peak: Usage, baseline: Usage
+) -> dict[str, Any]:
+    """What a run took, beside what was predicted."""
+    prediction = plan.prediction
+    return {
         "seconds": {phase: round(s, 3) for phase, s in result.seconds.items()},
         "bytes": {
             "read": result.bytes_read,
@@ -99,7 +125,6 @@ def build_report(
         "device": plan.device,
         "threads": plan.threads,
         "workers": plan.workers,
-        "weights": rows,
     }
 
 

@@ -21,6 +21,12 @@ _RANGES = re.compile(r"layers:\s*(?P<ranges>.*)")
 _RANGE = re.compile(r"(?P<first>\d+)(?P<dash>\s*-\s*(?P<last>\d+)?)?")
 
 
+def layer_of(canonical: str) -> int | None:
+    """The number of the layer in a weight's canonical name, from 0; None if it is in none."""
+    match = _LAYER.search(canonical)
+    return int(match[1]) if match else None
+
+
 @dataclass(frozen=True, slots=True)
 class Position:
     """Where a logical weight stands in the model, for filters and values to go by.
@@ -41,8 +47,7 @@ class Position:
     @property
     def layer(self) -> int:
         """The number of its layer, from 0."""
-        match = _LAYER.search(self.canonical)
-        return int(match[1]) if match else 0
+        return layer_of(self.canonical) or 0
 
     @property
     def depth(self) -> float:

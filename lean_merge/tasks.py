@@ -44,6 +44,25 @@ class WeightTask:
     methods: tuple[Method[Any] | None, ...]
     filtered: tuple[str, ...]
 
+    def read(self, *, rows: bool) -> tuple[TensorSpec, ...]:
+        """The parts of stored tensors that are read; those of the MLLM anyway where `rows` are."""
+        sources: list[WeightSource] = []
+        for part, method in zip(self.weight.slices, self.methods, strict=True):
+            if method is not None and looks(method, part):
+                sources += part.roles
+                continue
+            added = method.reads_task_vectors() if method is not None and rows else ()
+            whole = [source for source, add in zip(part.others, added, strict=False) if add]
+            if any(not source.is_difference for source in whole):
+                whole.append(part.base)
+            sources += [part.mllm, *whole] if rows else []
+        return self.weight.extents_of(sources)
+
+
+def looks(method: Method[Any], weight: LogicalWeight) -> bool:
+    """Whether the method makes any pass over the weight."""
+    return method.cost(weight.shape, item=4).passes > 0 and needs_analysis(weight)
+
 
 def needs_analysis(weight: LogicalWeight) -> bool:
     """Whether a method that analyses has anything to look at: some expert changes the weight."""

@@ -26,10 +26,11 @@ from lean_merge.engine.taskvectors import TaskVectors
 from lean_merge.engine.tilestore import WriteBytes
 from lean_merge.engine.update import write_rows
 from lean_merge.errors import CheckpointError, LeanMergeError
+from lean_merge.gathering import Gathered
 from lean_merge.identity import environment
 from lean_merge.methods import Decision
 from lean_merge.output import Difference, FolderCheck, Journal, check_folder
-from lean_merge.plan import Plan
+from lean_merge.plan import Plan, plan_again
 from lean_merge.plan import plan as make_plan
 from lean_merge.recipe import MergeRecipe
 from lean_merge.resources import Resources
@@ -164,7 +165,7 @@ def _with_inputs(
     recipe = _recipe(check.journal, result.path)
     if recipe.output != "checkpoint":
         return replace(result, notes=("only checkpoints are compared with the inputs",))
-    plan = make_plan(recipe, resources)
+    plan, then = _plan(recipe, facts, resources)
     _check_inputs(plan, facts)
     names = {name for shard in plan.shards for name in shard.offsets}
     if names != check.journal.tensors.keys():
@@ -172,7 +173,7 @@ def _with_inputs(
             f"{result.path}: this version of lean-merge plans other tensors from the recipe than "
             "the output has; verify with the version in its journal, or with --without-inputs."
         )
-    notes = _other_machine(facts.get("environment", {}), environment(plan.device))
+    notes = _other_machine(then, environment(plan.device))
     in_scope = [task.tensor.name for task in plan.weights]
     count = max(LEAST_SAMPLE, -(-len(in_scope) * SAMPLE_SHARE // 1))
     sampled = in_scope
@@ -252,6 +253,20 @@ def _check_inputs(plan: Plan, facts: Mapping[str, Any]) -> None:
             )
 
 
+def _plan(
+    recipe: MergeRecipe, facts: Mapping[str, Any], resources: Resources | None
+) -> tuple[Plan, Mapping[str, str]]:
+    """The merge's plan and environment; one from an analysis gathers its evidence anew."""
+    then, analysis = facts.get("environment", {}), facts.get("analysis")
+    if not isinstance(analysis, dict):
+        return make_plan(recipe, resources), then
+    plan = plan_again(recipe, Gathered.from_dict(analysis.get("gathered")), resources)
+    gathered = analysis.get("environment")
+    others = gathered.items() if isinstance(gathered, dict) else ()
+    # What the analysis was made with decides last bits too.
+    return plan, {**then, **{key: value for key, value in others if value != then.get(key)}}
+
+
 def _headers(files: list[dict[str, Any]]) -> dict[str, tuple[int, str]]:
     return {
         file["name"]: (file["size"], file["header_sha256"])
@@ -284,6 +299,7 @@ class ComparingSink(Sink):
     """
 
     ahead = True
+    reads_rows = True
 
     def __init__(
         self,

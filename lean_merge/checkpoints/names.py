@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -103,8 +103,13 @@ class MappedWeight:
     @property
     def extents(self) -> tuple[TensorSpec, ...]:
         """The parts of them that are read, none of them twice."""
+        return self.extents_of(role for each in self.slices for role in each.roles)
+
+    @staticmethod
+    def extents_of(sources: Iterable[WeightSource]) -> tuple[TensorSpec, ...]:
+        """The parts of tensors that these read, none of them twice."""
         found: list[TensorSpec] = []
-        parts = {part for each in self.slices for role in each.roles for part in role.extents}
+        parts = {part for source in sources for part in source.extents}
         for part in sorted(parts, key=lambda each: (each.file, each.offset)):
             last = found[-1] if found else None
             if last is None or last.file != part.file or part.offset > last.offset + last.nbytes:

@@ -17,7 +17,7 @@ from lean_merge.engine.workers import Workers
 from lean_merge.methods import Decision, ExpertRecord, Method, WeightContext
 from lean_merge.plan import Plan
 from lean_merge.resources import arithmetic_dtype
-from lean_merge.tasks import needs_analysis
+from lean_merge.tasks import looks, needs_analysis
 
 LONGEST_REASON = 160
 """Characters of a device's message that are kept."""
@@ -78,7 +78,7 @@ class Analyst:
         """Analyse one weight, with so many tiles `resident` if there is memory for them."""
         if self._accelerator is None:
             return self._attempt(method, weight, _Place(None, resident), tools)
-        if not _looks(method, weight):
+        if not looks(method, weight):
             return self._attempt(method, weight, _Place(None, 0), tools)
         places = _places(self._accelerator, resident)
         # What failed for one weight would fail for its equals: they begin where that one ended.
@@ -165,11 +165,6 @@ def _accelerator(plan: Plan, workers: Workers) -> Accelerator | None:
 
 def _passes(method: Method[Any], weight: LogicalWeight) -> int:
     return method.cost(weight.shape, item=4).passes
-
-
-def _looks(method: Method[Any], weight: LogicalWeight) -> bool:
-    """Whether any pass over the weight is made."""
-    return _passes(method, weight) > 0 and needs_analysis(weight)
 
 
 def _places(accelerator: Accelerator, resident: int) -> list[_Place]:

@@ -55,6 +55,8 @@ class Sink(abc.ABC):
 
     ahead: ClassVar[bool] = False
     """Whether a task may be given before the one before it is finished."""
+    reads_rows: ClassVar[bool] = False
+    """Whether the MLLM's rows are read once more, to be stored with their update."""
 
     def __enter__(self) -> Sink:
         return self
@@ -109,6 +111,7 @@ class CheckpointSink(Sink):
     """
 
     ahead = True
+    reads_rows = True
 
     def __init__(self, plan: Plan, folder: OutputFolder) -> None:
         self._plan = plan
@@ -253,6 +256,8 @@ def _into(view: memoryview) -> WriteBytes:
 
 class TensorSink(Sink):
     """Whole tensors in fresh memory, one at a time: each must be taken before the next is made."""
+
+    reads_rows = True
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan

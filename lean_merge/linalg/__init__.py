@@ -5,7 +5,8 @@ each `Pass` that is asked for, and hands back the `Products`.
 """
 
 from lean_merge.linalg.krylov import BlockKrylov, Deflation
-from lean_merge.linalg.passes import Pass, Products, random_block
+from lean_merge.linalg.null import Split, null_cdf, null_quantile, otsu_split, uniform_distance
+from lean_merge.linalg.passes import Pass, Products, gram64, random_block
 from lean_merge.linalg.similarity import (
     Omitted,
     corresponding_cosines,
@@ -25,13 +26,19 @@ __all__ = [
     "Products",
     "SingularSums",
     "Sketch",
+    "Split",
     "Truncation",
     "corresponding_cosines",
     "exact_spectrum",
+    "gram64",
     "importance",
     "log_omitted",
+    "null_cdf",
+    "null_quantile",
     "numerical_rank",
     "omitted_errors",
+    "otsu_split",
     "random_block",
     "truncate",
+    "uniform_distance",
 ]

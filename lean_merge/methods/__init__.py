@@ -16,14 +16,35 @@ from lean_merge.methods.base import (
     WeightContext,
     per_expert,
 )
+from lean_merge.methods.evidence import EvidenceMethod, Gathering, Recalling, Watching
+from lean_merge.methods.facts import (
+    Compared,
+    Evidence,
+    Factors,
+    FactorsInMemory,
+    Facts,
+    Portrait,
+    RoleFacts,
+)
 from lean_merge.methods.registry import canonical_name, register, registered
 
 __all__ = [
     "AnalysisCost",
+    "Compared",
     "Decision",
+    "Evidence",
+    "EvidenceMethod",
     "ExpertRecord",
+    "Factors",
+    "FactorsInMemory",
+    "Facts",
+    "Gathering",
     "Method",
     "Passes",
+    "Portrait",
+    "Recalling",
+    "RoleFacts",
+    "Watching",
     "WeightContext",
     "all_methods",
     "canonical_name",

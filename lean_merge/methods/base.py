@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lean_merge.linalg import Pass, Products
+from lean_merge.methods.facts import Evidence
 
 Passes = Generator[Sequence[Pass | None], Sequence[Products | None], "Decision"]
 """An analysis in progress: it asks each task vector for a pass, and ends in a decision."""
@@ -68,12 +69,18 @@ class Decision:
     coefficients : tuple of float
         One for each task vector, or empty.
     left, right : Tensor [out, r], [r, in], float32, or None
+    squared_norms : tuple of float
+        Of the task vectors, where no pass over them tells.
+    evidence : Evidence, optional
+        What it was decided from, where that is of use to others.
     """
 
     experts: tuple[ExpertRecord, ...]
     coefficients: tuple[float, ...] = ()
     left: Tensor | None = None
     right: Tensor | None = None
+    squared_norms: tuple[float, ...] = ()
+    evidence: Evidence | None = None
 
     @property
     def merges(self) -> bool:

@@ -153,6 +153,8 @@ def difference(
     if old["format"] != new["format"]:
         return "its journal has another format"
     before, now = dict(old["run"]), dict(new["run"])
+    if before.get("kind") != now.get("kind"):
+        return f"it is of {before.get('kind', 'a merge')}, not of {now.get('kind', 'a merge')}"
     if before.get("recipe") != now.get("recipe"):
         return f"the recipe has changed ({_changed(before.get('recipe'), now.get('recipe'))})"
     if before.get("inputs") != now.get("inputs"):
@@ -160,6 +162,8 @@ def difference(
     if machine and before.get("environment") != now.get("environment"):
         changed = _changed(before.get("environment"), now.get("environment"))
         return f"the bytes could differ from those already written ({changed})"
+    if before.get("analysis") != now.get("analysis"):
+        return "it was decided from another analysis, or from none"
     if {**before, "environment": 0} != {**now, "environment": 0} or old["shards"] != new["shards"]:
         return "its files are laid out differently"
     return None

@@ -1,0 +1,65 @@
+"""From arguments to an exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+import typer
+
+from lean_merge.cli.app import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, app
+from lean_merge.errors import LeanMergeError, plain
+
+_SIGINT_OF_TYPER = 130
+_CommandLineError: type[Any] = next(
+    each for each in typer.BadParameter.__mro__ if each.__name__ == "ClickException"
+)
+"""Of the click that typer uses: newer typers carry their own."""
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, treated as Ctrl-C is."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: run, and leave with a documented exit code (docs/formats.md)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        # `verify` returns a code, other commands None; newer typers make a code of Ctrl-C.
+        code = app(arguments, standalone_mode=False)
+        if code == _SIGINT_OF_TYPER:
+            raise KeyboardInterrupt
+        if code:
+            sys.exit(code)
+    except _CommandLineError as error:
+        error.show()
+        sys.exit(EXIT_USAGE)
+    except LeanMergeError as error:
+        _fail(str(error), error.exit_code, arguments)
+    except (KeyboardInterrupt, typer.Abort):
+        message = "interrupted; the same command goes on where it stopped"
+        _fail(message, EXIT_INTERRUPTED, arguments)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_FAILED)
+    except MemoryError:
+        _fail("out of memory; give less with --memory", EXIT_FAILED, arguments)
+    except Exception as error:
+        _fail(f"{type(error).__name__}: {error}", EXIT_FAILED, arguments)
+
+
+def _fail(message: str, code: int, arguments: list[str]) -> None:
+    if "--debug" in arguments:
+        import traceback
+
+        traceback.print_exc()
+    print(f"lean-merge: {plain(message)}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,215 @@
+"""The options that commands share, and what they ask for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lean_merge import describe
+from lean_merge.errors import RecipeError
+from lean_merge.recipe import MergeRecipe, load_recipe_file
+from lean_merge.resources import Resources
+from lean_merge.sizes import parse_size
+
+RecipeFile = Annotated[
+    Path | None, typer.Argument(metavar="[RECIPE.yml]", help="Recipe; flags override it.")
+]
+Base = Annotated[str | None, typer.Option(help="Base LLM: folder or hub id.")]
+Mllm = Annotated[str | None, typer.Option(help="MLLM that receives: folder or hub id.")]
+Experts = Annotated[
+    list[str] | None,
+    typer.Option("--expert", "--math", help="Expert LLM that gives; may be repeated."),
+]
+MethodName = Annotated[str | None, typer.Option("--method", help="See lean-merge methods.")]
+Threshold = Annotated[float | None, typer.Option(help="S_alpha: select from this similarity.")]
+SelectBy = Annotated[str | None, typer.Option(help="first or max similarity.")]
+Temperature = Annotated[float | None, typer.Option(help="tau of the importance softmax.")]
+Nuclear = Annotated[str | None, typer.Option(help="full or top_q sums of singular values.")]
+Stages = Annotated[str | None, typer.Option(help="select[,rescale][,project].")]
+Scale = Annotated[float | None, typer.Option(help="Factor of the update.")]
+Rank = Annotated[str | None, typer.Option(help="auto, or directions to compute.")]
+Svd = Annotated[str | None, typer.Option(help="randomized or exact.")]
+Importance = Annotated[str | None, typer.Option(help="softmax or relative.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Any other parameter of the method."),
+]
+Output = Annotated[
+    str | None,
+    typer.Option(help="checkpoint; lora, an adapter; or none, the analysis alone."),
+]
+LoraRank = Annotated[
+    str | None, typer.Option(help="auto keeps each update; or the rank of every weight.")
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(help="Merge only what this regex, or 'layers: 0-15', names; may be repeated."),
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option(help="Copy what this regex, or 'layers: 0-15', names.")
+]
+OutDtype = Annotated[
+    str | None,
+    typer.Option(help="auto, float32, bfloat16 or float16, of in-scope weights or adapter."),
+]
+Rounding = Annotated[str | None, typer.Option(help="nearest or stochastic.")]
+ShardSize = Annotated[str | None, typer.Option(help="Largest shard: 5GB, 2GiB, 500MB.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of all random numbers.")]
+AllowPartial = Annotated[
+    bool, typer.Option("--allow-partial", help="Go on where weights do not map; say what is left.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Memory = Annotated[
+    str | None, typer.Option(help="Ceiling on anonymous memory; default half of what is free.")
+]
+Vram = Annotated[str | None, typer.Option(help="Ceiling on device memory.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="Worker threads, of which 4 are used at most; default one a processor."),
+]
+FromAnalysis = Annotated[
+    Path | None,
+    typer.Option("--analysis", help="Decide from this analysis of the same models."),
+]
+NoResume = Annotated[
+    bool, typer.Option("--no-resume", help="Start over instead of going on with unfinished output.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def _recipe(file: Path | None, given: dict[str, Any], parameters: dict[str, Any]) -> MergeRecipe:
+    """The recipe file's data with the flags that were given put over it."""
+    data = load_recipe_file(file) if file is not None else {}
+    data |= {name: value for name, value in given.items() if value is not None}
+    flags = {name: value for name, value in parameters.items() if value is not None}
+    if flags:
+        common = data.get("parameters") or {}
+        if not isinstance(common, dict):
+            raise RecipeError("parameters must be a mapping in the recipe.")
+        data["parameters"] = common | flags
+        experts = data.get("experts")
+        for expert in experts if isinstance(experts, list) else []:
+            if isinstance(expert, dict) and isinstance(expert.get("parameters"), dict):
+                own = expert["parameters"]
+                expert["parameters"] = {n: v for n, v in own.items() if n not in flags}
+    missing = [
+        flag
+        for flag, name in (
+            ("--base", "base_model"),
+            ("--mllm", "mllm_model"),
+            ("--expert", "experts"),
+        )
+        if not data.get(name)
+    ]
+    if missing:
+        raise RecipeError(f"Missing {', '.join(missing)}; give them, or a recipe file.")
+    return MergeRecipe.from_dict(data)
+
+
+def _rank(text: str | None) -> int | str | None:
+    return int(text) if text and text.lstrip("-").isdigit() else text
+
+
+def work_of(
+    recipe: RecipeFile = None,
+    base: Base = None,
+    mllm: Mllm = None,
+    expert: Experts = None,
+    method: MethodName = None,
+    threshold: Threshold = None,
+    select_by: SelectBy = None,
+    temperature: Temperature = None,
+    nuclear: Nuclear = None,
+    stages: Stages = None,
+    scale: Scale = None,
+    rank: Rank = None,
+    svd: Svd = None,
+    importance: Importance = None,
+    set_: Set = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    output: Output = None,
+    lora_rank: LoraRank = None,
+    out_dtype: OutDtype = None,
+    rounding: Rounding = None,
+    shard_size: ShardSize = None,
+    seed: Seed = None,
+    allow_partial: AllowPartial = False,
+    device: Device = "auto",
+    memory: Memory = None,
+    vram: Vram = None,
+    threads: Threads = None,
+) -> tuple[MergeRecipe, Resources]:
+    """What the options shared by `merge` and `plan` ask for."""
+    parameters: dict[str, Any] = {
+        "threshold": threshold,
+        "select_by": select_by,
+        "temperature": temperature,
+        "nuclear": nuclear,
+        "stages": stages,
+        "scale": scale,
+        "rank": _rank(rank),
+        "svd": svd,
+        "importance": importance,
+    }
+    for pair in set_ or []:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise RecipeError(f"--set takes NAME=VALUE, not {pair!r}.")
+        parameters[name] = describe.parse_value(value)
+    wanted = {
+        "base_model": base,
+        "mllm_model": mllm,
+        "experts": list(expert) if expert else None,
+        "merge_method": method,
+        "include": list(include) if include else None,
+        "exclude": list(exclude) if exclude else None,
+        "output": output,
+        "lora_rank": _rank(lora_rank),
+        "out_dtype": out_dtype,
+        "rounding": rounding,
+        "shard_size": shard_size,
+        "seed": seed,
+        "allow_partial": allow_partial or None,
+    }
+    resources = resources_of(device, memory, vram, threads)
+    return _recipe(recipe, wanted, parameters), resources
+
+
+def resources_of(
+    device: str, memory: str | None, vram: str | None, threads: int | None
+) -> Resources:
+    """What the options say of the machine."""
+    return Resources(
+        device=device,
+        memory=None if memory is None else parse_size(memory),
+        vram=None if vram is None else parse_size(vram),
+        threads=threads,
+    )
+
+
+def shares_options_of_work(command: Callable[..., int | None]) -> Callable[..., int | None]:
+    """Give a command `work_of`'s parameters before its own; it receives the plan's arguments.
+
+    One of the same name is the command's own.
+    """
+    own = inspect.signature(command, eval_str=True).parameters
+    every = inspect.signature(work_of, eval_str=True).parameters
+    shared = {name: parameter for name, parameter in every.items() if name not in own}
+    listed = [*shared.values(), *(p for name, p in own.items() if name != "work")]
+    order = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in listed]
+
+    def wrapped(**arguments: Any) -> int | None:
+        work = {name: arguments.pop(name) for name in shared}
+        return command(work=work, **arguments)
+
+    wrapped.__signature__ = inspect.Signature(order)  # type: ignore[attr-defined]
+    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
+    wrapped.__annotations__ = {p.name: p.annotation for p in order}
+    return wrapped

@@ -1,0 +1,47 @@
+"""methods, inspect and demo: what there is to merge, and with what."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lean_merge import describe
+from lean_merge.cli.app import app, echo
+from lean_merge.cli.options import Debug, Json
+
+
+@app.command("methods")
+def methods_command(as_json: Json = False, debug: Debug = False) -> None:
+    """List the methods, their parameters and references."""
+    methods = describe.methods_list()
+    echo(json.dumps(methods) if as_json else describe.methods_text(methods))
+
+
+@app.command("inspect")
+def inspect_command(
+    checkpoint: Annotated[str, typer.Argument(help="Folder, weight file or hub id.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show names, dtypes, shapes, sizes and the language model's layout, from headers alone."""
+    facts = describe.inspect_dict(checkpoint)
+    echo(json.dumps(facts) if as_json else describe.inspect_text(facts))
+
+
+@app.command("demo")
+def demo_command(
+    out: Annotated[
+        Path | None, typer.Option(help="Keep the merged models here; default: a temporary folder.")
+    ] = None,
+    problems: Annotated[int, typer.Option(min=10, help="Held-out problems for each task.")] = 500,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Merge the embedded family, real and trained, and evaluate it on held-out problems."""
+    from lean_merge.demo.run import run_demo, table
+
+    results = run_demo(out, problems=problems, say=lambda line: echo(line, err=True))
+    echo(json.dumps(results) if as_json else table(results))
