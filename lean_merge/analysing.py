@@ -15,6 +15,7 @@ from lean_merge.identity import run_facts
 from lean_merge.output import FactorStore, OutputFolder, find_complete, write_factors
 from lean_merge.plan import Plan, plan_analysis
 from lean_merge.recipe import MergeRecipe
+from lean_merge.rendering import REPORT, add_page
 from lean_merge.report import to_json
 from lean_merge.resources import Resources
 
@@ -23,12 +24,14 @@ from lean_merge.resources import Resources
 class AnalysisResult:
     """A finished analysis: its folder, and what it holds.
 
-    `was_complete` tells that it was there already and nothing was done.
+    `was_complete` tells that it was there already and nothing was done; `page` is its report, None
+    where plotly is not installed.
     """
 
     path: Path
     analysis: Analysis
     was_complete: bool = False
+    page: Path | None = None
 
 
 def analyze(
@@ -72,7 +75,7 @@ def analyze(
         if resume:
             complete = find_complete(final, (), inputs=plan.inputs, run=facts)
             if complete is not None:
-                return AnalysisResult(complete, open_analysis(complete), was_complete=True)
+                return _shown(complete, was_complete=True)
         with OutputFolder.create(
             final, (), inputs=plan.inputs, overwrite=overwrite, run=facts, resume=resume
         ) as folder:
@@ -96,7 +99,14 @@ def analyze(
             folder.write_file(RECIPE, plan.recipe.to_yaml().encode())
             folder.write_file(ANALYSIS, to_json(document))
             folder.seal()
-    return AnalysisResult(folder.final, open_analysis(folder.final))
+    return _shown(folder.final, was_complete=False)
+
+
+def _shown(folder: Path, *, was_complete: bool) -> AnalysisResult:
+    """A complete analysis with its report, which may be missing or of another version's making."""
+    analysis = open_analysis(folder)
+    page = add_page(REPORT, folder, analysis.document)
+    return AnalysisResult(folder, analysis, was_complete=was_complete, page=page)
 
 
 def analysis_facts(plan: Plan, out: Path) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""analyze: what a merge would do, before any is made."""
+"""analyze and report: what a merge would do, before any is made."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ from lean_merge.cli.options import (
     shares_options_of_work,
     work_of,
 )
+from lean_merge.comparing import write_comparison
+from lean_merge.comparison import COMPARISON, differing
+from lean_merge.errors import CoverageError, LeanMergeError
+from lean_merge.page import MEND
 from lean_merge.plan import plan_analysis
+from lean_merge.recipe import MergeRecipe
+from lean_merge.rendering import render
+from lean_merge.resources import Resources
 
 
 @app.command("analyze")
@@ -39,10 +46,15 @@ def analyze_command(
     """Look at every weight, and say what each threshold would select; no weight is written.
 
     merge --analysis decides from what is kept, at any threshold, temperature, stages and scale.
+    Models of different foundations are compared instead, and the exit code is 1.
     """
     recipe, resources = work_of(**work)
-    with downloads_shown(not quiet):
-        plan = plan_analysis(recipe, resources)
+    try:
+        with downloads_shown(not quiet):
+            plan = plan_analysis(recipe, resources)
+    except CoverageError as error:
+        _compare(recipe, resources, out, error, overwrite=overwrite, as_json=as_json, quiet=quiet)
+        raise
     if not (quiet or as_json):
         for line in describe.warnings_of(plan):
             echo(f"warning: {line}", err=True)
@@ -55,3 +67,49 @@ def analyze_command(
         if result.was_complete:
             echo(f"{result.path} is complete already; nothing to do.", err=True)
         echo(describe.analysis_text(result.path, document))
+        echo(f"report: {result.page or f'none, for it needs plotly; {MEND}'}")
+
+
+def _compare(
+    recipe: MergeRecipe,
+    resources: Resources,
+    out: Path,
+    error: CoverageError,
+    *,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Say what differs between models that do not share one foundation, and keep it."""
+    if not quiet:
+        echo("The models are not of one foundation; comparing them.", err=True)
+    try:
+        result = write_comparison(
+            recipe, out, resources=resources, reason=str(error), overwrite=overwrite
+        )
+    except LeanMergeError as other:
+        # What keeps the comparison from being made matters less than why it is needed.
+        echo(f"warning: the models could not be compared: {other}", err=True)
+        return
+    if as_json:
+        echo(json.dumps(result.comparison))
+    elif not quiet:
+        echo("\n".join(differing(result.comparison)))
+        echo(f"comparison: {result.page or result.path / COMPARISON}")
+
+
+@app.command("report")
+def report_command(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Of an analysis, a sweep or a comparison.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file, replaced if it exists; default: in DIR.")
+    ] = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write the page of an analysis, a sweep or a comparison again, as one HTML file."""
+    page = render(folder, out)
+    if not quiet:
+        echo(str(page))
