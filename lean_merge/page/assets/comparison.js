@@ -44,7 +44,7 @@ function heatFigure() {
           title: { text: titles[measure], side: narrow ? 'top' : 'right' },
           thickness: 12,
           outlinewidth: 0,
-          ...(narrow ? { orientation: 'h', y: -0.22, yanchor: 'top', len: 0.9 } : {}),
+          ...(narrow ? { orientation: 'h', yref: 'container', y: 0, yanchor: 'bottom', len: 0.9 } : {}),
         },
       },
     ],

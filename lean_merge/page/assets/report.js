@@ -194,7 +194,7 @@ function heatFigure() {
           thickness: 12,
           outlinewidth: 0,
           ...(narrow
-            ? { orientation: 'h', y: -0.22, yanchor: 'top', len: 0.9 }
+            ? { orientation: 'h', yref: 'container', y: 0, yanchor: 'bottom', len: 0.9 }
             : { len: 1, y: 0.5 }),
         },
       },

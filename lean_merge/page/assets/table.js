@@ -125,8 +125,11 @@ class BigTable {
     line.className = this.note(row);
     for (const column of this.columns) {
       const text = column.text(row);
-      const cell = element(column.header ? 'th' : 'td', text);
-      if (column.header) cell.scope = 'row';
+      const cell = element(column.header ? 'th' : 'td', column.header ? null : text);
+      if (column.header) {
+        cell.scope = 'row';
+        cell.append(breakable(text));
+      }
       if (column.number) cell.className = 'number';
       if (column.wide) cell.title = text;
       if (column.mark) cell.dataset.mark = column.mark(row);
@@ -134,6 +137,16 @@ class BigTable {
     }
     return line;
   }
+}
+
+/** A name that may be cut into lines after its dots; more than two would not fit a row. */
+function breakable(name) {
+  const whole = element('span', null, { class: 'name' });
+  name.split(/(?<=[._])/).forEach((part, at) => {
+    if (at) whole.append(element('wbr'));
+    whole.append(part);
+  });
+  return whole;
 }
 
 const collator = new Intl.Collator('en', { numeric: true });
