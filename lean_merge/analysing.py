@@ -9,10 +9,10 @@ from pathlib import Path
 from lean_merge import memory
 from lean_merge.analysis import ANALYSIS, Analysis, build_analysis, open_analysis
 from lean_merge.api import RECIPE, check_unchanged
-from lean_merge.engine.evidence import EvidenceSink
+from lean_merge.engine.evidence import EvidenceSink, gathered_evidence, gathered_factors
 from lean_merge.engine.run import Event, run
 from lean_merge.identity import run_facts
-from lean_merge.output import FactorStore, OutputFolder, find_complete, write_factors
+from lean_merge.output import OutputFolder, find_complete, write_factors
 from lean_merge.plan import Plan, plan_analysis
 from lean_merge.recipe import MergeRecipe
 from lean_merge.rendering import REPORT, add_page
@@ -24,12 +24,13 @@ from lean_merge.resources import Resources
 class AnalysisResult:
     """A finished analysis: its folder, and what it holds.
 
-    `was_complete` tells that it was there already and nothing was done; `page` is its report, None
-    where plotly is not installed.
+    `reused` is how many tensors an interrupted run had analysed; `was_complete` tells that it was
+    there already and nothing was done; `page` is its report, None where plotly is not installed.
     """
 
     path: Path
     analysis: Analysis
+    reused: int = 0
     was_complete: bool = False
     page: Path | None = None
 
@@ -58,7 +59,7 @@ def analyze(
     overwrite
         Replace what `out` holds, once the new is complete.
     resume
-        Take a complete analysis of the same for done.
+        Use what an interrupted run left; else it is removed.
     on_event
         Called after each weight.
 
@@ -79,18 +80,16 @@ def analyze(
         with OutputFolder.create(
             final, (), inputs=plan.inputs, overwrite=overwrite, run=facts, resume=resume
         ) as folder:
-            with FactorStore(folder.path) as store:
-                sink = EvidenceSink(store)
-                result = run(plan, sink, on_event or (lambda event: None))
-                with result.timed("write"):
-                    tensors = [t for entry in sink.entries.values() for t in entry.tensors]
-                    shard = write_factors(folder, store, tensors)
+            reused = len(folder.blocks.groups)
+            result = run(plan, EvidenceSink(folder), on_event or (lambda event: None))
+            with result.timed("write"):
+                shard = write_factors(folder, gathered_factors(folder, plan.weights))
             sampler.sample()
             check_unchanged(plan, final, facts)
             document = build_analysis(
                 plan,
                 result,
-                {name: entry.evidence for name, entry in sink.entries.items()},
+                gathered_evidence(folder, plan.weights),
                 facts=facts,
                 bytes_written=shard.size,
                 peak=sampler.peak,
@@ -99,14 +98,14 @@ def analyze(
             folder.write_file(RECIPE, plan.recipe.to_yaml().encode())
             folder.write_file(ANALYSIS, to_json(document))
             folder.seal()
-    return _shown(folder.final, was_complete=False)
+    return _shown(folder.final, reused=reused)
 
 
-def _shown(folder: Path, *, was_complete: bool) -> AnalysisResult:
+def _shown(folder: Path, *, reused: int = 0, was_complete: bool = False) -> AnalysisResult:
     """A complete analysis with its report, which may be missing or of another version's making."""
     analysis = open_analysis(folder)
     page = add_page(REPORT, folder, analysis.document)
-    return AnalysisResult(folder, analysis, was_complete=was_complete, page=page)
+    return AnalysisResult(folder, analysis, reused, was_complete, page)
 
 
 def analysis_facts(plan: Plan, out: Path) -> dict[str, object]:

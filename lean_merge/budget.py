@@ -20,6 +20,8 @@ READ_ELEMENTS = 1 << 18
 """Elements of the row strips in which tiles are read and task vectors formed, inside a cache."""
 STRIP_ELEMENTS = 1 << 17
 """Elements of the row strips in which an update is added and rounded; float32 ones fit a cache."""
+SAMPLED_ELEMENTS = 1 << 16
+"""Elements of the base's first rows that tell its norm well enough to compare magnitudes."""
 LANES = 4
 """Partial sums of a pass. Tile t belongs to lane t mod LANES whatever the threads."""
 SLACK = 40 << 20

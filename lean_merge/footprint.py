@@ -126,7 +126,7 @@ class Layout:
                 total += _bytes(weight.roles, kept) + _bytes(weight.roles, again) * passes
                 exact = exact and not again
             if self.output == "analysis" and passes:
-                rows = budget.strip_rows(weight.shape[1], budget.READ_ELEMENTS)
+                rows = budget.strip_rows(weight.shape[1], budget.SAMPLED_ELEMENTS)
                 total += weight.base.nbytes(slice(0, min(weight.shape[0], rows)))
             if not self.writes_rows:
                 continue

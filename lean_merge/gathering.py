@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
+from lean_merge.checkpoints import Checkpoint
 from lean_merge.errors import RecipeError
 from lean_merge.methods import (
     EvidenceMethod,
@@ -23,7 +24,7 @@ from lean_merge.methods import (
     all_methods,
     canonical_name,
 )
-from lean_merge.parameters import MethodTable
+from lean_merge.parameters import MethodTable, build_method
 from lean_merge.recipe import Expert, MergeRecipe
 from lean_merge.scope import Position
 
@@ -77,6 +78,7 @@ class Gathered:
             parameters=names,  # type: ignore[arg-type]
             seed=data.get("seed", 0),
         )
+        build_method(recipe)
         return cls.by(recipe)
 
 
@@ -91,8 +93,10 @@ class Recorded(Protocol):
     def identity(self) -> Mapping[str, Any]:
         """What tells it from other evidence, for the journal of a merge from it."""
 
-    def check_inputs(self, plan: Any) -> None:
-        """Raise CheckpointError, naming what changed, unless a plan reads what was analysed."""
+    def check_inputs(
+        self, base: Checkpoint, mllm: Checkpoint, experts: Sequence[Checkpoint]
+    ) -> None:
+        """Raise CheckpointError, naming what changed, unless these are what was analysed."""
 
     def facts(self, canonical: str) -> Facts | None:
         """Of a weight; None if there are none."""

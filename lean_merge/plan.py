@@ -167,10 +167,7 @@ def plan(
         The memory given is too small; the message names the smallest that works.
     """
     evidence = None if analysis is None else EvidencePlan(analysis.gathered, analysis)
-    made = _plan(recipe, resources or Resources(), recipe.output, evidence)
-    if analysis is not None:
-        analysis.check_inputs(made)
-    return made
+    return _plan(recipe, resources or Resources(), recipe.output, evidence)
 
 
 def plan_again(recipe: MergeRecipe, gathered: Gathered, resources: Resources | None = None) -> Plan:
@@ -228,6 +225,7 @@ def _plan(
         elif evidence.source is None:
             by_weight = regathering(by_weight, places, recipe, evidence.gathered)
         else:
+            evidence.source.check_inputs(base, mllm, experts)
             by_weight, anew = recalling(by_weight, places, recipe, evidence.source)
             evidence = dataclasses.replace(evidence, anew=anew)
     outputs = _outputs(recipe, mllm, _merged(coverage, scope))

@@ -93,7 +93,7 @@ MAY_IMPORT = {
     "resources": {"memory", "errors"},
     "tasks": {"checkpoints", "methods", "output"},
     "footprint": {"budget", "checkpoints", "methods", "resources", "tasks"},
-    "gathering": {"errors", "methods", "parameters", "recipe", "scope"},
+    "gathering": {"checkpoints", "errors", "methods", "parameters", "recipe", "scope"},
     "plan": {
         "gathering",
         "resources",

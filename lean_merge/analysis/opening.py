@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from lean_merge.analysis.document import ANALYSIS, ANALYSIS_VERSION
-from lean_merge.checkpoints import TensorReader, TensorSpec, as_bytes, read_header
+from lean_merge.checkpoints import Checkpoint, TensorReader, TensorSpec, as_bytes, read_header
 from lean_merge.checkpoints.jsonfile import parse_object
 from lean_merge.errors import CheckpointError, RecipeError, shown
 from lean_merge.gathering import Gathered
-from lean_merge.identity import changed_weights, inputs
+from lean_merge.identity import by_role, changed_weights
 from lean_merge.methods import Factors, Facts
 from lean_merge.methods.plainfacts import from_plain
 from lean_merge.output import FACTORS
-from lean_merge.plan import Plan
 
 _MAX_DOCUMENT = 1 << 30
 _MEND = "analyse the models again with lean-merge analyze"
@@ -66,13 +65,16 @@ class Analysis:
             "environment": self.document["environment"],
         }
 
-    def check_inputs(self, plan: Plan) -> None:
-        """Raise CheckpointError, naming what changed, unless `plan` reads what was analysed."""
-        change = changed_weights(self.document["inputs"], inputs(plan, self.path))
+    def check_inputs(
+        self, base: Checkpoint, mllm: Checkpoint, experts: Sequence[Checkpoint]
+    ) -> None:
+        """Raise CheckpointError, naming what changed, unless these are what was analysed."""
+        roles = by_role(base, mllm, experts)
+        change = changed_weights(self.document["inputs"], roles)
         if change is not None:
             raise CheckpointError(
                 f"{self.path}: is an analysis of other models, for {change}; {_MEND}, or restore "
-                "what was analysed."
+                "what was analysed, with its dates."
             )
 
 

@@ -61,7 +61,7 @@ def merge_command(
     recipe, resources = work_of(**work)
     check_has_folder(recipe, out)
     with downloads_shown(not quiet):
-        plan = make_plan(recipe, resources, analysis=analysis and open_analysis(analysis))
+        plan = make_plan(recipe, resources, analysis=open_analysis(analysis) if analysis else None)
     if not (quiet or as_json):
         for line in describe.warnings_of(plan):
             echo(f"warning: {line}", err=True)
@@ -95,7 +95,7 @@ def plan_command(
 ) -> None:
     """Read headers only: what would be merged and copied, memory, disk, bytes."""
     with downloads_shown(not quiet):
-        plan = make_plan(*work_of(**work), analysis=analysis and open_analysis(analysis))
+        plan = make_plan(*work_of(**work), analysis=open_analysis(analysis) if analysis else None)
     if out is not None:
         check_output(
             out,

@@ -3,94 +3,86 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lean_merge.budget import READ_ELEMENTS, STRIP_ELEMENTS, strip_rows
+from lean_merge.budget import SAMPLED_ELEMENTS, STRIP_ELEMENTS, strip_rows
 from lean_merge.checkpoints import LogicalWeight
-from lean_merge.engine.sinks import Sink, Tools
+from lean_merge.engine.sinks import BlockSink, Tools
 from lean_merge.engine.taskvectors import TaskVectors
 from lean_merge.methods import Decision, Evidence
 from lean_merge.methods.plainfacts import plain_portrait, to_plain
-from lean_merge.output import FactorStore, StoredTensor
+from lean_merge.output import Block, OutputFolder
 from lean_merge.tasks import CopyTask, WeightTask
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """What is kept of one weight, as JSON has it, and where its factors wait.
-
-    `evidence` is None for a weight that was not looked at.
-    """
-
-    evidence: dict[str, Any] | None = None
-    tensors: tuple[StoredTensor, ...] = ()
-
-
-class EvidenceSink(Sink):
-    """Facts in memory, factors in a store.
+class EvidenceSink(BlockSink):
+    """Facts with the engine's notes, factors as blocks.
 
     Parameters
     ----------
-    store
-        Where the factors wait.
-
-    Attributes
-    ----------
-    entries
-        By canonical name, in the order of the tasks.
+    folder
+        Open; it stays unsealed.
     """
 
-    def __init__(self, store: FactorStore) -> None:
-        self._store = store
-        self.entries: dict[str, Entry] = {}
-
-    def copy(self, task: CopyTask, tools: Tools) -> Callable[[], None]:
-        """An analysis has no tensor out of scope."""
-        return _nothing
+    def __init__(self, folder: OutputFolder) -> None:
+        super().__init__(folder)
+        self._waiting: dict[str, Any] = {}
 
     def update(
         self, task: WeightTask, vectors: TaskVectors, decision: Decision, tools: Tools
     ) -> Callable[[], None]:
-        """The evidence goes to the store."""
+        """The evidence of one weight, if it was looked at."""
         weight, evidence = vectors.weight, decision.evidence
-        if evidence is None:
-            self.entries[weight.canonical] = Entry()
-            return _nothing
-        plain = to_plain(evidence.facts)
-        plain["base_norm"] = base_norm(weight, tools)
-        for expert, portrait in zip(plain["experts"], evidence.portraits, strict=True):
-            expert.update(plain_portrait(portrait))
-        self.entries[weight.canonical] = Entry(plain, self._store_factors(weight, evidence))
+        self._waiting[weight.canonical] = None
+        if evidence is not None:
+            plain = to_plain(evidence.facts)
+            plain["base_norm"] = base_norm(weight, tools)
+            for expert, portrait in zip(plain["experts"], evidence.portraits, strict=True):
+                expert.update(plain_portrait(portrait))
+            self._waiting[weight.canonical] = plain
+            self._put_factors(weight, evidence)
         return _nothing
 
-    def _store_factors(self, weight: LogicalWeight, evidence: Evidence) -> tuple[StoredTensor, ...]:
+    def _put_factors(self, weight: LogicalWeight, evidence: Evidence) -> None:
         """Directions become rows, so that few of them are read at once."""
-        out_features, in_features = weight.shape
-        every = torch.arange(evidence.facts.stored)
-        stored = [
-            self._append(
-                f"{weight.canonical}.mllm.vectors", evidence.factors.vectors(every), in_features
-            )
-        ]
+        every, factors = torch.arange(evidence.facts.stored), evidence.factors
+        self._put_rows(f"{weight.canonical}.mllm.vectors", factors.vectors(every))
         for k in range(len(weight.experts)):
-            name = f"{weight.canonical}.expert{k + 1}.images"
-            stored.append(self._append(name, evidence.factors.images(k, every), out_features))
-        return tuple(stored)
+            self._put_rows(f"{weight.canonical}.expert{k + 1}.images", factors.images(k, every))
 
-    def _append(self, name: str, columns: Tensor, length: int) -> StoredTensor:
+    def _put_rows(self, name: str, columns: Tensor) -> None:
         """`columns` [length, r] as rows, a few at a time."""
-        count = columns.shape[1]
+        length, count = columns.shape
         height = max(1, STRIP_ELEMENTS // length)
-        starts = [
-            self._store.append(columns[:, first : first + height].T.contiguous())
-            for first in range(0, count, height)
-        ]
-        return StoredTensor(name, (count, length), starts[0] if starts else 0)
+        firsts = range(0, count, height)
+        rows = (columns[:, first : first + height].T.contiguous() for first in firsts)
+        self.put(name, (count, length), rows)
+
+    def finished(self, task: CopyTask | WeightTask) -> Any:
+        """The engine's note in the folder's journal."""
+        result = super().finished(task)
+        return result.get("note") if isinstance(result, dict) else None
+
+    def finish(self, task: CopyTask | WeightTask, note: Any) -> None:
+        """The facts go there too."""
+        super().finish(task, {"note": note, "evidence": self._waiting})
+        self._waiting = {}
+
+
+def gathered_evidence(folder: OutputFolder, tasks: Sequence[WeightTask]) -> dict[str, Any]:
+    """By canonical name, what was kept of every weight; None where it was not looked at."""
+    results = (folder.blocks.groups[task.tensor.name].result for task in tasks)
+    return {name: plain for result in results for name, plain in result["evidence"].items()}
+
+
+def gathered_factors(folder: OutputFolder, tasks: Sequence[WeightTask]) -> dict[str, Block]:
+    """The blocks of all weights, by name."""
+    groups = (folder.blocks.groups[task.tensor.name] for task in tasks)
+    return {name: block for group in groups for name, block in group.blocks.items()}
 
 
 def base_norm(weight: LogicalWeight, tools: Tools) -> float:
@@ -104,7 +96,7 @@ def base_norm(weight: LogicalWeight, tools: Tools) -> float:
 
 def sampled_rows(weight: LogicalWeight) -> int:
     """How many of the base's rows `base_norm` reads."""
-    return min(weight.shape[0], strip_rows(weight.shape[1], READ_ELEMENTS))
+    return min(weight.shape[0], strip_rows(weight.shape[1], SAMPLED_ELEMENTS))
 
 
 def _nothing() -> None:

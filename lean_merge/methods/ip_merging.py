@@ -49,9 +49,11 @@ START_RANK = 64
 """Directions computed at first, where the threshold and temperature ask for no more."""
 CLEAR = 0.02
 """How far from the threshold a similarity must be to count as decided."""
-GATHERED_FOR = 0.3
-"""Similarity from which evidence suffices for sure: the lowest threshold that the paper found best.
-Below, random directions carry so much of the update that most weights would need them all."""
+GATHERED_FOR = 0.4
+"""Similarity for which the directions that evidence begins with suffice."""
+GATHERED_FROM = 0.2
+"""Similarity from which more are gathered where these do not suffice. Below, directions that align
+by chance carry so much of the update that a doubled rank would not either."""
 
 
 @register
@@ -258,7 +260,7 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
     def _gathered(self, facts: Facts, spectra: list[Spectrum], may_grow: bool) -> Verdict:
         """Whether more passes could change anything, if every expert were selected."""
         aligned = align(self.parameters, facts)
-        likely = [alignment for alignment in aligned if alignment.compared >= GATHERED_FOR]
+        likely = [alignment for alignment in aligned if alignment.compared >= GATHERED_FROM]
         if may_grow and not all(is_small(alignment.omitted) for alignment in likely):
             return Verdict.GROW
         if self.common.select_by == "max":

@@ -13,7 +13,7 @@ from lean_merge.output.adapter import (
 from lean_merge.output.blocks import Block, BlockStore, Group
 from lean_merge.output.card import adapter_card, license_of, model_card
 from lean_merge.output.check import Difference, FolderCheck, check_folder
-from lean_merge.output.factors import FACTORS, StoredTensor, write_factors
+from lean_merge.output.factors import FACTORS, write_factors
 from lean_merge.output.folder import OutputFolder
 from lean_merge.output.journal import JOURNAL, Journal, read_journal
 from lean_merge.output.layout import OutputTensor, Shard, index_json, plan_shards
@@ -36,7 +36,6 @@ __all__ = [
     "OutputTensor",
     "Shard",
     "StoredFactors",
-    "StoredTensor",
     "adapter_card",
     "adapter_layout",
     "changed_input",

@@ -1,14 +1,13 @@
-"""The factors of an analysis: collected, then laid out and written as one safetensors file."""
+"""The factors of an analysis: blocks of the output, written as one safetensors file."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 
 from lean_merge.checkpoints.reader import as_bytes
-from lean_merge.output.adapter import FactorStore
+from lean_merge.output.blocks import ITEM, Block
 from lean_merge.output.folder import OutputFolder
 from lean_merge.output.layout import OutputTensor, Shard, single_file
 
@@ -17,32 +16,21 @@ _CHUNK = 1 << 20
 """Numbers that pass through memory at once."""
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """A float32 tensor that waits in a `FactorStore`, from `start` on."""
-
-    name: str
-    shape: tuple[int, int]
-    start: int
-
-
-def write_factors(
-    folder: OutputFolder, store: FactorStore, tensors: Sequence[StoredTensor]
-) -> Shard:
+def write_factors(folder: OutputFolder, blocks: Mapping[str, Block]) -> Shard:
     """Writes analysis.safetensors into an open folder, which stays unsealed; returns its layout.
 
     Raises OutputError or BudgetError where the disk refuses.
     """
-    shard = single_file(
-        FACTORS,
-        [OutputTensor(t.name, "F32", t.shape, 4 * t.shape[0] * t.shape[1]) for t in tensors],
-    )
+    tensors = [OutputTensor(n, "F32", block.shape, block.nbytes) for n, block in blocks.items()]
+    shard = single_file(FACTORS, tensors)
     folder.add(shard)
     chunk = torch.empty(_CHUNK)
-    for tensor in tensors:
-        count = tensor.shape[0] * tensor.shape[1]
+    for name, block in blocks.items():
+        if folder.is_finished(name):
+            continue
+        count = block.nbytes // ITEM
         for first in range(0, count, _CHUNK):
             numbers = chunk[: min(_CHUNK, count - first)]
-            store.read(tensor.start + 4 * first, numbers)
-            folder.write_at(shard, shard.offsets[tensor.name] + 4 * first, as_bytes(numbers))
+            folder.blocks.read(block, first, numbers)
+            folder.write_at(shard, shard.offsets[name] + first * ITEM, as_bytes(numbers))
     return shard
