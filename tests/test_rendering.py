@@ -118,14 +118,27 @@ def test_models_of_different_foundations_are_compared_and_not_analysed(
     assert (out / "comparison.html").read_bytes() == page
 
 
-def test_a_comparison_that_cannot_be_kept_hides_no_reason(
+def test_a_comparison_that_cannot_be_kept_is_said_all_the_same(
+    run: Run, foreign: Triple, small: Triple, tmp_path: Path
+):
+    out = tmp_path / "out"
+    assert run("analyze", *roles(small), "--out", out)[0] == 0
+    before = contents(out)
+    for more in ((), ("--overwrite",)):
+        code, printed, err = run("analyze", *roles(foreign), "--out", out, *more)
+        assert code == 1 and "is not kept" in err and "do not map onto each other" in err
+        assert "intermediate size: 24 in the base" in printed and "comparison:" not in printed
+        assert contents(out) == before
+
+
+def test_models_that_cannot_be_compared_fail_with_the_first_reason(
     run: Run, foreign: Triple, tmp_path: Path
 ):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "notes.txt").write_text("mine")
-    code, _, err = run("analyze", *roles(foreign), "--out", tmp_path / "out")
-    assert code == 1 and "not empty" in err and "do not map onto each other" in err
-    assert [each.name for each in (tmp_path / "out").iterdir()] == ["notes.txt"]
+    words = roles(foreign)
+    code, printed, err = run("analyze", *words, "--out", tmp_path / "out", "--memory", "1MiB")
+    assert code == 1 and printed == ""
+    assert "could not be compared" in err and "do not map onto each other" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_page_of_a_sweep_is_made_from_its_document(run: Run, tmp_path: Path):

@@ -21,8 +21,8 @@ from lean_merge.cli.options import (
     work_of,
 )
 from lean_merge.comparing import write_comparison
-from lean_merge.comparison import COMPARISON, differing
-from lean_merge.errors import CoverageError, LeanMergeError
+from lean_merge.comparison import COMPARISON, compare, differing
+from lean_merge.errors import CoverageError, LeanMergeError, OutputError
 from lean_merge.page import MEND
 from lean_merge.plan import plan_analysis
 from lean_merge.recipe import MergeRecipe
@@ -53,7 +53,7 @@ def analyze_command(
         with downloads_shown(not quiet):
             plan = plan_analysis(recipe, resources)
     except CoverageError as error:
-        _compare(recipe, resources, out, error, overwrite=overwrite, as_json=as_json, quiet=quiet)
+        _compare(recipe, resources, out, error, as_json=as_json, quiet=quiet)
         raise
     if not (quiet or as_json):
         for line in describe.warnings_of(plan):
@@ -76,26 +76,33 @@ def _compare(
     out: Path,
     error: CoverageError,
     *,
-    overwrite: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Say what differs between models that do not share one foundation, and keep it."""
+    """Say what differs between models that do not share one foundation, and keep it.
+
+    Whatever else `out` holds stays as it is: who overwrites an analysis wants another one.
+    """
     if not quiet:
         echo("The models are not of one foundation; comparing them.", err=True)
+    place = None
     try:
-        result = write_comparison(
-            recipe, out, resources=resources, reason=str(error), overwrite=overwrite
-        )
+        try:
+            result = write_comparison(recipe, out, resources=resources, reason=str(error))
+            found, place = result.comparison, result.page or result.path / COMPARISON
+        except OutputError as other:
+            echo(f"warning: the comparison is not kept: {other}", err=True)
+            found = compare(recipe, resources, reason=str(error))
     except LeanMergeError as other:
         # What keeps the comparison from being made matters less than why it is needed.
         echo(f"warning: the models could not be compared: {other}", err=True)
         return
     if as_json:
-        echo(json.dumps(result.comparison))
+        echo(json.dumps(found))
     elif not quiet:
-        echo("\n".join(differing(result.comparison)))
-        echo(f"comparison: {result.page or result.path / COMPARISON}")
+        echo("\n".join(differing(found)))
+        if place is not None:
+            echo(f"comparison: {place}")
 
 
 @app.command("report")
