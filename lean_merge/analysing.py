@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from lean_merge import memory
 from lean_merge.analysis import ANALYSIS, Analysis, build_analysis, open_analysis
-from lean_merge.api import RECIPE, check_unchanged
 from lean_merge.engine.evidence import EvidenceSink, gathered_evidence, gathered_factors
 from lean_merge.engine.run import Event, run
-from lean_merge.identity import run_facts
+from lean_merge.identity import check_unchanged, run_facts
 from lean_merge.output import OutputFolder, find_complete, write_factors
 from lean_merge.plan import Plan, plan_analysis
 from lean_merge.recipe import MergeRecipe
 from lean_merge.rendering import REPORT, add_page
-from lean_merge.report import to_json
+from lean_merge.report import RECIPE, to_json
 from lean_merge.resources import Resources
 
 
@@ -111,3 +111,14 @@ def _shown(folder: Path, *, reused: int = 0, was_complete: bool = False) -> Anal
 def analysis_facts(plan: Plan, out: Path) -> dict[str, object]:
     """The `run` of an analysis's journal: no merge of the same recipe is mistaken for it."""
     return {**run_facts(plan, out), "kind": "an analysis"}
+
+
+def beside(final: Path) -> Path:
+    """Where the analysis of a merge into `final` waits, if that finds its thresholds itself."""
+    resolved = final.expanduser().resolve()
+    return resolved.parent / f".{resolved.name}.lean-merge-analysis"
+
+
+def discard(folder: Path) -> None:
+    """Deletes an analysis that `beside` named, once its merge is complete."""
+    shutil.rmtree(folder, ignore_errors=True)

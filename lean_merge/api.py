@@ -4,26 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from lean_merge import memory
+from lean_merge.analysing import analyze, beside, discard
 from lean_merge.analysis import Analysis, open_analysis
 from lean_merge.checkpoints.jsonfile import read_object
 from lean_merge.engine.adapter import AdapterSink
 from lean_merge.engine.run import Event, RunResult, run, steps
 from lean_merge.engine.sinks import BlockSink, CheckpointSink, DecisionSink, TensorSink
-from lean_merge.errors import CheckpointError, RecipeError
-from lean_merge.identity import inputs, run_facts
+from lean_merge.errors import RecipeError
+from lean_merge.identity import check_unchanged, run_facts
 from lean_merge.output import (
     OutputFolder,
     adapter_card,
-    changed_input,
+    check_output,
     copy_side_files,
     find_complete,
+    journal_run,
     license_of,
     model_card,
     write_adapter,
@@ -31,10 +33,9 @@ from lean_merge.output import (
 from lean_merge.plan import Plan, plan_stream
 from lean_merge.plan import plan as make_plan
 from lean_merge.recipe import MergeRecipe
-from lean_merge.report import REPORT, adapter_summary, build_report, summary, to_json
+from lean_merge.report import RECIPE, REPORT, adapter_summary, build_report, summary, to_json
 from lean_merge.resources import Resources
 
-RECIPE = "lean_merge_recipe.yml"
 _MAX_REPORT = 1 << 30
 
 
@@ -99,6 +100,8 @@ def merge(
     with memory.PeakSampler() as sampler:
         baseline = sampler.peak
         plan = work if isinstance(work, Plan) else _planned(work, resources, analysis)
+        if not plan.is_settled:
+            return _merge_once_analysed(plan, out, overwrite, resume, on_event)
         if out is None:
             return MergeResult(None, _merge(plan, None, sampler, baseline, on_event))
         folder_path = Path(out)
@@ -122,6 +125,43 @@ def merge(
             write_companions(plan, folder, report)
             folder.seal()
     return MergeResult(folder.final, report, reused=reused)
+
+
+def _merge_once_analysed(
+    plan: Plan,
+    out: str | Path | None,
+    overwrite: bool,
+    resume: bool,
+    on_event: Callable[[Event], None] | None,
+) -> MergeResult:
+    """A merge whose thresholds are to be found: the analysis first, in a folder beside `out`.
+
+    That is deleted once the output is complete; an interrupted merge takes it up again.
+    """
+    if out is None:
+        raise RecipeError(
+            "threshold: auto keeps its evidence on the disk; give a folder with --out, or an "
+            "analysis with --analysis."
+        )
+    final = Path(out)
+    facts = run_facts(plan, final)
+    known = journal_run(final).get("analysis") if resume else None
+    if isinstance(known, dict) and known.get("own") is True:
+        facts["analysis"] = known
+        complete = find_complete(final, plan.shards, inputs=plan.inputs, run=facts)
+        if complete is not None:
+            report = read_report(complete)
+            return MergeResult(complete, report, reused=len(plan.tasks), was_complete=True)
+    # Refused now rather than when all is analysed.
+    check_output(
+        final, plan.shards, inputs=plan.inputs, overwrite=overwrite, run=facts, resume=resume
+    )
+    resources = Resources(plan.device, plan.memory, plan.vram or None, plan.threads)
+    own = analyze(plan.recipe, beside(final), resources=resources, overwrite=True, resume=resume)
+    found = make_plan(plan.recipe, resources, analysis=replace(own.analysis, own=True))
+    result = merge(found, out, overwrite=overwrite, resume=resume, on_event=on_event)
+    discard(own.path)
+    return result
 
 
 def _planned(
@@ -148,17 +188,6 @@ def _merge(
         peak=sampler.peak,
         baseline=baseline,
     )
-
-
-def check_unchanged(plan: Plan, out: Path, facts: dict[str, Any]) -> None:
-    """Raise CheckpointError if an input is not what it was when the merge began."""
-    now = inputs(plan, out)
-    if now != facts["inputs"]:
-        change = changed_input(facts["inputs"], now)
-        raise CheckpointError(
-            f"{out}: is not sealed, because {change}, while it was read; merge again with "
-            "--no-resume once nothing changes it any more."
-        )
 
 
 def read_report(folder: Path) -> dict[str, Any]:

@@ -7,12 +7,12 @@ gathered again in the same way, as `verify` does. So what gathering depended on 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
 from lean_merge.checkpoints import Checkpoint
-from lean_merge.errors import RecipeError
+from lean_merge.errors import RecipeError, shown
 from lean_merge.methods import (
     EvidenceMethod,
     Factors,
@@ -30,6 +30,7 @@ from lean_merge.scope import Position
 
 Methods = Mapping[str, Method[Any]]
 """By the canonical name of each weight that is not filtered out."""
+Able = Mapping[str, EvidenceMethod[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class Gathered:
     def by(cls, recipe: MergeRecipe) -> Gathered:
         """What gathering for `recipe` depends on. Raises RecipeError where nothing is gathered."""
         kind = evidence_method(recipe)
-        defaults = {field.name: field.default for field in kind.parameter_fields()}
+        defaults = {each.name: each.default for each in kind.parameter_fields()}
         values = {**defaults, **dict(recipe.parameters)}
         return cls(kind.name, tuple((name, values[name]) for name in kind.gathered_by), recipe.seed)
 
@@ -82,6 +83,26 @@ class Gathered:
         return cls.by(recipe)
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A threshold that was found for an expert, and how, in sentences."""
+
+    threshold: float
+    explanation: str = ""
+
+
+def choices_from(thresholds: Any, experts: int) -> tuple[Choice, ...]:
+    """Those of a journal. Raises RecipeError for what is no list of thresholds."""
+    if thresholds is None:
+        return ()
+    if not isinstance(thresholds, list) or len(thresholds) != experts:
+        raise RecipeError(f"The thresholds that were found are not {experts}.")
+    for each in thresholds:
+        if type(each) not in (int, float) or not 0 <= each <= 1:
+            raise RecipeError(f"The threshold that was found, {shown(each)}, is not in 0 .. 1.")
+    return tuple(Choice(float(each)) for each in thresholds)
+
+
 class Recorded(Protocol):
     """Evidence that is at hand: an opened analysis."""
 
@@ -98,11 +119,64 @@ class Recorded(Protocol):
     ) -> None:
         """Raise CheckpointError, naming what changed, unless these are what was analysed."""
 
+    def choices(self, methods: Mapping[str, EvidenceMethod[Any]]) -> tuple[Choice, ...]:
+        """The threshold that the similarities of these weights suggest, for each expert."""
+
     def facts(self, canonical: str) -> Facts | None:
         """Of a weight; None if there are none."""
 
     def factors(self, canonical: str) -> Factors:
         """Of a weight that has facts."""
+
+
+@dataclass(frozen=True, slots=True)
+class EvidencePlan:
+    """Of a plan that gathers evidence or decides from some.
+
+    Attributes
+    ----------
+    gathered
+        What the evidence depends on.
+    source
+        Where it comes from, if it is recorded; else it is gathered.
+    choices
+        For each expert, where a threshold was to be found; else none.
+    anew
+        Why weights are looked at though evidence is recorded, by canonical name.
+    """
+
+    gathered: Gathered
+    source: Recorded | None = None
+    choices: tuple[Choice, ...] = ()
+    anew: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """For the journal of a merge from recorded evidence."""
+        assert self.source is not None
+        found = {"thresholds": [each.threshold for each in self.choices]} if self.choices else {}
+        return {**self.source.identity, **found}
+
+
+def decided(
+    methods: Methods, places: Mapping[str, Position], recipe: MergeRecipe, evidence: EvidencePlan
+) -> tuple[dict[str, Method[Any]], EvidencePlan]:
+    """The methods of a merge from evidence, which is recorded or gathered again.
+
+    Raises RecipeError for a method that cannot.
+    """
+    evidence_method(recipe)
+    able = {name: each for name, each in methods.items() if isinstance(each, EvidenceMethod)}
+    if not all(each.is_settled for each in able.values()):
+        if evidence.source is not None:
+            evidence = replace(evidence, choices=evidence.source.choices(able))
+        thresholds = [each.threshold for each in evidence.choices]
+        made = {id(each): each.settled(thresholds) for each in able.values()}
+        able = {name: made[id(each)] for name, each in able.items()}
+    if evidence.source is None:
+        return regathering(able, places, recipe, evidence.gathered), evidence
+    found, anew = recalling(able, places, recipe, evidence.source)
+    return found, replace(evidence, anew=anew)
 
 
 def evidence_method(recipe: MergeRecipe) -> type[EvidenceMethod[Any]]:
@@ -128,7 +202,10 @@ def watching(methods: Methods) -> dict[str, Method[Any]]:
 
 
 def regathering(
-    methods: Methods, places: Mapping[str, Position], recipe: MergeRecipe, gathered: Gathered
+    methods: Mapping[str, EvidenceMethod[Any]],
+    places: Mapping[str, Position],
+    recipe: MergeRecipe,
+    gathered: Gathered,
 ) -> dict[str, Method[Any]]:
     """The methods, which gather anew as was `gathered` before they decide."""
     table = MethodTable(gathered.recipe(recipe))
@@ -138,14 +215,17 @@ def regathering(
         gatherer = table.at(places[name])
         key = id(method), id(gatherer)
         if key not in made:
-            assert isinstance(method, EvidenceMethod) and isinstance(gatherer, EvidenceMethod)
+            assert isinstance(gatherer, EvidenceMethod)
             made[key] = Gathering(method, gatherer, gathered.seed)
         found[name] = made[key]
     return found
 
 
 def recalling(
-    methods: Methods, places: Mapping[str, Position], recipe: MergeRecipe, recorded: Recorded
+    methods: Mapping[str, EvidenceMethod[Any]],
+    places: Mapping[str, Position],
+    recipe: MergeRecipe,
+    recorded: Recorded,
 ) -> tuple[dict[str, Method[Any]], dict[str, str]]:
     """The methods, which decide from what is recorded; and why those that look anew do.
 
@@ -155,7 +235,6 @@ def recalling(
     found = regathering(methods, places, recipe, recorded.gathered)
     anew = {}
     for name, method in methods.items():
-        assert isinstance(method, EvidenceMethod)
         facts = recorded.facts(name)
         if facts is None:
             anew[name] = "the analysis has no evidence of it"
@@ -177,8 +256,12 @@ def described(anew: Mapping[str, str]) -> Sequence[str]:
 
 
 __all__ = [
+    "Choice",
+    "EvidencePlan",
     "Gathered",
     "Recorded",
+    "choices_from",
+    "decided",
     "described",
     "evidence_method",
     "recalling",

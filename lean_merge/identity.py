@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from lean_merge.checkpoints import Checkpoint, identify
-from lean_merge.output import side_files
+from lean_merge.errors import CheckpointError
+from lean_merge.output import changed_input, side_files
 from lean_merge.plan import Plan
 from lean_merge.recipe import MergeRecipe
 from lean_merge.resources import arithmetic_dtype
@@ -31,14 +32,15 @@ def run_facts(plan: Plan, out: Path) -> dict[str, Any]:
     CheckpointError
         An input cannot be read.
     """
-    source = None if plan.evidence is None else plan.evidence.source
     facts = {
         "recipe": plan.recipe.to_dict(),
         "recipe_sha256": recipe_digest(plan.recipe),
         "inputs": inputs(plan, out),
         "environment": environment(plan.device),
     }
-    return facts if source is None else {**facts, "analysis": dict(source.identity)}
+    if plan.evidence is None or plan.evidence.source is None:
+        return facts
+    return {**facts, "analysis": plan.evidence.identity}
 
 
 def recipe_digest(recipe: MergeRecipe) -> str:
@@ -90,6 +92,17 @@ def changed_weights(then: Any, roles: Roles) -> str | None:
         if was:
             return f"{next(iter(was))} of the {entry['role']} is gone"
     return None
+
+
+def check_unchanged(plan: Plan, out: Path, facts: dict[str, Any]) -> None:
+    """Raise CheckpointError if an input is not what it was when the merge began."""
+    now = inputs(plan, out)
+    if now != facts["inputs"]:
+        change = changed_input(facts["inputs"], now)
+        raise CheckpointError(
+            f"{out}: is not sealed, because {change}, while it was read; merge again with "
+            "--no-resume once nothing changes it any more."
+        )
 
 
 def _deciding(entry: dict[str, Any]) -> dict[str, Any]:

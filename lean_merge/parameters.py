@@ -127,8 +127,10 @@ def _typed(
             value = tuple(part.strip() for part in value.split(",") if part.strip())
         elif isinstance(default, tuple) and isinstance(value, list):
             value = tuple(value)
-        if type(value) is not type(default) and name != "rank":
-            raise RecipeError(f"{name} must be a {type(default).__name__}, not {shown(value)}.")
+        words = fields[name].metadata.get("words", ())
+        if type(value) is not type(default) and name != "rank" and value not in words:
+            kind = " or ".join([type(default).__name__, *words])
+            raise RecipeError(f"{name} must be a {kind}, not {shown(value)}.")
         typed[name] = value
     return typed
 

@@ -28,12 +28,12 @@ from lean_merge.checkpoints import (
 from lean_merge.errors import CoverageError, RecipeError
 from lean_merge.footprint import Layout, check_budget
 from lean_merge.gathering import (
+    Choice,
+    EvidencePlan,
     Gathered,
     Recorded,
+    decided,
     described,
-    evidence_method,
-    recalling,
-    regathering,
     watching,
 )
 from lean_merge.methods import Method
@@ -78,25 +78,6 @@ class Prediction:
 
 
 @dataclass(frozen=True, slots=True)
-class EvidencePlan:
-    """Of a plan that gathers evidence or decides from some.
-
-    Attributes
-    ----------
-    gathered
-        What the evidence depends on.
-    source
-        Where it comes from, if it is recorded; else it is gathered.
-    anew
-        Why weights are looked at though evidence is recorded, by canonical name.
-    """
-
-    gathered: Gathered
-    source: Recorded | None = None
-    anew: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
     """Everything that `merge` will do; made from headers, so nothing is written yet."""
 
@@ -120,8 +101,20 @@ class Plan:
 
     @property
     def inputs(self) -> tuple[Path, ...]:
-        """Folders or files that are read, and never written to."""
-        return tuple(checkpoint.path for checkpoint in (self.base, self.mllm, *self.experts))
+        """Folders that are read, and where links in them lead to, which are never written to."""
+        checkpoints = (self.base, self.mllm, *self.experts)
+        files = [file for checkpoint in checkpoints for file in checkpoint.files]
+        return (
+            *(checkpoint.path for checkpoint in checkpoints),
+            *(file.resolve() for file in files if file.is_symlink()),
+        )
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether no threshold is to be found before anything is merged."""
+        return self.evidence is not None or all(
+            method is None or method.is_settled for task in self.weights for method in task.methods
+        )
 
     @property
     def weights(self) -> tuple[WeightTask, ...]:
@@ -170,9 +163,19 @@ def plan(
     return _plan(recipe, resources or Resources(), recipe.output, evidence)
 
 
-def plan_again(recipe: MergeRecipe, gathered: Gathered, resources: Resources | None = None) -> Plan:
-    """The plan of a merge from an analysis, which gathers its evidence anew in the same way."""
-    return _plan(recipe, resources or Resources(), recipe.output, EvidencePlan(gathered))
+def plan_again(
+    recipe: MergeRecipe,
+    gathered: Gathered,
+    resources: Resources | None = None,
+    *,
+    choices: tuple[Choice, ...] = (),
+) -> Plan:
+    """The plan of a merge from an analysis, which gathers its evidence anew in the same way.
+
+    `choices` are the thresholds that it found, if there were any to find.
+    """
+    evidence = EvidencePlan(gathered, choices=choices)
+    return _plan(recipe, resources or Resources(), recipe.output, evidence)
 
 
 def plan_analysis(recipe: MergeRecipe, resources: Resources | None = None) -> Plan:
@@ -218,16 +221,14 @@ def _plan(
     by_weight = {
         name: methods.at(place) for name, place in places.items() if name not in scope.filtered
     }
-    if evidence is not None:
-        evidence_method(recipe)
-        if output == ANALYSIS:
-            by_weight = watching(by_weight)
-        elif evidence.source is None:
-            by_weight = regathering(by_weight, places, recipe, evidence.gathered)
-        else:
+    if output == ANALYSIS:
+        by_weight = watching(by_weight)
+    elif evidence is not None:
+        if evidence.source is not None:
             evidence.source.check_inputs(base, mllm, experts)
-            by_weight, anew = recalling(by_weight, places, recipe, evidence.source)
-            evidence = dataclasses.replace(evidence, anew=anew)
+        by_weight, evidence = decided(by_weight, places, recipe, evidence)
+    elif output == "stream" and not all(each.is_settled for each in by_weight.values()):
+        raise RecipeError("A stream finds no threshold of its own; give one instead of auto.")
     outputs = _outputs(recipe, mllm, _merged(coverage, scope))
     shards: tuple[Shard, ...] = ()
     if output == "checkpoint":
@@ -238,8 +239,7 @@ def _plan(
     threads = processors(resources.threads)
     device, limits, busy = limits_of(resources, device)
     notes += busy
-    if evidence is not None:
-        notes += described(evidence.anew)
+    notes += described(evidence.anew) if evidence is not None else []
     largest = max((tensor.nbytes for tensor in outputs.values()), default=0)
     layout = Layout(
         methods=by_weight,

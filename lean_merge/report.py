@@ -18,6 +18,7 @@ from lean_merge.output import remote_code
 from lean_merge.plan import Plan
 from lean_merge.version import __version__
 
+RECIPE = "lean_merge_recipe.yml"
 REPORT = "lean_merge_report.json"
 REPORT_VERSION = 1
 OMITTED_WARNING = 0.025
@@ -88,7 +89,8 @@ def _from_analysis(plan: Plan) -> dict[str, Any] | None:
     if plan.evidence is None or plan.evidence.source is None:
         return None
     return {
-        **plan.evidence.source.identity,
+        **plan.evidence.identity,
+        "explanations": [each.explanation for each in plan.evidence.choices],
         "recalled": sum(
             isinstance(method, Recalling) for task in plan.weights for method in task.methods
         ),

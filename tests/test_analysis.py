@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -38,8 +39,8 @@ from lean_merge import (
     analyze,
     merge,
     open_analysis,
-    open_checkpoint,
     plan,
+    stream,
     verify,
 )
 from lean_merge.methods.plainfacts import from_plain, to_plain
@@ -161,15 +162,13 @@ def test_one_pass_over_the_disk_as_predicted_and_no_weight_written(small: Triple
     result = analyze(small.recipe(), tmp_path / "out", resources=CPU)
     count = result.analysis.document["bytes"]
     assert count["read"] == count["read_predicted"] and count["read_predicted_exactly"]
-    roles = (small.base, small.mllm, *small.experts)
-    stored = sum((path / "model.safetensors").stat().st_size for path in roles)
-    # Once each, and the first rows of the base for its norm.
-    assert count["read"] < 1.1 * stored
+    numbers = sum(math.prod(slot.in_base.get(load(small.base)).shape) for slot in small.slots)
+    # Every role once, and the base's first rows for its norm: all of them in weights as small.
+    assert count["read"] == (3 + 1) * 4 * numbers
     assert 0.9 * count["written_predicted"] <= count["written"] <= count["written_predicted"] + 4096
     names = set(contents(tmp_path / "out"))
-    assert {"analysis.json", "analysis.safetensors", "lean_merge_recipe.yml"} <= names
-    with pytest.raises(CheckpointError):
-        open_checkpoint(str(tmp_path / "out"))
+    kept = {"analysis.json", "analysis.safetensors", "lean_merge_recipe.yml"}
+    assert kept <= names <= kept | {"lean_merge_journal.jsonl", "report.html"}
 
 
 # --- merges from it ------------------------------------------------------------------------
@@ -438,3 +437,57 @@ def test_missing_files_are_named(analysis: Analysis, tmp_path: Path):
     (folder / "analysis.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"analysis\.safetensors: is missing"):
         open_analysis(folder)
+
+
+# --- thresholds that are found ---------------------------------------------------------------
+
+
+def test_auto_is_the_threshold_that_the_analysis_explains(
+    triple: Triple, analysis: Analysis, tmp_path: Path
+):
+    """The planted weights are above it, the others below, and verify knows it again."""
+    result = merged(triple.recipe(threshold="auto"), tmp_path / "out", analysis)
+    about = result.report["analysis"]
+    for k, path in enumerate(triple.experts):
+        entry = analysis.document["thresholds"][k]
+        assert about["thresholds"][k] == entry["auto"]
+        assert about["explanations"][k] == entry["explanation"]
+        assert f"{entry['auto']:.2f}" in entry["explanation"]
+        for name, row in rows_of(result, path).items():
+            assert row["selected"] == triple.is_aligned(name, k)
+    assert verify(result.path, full=True, resources=CPU).ok
+
+
+def test_auto_without_an_analysis_makes_one_and_leaves_nothing(small: Triple, tmp_path: Path):
+    """The same bytes as from an analysis; interrupted, it goes on; complete, it is left alone."""
+    recipe = small.recipe(threshold="auto", shard_size="30KB")
+    wanted = merged(recipe, tmp_path / "a" / "wanted", analysed(recipe, tmp_path / "analysis"))
+    out = tmp_path / "b" / "out"
+    with pytest.raises(Stop):
+        merged(recipe, out, on_event=stopping(2))
+    assert [each.name for each in out.parent.iterdir() if each != out]
+    found = merged(recipe, out)
+    assert found.reused > 0
+    assert [each.name for each in out.parent.iterdir()] == ["out"]
+    one, two = load(found.path), load(wanted.path)
+    assert all(torch.equal(one[name], two[name]) for name in two)
+    assert verify(out, full=True, resources=CPU).ok
+    assert merged(recipe, out).was_complete
+    with pytest.raises(OutputError, match="not empty"):
+        merged(small.recipe(threshold="auto", scale=2.0), out)
+
+
+def test_auto_of_one_expert_alone(triple: Triple, analysis: Analysis, tmp_path: Path):
+    recipe = triple.recipe(own=[{"threshold": "auto"}, {"threshold": 0.95}], output="none")
+    report = merged(recipe, None, analysis).report
+    chosen = [r["expert"] for r in report["weights"] if r["selected"]]
+    assert set(chosen) == {str(triple.experts[0])}
+
+
+def test_auto_needs_a_folder_or_an_analysis(triple: Triple):
+    with pytest.raises(RecipeError, match="give a folder with --out, or an analysis"):
+        merged(triple.recipe(threshold="auto", output="none"), None)
+    with pytest.raises(RecipeError, match="A stream finds no threshold"):
+        next(stream(triple.recipe(threshold="auto"), resources=CPU))
+    with pytest.raises(RecipeError, match="threshold must be a float or auto"):
+        merged(triple.recipe(threshold="high", output="none"), None)

@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -185,6 +186,55 @@ def refuse(scene: Scene, at: int, number: int, *, overwrite: bool) -> bool:
     assert_same(contents(root / "out"), scene.expected)
     assert [each.name for each in root.iterdir()] == ["out"]
     return failed
+
+
+def interrupt(scene: Scene, at: int, *, overwrite: bool) -> bool:
+    """A merge that is interrupted when it would change the disk; whether it came so far."""
+    root = scene.folder / "root"
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir()
+    if overwrite:
+        shutil.copytree(scene.folder / "old" / "out", root / "out")
+    left = [at]
+
+    def fail(index: int, kind: str) -> BaseException | None:
+        # Signals reach the main thread alone, and once.
+        if threading.current_thread() is not threading.main_thread():
+            return None
+        left[0] -= 1
+        return KeyboardInterrupt() if left[0] == -1 else None
+
+    try:
+        with Recorder(root, fail=fail).recording():
+            scene.merge(root / "out", overwrite=overwrite)
+    except KeyboardInterrupt:
+        interrupted = True
+    else:
+        interrupted = False
+    assert_never_half_done(root, scene)
+    scene.merge(root / "out", overwrite=overwrite)
+    assert_same(contents(root / "out"), scene.expected)
+    assert [each.name for each in root.iterdir()] == ["out"]
+    return interrupted
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_interrupt_may_come_now_and_then(scene: Scene, overwrite: bool):
+    places = (0, 4, 21, 33, 10**6)
+    found = [interrupt(scene, at, overwrite=overwrite) for at in places]
+    assert found == [True, True, True, True, False]
+
+
+@pytest.mark.durability
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_interrupt_may_come_at_any_change(scene: Scene, overwrite: bool, capsys):
+    """Amid opening, writing, laying out, sealing and switching."""
+    at = 0
+    while interrupt(scene, at, overwrite=overwrite):
+        at += 1
+    with capsys.disabled():
+        print(f"\ninterrupts, overwrite={overwrite}: {at} points, none lost")
+    assert at > 30
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

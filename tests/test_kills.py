@@ -225,7 +225,9 @@ def test_inputs_are_only_read_also_through_links(tmp_path: Path, monkeypatch: An
     assert facts() == before
 
 
-@pytest.mark.parametrize("where", ["dots", "link to it", "link above", "beside new", "beside old"])
+@pytest.mark.parametrize(
+    "where", ["dots", "link to it", "link above", "beside new", "beside old", "linked file"]
+)
 def test_an_output_that_would_touch_an_input_is_refused(scene: Scene, tmp_path: Path, where: str):
     mllm = scene.triple.mllm
     triple = scene.triple
@@ -234,6 +236,14 @@ def test_an_output_that_would_touch_an_input_is_refused(scene: Scene, tmp_path: 
         shutil.copytree(mllm, copy)
         triple = Triple(triple.base, copy, triple.experts, triple.slots)
         out, mllm = tmp_path / "out", copy
+    elif where == "linked file":
+        # The folder that is named holds a link alone; the bytes are where the output would be.
+        out = tmp_path / "real"
+        shutil.copytree(mllm, out)
+        link = tmp_path / "named" / "model.safetensors"
+        link.parent.mkdir()
+        link.symlink_to(out / "model.safetensors")
+        triple, mllm = Triple(triple.base, link, triple.experts, triple.slots), out
     elif where == "dots":
         out = scene.folder / "elsewhere" / ".." / "in" / "mllm" / "deep"
     else:
@@ -245,6 +255,33 @@ def test_an_output_that_would_touch_an_input_is_refused(scene: Scene, tmp_path: 
         with pytest.raises(OutputError, match="which must not change"):
             triple.merge(out, overwrite=overwrite)
     assert contents(mllm) == before
+
+
+def test_side_files_go_through_no_link_of_a_folder(scene: Scene, tmp_path: Path):
+    out, victim = scene.folder / "beneath" / "out", tmp_path / "victim"
+    with pytest.raises(Stop):
+        scene.merge(out, on_event=stopping(2))
+    victim.mkdir()
+    (victim / "tool.jinja").write_text("precious")
+    (out / "additional_chat_templates").symlink_to(victim)
+    with pytest.raises(OutputError, match="is a link to another folder"):
+        scene.merge(out)
+    assert contents(victim) == {"tool.jinja": b"precious"}
+    (out / "additional_chat_templates").unlink()
+    scene.merge(out)
+    assert_same(contents(out), scene.expected)
+
+
+def test_an_output_may_be_named_by_a_link(scene: Scene, tmp_path: Path):
+    """The folder behind it is written, and replaced; the link stays."""
+    real, link = tmp_path / "real", tmp_path / "link"
+    link.symlink_to(real)
+    for options in ({"scale": 0.5}, {"overwrite": True}):
+        assert scene.merge(link, **options).path == real
+        assert link.is_symlink()
+    found, wanted = contents(real), dict(scene.expected)
+    del found[JOURNAL], wanted[JOURNAL], found[REPORT], wanted[REPORT]
+    assert found == wanted
 
 
 @pytest.mark.parametrize("link", [os.link, os.symlink])

@@ -41,7 +41,7 @@ from lean_merge.engine.device import BlockingQueues, is_out_of_memory
 from lean_merge.engine.transfer import Done, Parcel, Uploader
 from lean_merge.engine.workers import Workers, full_float32, worker_pool
 from lean_merge.methods import spectra
-from lean_merge.verify import ComparingSink
+from lean_merge.recompute import CheckpointComparison
 
 __all__ = ["many_tiles"]
 
@@ -553,13 +553,13 @@ def test_only_what_the_cpu_took_over_is_verified_within_a_last_place(
     during: str,
 ):
     compared: list[set[str]] = []
-    real = ComparingSink.differences
+    real = CheckpointComparison.differences
 
-    def differences(sink: ComparingSink, elsewhere: set[str]) -> Any:
+    def differences(sink: CheckpointComparison, elsewhere: set[str]) -> Any:
         compared.append(elsewhere)
         return real(sink, elsewhere)
 
-    monkeypatch.setattr(ComparingSink, "differences", differences)
+    monkeypatch.setattr(CheckpointComparison, "differences", differences)
     with pytest.MonkeyPatch.context() as patch:
         if during == "merge":
             Shortage(patch, "pass 1", times)

@@ -19,7 +19,7 @@ from scenes import Scene, make_scene
 
 from lean_merge import CheckpointError, Resources, Verification, cli, identity, verify
 from lean_merge.output import JOURNAL
-from lean_merge.verify import _apart, _rank
+from lean_merge.recompute import _apart, _rank
 
 MODULE = sys.modules["lean_merge.verify"]
 """The module; the package's attribute of that name is the function."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lean_merge.analysis.thresholds import Sample, survey
+from lean_merge.analysis.thresholds import Sample, Survey, survey
 from lean_merge.engine.results import WeightResult
 from lean_merge.engine.run import RunResult
 from lean_merge.linalg import null_quantile
 from lean_merge.memory import Usage
-from lean_merge.methods import Compared, ExpertRecord, Watching
+from lean_merge.methods import Compared, EvidenceMethod, ExpertRecord, Watching
 from lean_merge.methods.plainfacts import from_plain
 from lean_merge.plan import Plan
 from lean_merge.report import accuracy_warnings, fallback_warnings, measures
@@ -45,8 +45,13 @@ def build_analysis(
         As for a merge's report.
     """
     assert plan.evidence is not None
-    compared = _compared(plan, evidence)
-    surveys = [survey(_samples(evidence, compared, k)) for k in range(len(plan.experts))]
+    methods = _methods(plan)
+    found = {name: from_plain(plain) for name, plain in evidence.items() if plain is not None}
+    compared = {name: methods[name].compared(facts) for name, facts in found.items()}
+    surveys = surveys_of(evidence, compared, len(plan.experts))
+    settled = {name: methods[name].settled([each.auto for each in surveys]) for name in found}
+    compared = {name: settled[name].compared(facts) for name, facts in found.items()}
+    records = {name: settled[name].verdicts(facts) for name, facts in found.items()}
     warnings = [*plan.coverage.warnings, *plan.notes]
     warnings += [*accuracy_warnings(result), *fallback_warnings(result)]
     warnings += [warning for each in surveys for warning in each.warnings]
@@ -70,27 +75,38 @@ def build_analysis(
             for k, (expert, each) in enumerate(zip(plan.recipe.experts, surveys, strict=True))
         ],
         "weights": [
-            _row(weight, evidence[weight.canonical], compared.get(weight.canonical))
+            _row(
+                weight,
+                evidence[weight.canonical],
+                compared.get(weight.canonical),
+                records.get(weight.canonical, ()),
+            )
             for weight in result.weights
         ],
     }
 
 
-def _compared(
-    plan: Plan, evidence: Mapping[str, dict[str, Any] | None]
-) -> dict[str, tuple[Compared | None, ...]]:
-    """Of the weights that were looked at."""
-    found = {}
-    for task in plan.weights:
-        for part, method in zip(task.weight.slices, task.methods, strict=True):
-            plain = evidence[part.canonical]
-            if plain is not None and isinstance(method, Watching):
-                found[part.canonical] = method.compared(from_plain(plain))
-    return found
+def _methods(plan: Plan) -> dict[str, EvidenceMethod[Any]]:
+    """How each weight would be merged."""
+    return {
+        part.canonical: method.method
+        for task in plan.weights
+        for part, method in zip(task.weight.slices, task.methods, strict=True)
+        if isinstance(method, Watching)
+    }
+
+
+def surveys_of(
+    evidence: Mapping[str, Mapping[str, Any] | None],
+    compared: Mapping[str, tuple[Compared | None, ...]],
+    experts: int,
+) -> list[Survey]:
+    """What the compared similarities say of each expert's threshold."""
+    return [survey(_samples(evidence, compared, expert)) for expert in range(experts)]
 
 
 def _samples(
-    evidence: Mapping[str, dict[str, Any] | None],
+    evidence: Mapping[str, Mapping[str, Any] | None],
     compared: Mapping[str, tuple[Compared | None, ...]],
     expert: int,
 ) -> list[Sample]:
@@ -123,6 +139,7 @@ def _row(
     weight: WeightResult,
     plain: dict[str, Any] | None,
     compared: tuple[Compared | None, ...] | None,
+    records: Sequence[ExpertRecord],
 ) -> dict[str, Any]:
     """One of `weights`."""
     about = {
@@ -134,7 +151,7 @@ def _row(
     if plain is None or compared is None:
         skipped = "; ".join(dict.fromkeys(record.reason for record in weight.experts))
         return {**about, "shape": None, "skipped": skipped, "passes": weight.passes}
-    experts = zip(plain["experts"], weight.experts, compared, strict=True)
+    experts = zip(plain["experts"], _explained(weight, records), compared, strict=True)
     return {
         **about,
         **plain,
@@ -145,6 +162,12 @@ def _row(
             for expert, record, own in experts
         ],
     }
+
+
+def _explained(weight: WeightResult, records: Sequence[ExpertRecord]) -> list[ExpertRecord]:
+    """The records; the engine knows experts that cannot change a weight."""
+    pairs = zip(weight.experts, records, strict=True)
+    return [ours if ours.rank else theirs for theirs, ours in pairs]
 
 
 def _decided(record: ExpertRecord) -> dict[str, Any]:

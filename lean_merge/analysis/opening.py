@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lean_merge.analysis.document import ANALYSIS, ANALYSIS_VERSION
+from lean_merge.analysis.document import ANALYSIS, ANALYSIS_VERSION, surveys_of
 from lean_merge.checkpoints import Checkpoint, TensorReader, TensorSpec, as_bytes, read_header
 from lean_merge.checkpoints.jsonfile import parse_object
 from lean_merge.errors import CheckpointError, RecipeError, shown
-from lean_merge.gathering import Gathered
+from lean_merge.gathering import Choice, Gathered
 from lean_merge.identity import by_role, changed_weights
-from lean_merge.methods import Factors, Facts
+from lean_merge.methods import EvidenceMethod, Factors, Facts
 from lean_merge.methods.plainfacts import from_plain
 from lean_merge.output import FACTORS
 
@@ -39,6 +39,8 @@ class Analysis:
         What its evidence depends on, beside the inputs.
     sha256
         Of analysis.json.
+    own
+        Whether a merge made it for itself: the inputs decide it, and any like it will do.
     """
 
     path: Path
@@ -47,6 +49,15 @@ class Analysis:
     sha256: str
     _facts: Mapping[str, Facts]
     _tensors: Mapping[str, TensorSpec]
+    own: bool = False
+
+    def choices(self, methods: Mapping[str, EvidenceMethod[Any]]) -> tuple[Choice, ...]:
+        """The threshold that the similarities of these weights suggest, for each expert."""
+        rows = {row["weight"]: row for row in self.document["weights"]}
+        known = {name: method for name, method in methods.items() if name in self._facts}
+        compared = {n: method.compared(self._facts[n]) for n, method in known.items()}
+        surveys = surveys_of(rows, compared, len(self.document["experts"]))
+        return tuple(Choice(each.auto, each.explanation) for each in surveys)
 
     def facts(self, canonical: str) -> Facts | None:
         """Of a weight; None where it was not looked at."""
@@ -60,7 +71,7 @@ class Analysis:
     def identity(self) -> Mapping[str, Any]:
         """What tells its evidence from any other."""
         return {
-            "sha256": self.sha256,
+            **({"own": True} if self.own else {"sha256": self.sha256}),
             "gathered": self.gathered.to_dict(),
             "environment": self.document["environment"],
         }
@@ -167,6 +178,8 @@ def _facts_of(document: Mapping[str, Any]) -> dict[str, Facts]:
             found[name] = from_plain(row)
         except ValueError as error:
             raise ValueError(f"{shown(name)}: {error}") from error
+        if type(row.get("base_norm")) not in (int, float):
+            raise ValueError(f"{shown(name)}: base_norm is missing")
         if len(found[name].similarity) != len(experts):
             raise ValueError(f"{shown(name)}: its experts are not {len(experts)}")
     return found

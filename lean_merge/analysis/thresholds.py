@@ -19,6 +19,8 @@ FALSE = 0.01
 SEPARABLE = 0.8
 """Share of the variance between two classes from which they are two; evenly spread values have
 0.75, normal ones 0.64."""
+GAP = 0.05
+"""Distance of two neighbouring similarities that is more than the noise of either."""
 RELATED = 0.01
 """p-value below which similarities are not those of unrelated task vectors."""
 FAR = 0.5
@@ -61,7 +63,7 @@ class Survey:
     bearable
         Similarity from which chance carries little of the update.
     split
-        Of the similarities that chance does not explain; None where there is no gap.
+        Of the similarities; None where there is no gap, or none that chance does not explain.
     auto
         The threshold.
     explanation
@@ -125,8 +127,10 @@ def survey(samples: Sequence[Sample]) -> Survey:
     test = uniform_distance(
         [null_cdf(each.similarity, each.in_features, directions=each.directions) for each in found]
     )
-    split = otsu_split(related)
-    if split is not None and split.separability < SEPARABLE:
+    split = otsu_split([each.similarity for each in found])
+    if split is not None and (
+        split.separability < SEPARABLE or split.above - split.below < GAP or split.above < chance
+    ):
         split = None
     middle = 0.0 if split is None else (split.below + split.above) / 2
     # Two decimals are what a similarity is known to.
@@ -162,10 +166,10 @@ def _explained(
     if not related:
         return text + f"The threshold is {auto:.2f}, so that none is selected."
     if split is None:
-        text += "There is no gap among them that would tell two groups apart. "
+        text += "There is no gap that would tell two groups apart. "
     else:
         text += (
-            f"They fall into two groups (Otsu's split, {split.separability:.0%} of the variance "
+            f"All fall into two groups (Otsu's split, {split.separability:.0%} of the variance "
             f"between them), with none between {split.below:.3f} and {split.above:.3f}. "
         )
     if bearable >= max(chance, (split.below + split.above) / 2 if split else 0.0):

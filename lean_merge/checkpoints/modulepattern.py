@@ -7,20 +7,22 @@ pattern is followed for all places in the name at once, one bit for each.
 
 from __future__ import annotations
 
-import importlib
 import re
-import sys
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any
+
+from lean_merge.checkpoints.patternreader import (
+    Choice,
+    Edge,
+    Node,
+    OneOf,
+    Repeat,
+    Sequence,
+    read_pattern,
+)
 
 MAX_PATTERN = 512
 """Characters of a key that is more than a name."""
-_MAX_DEPTH = 20
 _PLAIN = re.compile(r"[\w.-]*")
-_PARSER = "re._parser" if sys.version_info >= (3, 11) else "sre_parse"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +34,11 @@ class ModulePattern:
     text
         As it is written.
     tree
-        What Python's parser makes of it; None for a plain name.
+        What it describes, with what PEFT puts around it; None for a plain name.
     """
 
     text: str
-    tree: Any = None
+    tree: Sequence | None = None
 
     def matches(self, module: str) -> bool:
         r"""Whether `re.match(rf"(.*\.)?({text})$", module)` finds something.
@@ -58,60 +60,7 @@ def module_pattern(text: str) -> ModulePattern:
         return ModulePattern(text)
     if len(text) > MAX_PATTERN:
         raise ValueError(f"has {len(text)} characters, more than {MAX_PATTERN}")
-    parser = importlib.import_module(_PARSER)
-    try:
-        # The parser warns of odd brackets, which is no concern of the user's.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = parser.parse(rf"(.*\.)?({text})$")
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError("is no regular expression") from error
-    if tree.state.flags & ~re.UNICODE:
-        raise ValueError("sets flags")
-    _check(tree, depth=0, repeated=False)
-    return ModulePattern(text, tree)
-
-
-def _check(tree: Any, *, depth: int, repeated: bool) -> None:
-    """Raises ValueError for what is more than a regular language, or slow."""
-    if depth > _MAX_DEPTH:
-        raise ValueError(f"has more than {_MAX_DEPTH} groups inside each other")
-    for operation, argument in tree:
-        inner: list[Any] = []
-        again = repeated
-        match operation.name:
-            case "BRANCH":
-                inner = argument[1]
-            case "SUBPATTERN" if not argument[1] and not argument[2]:
-                inner = [argument[3]]
-            case "MAX_REPEAT" | "MIN_REPEAT":
-                again = repeated or argument[1] > 1
-                if repeated and argument[1] > 1:
-                    raise ValueError("repeats what is itself a repetition")
-                inner = [argument[2]]
-            case "AT" if argument.name in _ENDS:
-                pass
-            case "LITERAL" | "NOT_LITERAL" | "ANY" | "IN":
-                pass
-            case _:
-                raise ValueError(
-                    "looks back, looks ahead or sets flags, which modules' names do not need"
-                )
-        for each in inner:
-            _check(each, depth=depth + 1, repeated=again)
-
-
-_ENDS = frozenset({"AT_BEGINNING", "AT_BEGINNING_STRING", "AT_END", "AT_END_STRING"})
-_CATEGORIES: MappingProxyType[str, Callable[[str], bool]] = MappingProxyType(
-    {
-        "CATEGORY_DIGIT": str.isdecimal,
-        "CATEGORY_NOT_DIGIT": lambda c: not c.isdecimal(),
-        "CATEGORY_SPACE": str.isspace,
-        "CATEGORY_NOT_SPACE": lambda c: not c.isspace(),
-        "CATEGORY_WORD": lambda c: c.isalnum() or c == "_",
-        "CATEGORY_NOT_WORD": lambda c: not (c.isalnum() or c == "_"),
-    }
-)
+    return ModulePattern(text, read_pattern(rf"(.*\.)?({text})$"))
 
 
 class _Places:
@@ -119,67 +68,44 @@ class _Places:
 
     def __init__(self, text: str) -> None:
         self._text = text
-        self._known: dict[str, int] = {}
+        self._known: dict[OneOf, int] = {}
 
-    def after(self, tree: Any, places: int) -> int:
-        """Where what `tree` describes may end if it begins at one of `places`."""
-        for operation, argument in tree:
+    def after(self, sequence: Sequence, places: int) -> int:
+        """Where what `sequence` describes may end if it begins at one of `places`."""
+        for node in sequence:
             if not places:
                 break
-            places = self._step(operation.name, argument, places)
+            places = self._step(node, places)
         return places
 
-    def _step(self, name: str, argument: Any, places: int) -> int:
-        if name == "BRANCH":
+    def _step(self, node: Node, places: int) -> int:
+        if isinstance(node, Choice):
             ends = 0
-            for each in argument[1]:
+            for each in node.options:
                 ends |= self.after(each, places)
             return ends
-        if name == "SUBPATTERN":
-            return self.after(argument[3], places)
-        if name in ("MAX_REPEAT", "MIN_REPEAT"):
-            low, high, tree = argument
-            return self._repeat(low, high, tree, places)
-        if name == "AT":
-            return places & (1 if "BEGINNING" in argument.name else 1 << len(self._text))
-        return (places & self._where(name, argument)) << 1
+        if isinstance(node, Repeat):
+            return self._repeat(node, places)
+        if isinstance(node, Edge):
+            return places & (1 << len(self._text) if node.at_end else 1)
+        return (places & self._where(node)) << 1
 
-    def _repeat(self, low: int, high: int, tree: Any, places: int) -> int:
-        for _ in range(low):
-            before, places = places, self.after(tree, places)
+    def _repeat(self, node: Repeat, places: int) -> int:
+        for _ in range(node.low):
+            before, places = places, self._step(node.item, places)
             if places == before:
                 break
         found = places
-        for _ in range(low, high):
-            places = self.after(tree, places) & ~found
+        for _ in range(node.low, node.high):
+            places = self._step(node.item, places) & ~found
             if not places:
                 break
             found |= places
         return found
 
-    def _where(self, name: str, argument: Any) -> int:
+    def _where(self, node: OneOf) -> int:
         """The places before a character of that kind."""
-        key = f"{name} {argument}"
-        if key not in self._known:
-            kind = {c: _is(name, argument, c) for c in set(self._text)}
-            self._known[key] = sum(1 << n for n, c in enumerate(self._text) if kind[c])
-        return self._known[key]
-
-
-def _is(name: str, argument: Any, char: str) -> bool:
-    """Whether one character is of a kind."""
-    match name:
-        case "LITERAL":
-            return ord(char) == int(argument)
-        case "NOT_LITERAL":
-            return ord(char) != int(argument)
-        case "ANY":
-            return char != "\n"
-        case "RANGE":
-            return bool(argument[0] <= ord(char) <= argument[1])
-        case "CATEGORY":
-            return bool(_CATEGORIES[argument.name](char))
-    assert name == "IN"
-    negated = argument[0][0].name == "NEGATE"
-    found = any(_is(kind.name, of, char) for kind, of in argument[negated:])
-    return found is not bool(negated)
+        if node not in self._known:
+            fits = {c for c in set(self._text) if node.has(c)}
+            self._known[node] = sum(1 << n for n, c in enumerate(self._text) if c in fits)
+        return self._known[node]

@@ -25,7 +25,9 @@ Experts = Annotated[
     typer.Option("--expert", "--math", help="Expert LLM that gives; may be repeated."),
 ]
 MethodName = Annotated[str | None, typer.Option("--method", help="See lean-merge methods.")]
-Threshold = Annotated[float | None, typer.Option(help="S_alpha: select from this similarity.")]
+Threshold = Annotated[
+    str | None, typer.Option(help="S_alpha: select from this similarity; auto finds it.")
+]
 SelectBy = Annotated[str | None, typer.Option(help="first or max similarity.")]
 Temperature = Annotated[float | None, typer.Option(help="tau of the importance softmax.")]
 Nuclear = Annotated[str | None, typer.Option(help="full or top_q sums of singular values.")]
@@ -148,7 +150,7 @@ def work_of(
 ) -> tuple[MergeRecipe, Resources]:
     """What the options shared by `merge` and `plan` ask for."""
     parameters: dict[str, Any] = {
-        "threshold": threshold,
+        "threshold": None if threshold is None else describe.parse_value(threshold),
         "select_by": select_by,
         "temperature": temperature,
         "nuclear": nuclear,

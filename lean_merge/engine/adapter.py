@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from lean_merge.checkpoints import LogicalWeight
 from lean_merge.engine.sinks import BlockSink, Tools
 from lean_merge.engine.taskvectors import TaskVectors
 from lean_merge.engine.update import Truncated
-from lean_merge.linalg import truncate
+from lean_merge.linalg import Truncation, truncate
 from lean_merge.methods import Decision
 from lean_merge.output import AdapterModule, Group, OutputFolder, StoredFactors
 from lean_merge.plan import Plan, row_runs
@@ -41,16 +42,16 @@ class AdapterSink(BlockSink):
         self, task: WeightTask, vectors: TaskVectors, decision: Decision, tools: Tools
     ) -> Callable[[], Truncated | None]:
         """B [out, k] and A [k, in] become blocks; returns the error of the cut."""
-        factors = cut_factors(self._plan, decision)
-        if factors is None:
+        update = cut_update(self._plan, decision)
+        if update is None:
             return lambda: None
-        cut, b, a = factors
-        if cut.rank:
+        if update.rank:
             name = vectors.weight.canonical
             out_features, in_features = vectors.weight.shape
-            self.put(f"{name}.b", (out_features, cut.rank), b)
-            self.put(f"{name}.a", (cut.rank, in_features), a)
-        return lambda: cut
+            self.put(f"{name}.b", (out_features, update.rank), update.b())
+            self.put(f"{name}.a", (update.rank, in_features), update.a())
+        kept = Truncated(update.rank, update.cut.error)
+        return lambda: kept
 
     def modules(self) -> list[AdapterModule]:
         """Those with an update, in the order of the tasks, all of which are finished."""
@@ -69,20 +70,44 @@ def _stored(weight: LogicalWeight, group: Group) -> StoredFactors:
     return StoredFactors(row_runs(weight), 0 if a is None else a.shape[0], a, b)
 
 
-def cut_factors(
-    plan: Plan, decision: Decision
-) -> tuple[Truncated, Iterator[Tensor], Iterator[Tensor]] | None:
-    """The rank and error of an update's cut, and rows of B and of A, strip by strip.
+@dataclass(frozen=True, slots=True)
+class CutUpdate:
+    """An update cut to rank k: b [out, k] @ a [k, in], which are formed a few rows at a time.
 
-    None without an update.
+    Attributes
+    ----------
+    left, right : Tensor [out, r], [r, in]
+        The update before.
+    cut
+        What it is cut to.
     """
+
+    left: Tensor
+    right: Tensor
+    cut: Truncation
+
+    @property
+    def rank(self) -> int:
+        """k."""
+        return self.cut.rank
+
+    def b(self) -> Iterator[Tensor]:
+        """Its rows, in order."""
+        return _strips(self.left, self.cut.of_left)
+
+    def a(self) -> Iterator[Tensor]:
+        """Its rows, in order."""
+        return _strips(self.cut.of_right, self.right)
+
+
+def cut_update(plan: Plan, decision: Decision) -> CutUpdate | None:
+    """A decision's update, cut as the recipe wants; None if there is none."""
     if decision.left is None or decision.right is None:
         return None
     wanted = plan.recipe.lora_rank
     rank = None if isinstance(wanted, str) else wanted
     cut = truncate(decision.left, decision.right, error=ADAPTER_ERROR, rank=rank)
-    strips = _strips(decision.left, cut.of_left), _strips(cut.of_right, decision.right)
-    return Truncated(cut.rank, cut.error), *strips
+    return CutUpdate(decision.left, decision.right, cut)
 
 
 def _strips(left: Tensor, right: Tensor) -> Iterator[Tensor]:

@@ -59,10 +59,10 @@ class Split:
 
 
 def otsu_split(values: Sequence[float]) -> Split | None:
-    """The split with the most variance between the classes (Otsu 1979); None if all are equal."""
+    """The split with the most variance between the classes (Otsu 1979); None without any."""
     ordered: NDArray[np.float64] = np.sort(np.asarray(values, dtype=np.float64))
     count = ordered.size
-    if count < 2 or ordered[0] == ordered[-1]:
+    if count < 2 or float(ordered.var()) == 0.0:
         return None
     lower = np.arange(1, count)
     sums = np.cumsum(ordered)[:-1]

@@ -119,7 +119,7 @@ def _align_one(own: IPMergingParameters, facts: Facts, k: int) -> Alignment:
         similarity=similarity,
         gamma=gamma,
         compared=compared,
-        selected=compared >= own.threshold,
+        selected=compared >= own.bound,
         subspace=subspace,
         omitted=omitted_by(own, similarity, subspace, facts.shape),
         angle_error=float(angles[gamma**2 >= 0.02 * (gamma**2).max()].max()),
@@ -201,7 +201,7 @@ def records(
         found.append(
             ExpertRecord(
                 selected=alignment.selected,
-                reason=f"similarity {alignment.compared:.4f} {sign} threshold {own.threshold:g}",
+                reason=f"similarity {alignment.compared:.4f} {sign} threshold {own.bound:g}",
                 similarity_first=float(alignment.similarity[0]),
                 similarity_max=float(alignment.similarity.max()),
                 lambda_=full,
@@ -262,7 +262,7 @@ def compare(parameters: Sequence[IPMergingParameters], facts: Facts) -> tuple[Co
             similarity=alignment.compared,
             directions=1 if own.select_by == "first" else alignment.similarity.numel(),
             bearable=_bearable(own, facts, alignment),
-            threshold=own.threshold,
+            threshold=own.bound,
         )
         for own, alignment in zip(parameters, align(parameters, facts), strict=True)
     )

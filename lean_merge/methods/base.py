@@ -120,9 +120,9 @@ class AnalysisCost:
 P = TypeVar("P")
 
 
-def per_expert(default: Any) -> Any:
-    """A parameter that a recipe may give for each expert by itself."""
-    return field(default=default, metadata={"per_expert": True})
+def per_expert(default: Any, *, words: tuple[str, ...] = ()) -> Any:
+    """A parameter that a recipe may give for each expert by itself; `words` may stand for it."""
+    return field(default=default, metadata={"per_expert": True, "words": words})
 
 
 class Method(abc.ABC, Generic[P]):
@@ -140,6 +140,11 @@ class Method(abc.ABC, Generic[P]):
 
     def __init__(self, parameters: Sequence[P]) -> None:
         self.parameters = tuple(parameters)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing of the parameters is to be found by an analysis of all weights."""
+        return True
 
     @property
     def common(self) -> P:

@@ -61,6 +61,10 @@ class EvidenceMethod(Method[P], abc.ABC):
         """What `analyze` would decide, from the evidence alone."""
 
     @abc.abstractmethod
+    def settled(self, thresholds: Sequence[float]) -> EvidenceMethod[P]:
+        """With a threshold for each expert in the place of those that are to be found."""
+
+    @abc.abstractmethod
     def verdicts(self, facts: Facts) -> tuple[ExpertRecord, ...]:
         """The records of `decide`, but for the norms of updates, which take factors."""
 
@@ -132,33 +136,34 @@ class Watching(Method[Any]):
     ----------
     method
         Which gathers, judges and portrays.
+
+    Attributes
+    ----------
+    method
+        The same.
     """
 
     def __init__(self, method: EvidenceMethod[Any]) -> None:
         super().__init__(method.parameters)
-        self._method = method
+        self.method = method
 
     def analyze(self, weight: WeightContext) -> Passes:
         """A decision without an update, with the evidence."""
-        evidence = yield from self._method.gather(weight)
-        evidence = replace(evidence, portraits=self._method.portrays(evidence))
-        return Decision(self._method.verdicts(evidence.facts), evidence=evidence)
+        evidence = yield from self.method.gather(weight)
+        evidence = replace(evidence, portraits=self.method.portrays(evidence))
+        return Decision(self.method.verdicts(evidence.facts), evidence=evidence)
 
     def cost(self, shape: tuple[int, int], *, item: int) -> AnalysisCost:
         """Of gathering; or of the evidence, with what portraits and storing it take."""
-        cost = self._method.gathering_cost(shape, item=item)
-        rank = self._method.most_stored(shape)
+        cost = self.method.gathering_cost(shape, item=item)
+        rank = self.method.most_stored(shape)
         evidence = (shape[1] + len(self.parameters) * shape[0]) * rank * 4
         copies = (shape[1] + shape[0] + 4 * _CHUNK) * rank * 4 + 4 * rank**2 * 8
         return replace(cost, workspace=max(cost.workspace, evidence + copies))
 
-    def compared(self, facts: Facts) -> tuple[Compared | None, ...]:
-        """As the method has it."""
-        return self._method.compared(facts)
-
     def largest_rank(self, shape: tuple[int, int]) -> int:
         """As many directions as are stored."""
-        return self._method.most_stored(shape)
+        return self.method.most_stored(shape)
 
 
 class Recalling(Method[Any]):

@@ -85,7 +85,9 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
         largest = min(MAX_SUBSPACE, *shape)
         rank = min(START_RANK, largest)
         if threshold is None:
-            threshold = min(p.threshold for p in self.parameters)
+            # A threshold that is to be found is hardly below what evidence is gathered for.
+            bounds = [p.bound for p in self.parameters]
+            threshold = min(GATHERED_FOR if math.isinf(each) else each for each in bounds)
         while rank < largest:
             law = torch.full((rank,), shape[1] ** -0.5, dtype=torch.float64)
             law[0] = max(threshold, shape[1] ** -0.5)
@@ -209,6 +211,18 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
         images = [factors.images(k, kept) if a.selected else None for k, a in enumerate(aligned)]
         return self._decision(evidence.facts, aligned, kept, factors.vectors(kept), images)
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether every threshold is a number."""
+        return all(math.isfinite(own.bound) for own in self.parameters)
+
+    def settled(self, thresholds: Sequence[float]) -> IPMerging:
+        """With these in the place of thresholds that are to be found."""
+        pairs = zip(self.parameters, thresholds, strict=True)
+        return IPMerging(
+            [p if math.isfinite(p.bound) else replace(p, threshold=t) for p, t in pairs]
+        )
+
     def verdicts(self, facts: Facts) -> tuple[ExpertRecord, ...]:
         """Step 4 of every expert, and lambda."""
         return records(self.parameters, facts, align(self.parameters, facts), None)
@@ -244,7 +258,7 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
         for k, alignment in enumerate(aligned):
             if alignment.subspace == 0:
                 continue
-            below = self.parameters[k].threshold - CLEAR
+            below = self.parameters[k].bound - CLEAR
             first = _first_angle(spectra, k)
             if alignment.compared + first < below:
                 continue

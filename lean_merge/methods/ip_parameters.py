@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from lean_merge.errors import RecipeError, shown
 from lean_merge.methods.base import per_expert
 
+AUTO = "auto"
 STAGES = ("select", "rescale", "project")
 _STAGE_SETS = (
     frozenset({"select"}),
@@ -27,7 +29,7 @@ _CHOICES = {
 class IPMergingParameters:
     """Parameters of IP-Merging; steps as in docs/method.md.
 
-    threshold : S_alpha of step 4, in 0 .. 1, of each expert by itself.
+    threshold : S_alpha of step 4, in 0 .. 1, of each expert by itself; or `auto`, from an analysis.
     scale : factor of the update in step 8, of each expert by itself.
     select_by : compare `first`, s_1, or `max`, the largest computed s_i, with the threshold.
     temperature : tau of step 6.
@@ -39,7 +41,7 @@ class IPMergingParameters:
     svd : `randomized`, or `exact` for small models and as a reference.
     """
 
-    threshold: float = per_expert(0.4)
+    threshold: float | str = per_expert(0.4, words=(AUTO,))
     scale: float = per_expert(1.0)
     select_by: str = "first"
     temperature: float = 32.0
@@ -51,8 +53,10 @@ class IPMergingParameters:
     svd: str = "randomized"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.threshold <= 1:
-            raise RecipeError(f"threshold must lie in 0 .. 1, not {self.threshold}.")
+        if self.threshold != AUTO and (
+            isinstance(self.threshold, str) or not 0 <= self.threshold <= 1
+        ):
+            raise RecipeError(f"threshold must lie in 0 .. 1, or be auto, not {self.threshold}.")
         if not -100 <= self.scale <= 100:
             raise RecipeError(f"scale must lie in -100 .. 100, not {self.scale}.")
         if not 0 <= self.temperature <= 10_000:
@@ -71,3 +75,8 @@ class IPMergingParameters:
             raise RecipeError(
                 f"rank must be 'auto' or a whole number from 1, not {shown(self.rank)}."
             )
+
+    @property
+    def bound(self) -> float:
+        """The threshold; infinite as long as it is to be found."""
+        return math.inf if self.threshold == AUTO else float(self.threshold)

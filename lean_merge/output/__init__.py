@@ -8,6 +8,7 @@ from lean_merge.output.adapter import (
     AdapterModule,
     StoredFactors,
     adapter_layout,
+    cast_factors,
     write_adapter,
 )
 from lean_merge.output.blocks import Block, BlockStore, Group
@@ -17,7 +18,7 @@ from lean_merge.output.factors import FACTORS, write_factors
 from lean_merge.output.folder import OutputFolder
 from lean_merge.output.journal import JOURNAL, Journal, read_journal
 from lean_merge.output.layout import OutputTensor, Shard, index_json, plan_shards
-from lean_merge.output.opening import check_output, find_complete
+from lean_merge.output.opening import check_output, find_complete, journal_run
 from lean_merge.output.sidefiles import copy_side_files, remote_code, side_files
 from lean_merge.output.state import changed_input
 
@@ -38,12 +39,14 @@ __all__ = [
     "StoredFactors",
     "adapter_card",
     "adapter_layout",
+    "cast_factors",
     "changed_input",
     "check_folder",
     "check_output",
     "copy_side_files",
     "find_complete",
     "index_json",
+    "journal_run",
     "license_of",
     "model_card",
     "plan_shards",

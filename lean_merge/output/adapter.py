@@ -157,7 +157,7 @@ def _write_a(
         for start in range(0, count, _CHUNK):
             numbers = chunk[: min(_CHUNK, count - start)]
             folder.blocks.read(part.a, start, numbers)
-            data = as_bytes(_cast(numbers, dtype, module.name))
+            data = as_bytes(cast_factors(numbers, dtype, module.name))
             folder.write_at(shard, position, data)
             position += data.nbytes
 
@@ -183,12 +183,13 @@ def _write_b(
                     folder.blocks.read(part.b, done * part.rank, numbers)
                     block[:, left : left + part.rank] = numbers
                 position = shard.offsets[module.key_b] + (first + start) * width
-                folder.write_at(shard, position, as_bytes(_cast(block, dtype, module.name)))
+                folder.write_at(shard, position, as_bytes(cast_factors(block, dtype, module.name)))
                 done += rows
         left += part.rank
 
 
-def _cast(numbers: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+def cast_factors(numbers: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Factors of module `name` as an adapter holds them. Raises DataError if they overflow."""
     cast = numbers.to(dtype)
     if not bool(torch.isfinite(cast).all()):
         raise DataError(
@@ -233,5 +234,6 @@ __all__ = [
     "StoredFactors",
     "adapter_config",
     "adapter_layout",
+    "cast_factors",
     "write_adapter",
 ]

@@ -359,6 +359,8 @@ class OutputFolder:
         file = self.path / side_name(name, taken=taken)
         try:
             file.parent.mkdir(exist_ok=True)
+            if file.parent != self.path and file.parent.is_symlink():
+                raise OutputError(f"{file.parent}: is a link to another folder; remove it.")
             self._write_new(file, name, data)
         except OSError as error:
             raise explain(file, error) from error

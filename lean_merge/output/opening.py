@@ -235,6 +235,15 @@ def check_output(
     check_free_space(final, sum(shard.size for shard in shards), freed=freed)
 
 
+def journal_run(out: Path) -> Mapping[str, Any]:
+    """What the journal in `out` says of its run; nothing without one. Raises OutputError."""
+    try:
+        journal = look(out.expanduser()).journal
+    except OSError as error:
+        raise explain(out, error) from error
+    return {} if journal is None else journal.start["run"]
+
+
 def find_complete(
     out: Path, shards: Sequence[Shard], *, inputs: Sequence[Path], run: Mapping[str, Any]
 ) -> Path | None:
