@@ -57,7 +57,9 @@ def write_report(analysis: dict[str, Any], path: Path) -> None:
 
 def _title(analysis: Mapping[str, Any]) -> str:
     recipe = mapping(analysis.get("recipe"))
-    given = " + ".join(map(last, expert_names(analysis)))
+    names = list(map(last, expert_names(analysis)))
+    more = [f"{len(names) - 2} more"] if len(names) > 3 else []
+    given = " + ".join([*names[:2], *more] if more else names)
     return f"{last(text(recipe.get('mllm_model')) or 'MLLM')} ← {given or 'no expert'}"
 
 
