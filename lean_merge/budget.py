@@ -29,6 +29,9 @@ SLACK = 40 << 20
 that the mathematical libraries make for each shape they meet: these settle at about 30 MiB."""
 WIDEST = 8
 """Bytes of a number in the widest dtype of an output."""
+FULL_SPEED = 600 << 20
+"""Anonymous bytes of the process up to which a second weight is analysed beside the first. Weights
+that together take more keep the workers busy one by one."""
 COPY_BUFFER = 2 << 20
 """A worker's buffer through which tensors out of scope are copied."""
 LANDINGS = 2
@@ -163,6 +166,14 @@ def host_bytes(weight: WeightShape, *, widest: int, workspace: int, workers: int
     # The one before it may still be written, with what it keeps.
     kept = 2 * weight.held
     return analysis + workers * (apply_bytes(weight) + COPY_BUFFER) + kept + SLACK
+
+
+def second_bytes(weight: WeightShape, *, widest: int, workspace: int) -> int:
+    """What a weight holds, but for resident tiles, that is analysed beside another.
+
+    Worker threads have one set of buffers, whoever's tiles they compute.
+    """
+    return lane_bytes(weight, widest) + workspace + weight.held
 
 
 def device_bytes(weight: WeightShape, *, widest: int, workspace: int, workers: int) -> int:

@@ -29,6 +29,9 @@ class Layout:
     vram: int
     held: int
     """Anonymous bytes of the process before the merge, and of what the sink holds."""
+    most: int = 0
+    """Bytes on the host of the weight that holds most with no tile resident. All weights share what
+    stays resident, so it must have room beside that one."""
 
     def shape(self, weight: LogicalWeight, device: str = "") -> budget.WeightShape:
         """For the arithmetic of the plan's device, or of another."""
@@ -99,12 +102,21 @@ class Layout:
     def resident(self, weight: LogicalWeight) -> int:
         """Tiles to keep in what the weight's needs leave free."""
         shape = self.shape(weight)
-        host, device = self.needs(weight)
+        _, device = self.needs(weight)
         if self.cost(weight).passes == 0:
             return 0
         if self.on_cpu:
-            return budget.resident_tiles(shape, self.memory - host)
+            return budget.resident_tiles(shape, self.memory - self.held - self.most)
         return budget.resident_tiles(shape, self.vram - device) if self.vram else shape.tiles
+
+    def kept(self, weight: LogicalWeight) -> int:
+        """Bytes of the tiles that stay."""
+        return self.resident(weight) * self.shape(weight).resident_tile
+
+    def second(self, weight: LogicalWeight) -> int:
+        """Bytes on the host of a weight that is analysed beside another, but for its tiles."""
+        cost = self.cost(weight)
+        return budget.second_bytes(self.shape(weight), widest=cost.widest, workspace=cost.workspace)
 
     def bytes_copied(self, task: CopyTask) -> int:
         """Bytes that a task out of scope reads."""
@@ -145,6 +157,48 @@ class Layout:
     def writes_rows(self) -> bool:
         """Whether the MLLM's rows are read once more, to be written with their update."""
         return self.output in ("checkpoint", "stream")
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How weights share the host's memory.
+
+    Attributes
+    ----------
+    arenas : tuple of int
+        Bytes for the tiles that stay: of any weight, and of one that is analysed beside it.
+    peak : int
+        Most bytes that weights hold, those arenas included.
+    beside : frozenset of str
+        Canonical names of the weights of which two may be analysed at a time.
+    """
+
+    arenas: tuple[int, ...]
+    peak: int
+    beside: frozenset[str] = frozenset()
+
+
+def share_room(weights: Sequence[LogicalWeight], layout: Layout) -> Room:
+    """One weight after another, or two at a time of those that are small enough for it."""
+    fixed = {weight.canonical: layout.fixed(weight)[0] for weight in weights}
+    if not layout.on_cpu:
+        return Room((0,), layout.most)
+    kept = {weight.canonical: layout.kept(weight) for weight in weights}
+    largest = max(kept.values(), default=0)
+    alone = Room((largest,), layout.most + largest)
+    if layout.output == "stream" or layout.workers < 2:
+        return alone
+    second = {w.canonical: layout.second(w) for w in weights if layout.cost(w).passes}
+    order = sorted(second, key=lambda name: kept[name] + second[name], reverse=True)
+    limit = min(layout.memory, budget.FULL_SPEED) - layout.held
+    for number in range(len(order) - 1):
+        small = order[number:]
+        extra = max(second[name] for name in small)
+        arena = max(kept[name] for name in small)
+        both = max(layout.most, max(fixed[name] for name in small) + extra)
+        if largest + arena + both <= limit:
+            return Room((largest, arena), largest + arena + both, frozenset(small))
+    return alone
 
 
 def _bytes(sources: Sequence[WeightSource], tiles: Sequence[slice]) -> int:

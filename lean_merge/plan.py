@@ -26,7 +26,7 @@ from lean_merge.checkpoints import (
     torch_dtype,
 )
 from lean_merge.errors import CoverageError, RecipeError
-from lean_merge.footprint import Layout, check_budget
+from lean_merge.footprint import Layout, Room, check_budget, share_room
 from lean_merge.gathering import (
     Choice,
     EvidencePlan,
@@ -95,6 +95,8 @@ class Plan:
     vram: int
     threads: int
     workers: int
+    arenas: tuple[int, ...]
+    """Bytes on the host for tiles that stay, of each weight that is analysed at a time."""
     prediction: Prediction
     notes: tuple[str, ...]
     evidence: EvidencePlan | None = None
@@ -260,8 +262,13 @@ def _plan(
             "needed, so the CPU is used; --device and --vram ask for it all the same"
         )
         layout = dataclasses.replace(layout, device="cpu", vram=0)
-    layout = dataclasses.replace(layout, held=layout.held + layout.feeding(parts))
-    tasks = _tasks(mllm, coverage, scope, outputs, shards, layout)
+    layout = dataclasses.replace(
+        layout,
+        held=layout.held + layout.feeding(parts),
+        most=max((layout.fixed(part)[0] for part in parts), default=0),
+    )
+    room = share_room(parts, layout)
+    tasks = _tasks(mllm, coverage, scope, outputs, shards, layout, room)
     check_budget([task for task in tasks if isinstance(task, WeightTask)], layout)
     unpredicted = Plan(
         recipe=recipe,
@@ -278,7 +285,8 @@ def _plan(
         vram=layout.vram,
         threads=threads,
         workers=layout.workers,
-        prediction=Prediction(0, 0, 0, 0, 0, True, True),
+        arenas=room.arenas,
+        prediction=Prediction(layout.held + room.peak, 0, 0, 0, 0, True, True),
         notes=tuple(notes),
         evidence=evidence,
     )
@@ -347,6 +355,7 @@ def _tasks(
     outputs: Mapping[str, OutputTensor],
     shards: tuple[Shard, ...],
     layout: Layout,
+    room: Room,
 ) -> tuple[CopyTask | WeightTask, ...]:
     """One task a tensor, in the order of the bytes that are written, else of those read.
 
@@ -372,6 +381,7 @@ def _tasks(
                     resident=tuple(layout.resident(part) for part in weight.slices),
                     methods=tuple(layout.methods.get(part.canonical) for part in weight.slices),
                     filtered=tuple(scope.reason(part) for part in weight.slices),
+                    beside=tuple(part.canonical in room.beside for part in weight.slices),
                 )
             )
         elif layout.writes_rows:
@@ -409,17 +419,16 @@ def _check_low_rank(weights: Sequence[MappedWeight], methods: Mapping[str, Metho
 
 
 def _predict(plan: Plan, layout: Layout) -> Prediction:
-    host = vram = read = 0
+    vram = read = 0
     exact = True
     for task in plan.tasks:
         if isinstance(task, CopyTask):
             read += layout.bytes_copied(task)
             continue
         for part, resident in zip(task.weight.slices, task.resident, strict=True):
-            on_host, on_device = layout.fixed(part)
-            kept = resident * layout.shape(part).resident_tile
-            host = max(host, on_host + (kept if layout.on_cpu else 0))
-            vram = max(vram, on_device + (0 if layout.on_cpu else kept))
+            if not layout.on_cpu:
+                kept = resident * layout.shape(part).resident_tile
+                vram = max(vram, layout.fixed(part)[1] + kept)
         most, known = layout.bytes_read(task)
         read, exact = read + most, exact and known
     written = sum(shard.size for shard in plan.shards)
@@ -430,7 +439,7 @@ def _predict(plan: Plan, layout: Layout) -> Prediction:
         written = _evidence_bytes(plan)
         disk = 2 * written
     return Prediction(
-        peak_memory=layout.held + host,
+        peak_memory=plan.prediction.peak_memory,
         peak_vram=vram,
         bytes_read=read,
         bytes_written=written,

@@ -543,7 +543,8 @@ def test_parts_are_put_together_whatever_their_ranks_rows_and_the_chunks(
             b, a = (torch.randn(s, generator=generator) for s in ((rows, rank), (rank, columns)))
             blocks.append(as_matrix(b) @ as_matrix(a))
             runs = tuple((first, 1) for first in order[done : done + rows])
-            of_a, of_b = (out.blocks.put(f"{done} {f.shape}", f.shape, [f]) for f in (a, b))
+            of_a = out.blocks.put(f"{done}.a", a.shape, [a])
+            of_b = out.blocks.put(f"{done}.b", b.shape, [b])
             parts.append(StoredFactors(runs, rank, of_a, of_b))
             done += rows
         module = AdapterModule("m", columns, tuple(parts))

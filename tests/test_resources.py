@@ -117,8 +117,8 @@ def test_files_threads_and_processes_are_bounded(many_shards: Path):
     seen = json.loads(seen_file.read_text())
     assert len(list((many_shards / "out").glob("*.safetensors"))) == SHARDS
     assert 64 < seen["files"] <= FILES, seen
-    # Four workers, read-ahead, write-behind, the memory sampler, the watcher, and two to spare.
-    assert seen["threads"] <= seen["idle"] + 10, seen
+    # Four workers and two drivers; read-ahead, write-behind, memory sampler, watcher; two to spare.
+    assert seen["threads"] <= seen["idle"] + 12, seen
     assert seen["children"] == 0
     assert not list((many_shards / "tmp").iterdir())
     assert not list((many_shards / "home").iterdir())

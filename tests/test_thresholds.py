@@ -47,10 +47,10 @@ def test_otsu_finds_the_best_of_all_splits(values: list[float]):
             share = len(low) * len(high) / len(ordered) ** 2
             best = max(best, share * (high.mean() - low.mean()) ** 2)
     if split is None:
-        assert np.var(ordered) == 0
+        assert ordered[-1] - ordered[0] <= 1e-9
         return
     assert split.below < split.above
-    assert split.separability * np.var(ordered) == pytest.approx(best, rel=1e-6, abs=1e-18)
+    assert split.separability * np.var(ordered) == pytest.approx(best, rel=1e-5, abs=1e-22)
 
 
 def test_unrelated_similarities_select_nothing_and_warn():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lean_merge import budget
 from lean_merge.checkpoints import LogicalWeight, common_dtype
@@ -42,6 +43,7 @@ class _Place:
 
     accelerator: Accelerator | None
     resident: int
+    arena: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
     name: str = "cpu"
 
 
@@ -57,9 +59,6 @@ class Analyst:
         self._plan = plan
         self._workers = workers
         self._accelerator = _accelerator(plan, workers)
-        # Memory of the CPU is reused for all weights: new pages cost more than the arithmetic.
-        kept = 0 if self._accelerator is not None else _arena_bytes(plan)
-        self._arena = torch.empty(kept, dtype=torch.uint8)
         self._fallen: dict[tuple[tuple[int, int], int], tuple[int, str]] = {}
 
     @property
@@ -73,11 +72,20 @@ class Analyst:
             self._accelerator.close()
 
     def decide(
-        self, method: Method[Any], weight: LogicalWeight, *, resident: int, tools: Tools
+        self,
+        method: Method[Any],
+        weight: LogicalWeight,
+        *,
+        resident: int,
+        arena: Tensor,
+        tools: Tools,
     ) -> Found:
-        """Analyse one weight, with so many tiles `resident` if there is memory for them."""
+        """Analyse one weight, with so many tiles `resident` if there is memory for them.
+
+        On the CPU that is `arena`.
+        """
         if self._accelerator is None:
-            return self._attempt(method, weight, _Place(None, resident), tools)
+            return self._attempt(method, weight, _Place(None, resident, arena), tools)
         if not looks(method, weight):
             return self._attempt(method, weight, _Place(None, 0), tools)
         places = _places(self._accelerator, resident)
@@ -133,12 +141,12 @@ class Analyst:
         device = "cpu" if place.accelerator is None else self._plan.device
         lent = None
         if place.accelerator is not None:
-            lent = place.accelerator.lend(_tile_bytes(weight), place.resident)
+            lent = place.accelerator.lend(tile_bytes(weight), place.resident)
         return TaskVectors(
             weight,
             reader=tools.reader,
             workers=tools.workers,
-            arena=self._arena if lent is None else lent.resident,
+            arena=place.arena if lent is None else lent.resident,
             resident=place.resident,
             dtype=arithmetic_dtype(task, device),
             uploader=None if lent is None else lent.uploader,
@@ -157,7 +165,7 @@ def _accelerator(plan: Plan, workers: Workers) -> Accelerator | None:
         device,
         queues,
         workers,
-        largest_tile=max(map(_tile_bytes, weights), default=0),
+        largest_tile=max(map(tile_bytes, weights), default=0),
         peak=plan.prediction.peak_vram,
         limit=plan.vram,
     )
@@ -170,8 +178,9 @@ def _passes(method: Method[Any], weight: LogicalWeight) -> int:
 def _places(accelerator: Accelerator, resident: int) -> list[_Place]:
     """From what the plan wants to what always works; not twice the same."""
     device = str(accelerator.device)
-    places = [_Place(accelerator, resident, device)] if resident else []
-    return [*places, _Place(accelerator, 0, f"{device}, no tile resident"), _Place(None, 0)]
+    places = [_Place(accelerator, resident, name=device)] if resident else []
+    streamed = _Place(accelerator, 0, name=f"{device}, no tile resident")
+    return [*places, streamed, _Place(None, 0)]
 
 
 def _analyze(
@@ -196,24 +205,12 @@ def _on_cpu(decision: Decision) -> Decision:
     return replace(decision, left=decision.left.cpu(), right=decision.right.cpu())
 
 
-def _tile_bytes(weight: LogicalWeight) -> int:
+def tile_bytes(weight: LogicalWeight) -> int:
     """Bytes of the largest tile of all task vectors of a weight."""
     out_features, in_features = weight.shape
     item = common_dtype(source.dtype for source in weight.roles).itemsize
     height = min(out_features, budget.tile_rows(in_features))
     return height * in_features * item * len(weight.others)
-
-
-def _arena_bytes(plan: Plan) -> int:
-    """The most that any logical weight keeps resident."""
-    most = 0
-    for task in plan.weights:
-        for weight, resident in zip(task.weight.slices, task.resident, strict=True):
-            item = common_dtype(source.dtype for source in weight.roles).itemsize
-            out_features, in_features = weight.shape
-            height = min(out_features, resident * budget.tile_rows(in_features))
-            most = max(most, height * in_features * item * len(weight.others))
-    return most
 
 
 def _shortened(message: str) -> str:

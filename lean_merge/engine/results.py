@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from lean_merge.engine.update import Truncated, Written
 from lean_merge.methods import ExpertRecord
+from lean_merge.tasks import CopyTask, WeightTask
+
+_KINDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
+    {"bool": (bool,), "int": (int,), "float": (float, int), "str": (str,), "None": (type(None),)}
+)
+_PARTS = MappingProxyType({"experts": (), "squared_norms": (), "stored": None, "fallback": None})
+"""What of a weight's result is more than one value, and what stands for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,23 +71,54 @@ def from_note(note: Any) -> Note | None:
     try:
         weights = [_weight(each) for each in note["weights"]]
         return Note(weights, int(note["bytes_read"]), bool(note.get("non_finite")))
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         return None
+
+
+def note_of(task: CopyTask | WeightTask, note: Any) -> Note | None:
+    """`from_note`, if it is of `task`: of its weights and of as many experts."""
+    found = from_note(note)
+    if found is None or not found.weights:
+        return found
+    parts = task.weight.slices if isinstance(task, WeightTask) else ()
+    told = [(w.name, w.canonical, len(w.experts), len(w.squared_norms)) for w in found.weights]
+    wanted = [
+        (task.tensor.name, part.canonical, len(part.experts), len(part.experts) + 1)
+        for part in parts
+    ]
+    return found if told == wanted else None
 
 
 def _weight(data: dict[str, Any]) -> WeightResult:
     stored, fallback = data["stored"], data["fallback"]
-    kind = None if stored is None else Truncated if "rank" in stored else Written
-    return WeightResult(
-        name=str(data["name"]),
-        canonical=str(data["canonical"]),
-        experts=tuple(ExpertRecord(**_numbers(each)) for each in data["experts"]),
-        merged=bool(data["merged"]),
-        squared_norms=tuple(_number(square) for square in data["squared_norms"]),
-        stored=None if kind is None else kind(**_numbers(stored)),
-        passes=int(data["passes"]),
-        fallback=None if fallback is None else Fallback(**fallback),
+    kind: type[Written] | type[Truncated] = Written
+    if stored is not None and "rank" in stored:
+        kind = Truncated
+    squares = tuple(_number(square) for square in data["squared_norms"])
+    if not all(type(square) is float and not square < 0.0 for square in squares):
+        raise ValueError("a squared norm is none")
+    return replace(
+        WeightResult(**_checked(WeightResult, {**data, **_PARTS})),
+        experts=tuple(ExpertRecord(**_checked(ExpertRecord, each)) for each in data["experts"]),
+        squared_norms=squares,
+        stored=None if stored is None else kind(**_checked(kind, stored)),
+        fallback=None if fallback is None else Fallback(**_checked(Fallback, fallback)),
     )
+
+
+def _checked(kind: type[Any], data: dict[str, Any]) -> dict[str, Any]:
+    """Values for a dataclass, which a journal may not have from us. TypeError, ValueError."""
+    values = {name: _number(item) for name, item in data.items()}
+    for each in fields(kind):
+        if each.name in _PARTS:
+            continue
+        value = values.get(each.name, each.default)
+        allowed = [each_kind for word in str(each.type).split(" | ") for each_kind in _KINDS[word]]
+        if type(value) not in allowed:
+            raise TypeError(f"{each.name} is no {each.type}")
+        # Half of a surrogate pair fits no file, and some integers are no float.
+        value.encode() if isinstance(value, str) else float(value or 0)
+    return values
 
 
 def _plain(value: Any) -> Any:
@@ -91,10 +130,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": repr(value)}
     return value
-
-
-def _numbers(data: dict[str, Any]) -> dict[str, Any]:
-    return {name: _number(item) for name, item in data.items()}
 
 
 def _number(value: Any) -> Any:

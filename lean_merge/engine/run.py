@@ -6,18 +6,19 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 
 from lean_merge.checkpoints import LogicalWeight, TensorReader, TensorSpec
+from lean_merge.engine.ahead import Ahead, Part
 from lean_merge.engine.analysis import Analyst
 from lean_merge.engine.prefetch import Prefetcher
-from lean_merge.engine.results import Note, WeightResult, from_note, to_note
+from lean_merge.engine.results import Note, WeightResult, note_of, to_note
 from lean_merge.engine.sinks import Sink, Tools
-from lean_merge.engine.workers import Precision, full_float32, worker_pool
+from lean_merge.engine.workers import Precision, Workers, full_float32, worker_pool
 from lean_merge.memory import release_free_memory, usage
 from lean_merge.methods import Decision, ExpertRecord
 from lean_merge.plan import Plan
@@ -81,7 +82,8 @@ def run(plan: Plan, sink: Sink, on_event: Callable[[Event], None]) -> RunResult:
 def steps(plan: Plan, sink: Sink, result: RunResult) -> Generator[Event, None, None]:
     """Carry out `plan` task by task: an event after each, and what happened noted in `result`.
 
-    Torch's settings are the caller's again while it holds an event.
+    Torch's settings are the caller's again while it holds an event, where no thread of ours goes on
+    with its work meanwhile.
     """
     on_cuda = torch.device(plan.device).type == "cuda"
     if on_cuda:
@@ -92,16 +94,19 @@ def steps(plan: Plan, sink: Sink, result: RunResult) -> Generator[Event, None, N
         reader = stack.enter_context(TensorReader())
         # The threads write into the sink, so they end before it does.
         stack.enter_context(sink)
+        # Those that drive an analysis wait for the workers, and so end after them.
+        drivers = stack.enter_context(worker_pool(len(plan.arenas)))
         workers = stack.enter_context(worker_pool(plan.workers))
-        notes = [from_note(sink.finished(task)) for task in plan.tasks]
+        notes = [note_of(task, sink.finished(task)) for task in plan.tasks]
         sources = [
             [] if note else _sources(task, rows=sink.reads_rows)
             for task, note in zip(plan.tasks, notes, strict=True)
         ]
         prefetcher = stack.enter_context(Prefetcher(reader, sources, ahead=READ_AHEAD))
-        engine = _Engine(plan, sink, Tools(reader, workers), result)
+        engine = _Engine(plan, sink, Tools(reader, workers), result, drivers, notes)
         stack.callback(engine.analyst.close)
         begun: deque[_Begun] = deque()
+        goes_on = sink.ahead or len(plan.arenas) > 1
         for index, (task, note) in enumerate(zip(plan.tasks, notes, strict=True)):
             prefetcher.begin(index)
             begun.append(engine.begin(index, task, note))
@@ -109,7 +114,7 @@ def steps(plan: Plan, sink: Sink, result: RunResult) -> Generator[Event, None, N
             while begun and (last or not sink.ahead or not _may_wait(begun)):
                 event = engine.finish(begun[0])
                 prefetcher.done(begun.popleft().index)
-                with before.in_force():
+                with nullcontext() if goes_on else before.in_force():
                     yield event
         result.non_finite = sorted(engine.tools.non_finite)
         if on_cuda:
@@ -171,12 +176,28 @@ def _sources(task: CopyTask | WeightTask, *, rows: bool) -> list[TensorSpec]:
 
 
 class _Engine:
-    def __init__(self, plan: Plan, sink: Sink, tools: Tools, result: RunResult) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        sink: Sink,
+        tools: Tools,
+        result: RunResult,
+        drivers: Workers,
+        notes: Sequence[Note | None],
+    ) -> None:
         self._plan = plan
         self._sink = sink
         self.tools = tools
         self._result = result
         self.analyst = Analyst(plan, tools.workers)
+        self._own = [replace(tools, reader=tools.reader.counting()) for _ in plan.tasks]
+        parts = [
+            Part(task, number, own)
+            for task, own, note in zip(plan.tasks, self._own, notes, strict=True)
+            if note is None and isinstance(task, WeightTask)
+            for number in range(len(task.weight.slices))
+        ]
+        self._analyses = Ahead(plan, self.analyst, drivers, parts)
         self._settled = 0
 
     def begin(self, index: int, task: CopyTask | WeightTask, note: Note | None) -> _Begun:
@@ -184,7 +205,7 @@ class _Engine:
 
         A task with a `note` is finished already.
         """
-        tools = replace(self.tools, reader=self.tools.reader.counting())
+        tools = self._own[index]
         if note is not None:
             return _Begun(index, task, tools.reader, (), note)
         parts: tuple[Callable[[], WeightResult | None], ...]
@@ -234,20 +255,18 @@ class _Engine:
         )
 
     def _merge(self, task: WeightTask, part: int, tools: Tools) -> Callable[[], WeightResult]:
-        weight, method = task.weight.slices[part], task.methods[part]
+        weight = task.weight.slices[part]
         with self._result.timed("analyze"):
-            if method is None:
-                found = self.analyst.left_alone(weight, task.filtered[part], tools)
-            else:
-                found = self.analyst.decide(
-                    method, weight, resident=task.resident[part], tools=tools
-                )
+            found = self._analyses.next()
         decision = _explained(found.decision, weight)
         with self._result.timed("write"):
             stored = self._sink.update(task, found.vectors, decision, tools)
+        norms = [*decision.squared_norms] or found.vectors.squared_norms()
+        passes, fallback = found.passes, found.fallback
         # What was gathered is stored; the next weight needs its memory.
         decision = replace(decision, evidence=None)
-        norms = [*decision.squared_norms] or found.vectors.squared_norms()
+        del found
+        self._analyses.done()
         return lambda: WeightResult(
             name=task.tensor.name,
             canonical=weight.canonical,
@@ -255,8 +274,8 @@ class _Engine:
             merged=decision.merges,
             squared_norms=tuple(norms),
             stored=stored(),
-            passes=found.passes,
-            fallback=found.fallback,
+            passes=passes,
+            fallback=fallback,
         )
 
 

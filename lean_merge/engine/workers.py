@@ -17,6 +17,10 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+class Cancelled(Exception):
+    """The pool was closed before the work was done."""
+
+
 class Batch(Generic[R]):
     """A function's results over items, as threads make them."""
 
@@ -47,9 +51,10 @@ class Batch(Generic[R]):
         return self._error is None and self._next < len(self._items)
 
     def cancel(self) -> None:
-        """Begin no further item."""
+        """Begin no further item; who waits for one that was not begun gets `Cancelled`."""
         with self._moved:
-            self._next = len(self._items)
+            if self.has_more:
+                self._error = Cancelled()
             self._moved.notify_all()
 
     def take(self) -> Callable[[], None] | None:
@@ -111,6 +116,8 @@ class Workers:
     ) -> Batch[R]:
         batch: Batch[R] = Batch(function, items)
         with self._moved:
+            if self._closed:
+                batch.cancel()
             queue.append(batch)
             self._moved.notify_all()
         return batch

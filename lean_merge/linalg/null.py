@@ -14,6 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+_EQUAL = 1e-9
+"""Distance of values that are not told apart."""
+
 
 def null_quantile(probability: float, in_features: int, *, directions: int = 1) -> float:
     """The cosine that the largest of so many chance `directions` exceeds with 1 - `probability`."""
@@ -59,10 +62,10 @@ class Split:
 
 
 def otsu_split(values: Sequence[float]) -> Split | None:
-    """The split with the most variance between the classes (Otsu 1979); None without any."""
+    """The split with the most variance between the classes (Otsu 1979); None if all are equal."""
     ordered: NDArray[np.float64] = np.sort(np.asarray(values, dtype=np.float64))
     count = ordered.size
-    if count < 2 or float(ordered.var()) == 0.0:
+    if count < 2 or ordered[-1] - ordered[0] <= _EQUAL:
         return None
     lower = np.arange(1, count)
     sums = np.cumsum(ordered)[:-1]

@@ -4,7 +4,8 @@ The sums are deflated stochastic Lanczos quadrature (Ubaru, Chen and Saad 2017; 
 2010 for the Gauss-Radau rule). Four things make them accurate to a few parts in a thousand with 32
 probes and four passes:
 
-- the probes stand on the smaller side of B, and what is computed already is deflated;
+- the probes stand on the smaller side of B, and what is computed already is left out: its nodes are
+  dropped from the sketch that found it (`own_sums`), or a second sketch is kept off it (`sums`);
 - they are the start of one block Krylov space, so that all share its nodes;
 - the exact Frobenius norm is a control variate for the random error;
 - a Gauss and a Gauss-Radau rule are averaged 2 : 1. Where the spectrum touches zero, sqrt(theta) is
@@ -34,6 +35,10 @@ _ROUNDING = 1e-5
 """Share of the whole squared norm that is not told from the rounding of float32 products."""
 _UNSEEN = 4.0
 """How many times what random probes see of a squared norm is more than they can have missed."""
+FEWEST_PROBES = 32
+"""With fewer, chance shows in the sums."""
+_CHANCE = 4.0
+"""Standard deviations that the probes' share of some fixed directions may be above its mean."""
 _NEARLY_ALL = 0.02
 """Share below which what 16-bit products leave of the squared norm may be their rounding."""
 
@@ -70,6 +75,10 @@ class _Rule:
 
     theta: Tensor
     mass: Tensor
+
+    def beyond(self, count: int) -> _Rule:
+        """Without the first `count` nodes."""
+        return _Rule(self.theta[count:], self.mass[count:])
 
 
 class Sketch:
@@ -179,33 +188,33 @@ class Sketch:
 
     def sums(self, squared_norm: float) -> SingularSums:
         """The spectrum's sums, given the exact ||B||_F^2."""
-        remaining = self._remaining(squared_norm)
         if self._rest <= 0 or squared_norm == 0.0:
             return SingularSums.of_spectrum(self._leading)
+        return _estimate(self._leading, self._rest, self._rules(), squared_norm)
+
+    def own_sums(self, squared_norm: float, found: int) -> SingularSums | None:
+        """The same where nothing is deflated, but the `found` leading directions have converged.
+
+        Each of these counts once, whatever probes hold of it, and what they hold of the others
+        speaks for the rest, which a second sketch kept off the same directions would ask.
+
+        Returns None where only that second one can tell: there are few probes; what is left is lost
+        in the rounding of products; or so many singular values are alike that the probes themselves
+        decided which of their directions were found, and hold more of these than chance gives.
+        """
+        probes, rest = self._probe.shape[1], self._rest - found
+        leading = self.krylov.right().theta[:found].sqrt()
+        remaining = squared_norm - float((leading**2).sum())
+        blurred = _NEARLY_ALL if self._rounded else _ROUNDING
+        if probes < FEWEST_PROBES or rest <= 0 or remaining <= blurred * squared_norm:
+            return None
         gauss, radau, total = self._rules()
-        # The difference of two large sums tells nothing once it is of the size of their rounding.
-        seen = float((gauss.mass * gauss.theta).sum()) / total
-        trusted = _ROUNDING * squared_norm < remaining <= _UNSEEN * seen * self._rest
-        second_moment = remaining / self._rest if trusted else None
-        above = _mean_root(gauss, total, second_moment)
-        # Where nothing but rounding is left, its Radau rule has more mass than the probes.
-        sound = float(radau.mass.sum()) <= 1.05 * total
-        below = _mean_root(radau, total, second_moment) if sound else above
-        tail = self._rest * max(0.0, (2 * above + below) / 3)
-        # Cauchy and Schwarz: what is left of the norm bounds the sum, even if only up to rounding.
-        tail = min(tail, math.sqrt(self._rest * max(remaining, _ROUNDING * squared_norm)))
-        nuclear = float(self._leading.sum()) + tail
-        nodes, counts = gauss.theta.sqrt(), self._rest * gauss.mass / total
-        nodes = nodes * (tail / max(float((nodes * counts).sum()), 1e-300))
-        values = torch.cat([self._leading, nodes])
-        order = torch.argsort(values, descending=True)
-        return SingularSums(
-            values=values[order],
-            counts=torch.cat([torch.ones_like(self._leading), counts])[order],
-            nuclear=nuclear,
-            spread=self._rest * abs(above - below) / nuclear if nuclear > 0 else 0.0,
-            doubt=0.0 if trusted or nuclear <= 0 else tail / nuclear,
-        )
+        held = float(gauss.mass[:found].sum())
+        chance = found / self._rest * (1 + _CHANCE * math.sqrt(2 / max(1, probes * found)))
+        gauss, radau, total = gauss.beyond(found), radau.beyond(found), total - held
+        if held > chance * (total + held) or not _is_sound(radau, total):
+            return None
+        return _estimate(leading, rest, (gauss, radau, total), squared_norm)
 
     def _rules(self) -> tuple[_Rule, _Rule, float]:
         """The Gauss and the Gauss-Radau rule, and the probes' whole mass."""
@@ -229,6 +238,40 @@ class Sketch:
         gauss = _Rule(ritz.theta, _mass(metric[:probes], ritz))
         radau = _Rule(right.theta, _mass(starts, right) / _positive(right.theta))
         return gauss, radau, float(metric[:probes, :probes].trace())
+
+
+def _estimate(
+    leading: Tensor, rest: int, rules: tuple[_Rule, _Rule, float], squared_norm: float
+) -> SingularSums:
+    """The sums of `leading` singular values and of `rest` more, of which the rules tell."""
+    gauss, radau, total = rules
+    remaining = squared_norm - float((leading**2).sum())
+    # The difference of two large sums tells nothing once it is of the size of their rounding.
+    seen = float((gauss.mass * gauss.theta).sum()) / total
+    trusted = _ROUNDING * squared_norm < remaining <= _UNSEEN * seen * rest
+    second_moment = remaining / rest if trusted else None
+    above = _mean_root(gauss, total, second_moment)
+    below = _mean_root(radau, total, second_moment) if _is_sound(radau, total) else above
+    tail = rest * max(0.0, (2 * above + below) / 3)
+    # Cauchy and Schwarz: what is left of the norm bounds the sum, even if only up to rounding.
+    tail = min(tail, math.sqrt(rest * max(remaining, _ROUNDING * squared_norm)))
+    nuclear = float(leading.sum()) + tail
+    nodes, counts = gauss.theta.sqrt(), rest * gauss.mass / total
+    nodes = nodes * (tail / max(float((nodes * counts).sum()), 1e-300))
+    values = torch.cat([leading, nodes])
+    order = torch.argsort(values, descending=True)
+    return SingularSums(
+        values=values[order],
+        counts=torch.cat([torch.ones_like(leading), counts])[order],
+        nuclear=nuclear,
+        spread=rest * abs(above - below) / nuclear if nuclear > 0 else 0.0,
+        doubt=0.0 if trusted or nuclear <= 0 else tail / nuclear,
+    )
+
+
+def _is_sound(radau: _Rule, total: float) -> bool:
+    """False where nothing but rounding is left: the rule has more mass than the probes then."""
+    return float(radau.mass.sum()) <= 1.05 * total
 
 
 def _left(deflate: Deflation) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lean_merge.linalg.passes import CHUNK, gram64, has_float64
+from lean_merge.linalg.passes import gram64, has_float64
 
 _RANK_EPS = torch.finfo(torch.float32).eps
 
@@ -30,13 +30,12 @@ def exact_spectrum(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _images(matrix: Tensor, vectors: Tensor, sigma: Tensor) -> Tensor:
-    """matrix @ vectors / sigma [n, k] in float32, widened to float64 by chunks."""
-    weights = vectors * torch.where(sigma > 0, 1 / sigma, torch.zeros_like(sigma))
-    images = torch.empty(matrix.shape[0], sigma.numel(), device=matrix.device)
-    for start in range(0, matrix.shape[0], CHUNK):
-        rows = slice(start, start + CHUNK)
-        images[rows] = (matrix[rows].double() @ weights).float()
-    return images
+    """matrix @ vectors / sigma [n, k] in float32.
+
+    Its error of eps sigma_1 / sigma_i is far below 1e-3 wherever sigma_i counts for the rank.
+    """
+    inverse = torch.where(sigma > 0, 1 / sigma, torch.zeros_like(sigma))
+    return (matrix @ vectors.float()) * inverse.float()
 
 
 def numerical_rank(sigma: Tensor, shape: tuple[int, int]) -> int:

@@ -67,7 +67,6 @@ def facts_of(
         similarity=tuple(similarity),
         leading=tuple(leading),
         squared_norms=tuple(squared_norms),
-        is_whole=all(spectrum.is_whole for spectrum in spectra),
     )
 
 

@@ -156,6 +156,7 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
         spectra, images = yield from finish_spectra(weight, effort, spectra, carried)
         facts = replace(
             facts_of(weight.shape, spectra, weight.squared_norms()),
+            is_whole=effort.exact,
             is_exhausted=last is Verdict.MORE,
             stored=stored,
         )
@@ -255,6 +256,7 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
         if self.common.select_by == "max":
             # Any computed direction may still rise, so that the sketch goes to its full depth.
             return Verdict.MORE
+        verdict = Verdict.LEFT
         for k, alignment in enumerate(aligned):
             if alignment.subspace == 0:
                 continue
@@ -269,7 +271,8 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
                     continue
             if max(alignment.angle_error, first) > ANGLE:
                 return Verdict.MORE
-        return Verdict.DONE
+            verdict = Verdict.DONE
+        return verdict
 
     def _gathered(self, facts: Facts, spectra: list[Spectrum], may_grow: bool) -> Verdict:
         """Whether more passes could change anything, if every expert were selected."""

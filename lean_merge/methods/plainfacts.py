@@ -105,13 +105,15 @@ def _role(entry: Any) -> RoleFacts:
         angles=angles,
         rank=_count(_of(entry, "rank", int), "rank"),
         gap=_number(_get(entry, "separation"), "separation"),
-        nuclear=_number(_get(entry, "nuclear"), "nuclear"),
+        nuclear=None if _get(entry, "nuclear") is None else _number(entry["nuclear"], "nuclear"),
         doubt=_number(_get(entry, "nuclear_doubt"), "nuclear_doubt"),
         is_faint=_of(entry, "faint", bool),
     )
 
 
-def _pair(entry: Any) -> tuple[float, float]:
+def _pair(entry: Any) -> tuple[float, float] | None:
+    if _get(entry, "leading_sums") is None:
+        return None
     pair = [_number(each, "leading_sums") for each in _list(entry, "leading_sums")]
     if len(pair) != 2:
         raise ValueError("leading_sums are not two")

@@ -60,6 +60,7 @@ class Verdict(Enum):
     MORE = "more passes"
     GROW = "more directions"
     DONE = "done"
+    LEFT = "no expert has anything to give"
 
 
 Judge = Callable[[list["Spectrum"], int, bool], Verdict]
@@ -81,11 +82,10 @@ class Spectrum:
     gap: float
     """(sigma_1 - sigma_2) / sigma_1."""
     sums: SingularSums | None = None
-    is_whole: bool = False
     is_faint: bool = False
     """Not zero, but so small that its products underflow; its rank is then 0."""
     settled: Deflation | None = None
-    """What a second sketch may leave out; only where it is not whole."""
+    """What a second sketch may leave out, where `sums` need one."""
 
     @property
     def has_gap(self) -> bool:
@@ -134,6 +134,10 @@ class Effort:
         """Krylov blocks at most for sketches of `rank` directions."""
         return MAX_DEPTH if rank == self.start else GROWN_DEPTH
 
+    def most_nodes(self, rank: int) -> int:
+        """Quadrature nodes of each probe at most, where sketches are of `rank` directions."""
+        return max(QUADRATURE_DEPTHS) if rank <= self.start else GROWN_QUADRATURE
+
     def cost(self, *, item: int) -> AnalysisCost:
         """Bytes as the comments name them; passes up to the deepest sketch and its sums."""
         out_features, in_features = self.shape
@@ -169,7 +173,7 @@ class Effort:
 
 
 def find_spectra(weight: WeightContext, effort: Effort, judge: Judge) -> PassesOf[list[Spectrum]]:
-    """Leading directions of every task vector; their sums are rough unless the effort is exact."""
+    """Leading directions of every task vector; their sums too where the effort is exact."""
     if effort.exact:
         return (yield from _exact(weight, effort))
     return (yield from _sketched(weight, effort, judge))
@@ -179,9 +183,8 @@ def finish_spectra(
     weight: WeightContext, effort: Effort, spectra: list[Spectrum], carried: Tensor | None
 ) -> PassesOf[tuple[list[Spectrum], list[Tensor]]]:
     """Spectra with accurate sums, and dM_k X [out, r] for each expert where X is `carried`."""
-    if not all(spectrum.is_whole for spectrum in spectra):
-        has_grown = spectra[0].sigma.numel() > effort.start
-        most = GROWN_QUADRATURE if has_grown else max(QUADRATURE_DEPTHS)
+    if any(spectrum.sums is None for spectrum in spectra):
+        most = effort.most_nodes(spectra[0].sigma.numel())
         return (yield from _deflated_sums(weight, spectra, carried, most))
     if carried is None:
         return spectra, []
@@ -207,7 +210,6 @@ def _exact(weight: WeightContext, effort: Effort) -> PassesOf[list[Spectrum]]:
                 rank=numerical_rank(sigma, weight.shape),
                 gap=_gap(sigma),
                 sums=SingularSums.of_spectrum(sigma),
-                is_whole=True,
             )
         )
     return spectra
@@ -226,10 +228,39 @@ def _sketched(weight: WeightContext, effort: Effort, judge: Judge) -> PassesOf[l
                 spectra = _without_faint(found, weight.squared_norms())
                 may_grow = rank < effort.largest and _depth(sketches) == MIN_DEPTH
                 verdict = judge(spectra, _depth(sketches), may_grow)
+        if verdict is Verdict.LEFT:
+            return spectra
         if verdict is not Verdict.GROW:
-            spectra = weight.parallel(_with_settled, list(zip(spectra, sketches, strict=True)))
-            return _with_sums(weight, spectra, sketches)
+            return (yield from _own_sums(weight, spectra, sketches, effort.most_nodes(rank)))
         rank = min(2 * rank, effort.largest)
+
+
+def _own_sums(
+    weight: WeightContext, spectra: list[Spectrum], sketches: list[Sketch], most: int
+) -> PassesOf[list[Spectrum]]:
+    """With sums from the sketches themselves, carried on if need be; else with what is settled."""
+    counts = [_settled_count(spectrum) for spectrum in spectra]
+    norms = weight.squared_norms()
+    while True:
+        if _depth(sketches) >= min(QUADRATURE_DEPTHS):
+            sums = weight.parallel(
+                lambda role: sketches[role].own_sums(norms[role], counts[role]),
+                range(len(sketches)),
+            )
+            if None in sums:
+                settled = weight.parallel(
+                    lambda role: sketches[role].krylov.settled(counts[role]), range(len(sketches))
+                )
+                return [
+                    replace(spectrum, settled=one)
+                    for spectrum, one in zip(spectra, settled, strict=True)
+                ]
+            summed = [
+                replace(spectrum, sums=one) for spectrum, one in zip(spectra, sums, strict=True)
+            ]
+            if _depth(sketches) >= most or max(_spreads(summed)) <= SPREAD:
+                return summed
+        yield from _one_pass(weight, sketches)
 
 
 def _deflated_sums(
@@ -342,14 +373,12 @@ def _spreads(spectra: Sequence[Spectrum]) -> list[float]:
     return [spectrum.sums.spread for spectrum in spectra if spectrum.sums is not None]
 
 
-def _with_settled(pair: tuple[Spectrum, Sketch]) -> Spectrum:
-    """With the leading directions whose angle error is small, for deflation."""
-    spectrum, sketch = pair
-    count = 0
-    if spectrum.rank:
-        good = (spectrum.angles < 5 * ANGLE) & (spectrum.sigma > 1e-5 * spectrum.sigma[0])
-        count = int(good.long().cumprod(0).sum())
-    return replace(spectrum, settled=sketch.krylov.settled(count))
+def _settled_count(spectrum: Spectrum) -> int:
+    """How many leading directions have a small angle error, so that they need no further look."""
+    if not spectrum.rank:
+        return 0
+    good = (spectrum.angles < 5 * ANGLE) & (spectrum.sigma > 1e-5 * spectrum.sigma[0])
+    return int(good.long().cumprod(0).sum())
 
 
 def _side_by_side(
