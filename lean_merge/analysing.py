@@ -15,6 +15,7 @@ from lean_merge.identity import check_unchanged, run_facts
 from lean_merge.output import OutputFolder, find_complete, write_factors
 from lean_merge.plan import Plan, plan_analysis
 from lean_merge.recipe import MergeRecipe
+from lean_merge.rendering import REPORT, add_page
 from lean_merge.report import RECIPE, to_json
 from lean_merge.resources import Resources
 
@@ -24,13 +25,14 @@ class AnalysisResult:
     """A finished analysis: its folder, and what it holds.
 
     `reused` is how many tensors an interrupted run had analysed; `was_complete` tells that it was
-    there already and nothing was done.
+    there already and nothing was done; `page` is its report, None where plotly is not installed.
     """
 
     path: Path
     analysis: Analysis
     reused: int = 0
     was_complete: bool = False
+    page: Path | None = None
 
 
 def analyze(
@@ -74,7 +76,7 @@ def analyze(
         if resume:
             complete = find_complete(final, (), inputs=plan.inputs, run=facts)
             if complete is not None:
-                return AnalysisResult(complete, open_analysis(complete), was_complete=True)
+                return _shown(complete, was_complete=True)
         with OutputFolder.create(
             final, (), inputs=plan.inputs, overwrite=overwrite, run=facts, resume=resume
         ) as folder:
@@ -96,7 +98,14 @@ def analyze(
             folder.write_file(RECIPE, plan.recipe.to_yaml().encode())
             folder.write_file(ANALYSIS, to_json(document))
             folder.seal()
-    return AnalysisResult(folder.final, open_analysis(folder.final), reused=reused)
+    return _shown(folder.final, reused=reused)
+
+
+def _shown(folder: Path, *, reused: int = 0, was_complete: bool = False) -> AnalysisResult:
+    """A complete analysis with its report, which may be missing or of another version's making."""
+    analysis = open_analysis(folder)
+    page = add_page(REPORT, folder, analysis.document)
+    return AnalysisResult(folder, analysis, reused, was_complete, page)
 
 
 def analysis_facts(plan: Plan, out: Path) -> dict[str, object]:

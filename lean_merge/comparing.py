@@ -10,12 +10,10 @@ from typing import Any
 from lean_merge.checkpoints import Checkpoint, identify
 from lean_merge.comparison import COMPARISON, compare, open_roles
 from lean_merge.output import JOURNAL, OutputFolder, check_output
-from lean_merge.page import comparison_page, report_available
 from lean_merge.recipe import MergeRecipe
+from lean_merge.rendering import DIFFERENCE, add_page
 from lean_merge.report import to_json
 from lean_merge.resources import Resources
-
-PAGE = "comparison.html"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +66,13 @@ def write_comparison(
     found = compare(recipe, resources, reason=reason, checkpoints=checkpoints)
     with OutputFolder.create(final, (), **place) as folder:
         folder.write_file(COMPARISON, to_json(found))
-        if report_available():
-            folder.write_file(PAGE, comparison_page(found))
         folder.seal()
-    page = folder.final / PAGE
-    return ComparisonResult(folder.final, page if page.exists() else None, found)
+    return ComparisonResult(folder.final, add_page(DIFFERENCE, folder.final, found), found)
 
 
 def is_comparison(folder: Path) -> bool:
     """Whether a folder holds a comparison of ours, and nothing that anyone else put there."""
-    ours = {COMPARISON, PAGE, JOURNAL}
+    ours = {COMPARISON, DIFFERENCE.page, JOURNAL}
     try:
         names = {each.name for each in folder.expanduser().iterdir()}
     except OSError:

@@ -23,8 +23,8 @@ from lean_merge import (
     OutputError,
     Resources,
     budget,
-    comparing,
     memory,
+    rendering,
 )
 from lean_merge.comparing import write_comparison
 from lean_merge.comparison import compare, differing
@@ -364,7 +364,7 @@ def test_a_comparison_that_fails_leaves_nothing(make: Make, tmp_path: Path):
 def test_without_plotly_a_comparison_is_kept_without_its_page(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(comparing, "report_available", lambda: False)
+    monkeypatch.setattr(rendering, "report_available", lambda: False)
     base = make("base")
     result = write_comparison(recipe(base, base, base), tmp_path / "out", resources=CPU)
     assert result.page is None and (tmp_path / "out" / "comparison.json").exists()

@@ -1,4 +1,4 @@
-"""analyze: what a merge would do, before any is made."""
+"""analyze and report: what a merge would do, before any is made."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ from lean_merge.cli.options import (
     shares_options_of_work,
     work_of,
 )
+from lean_merge.comparing import write_comparison
+from lean_merge.comparison import COMPARISON, compare, differing
+from lean_merge.errors import CoverageError, LeanMergeError, OutputError
+from lean_merge.page import MEND
 from lean_merge.plan import plan_analysis
+from lean_merge.recipe import MergeRecipe
+from lean_merge.rendering import render
+from lean_merge.resources import Resources
 
 
 @app.command("analyze")
@@ -38,11 +45,20 @@ def analyze_command(
 ) -> None:
     """Look at every weight, and say what each threshold would select; no weight is written.
 
+<<<<<<< HEAD
     A merge decides from what is kept, at any threshold, temperature, stages and scale.
+=======
+    Merges are decided from what is kept, at any threshold, temperature, stages and scale. Models
+    of different foundations are compared instead, and the exit code is 1.
+>>>>>>> w-page
     """
     recipe, resources = work_of(**work)
-    with downloads_shown(not quiet):
-        plan = plan_analysis(recipe, resources)
+    try:
+        with downloads_shown(not quiet):
+            plan = plan_analysis(recipe, resources)
+    except CoverageError as error:
+        _compare(recipe, resources, out, error, as_json=as_json, quiet=quiet)
+        raise
     if not (quiet or as_json):
         for line in describe.warnings_of(plan):
             echo(f"warning: {line}", err=True)
@@ -55,3 +71,56 @@ def analyze_command(
         if result.was_complete:
             echo(f"{result.path} is complete already; nothing to do.", err=True)
         echo(describe.analysis_text(result.path, document))
+        echo(f"report: {result.page or f'none, for it needs plotly; {MEND}'}")
+
+
+def _compare(
+    recipe: MergeRecipe,
+    resources: Resources,
+    out: Path,
+    error: CoverageError,
+    *,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Say what differs between models that do not share one foundation, and keep it.
+
+    Whatever else `out` holds stays as it is: who overwrites an analysis wants another one.
+    """
+    if not quiet:
+        echo("The models are not of one foundation; comparing them.", err=True)
+    place = None
+    try:
+        try:
+            result = write_comparison(recipe, out, resources=resources, reason=str(error))
+            found, place = result.comparison, result.page or result.path / COMPARISON
+        except OutputError as other:
+            echo(f"warning: the comparison is not kept: {other}", err=True)
+            found = compare(recipe, resources, reason=str(error))
+    except LeanMergeError as other:
+        # What keeps the comparison from being made matters less than why it is needed.
+        echo(f"warning: the models could not be compared: {other}", err=True)
+        return
+    if as_json:
+        echo(json.dumps(found))
+    elif not quiet:
+        echo("\n".join(differing(found)))
+        if place is not None:
+            echo(f"comparison: {place}")
+
+
+@app.command("report")
+def report_command(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Of an analysis, a sweep or a comparison.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file, replaced if it exists; default: in DIR.")
+    ] = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write the page of an analysis, a sweep or a comparison again, as one HTML file."""
+    page = render(folder, out)
+    if not quiet:
+        echo(str(page))

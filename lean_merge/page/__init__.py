@@ -5,11 +5,12 @@ it comes with the extra `report`.
 """
 
 from lean_merge.page.comparison import comparison_page, write_comparison_page
-from lean_merge.page.document import report_available
+from lean_merge.page.document import MEND, report_available
 from lean_merge.page.report import report_page, write_report
 from lean_merge.page.sweep import sweep_page, write_sweep_page
 
 __all__ = [
+    "MEND",
     "comparison_page",
     "report_available",
     "report_page",
