@@ -45,12 +45,8 @@ def analyze_command(
 ) -> None:
     """Look at every weight, and say what each threshold would select; no weight is written.
 
-<<<<<<< HEAD
-    A merge decides from what is kept, at any threshold, temperature, stages and scale.
-=======
     Merges are decided from what is kept, at any threshold, temperature, stages and scale. Models
     of different foundations are compared instead, and the exit code is 1.
->>>>>>> w-page
     """
     recipe, resources = work_of(**work)
     try:
