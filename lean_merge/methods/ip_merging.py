@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -56,6 +57,23 @@ GATHERED_FROM = 0.2
 by chance carry so much of the update that a doubled rank would not either."""
 
 
+@cache
+def _likely_rank(common: IPMergingParameters, threshold: float, shape: tuple[int, int]) -> int:
+    """The rank that suffices if only s_1 stands out, and by no more than its threshold.
+
+    Few shapes are asked about many times.
+    """
+    largest = min(MAX_SUBSPACE, *shape)
+    rank = min(START_RANK, largest)
+    while rank < largest:
+        law = torch.full((rank,), shape[1] ** -0.5, dtype=torch.float64)
+        law[0] = max(threshold, shape[1] ** -0.5)
+        if is_small(omitted_by(common, law, largest, shape)):
+            break
+        rank = min(2 * rank, largest)
+    return rank
+
+
 @register
 class IPMerging(EvidenceMethod[IPMergingParameters]):
     """Merge the experts' task vectors inside the subspace that the MLLM's own tuning spans."""
@@ -76,25 +94,13 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
     def _effort(self, shape: tuple[int, int], threshold: float | None = None) -> Effort:
         """How many directions to compute: forced, all, or what the threshold makes likely."""
         roles, forced = len(self.parameters) + 1, self.common.rank != "auto"
-        start = int(self.common.rank) if forced else self._likely_rank(shape, threshold)
-        whole = self.common.svd == "exact" or self.common.nuclear == "top_q"
-        return Effort.of(shape, roles=roles, start=start, forced=forced, whole=whole)
-
-    def _likely_rank(self, shape: tuple[int, int], threshold: float | None) -> int:
-        """The rank that suffices if only s_1 stands out, and by no more than its threshold."""
-        largest = min(MAX_SUBSPACE, *shape)
-        rank = min(START_RANK, largest)
         if threshold is None:
             # A threshold that is to be found is hardly below what evidence is gathered for.
             bounds = [p.bound for p in self.parameters]
             threshold = min(GATHERED_FOR if math.isinf(each) else each for each in bounds)
-        while rank < largest:
-            law = torch.full((rank,), shape[1] ** -0.5, dtype=torch.float64)
-            law[0] = max(threshold, shape[1] ** -0.5)
-            if is_small(omitted_by(self.common, law, largest, shape)):
-                break
-            rank = min(2 * rank, largest)
-        return rank
+        start = int(self.common.rank) if forced else _likely_rank(self.common, threshold, shape)
+        whole = self.common.svd == "exact" or self.common.nuclear == "top_q"
+        return Effort.of(shape, roles=roles, start=start, forced=forced, whole=whole)
 
     def cost(self, shape: tuple[int, int], *, item: int) -> AnalysisCost:
         """That of the deepest look that the parameters allow."""
