@@ -181,7 +181,7 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
         effort = self._effort(shape, GATHERED_FOR)
         if not effort.exact or min(shape) <= EXACT_BELOW or self.common.rank != "auto":
             return effort.largest
-        return self._likely_rank(shape, GATHERED_FOR)
+        return _likely_rank(self.common, GATHERED_FOR, shape)
 
     def lacks(self, facts: Facts) -> str | None:
         """Where another look would tell more than these facts, and it matters."""
