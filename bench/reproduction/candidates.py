@@ -96,6 +96,11 @@ def ip(family: Family, **parameters: object) -> Weights:
     return family.merged("ip_merging", **parameters)
 
 
+def automatic(family: Family) -> Weights:
+    """IP-Merging at the threshold that `auto` is for this family."""
+    return ip(family, threshold=family.survey["auto"])
+
+
 def task_arithmetic(weight: float, family: Family) -> Weights:
     """Task Arithmetic by lean-merge."""
     return family.merged("task_arithmetic", scale=weight)
@@ -168,6 +173,7 @@ def candidates(weights: int) -> list[Candidate]:
     for threshold in THRESHOLDS:
         make = partial(ip, threshold=threshold)
         found.append(Candidate("threshold", f"{threshold:g}", make))
+    found.append(Candidate("threshold auto", "auto", automatic))
     for title, stages in STAGE_SETS.items():
         for threshold in THRESHOLDS[:7]:
             make = partial(ip, threshold=threshold, stages=stages)

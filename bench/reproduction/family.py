@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lean_merge import Expert, MergeRecipe, stream
+from lean_merge import Expert, MergeRecipe, analyze, stream
 from lean_merge.demo.evaluate import load
 from lean_merge.demo.run import FAMILY
 from reproduction.exam import Exam, Weights
@@ -121,6 +122,14 @@ class Family:
         """What IP-Merging at its defaults would add to every weight, were it selected."""
         merged = self.merged("ip_merging", threshold=0.0)
         return {name: merged[name] - start for name, start in self.mllm.items()}
+
+    @cached_property
+    def survey(self) -> dict[str, Any]:
+        """What `lean-merge analyze` says of thresholds: chance, the gap, and `auto`."""
+        with TemporaryDirectory() as folder:
+            analysis = analyze(self.recipe("ip_merging"), Path(folder) / "analysis").analysis
+        survey: dict[str, Any] = analysis.document["thresholds"][0]
+        return survey
 
     def plus(self, updates: Mapping[str, Tensor]) -> Weights:
         """The MLLM with updates on some of its weights."""

@@ -226,6 +226,13 @@ def facts(family: Family) -> Result:
             "random": _mean_energy(family, _random_basis(family)),
         },
         "weights": weights,
+        "auto": {
+            "threshold": family.survey["auto"],
+            "chance": _round(family.survey["null"]["chance"]),
+            "bearable": _round(family.survey["bearable"]),
+            "p_value": _round(family.survey["null"]["p_value"]),
+            "gap": family.survey["gap"] is not None,
+        },
     }
 
 

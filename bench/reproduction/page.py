@@ -235,6 +235,31 @@ def predictors(results: Results) -> str:
     return table(("gain of", "predicted by", *(f"seed {seed}" for seed in results.seeds)), rows)
 
 
+def auto(results: Results) -> str:
+    """What `--threshold auto` is for each family, beside the best of the sweep."""
+    rows = []
+    for index, facts in enumerate(results.data["facts"]):
+        said = facts["auto"]
+        row = [str(results.seeds[index]), f"{said['chance']:.2f}", f"{said['bearable']:.2f}"]
+        row += ["yes" if said["gap"] else "no", f"{said['p_value']:.1g}"]
+        row.append(f"{said['threshold']:.2f}")
+        row.append(str(results.entry("threshold auto", "auto")["changed"][index]))
+        for task in SUMS:
+            difference, (low, high) = results.change("threshold auto", "auto", task).of_seeds[index]
+            row.append(f"{difference:+.1f} ({low:+.1f} to {high:+.1f})")
+            sweep = {
+                f"{t:g}": results.change("threshold", f"{t:g}", task).of_seeds[index][0]
+                for t in THRESHOLDS
+            }
+            best = max(sweep, key=lambda name: sweep[name])
+            row.append(f"{sweep[best]:+.1f} at {best}")
+        rows.append(row)
+    head = ["seed", "chance", "bearable", "gap", "p of unrelated", "auto", "selected"]
+    for task in SUMS:
+        head += [TITLES[task], "best of the sweep"]
+    return table(head, rows)
+
+
 def energies(results: Results) -> str:
     """Where the energy of dM lies."""
     rows = []
@@ -287,6 +312,7 @@ PARTS: dict[str, Callable[[Results], str]] = {
     "energies": energies,
     "dimension": dimension,
     "lengths": lengths,
+    "auto": auto,
     "selection": selection,
     "predictors": predictors,
 }
