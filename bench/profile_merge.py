@@ -30,7 +30,7 @@ from synthetic import add_size, shapes_of
 import lean_merge
 from lean_merge.checkpoints import reader
 from lean_merge.engine import run, taskvectors, update
-from lean_merge.linalg import sketch
+from lean_merge.linalg import krylov, sketch
 from lean_merge.methods import ip_merging, spectra
 from lean_merge.output import folder as output
 from lean_merge.output import ledger
@@ -42,10 +42,14 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
     "summing partial sums": [(taskvectors._Sums, "finish")],
     "starts of sketches": [(sketch.Sketch, "__init__")],
     "Krylov steps": [(sketch.Sketch, "absorb")],
-    "Ritz vectors": [(spectra, "_spectrum"), (spectra, "_with_settled")],
-    "sums of spectra": [(sketch.Sketch, "sums")],
+    "Ritz vectors": [(spectra, "_spectrum"), (krylov.BlockKrylov, "settled")],
+    "sums of spectra": [(sketch.Sketch, "sums"), (sketch.Sketch, "own_sums")],
     "whole spectra of small weights": [(spectra, "exact_spectrum")],
-    "judging and deciding": [(ip_merging.IPMerging, n) for n in ("_align", "_judge", "_decide")],
+    "judging and deciding": [
+        (ip_merging, "align"),
+        (ip_merging.IPMerging, "_judge"),
+        (ip_merging.IPMerging, "_decision"),
+    ],
     "adding and rounding": [(update._RowWriter, "write_tile")],
     "writing": [(output.OutputFolder, "write_at")],
     "digests": [(ledger.Ledger, "add_bytes")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -18,6 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from lean_merge import CheckpointError, cli, merge, open_checkpoint
 from lean_merge.output import storage
+
+program = importlib.import_module("lean_merge.cli.app")
 
 FAILED, USAGE, BUDGET, INTERRUPTED = 1, 2, 4, 5
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -638,13 +641,13 @@ def test_another_tokenizer_is_warned_of(
 def test_an_interrupt_leaves_a_visibly_unfinished_output(
     roles: Triple, fails: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ):
-    class Bar(cli.tqdm):  # type: ignore[misc]
+    class Bar(program.tqdm):  # type: ignore[misc]
         def update(self, n: float | None = 1) -> None:
             if how == "ctrl-c":
                 raise KeyboardInterrupt
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(cli, "tqdm", Bar)
+    monkeypatch.setattr(program, "tqdm", Bar)
     assert "interrupted" in fails(code=INTERRUPTED)
     assert_unfinished(tmp_path / "out")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import re
 import signal
@@ -20,6 +21,10 @@ from families import Triple, contents, load
 from lean_merge import MergeRecipe, __version__, cli
 from lean_merge.checkpoints import TensorReader
 from lean_merge.methods import all_methods
+
+# The package's own names are the commands and the program, not the modules.
+merge_commands = importlib.import_module("lean_merge.cli.merge")
+program = importlib.import_module("lean_merge.cli.app")
 
 Call = Callable[..., tuple[str, str]]
 
@@ -116,13 +121,13 @@ def test_a_flag_reaches_the_method(
     monkeypatch: pytest.MonkeyPatch, call: Call, small: Triple, flags: list[object], wanted: Any
 ):
     seen = []
-    make_plan = cli.make_plan
+    make_plan = merge_commands.make_plan
 
-    def remember(*arguments: Any) -> Any:
-        seen.append(make_plan(*arguments))
+    def remember(*arguments: Any, **options: Any) -> Any:
+        seen.append(make_plan(*arguments, **options))
         return seen[-1]
 
-    monkeypatch.setattr(cli, "make_plan", remember)
+    monkeypatch.setattr(merge_commands, "make_plan", remember)
     call("plan", *roles(small), *flags)
     common = seen[0].method.common
     assert dataclasses.asdict(common) == dataclasses.asdict(type(common)()) | wanted
@@ -321,7 +326,7 @@ def test_the_progress_bar_shows_bytes_and_the_tensor_on_a_terminal_alone(
 ):
     bars = []
 
-    class Bar(cli.tqdm):  # type: ignore[misc]
+    class Bar(program.tqdm):  # type: ignore[misc]
         def __init__(self, *arguments: Any, **options: Any) -> None:
             bars.append((options, []))
             super().__init__(*arguments, **options)
@@ -329,7 +334,7 @@ def test_the_progress_bar_shows_bytes_and_the_tensor_on_a_terminal_alone(
         def set_postfix_str(self, text: str = "", refresh: bool = True) -> None:
             bars[-1][1].append(text)
 
-    monkeypatch.setattr(cli, "tqdm", Bar)
+    monkeypatch.setattr(program, "tqdm", Bar)
     call("merge", *roles(small), "--out", tmp_path / "out")
     ((options, shown),) = bars
     assert options["disable"] is True

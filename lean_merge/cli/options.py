@@ -25,8 +25,21 @@ Experts = Annotated[
     typer.Option("--expert", "--math", help="Expert LLM that gives; may be repeated."),
 ]
 MethodName = Annotated[str | None, typer.Option("--method", help="See lean-merge methods.")]
+
+
+def _threshold(text: str | None) -> str | None:
+    """As it is, if it is a number or auto."""
+    if text is not None and text != "auto":
+        try:
+            float(text)
+        except ValueError:
+            raise typer.BadParameter(f"{text!r} is not a number, nor auto.") from None
+    return text
+
+
 Threshold = Annotated[
-    str | None, typer.Option(help="S_alpha: select from this similarity; auto finds it.")
+    str | None,
+    typer.Option(callback=_threshold, help="S_alpha: select from this similarity; auto finds it."),
 ]
 SelectBy = Annotated[str | None, typer.Option(help="first or max similarity.")]
 Temperature = Annotated[float | None, typer.Option(help="tau of the importance softmax.")]
