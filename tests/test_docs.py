@@ -203,7 +203,7 @@ def test_the_readmes_test_command_is_one_line_and_what_ci_extracts():
     """The same lines of sed as in .ci/run, read from there."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (found,) = re.findall(r"<!-- test command -->\n```sh\n([^\n]+)\n```\n", text)
-    assert "constraints.txt" in found and found.endswith("-m pytest")
+    assert "constraints.txt" in found and " -m pytest" in found
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     (extraction,) = re.findall(r"^command=\$\((.*)\)$", script, re.MULTILINE)
     done = subprocess.run(
