@@ -180,7 +180,6 @@ class Room:
 
 def share_room(weights: Sequence[LogicalWeight], layout: Layout) -> Room:
     """One weight after another, or two at a time of those that are small enough for it."""
-    fixed = {weight.canonical: layout.fixed(weight)[0] for weight in weights}
     if not layout.on_cpu:
         return Room((0,), layout.most)
     kept = {weight.canonical: layout.kept(weight) for weight in weights}
@@ -188,16 +187,21 @@ def share_room(weights: Sequence[LogicalWeight], layout: Layout) -> Room:
     alone = Room((largest,), layout.most + largest)
     if layout.output == "stream" or layout.workers < 2:
         return alone
-    second = {w.canonical: layout.second(w) for w in weights if layout.cost(w).passes}
-    order = sorted(second, key=lambda name: kept[name] + second[name], reverse=True)
+    sizes = {
+        w.canonical: (kept[w.canonical], layout.second(w), layout.fixed(w)[0])
+        for w in weights
+        if layout.cost(w).passes
+    }
     limit = min(layout.memory, budget.FULL_SPEED) - layout.held
-    for number in range(len(order) - 1):
-        small = order[number:]
-        extra = max(second[name] for name in small)
-        arena = max(kept[name] for name in small)
-        both = max(layout.most, max(fixed[name] for name in small) + extra)
-        if largest + arena + both <= limit:
-            return Room((largest, arena), largest + arena + both, frozenset(small))
+    # Weights are many and sizes are few: a mixture has thousands of one.
+    order = sorted(set(sizes.values()), key=lambda size: (size[0] + size[1], size), reverse=True)
+    for number in range(len(order)):
+        small = set(order[number:])
+        arena, extra, fixed = (max(column) for column in zip(*small, strict=True))
+        peak = largest + arena + max(layout.most, fixed + extra)
+        names = frozenset(name for name, size in sizes.items() if size in small)
+        if peak <= limit and len(names) > 1:
+            return Room((largest, arena), peak, names)
     return alone
 
 

@@ -42,6 +42,18 @@ TOLERATED_UPDATE = 0.01
 class Comparison(Sink):
     """A sink that compares, and tells what it found."""
 
+    def __init__(
+        self,
+        plan: Plan,
+        stored: Mapping[str, TensorSpec],
+        reader: TensorReader,
+        sampled: set[str],
+    ) -> None:
+        self._plan = plan
+        self._stored = stored
+        self._reader = reader
+        self._sampled = sampled
+
     @abc.abstractmethod
     def differences(self, elsewhere: set[str]) -> list[Difference]:
         """What was found.
@@ -76,10 +88,7 @@ class CheckpointComparison(Comparison):
         reader: TensorReader,
         sampled: set[str],
     ) -> None:
-        self._plan = plan
-        self._stored = stored
-        self._reader = reader
-        self._sampled = sampled
+        super().__init__(plan, stored, reader, sampled)
         self._off: dict[str, tuple[int, int]] = {}
         self._lock = threading.Lock()
 
@@ -176,10 +185,7 @@ class AdapterComparison(Comparison):
         reader: TensorReader,
         sampled: set[str],
     ) -> None:
-        self._plan = plan
-        self._stored = stored
-        self._reader = reader
-        self._sampled = sampled
+        super().__init__(plan, stored, reader, sampled)
         self._done = 0
         self._found: dict[str, _Found] = {}
 

@@ -185,7 +185,6 @@ class _Engine:
         drivers: Workers,
         notes: Sequence[Note | None],
     ) -> None:
-        self._plan = plan
         self._sink = sink
         self.tools = tools
         self._result = result

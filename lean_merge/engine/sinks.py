@@ -99,7 +99,33 @@ class Sink(abc.ABC):
         return
 
 
-class CheckpointSink(Sink):
+class FolderSink(Sink):
+    """Writes into an `OutputFolder`, whose bytes go to the disk while more are made.
+
+    Parameters
+    ----------
+    folder
+        Open; it stays unsealed.
+    """
+
+    def __init__(self, folder: OutputFolder) -> None:
+        self._folder = folder
+        self._flusher = Flusher(folder)
+
+    def __enter__(self) -> FolderSink:
+        self._flusher.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._flusher.__exit__(kind, error, trace)
+
+
+class CheckpointSink(FolderSink):
     """A whole checkpoint: every tensor at its place in the files of an `OutputFolder`.
 
     Parameters
@@ -114,21 +140,8 @@ class CheckpointSink(Sink):
     reads_rows = True
 
     def __init__(self, plan: Plan, folder: OutputFolder) -> None:
+        super().__init__(folder)
         self._plan = plan
-        self._folder = folder
-        self._flusher = Flusher(folder)
-
-    def __enter__(self) -> CheckpointSink:
-        self._flusher.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._flusher.__exit__(kind, error, trace)
 
     def copy(self, task: CopyTask, tools: Tools) -> Callable[[], None]:
         """The tensor's bytes, undecoded; or its numbers, where these are stored with scales."""
@@ -164,33 +177,12 @@ class CheckpointSink(Sink):
         return write
 
 
-class BlockSink(Sink):
+class BlockSink(FolderSink):
     """What is laid out only at the end waits in the blocks of an unfinished output.
 
     By itself it keeps nothing but what the engine tells of each task, so that a run without weights
     to write can be taken up again too. Others put the blocks of a task before it is finished.
-
-    Parameters
-    ----------
-    folder
-        Open; it stays unsealed.
     """
-
-    def __init__(self, folder: OutputFolder) -> None:
-        self._folder = folder
-        self._flusher = Flusher(folder)
-
-    def __enter__(self) -> BlockSink:
-        self._flusher.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._flusher.__exit__(kind, error, trace)
 
     def copy(self, task: CopyTask, tools: Tools) -> Callable[[], None]:
         """Nothing is copied."""
