@@ -137,6 +137,27 @@ def test_an_output_of_equal_shards_alone_is_whole(tmp_path: Path):
     assert inodes(tmp_path / "a") == inodes(tmp_path / "b")
 
 
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("second_has", [1, COUNT])
+def test_of_several_that_hold_a_file_one_is_taken(
+    tmp_path: Path, links: bool, second_has: int, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("a", "b"):
+        make(tmp_path / name, FIRST)
+    equal = equal_shards(tmp_path / "a", FIRST, FIRST)
+    equal += equal_shards(tmp_path / "b", FIRST, FIRST)[-second_has:]
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    bytes_of_all = COUNT * layout()[0].size
+    with create(tmp_path / "c", FIRST, equal=equal) as folder:
+        shared = folder.sharing.linked if links else folder.sharing.copied
+        assert shared == bytes_of_all == folder.sharing.linked + folder.sharing.copied
+        assert fill(folder, FIRST) == 0
+        folder.write_file("config.json", b"{}")
+        folder.seal()
+    assert_holds(tmp_path / "c", FIRST)
+
+
 def test_an_unfinished_output_shows_no_loader_what_is_linked(tmp_path: Path):
     make(tmp_path / "a", FIRST)
     folder = create(tmp_path / "b", SECOND, equal=equal_shards(tmp_path / "a", FIRST, SECOND))

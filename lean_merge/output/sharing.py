@@ -103,8 +103,9 @@ def take_equal(
     shards
         Its weight files.
     equal
-        Those of them that others hold. One whose output is not complete any more, is being
-        replaced, or was made of other inputs or on another machine is not taken.
+        Those of them that others hold; of several that hold the same file, the first that can be
+        taken is. One whose output is not complete any more, is being replaced, or was made of other
+        inputs or on another machine is not taken.
     start
         The first record of its journal.
     reserve
@@ -118,7 +119,8 @@ def take_equal(
             if journal is None:
                 continue
             for each in equal:
-                if each.folder == folder and each.file_name in named:
+                done = each.file_name in taken.linked or each.file_name in taken.copied
+                if each.folder == folder and each.file_name in named and not done:
                     _take(path, named[each.file_name], each, journal, taken, reserve)
     return taken
 
