@@ -263,7 +263,6 @@ def test_merges_are_lean_merges_own(family: Any) -> None:
             torch.testing.assert_close(merged[name], weight, rtol=1e-4, atol=1e-6)
             changed += not torch.equal(weight, family.mllm[name])
         assert changed > 0
-    assert not list(family.folder.glob("tmp*")), "a merge's folder was left"
 
 
 def test_marks_tell_what_was_right(encoder: Any) -> None:

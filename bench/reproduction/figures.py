@@ -88,8 +88,10 @@ def merges(results: Results) -> Figure:
         ):
             _line(panel, results, group, results.measured(group, weights), task, colour, title)
         names = results.measured("threshold", THRESHOLDS)
-        best = max(results.change("threshold", name, task).mean for name in names)
-        panel.axhline(best, color=_COLOURS[3], linestyle="--", label="IP-Merging, best threshold")
+        if names:
+            best = max(results.change("threshold", name, task).mean for name in names)
+            title = "IP-Merging, best threshold"
+            panel.axhline(best, color=_COLOURS[3], linestyle="--", label=title)
         panel.set_xlabel("weight or scale")
     return _labelled(figure, panels)
 

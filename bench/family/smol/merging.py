@@ -88,7 +88,7 @@ class SmolFamily(TaskVectors):
         recipe = self.recipe(method, out_dtype, **parameters)
         if method != "ip_merging":
             return _taken(stream(recipe, resources=self._resources))
-        with TemporaryDirectory(dir=self.folder) as scratch:
+        with TemporaryDirectory() as scratch:
             out = Path(scratch) / "merged"
             merge(recipe, out, analysis=self.analysis, resources=self._resources)
             return _taken(
