@@ -141,7 +141,7 @@ def _family_of(results: Results) -> Sequence[str]:
         *(share("mllm", task) for task in TASKS),
         f"{lengths[0]:.1f}, {lengths[1]:.1f} %",
         f"{median(first):.2f}, {max(first):.2f}",
-        "not its own",
+        "not applied",
     )
 
 
