@@ -185,7 +185,7 @@ def test_the_mllm_starts_as_its_base(encoder: Any) -> None:
 
 
 def test_the_anatomy_tells_what_was_planted() -> None:
-    from anatomy import anatomy, projected, truncated
+    from anatomy import anatomy, silenced
 
     generator = torch.Generator().manual_seed(0)
 
@@ -214,9 +214,19 @@ def test_the_anatomy_tells_what_was_planted() -> None:
     gamma = 1 / (1 + math.exp(-32 * 0.5))
     assert facts["update"]["softmax 32"] == pytest.approx(gamma**2 * 4 / math.sqrt(68), rel=1e-6)
     assert facts["update"]["relative 8"] == pytest.approx(4 / math.sqrt(68), rel=1e-3)
-    torch.testing.assert_close(truncated(second, 1), 8 * torch.outer(other[:, 0], leaning).float())
-    inside = projected(second, first, 1)
-    torch.testing.assert_close(inside, 4 * torch.outer(other[:, 0], right[:, 0]).float())
+
+    still = torch.randn(80, 60, generator=generator, dtype=torch.float64)
+    norms = torch.ones(60)
+    norms[7], still[:, 7] = 0.01, 1e-6
+    other = torch.randn(80, 60, generator=generator, dtype=torch.float64)
+    assert silenced(norms, (still, still * 2)) == {
+        "at": [7, 7],
+        "ends_there": True,
+        "weight": pytest.approx(0.01),
+    }
+    other[:, 9] = 0
+    facts = silenced(norms, (still, other))
+    assert facts["at"] == [7, 9] and not facts["ends_there"]
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[3]))  # the package, whe
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # the reproduction's modules
 
 import torch
-from anatomy import anatomy, decompose, dominant_inputs, summarise
+from anatomy import anatomy, decompose, dominant_inputs, silenced, summarise
 from measure import commit, machine, today
 from merging import SmolFamily
 from reproduction import results as reproduced
@@ -110,6 +110,18 @@ def anatomies(family: SmolFamily) -> dict[str, dict[str, Any]]:
     return {
         name: anatomy(base, family.mllm[name], family.expert[name], inputs[name])
         for name, base in family.base.items()
+    }
+
+
+def silent_channels(family: SmolFamily) -> dict[str, Any]:
+    """Of every matrix behind an MLP's norm: whether both spectra end where that is smallest."""
+    return {
+        name: silenced(
+            family.llm.model.layers[int(name.split(".")[1])].post_attention_layernorm.weight,
+            (family.of_mllm[name], family.of_expert[name]),
+        )
+        for name in family.base
+        if name.split(".")[-2] in ("gate_proj", "up_proj")
     }
 
 
@@ -212,6 +224,8 @@ def describe(family: SmolFamily, results: dict[str, Any], out: Path, trained: Pa
     if not results["facts"]:
         results["facts"] = [facts(family)]
         print(time.strftime("%H:%M:%S"), "facts", flush=True)
+    if "silenced" not in results:
+        results["silenced"] = rounded(silent_channels(family))
     states = {role: trained / f"{role}.state" for role in ("mllm", "expert")}
     if "storage" not in results and all(state.exists() for state in states.values()):
         results["storage"] = rounded(storage(family, states))

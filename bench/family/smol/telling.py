@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from lean_merge.demo.evaluate import Accuracy
@@ -116,6 +117,19 @@ def modules_table(anatomy: Mapping[str, Summary]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def silenced_text(silenced: Mapping[str, Mapping[str, Any]]) -> str:
+    """In how many matrices both spectra end in the channel that the norm silences."""
+    found = [each for each in silenced.values() if each["ends_there"]]
+    text = (
+        f"In {len(found)} of {len(silenced)} gate and up matrices both spectra end in the channel "
+        "whose weight in the norm before them is the smallest"
+    )
+    if not found:
+        return f"{text}.\n"
+    middle = median(each["weight"] for each in found)
+    return f"{text}; in the median of these it is {middle:.1g} of the layer's median.\n"
+
+
 def storage_table(storage: Mapping[str, Mapping[str, float]]) -> str:
     """Stored task vectors against those trained: medians and extremes over the matrices."""
     lines = ["| stored over trained | lowest | median | highest |", "|---|---|---|---|"]
@@ -134,6 +148,8 @@ def told(results: Mapping[str, Any]) -> str:
         "## By module\n",
         modules_table(results["anatomy"]),
     ]
+    if "silenced" in results:
+        parts.append(silenced_text(results["silenced"]))
     if "storage" in results:
         parts += ["## Stored in bf16\n", storage_table(results["storage"])]
     parts += [
