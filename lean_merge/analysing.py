@@ -78,7 +78,13 @@ def analyze(
             if complete is not None:
                 return _shown(complete, was_complete=True)
         with OutputFolder.create(
-            final, (), inputs=plan.inputs, overwrite=overwrite, run=facts, resume=resume
+            final,
+            (),
+            inputs=plan.inputs,
+            overwrite=overwrite,
+            run=facts,
+            resume=resume,
+            reserve=plan.reserve,
         ) as folder:
             reused = len(folder.blocks.groups)
             result = run(plan, EvidenceSink(folder), on_event or (lambda event: None))

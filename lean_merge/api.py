@@ -124,6 +124,7 @@ def merge(
             run=facts,
             resume=resume,
             equal=equal,
+            reserve=plan.reserve,
         ) as folder:
             reused = len(folder.finished) or len(folder.blocks.groups)
             report = _merge(plan, folder, sampler, baseline, on_event)
@@ -160,7 +161,13 @@ def _merge_once_analysed(
             return MergeResult(complete, report, reused=len(plan.tasks), was_complete=True)
     # Refused now rather than when all is analysed.
     check_output(
-        final, plan.shards, inputs=plan.inputs, overwrite=overwrite, run=facts, resume=resume
+        final,
+        plan.shards,
+        inputs=plan.inputs,
+        overwrite=overwrite,
+        run=facts,
+        resume=resume,
+        reserve=plan.reserve,
     )
     resources = Resources(plan.device, plan.memory, plan.vram or None, plan.threads)
     own = analyze(plan.recipe, beside(final), resources=resources, overwrite=True, resume=resume)

@@ -93,8 +93,10 @@ MAY_IMPORT = {
     "resources": {"memory", "errors"},
     "tasks": {"checkpoints", "methods", "output"},
     "footprint": {"budget", "checkpoints", "methods", "resources", "tasks"},
+    "disk": {"checkpoints", "methods", "output", "tasks"},
     "gathering": {"checkpoints", "errors", "methods", "parameters", "recipe", "scope"},
     "plan": {
+        "disk",
         "gathering",
         "resources",
         "tasks",

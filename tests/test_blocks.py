@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from scenes import (
 )
 
 from lean_merge import OutputError
-from lean_merge.output import JOURNAL, BlockStore, OutputFolder, read_journal
+from lean_merge.output import JOURNAL, BlockStore, Journal, OutputFolder, read_journal
 from lean_merge.output.blocks import BLOCKS, kept_groups, to_record
 from lean_merge.output.journal import decode, encode
 
@@ -51,6 +52,19 @@ def out(scene: Scene) -> Path:
 def interrupt(scene: Scene, out: Path, after: int, **options: Any) -> None:
     with pytest.raises(Stop):
         scene.merge(out, on_event=stopping(after), **options)
+
+
+def told(out: Path) -> Journal:
+    """The journal of an unfinished output."""
+    journal = read_journal(out / PARTIAL)
+    assert journal is not None
+    return journal
+
+
+def end_of_blocks(out: Path) -> int:
+    """Where the last block ends that the journal tells of."""
+    blocks = [block for group in told(out).groups.values() for block in group["blocks"]]
+    return max(block["start"] + 4 * math.prod(block["shape"]) for block in blocks)
 
 
 # --- adapters ---------------------------------------------------------------------------------
@@ -168,11 +182,14 @@ def test_blocks_that_were_tampered_with_are_made_again(scene: Scene, out: Path, 
         file.rename(out.parent / "elsewhere")
         file.symlink_to(out.parent / "elsewhere")
     elif harm == "journal":
-        os.truncate(out / PARTIAL, (out / PARTIAL).stat().st_size - 3)
+        os.truncate(out / PARTIAL, told(out).length - 3)
+        reused = 3
+    elif harm == "short":
+        os.truncate(file, end_of_blocks(out) - 4)
         reused = 3
     else:
-        os.truncate(file, file.stat().st_size + (100 if harm == "long" else -4))
-        reused = 4 if harm == "long" else 3
+        os.truncate(file, file.stat().st_size + 100)
+        reused = 4
     if harm == "link":
         with pytest.raises(OutputError, match="cannot be written"):
             scene.merge(out)
@@ -205,7 +222,7 @@ def test_an_analysis_alone_goes_on(small: Triple, tmp_path: Path):
     out = tmp_path / "out"
     with pytest.raises(Stop):
         small.merge(out, output="none", on_event=stopping(1))
-    assert [each.name for each in out.iterdir()] == [PARTIAL]
+    assert {each.name for each in out.iterdir()} == {PARTIAL, BLOCKS}
     assert small.merge(out, output="none").reused == 1
     assert whole.path is not None
     assert_same(contents(out), contents(whole.path))

@@ -18,7 +18,7 @@ from typing import Any
 
 from lean_merge.checkpoints.checkpoint import INDEX
 from lean_merge.output.layout import Shard
-from lean_merge.output.storage import open_own, sync_data, write_all
+from lean_merge.output.storage import open_own, reserve, sync_data, write_all
 
 JOURNAL = "lean_merge_journal.jsonl"
 FORMAT = 1
@@ -243,6 +243,12 @@ class JournalWriter:
         self._descriptor: int | None = open_own(file)
         self._length = length
         os.ftruncate(self._descriptor, length)
+
+    def reserve(self, nbytes: int) -> None:
+        """Takes the disk for all that it grows to, where it can; zeros are no line. OSError."""
+        if self._descriptor is None:
+            raise ValueError("The journal is closed.")
+        reserve(self._descriptor, nbytes)
 
     def append(self, records: Iterable[Record]) -> None:
         """Adds `records`; they are on the disk when this returns. OSError."""
