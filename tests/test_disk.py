@@ -172,7 +172,7 @@ def test_a_threshold_to_be_found_needs_the_disk_of_its_analysis_too(
 ):
     options = {"output": kind, "threshold": "auto"}
     whole = plan(wide.recipe(**options), CPU)
-    first = planned(wide, "analysis", threshold="auto").reserve
+    first = planned(wide, "analysis", threshold="auto", output=kind).reserve
     # Its recipe is as long.
     known = plan(wide.recipe(output=kind, threshold=0.25), CPU)
     assert whole.prediction.disk == max(first.nbytes, first.made + known.prediction.disk)
