@@ -76,15 +76,6 @@ def told_bytes(tasks: Sequence[WeightTask], *, recipe: int, files: int) -> int:
     return most
 
 
-def after(first: Reserve, then: Reserve, *, laid_out: int) -> Reserve:
-    """What an output takes that is made once an analysis, which takes `first`, is complete.
-
-    It takes `then` itself, beside `laid_out` bytes of weight files that headers lay out.
-    """
-    most = max(first.nbytes, first.made + laid_out + then.nbytes) - laid_out
-    return Reserve(made=most, smaller=then.smaller or first.smaller)
-
-
 def _watched(
     tasks: Sequence[WeightTask],
 ) -> list[tuple[LogicalWeight, EvidenceMethod[object]]]:

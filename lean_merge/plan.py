@@ -25,7 +25,7 @@ from lean_merge.checkpoints import (
     safetensors_dtype,
     torch_dtype,
 )
-from lean_merge.disk import adapter_reserve, after, evidence_reserve, report_reserve, told_bytes
+from lean_merge.disk import adapter_reserve, evidence_reserve, report_reserve, told_bytes
 from lean_merge.errors import CoverageError, RecipeError
 from lean_merge.footprint import Layout, Room, check_budget, share_room
 from lean_merge.gathering import (
@@ -462,7 +462,7 @@ def row_runs(weight: LogicalWeight) -> tuple[tuple[int, int], ...]:
 
 def _written(plan: Plan, output: str) -> tuple[int, Reserve]:
     """Most bytes of the weight files, and what is taken of the disk beside `plan.shards`."""
-    laid_out = written = sum(shard.size for shard in plan.shards)
+    written = sum(shard.size for shard in plan.shards)
     told, reserve, fewer = _told(plan), Reserve(), "give a smaller --rank"
     if output == ANALYSIS:
         return evidence_reserve(plan.weights, told=told, smaller=fewer)
@@ -472,7 +472,8 @@ def _written(plan: Plan, output: str) -> tuple[int, Reserve]:
         reserve = report_reserve(told)
     if not plan.is_settled:
         _, first = evidence_reserve(plan.weights, told=told, smaller=fewer)
-        reserve = after(first, reserve, laid_out=laid_out)
+        smaller = reserve.smaller or first.smaller
+        reserve = dataclasses.replace(reserve, analysis=first.nbytes, smaller=smaller)
     return written, reserve
 
 

@@ -52,6 +52,8 @@ class Reserve:
         Bytes of all blocks; of the files that are made once all blocks are there.
     journal
         Bytes of the unfinished journal.
+    analysis
+        Bytes of the analysis that it makes for itself, which reserves them.
     smaller
         How to need less, in words; nothing if there is no way.
     """
@@ -59,12 +61,13 @@ class Reserve:
     blocks: int = 0
     made: int = 0
     journal: int = 0
+    analysis: int = 0
     smaller: str = ""
 
     @property
     def nbytes(self) -> int:
         """All of it."""
-        return self.blocks + self.made + self.journal
+        return self.blocks + self.made + self.journal + self.analysis
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ from lean_merge.output.opening import (
     NOTHING,
     Place,
     checked_place,
+    discard_analysis,
     find_place,
     finished_tensors,
     unseal,
@@ -44,7 +45,7 @@ from lean_merge.output.sharing import (
     linked_name,
     take_equal,
 )
-from lean_merge.output.state import PARTIAL
+from lean_merge.output.state import OWN_ANALYSIS, PARTIAL
 from lean_merge.output.storage import (
     check_free_space,
     explain,
@@ -99,6 +100,7 @@ class OutputFolder:
         self._ledger = Ledger(start, shards)
         self._whole: Mapping[str, Mapping[str, Record]] = {}
         self.blocks = BlockStore(place.path / BLOCKS, self._ledger.finish_blocks)
+        self._laid_out = False
         self._closed = False
         self._failed = False
         self._counter = threading.Lock()
@@ -201,9 +203,26 @@ class OutputFolder:
             self.blocks.restore(kept_groups(journal.groups, path / BLOCKS, needed=needed))
             if journal.added and self.blocks.groups.keys() == journal.groups.keys():
                 # All is computed, and what was made of it, or is to be, has its length.
-                return
-        self._ledger.reserve(reserve.journal)
-        self.blocks.reserve(reserve)
+                self._laid_out = True
+        self.reserve(reserve)
+
+    def reserve(self, wanted: Reserve) -> None:
+        """Takes the disk for what is not laid out yet, where that can be had without writing it.
+
+        Raises
+        ------
+        BudgetError
+            The disk lacks the space.
+        OutputError
+            It refuses otherwise.
+        """
+        if self._laid_out:
+            return
+        try:
+            self._ledger.reserve(wanted.journal)
+        except OSError as error:
+            raise explain(self._partial(JOURNAL), error) from error
+        self.blocks.reserve(wanted)
 
     def add(self, shard: Shard) -> None:
         """Reserves one more weight file, whose layout only the run could tell.
@@ -266,6 +285,20 @@ class OutputFolder:
     def path(self) -> Path:
         """Where the files are now: beside `final` while that still holds what is replaced."""
         return self.final if self.sealed else self._place.path
+
+    def own_analysis(self) -> Path:
+        """The folder in which this output may keep an analysis of its own until it is sealed.
+
+        Raises OutputError if a link is in its place: what that leads to is not to be written.
+        """
+        folder = self.path / OWN_ANALYSIS
+        if folder.is_symlink():
+            raise OutputError(f"{folder}: is a link to another folder; remove it.")
+        return folder
+
+    def note_analysis(self, found: Mapping[str, Any]) -> None:
+        """What that found, as JSON has it; the sealed journal will tell."""
+        self._ledger.add_analysis(found)
 
     def __enter__(self) -> OutputFolder:
         return self
@@ -449,6 +482,7 @@ class OutputFolder:
         write_new(path / JOURNAL, [self._ledger.sealed(self.shards, self.blocks.sealed())])
         # Windows renames no open file.
         self._close_files()
+        discard_analysis(path)
         for folder in {(path / name).parent for name in self._ledger.files} | {path}:
             sync_folder(folder)
         self._partial(JOURNAL).unlink()

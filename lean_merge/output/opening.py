@@ -20,7 +20,17 @@ from lean_merge.output.journal import JOURNAL, Journal, start_record
 from lean_merge.output.layout import Shard, extents
 from lean_merge.output.replace import Replacement
 from lean_merge.output.sharing import discard_links
-from lean_merge.output.state import PARTIAL, Step, choose, difference, is_complete, look
+from lean_merge.output.state import (
+    DISCARDED,
+    OWN_ANALYSIS,
+    PARTIAL,
+    State,
+    Step,
+    choose,
+    difference,
+    is_complete,
+    look,
+)
 from lean_merge.output.storage import (
     check_free_space,
     explain,
@@ -113,9 +123,9 @@ def find_place(
             if replacement.new.exists():
                 place.lock(replacement.new)
             step = _step_beside(replacement.new, start, resume=resume)
-        freed = lent + folder_bytes(replacement.new)
+        freed = lent + _held(replacement.new)
         if place.replacement is None:
-            freed += folder_bytes(final)
+            freed += _held(final)
         _check_disk(place.path, start, reserve, freed=freed, going_on=step is Step.GO_ON)
         if place.replacement is None:
             replacement.discard_new()
@@ -143,8 +153,16 @@ def _check_disk(
     needed = sum(each["size"] for each in start["shards"])
     # What is laid out has its length by now, and is looked at again when its file is made.
     if journal is None or not journal.added:
-        needed += reserve.nbytes
+        needed += reserve.nbytes - reserve.analysis
+    analysis = folder / OWN_ANALYSIS
+    whole = going_on and look(analysis).state is State.COMPLETE
+    needed += folder_bytes(analysis) if whole else reserve.analysis
     check_free_space(folder, needed, freed=freed, smaller=reserve.smaller)
+
+
+def _held(folder: Path) -> int:
+    """Bytes of the disk that an output's folder occupies, that of its analysis included."""
+    return folder_bytes(folder) + folder_bytes(folder / OWN_ANALYSIS)
 
 
 def _step_beside(folder: Path, start: Mapping[str, Any], *, resume: bool) -> Step:
@@ -167,10 +185,27 @@ def _clear(folder: Path) -> None:
         for each in (folder / name, folder / f"{name}{PARTIAL}"):
             each.unlink(missing_ok=True)
     (folder / BLOCKS).unlink(missing_ok=True)
+    discard_analysis(folder)
     sync_folder(folder)
     for each in (folder / JOURNAL, folder / f"{JOURNAL}{PARTIAL}"):
         each.unlink(missing_ok=True)
     sync_folder(folder)
+
+
+def discard_analysis(path: Path) -> None:
+    """Deletes the analysis that an unfinished output made for itself, if there is one. OSError.
+
+    Under its own name it is always what a run of it left, never half deleted.
+    """
+    analysis, gone = path / OWN_ANALYSIS, path / DISCARDED
+    if gone.is_dir():
+        shutil.rmtree(gone)
+    if analysis.is_symlink():
+        analysis.unlink()
+    elif analysis.is_dir():
+        os.replace(analysis, gone)
+        sync_folder(path)
+        shutil.rmtree(gone)
 
 
 def unseal(path: Path, journal: Journal) -> None:
@@ -261,19 +296,10 @@ def check_output(
         if is_complete(final, start):
             return
         step = choose(final, start, overwrite=overwrite, resume=resume)
-        freed = 0 if step is Step.REPLACE else folder_bytes(final)
+        freed = 0 if step is Step.REPLACE else _held(final)
         _check_disk(final, start, reserve, freed=freed, going_on=step is Step.GO_ON)
     except OSError as error:
         raise explain(final, error) from error
-
-
-def journal_run(out: Path) -> Mapping[str, Any]:
-    """What the journal in `out` says of its run; nothing without one. Raises OutputError."""
-    try:
-        journal = look(out.expanduser()).journal
-    except OSError as error:
-        raise explain(out, error) from error
-    return {} if journal is None else journal.start["run"]
 
 
 def find_complete(
