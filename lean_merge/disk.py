@@ -55,7 +55,7 @@ def evidence_reserve(
     shard = factors_layout(shapes)
     told += NUMBER * numbers
     blocks = shard.size - len(shard.header)
-    return shard.size, Reserve(blocks, shard.size + 2 * told, told, smaller)
+    return shard.size, Reserve(blocks, shard.size + 2 * told, told, smaller=smaller)
 
 
 def report_reserve(told: int) -> Reserve:

@@ -41,7 +41,8 @@ from lean_merge.sizes import format_size
 
 CPU = Resources(device="cpu", threads=1)
 PARTIAL = f"{JOURNAL}.partial"
-KINDS = ("lora", "none", "analysis")
+KINDS = ("lora", "none", "analysis", "auto")
+"""The last is an adapter that makes an analysis for itself first."""
 WIDE = {"layers.0.mlp.gate_proj": (96, 64), "layers.1.mlp.gate_proj": (96, 64)}
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -57,10 +58,14 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Triple:
     return write_triple(tmp_path_factory.mktemp("wide"), WIDE)
 
 
+def options_of(kind: str) -> dict[str, Any]:
+    return {"output": "lora", "threshold": "auto"} if kind == "auto" else {"output": kind}
+
+
 def planned(triple: Triple, kind: str, **options: Any) -> Plan:
     if kind == "analysis":
         return plan_analysis(triple.recipe(**options), CPU)
-    return plan(triple.recipe(output=kind, **options), CPU)
+    return plan(triple.recipe(**{**options, **options_of(kind)}), CPU)
 
 
 def make(triple: Triple, kind: str, out: Path, **options: Any) -> Any:
@@ -71,7 +76,7 @@ def make(triple: Triple, kind: str, out: Path, **options: Any) -> Any:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(analysing, "add_page", lambda *_: None)
             return analyze(triple.recipe(**options), out, resources=CPU, **how)
-    return triple.merge(out, output=kind, **how, **options)
+    return triple.merge(out, **{**how, **options, **options_of(kind)})
 
 
 def sealed(out: Path) -> dict[str, bytes]:
@@ -247,7 +252,7 @@ def test_no_run_takes_more_than_was_told(
 ):
     """Counted after each change of the disk, with space reserved and without."""
     options: dict[str, Any] = {"temperature": temperature, "threshold": threshold}
-    if kind == "lora":
+    if kind in ("lora", "auto"):
         options |= {"lora_rank": rank, "out_dtype": dtype}
     for each in (triple, wide):
         root = tmp_path / "root"
