@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,10 +20,12 @@ from scenes import SHAPES, Stop, assert_same, often, stopping
 
 from lean_merge import (
     BudgetError,
+    OutputError,
     Resources,
     analysing,
     analyze,
     api,
+    disk,
 )
 from lean_merge.engine.run import run
 from lean_merge.output import (
@@ -32,12 +33,15 @@ from lean_merge.output import (
     BlockStore,
     OutputFolder,
     Reserve,
+    check_output,
     read_journal,
     storage,
 )
 from lean_merge.output.blocks import BLOCKS, kept_groups
 from lean_merge.plan import Plan, plan, plan_analysis
 from lean_merge.sizes import format_size
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="the layer stands for POSIX calls")
 
 CPU = Resources(device="cpu", threads=1)
 PARTIAL = f"{JOURNAL}.partial"
@@ -139,8 +143,13 @@ def before_the_first_weight(look: Callable[[], None]) -> Iterator[None]:
 def test_a_disk_that_lacks_a_byte_is_refused_before_anything_is_made(
     triple: Triple, tmp_path: Path, kind: str
 ):
-    need = planned(triple, kind).prediction.disk
-    out = tmp_path / "out"
+    found = planned(triple, kind)
+    need, out = found.prediction.disk, tmp_path / "out"
+    place = {"inputs": found.inputs, "overwrite": False, "reserve": found.reserve}
+    with disk_with(need - 1), pytest.raises(BudgetError, match="needs"):
+        check_output(out, found.shards, **place)
+    with disk_with(need):
+        check_output(out, found.shards, **place)
     with disk_with(need - 1), pytest.raises(BudgetError) as refused:
         make(triple, kind, out)
     assert f"needs {format_size(need)} and the disk has" in str(refused.value)
@@ -272,6 +281,25 @@ def test_no_run_takes_more_than_was_told(
         assert held == told if reserves else held < told / 2
 
 
+@pytest.mark.parametrize("kind", ["lora", "none", "analysis"])
+def test_journal_and_report_of_many_weights_fit_what_is_told_of_each(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Without the part that does not grow, which would hide too little for a weight."""
+    monkeypatch.setattr(disk, "FIXED", 0)
+    shapes = {f"layers.{n}.mlp.gate_proj": (96, 64) for n in range(24)}
+    many = write_triple(tmp_path / "in", shapes)
+    out, reserve = tmp_path / "out", planned(many, kind, threshold=0.0).reserve
+    with pytest.raises(Stop):
+        make(many, kind, out, threshold=0.0, on_event=stopping(len(shapes)))
+    journal = read_journal(out / PARTIAL)
+    assert journal is not None and reserve.journal / 10 < journal.length < reserve.journal
+    make(many, kind, out, threshold=0.0)
+    sizes = {each.name: each.stat().st_size for each in out.iterdir()}
+    weights = sum(size for name, size in sizes.items() if name.endswith(".safetensors"))
+    assert weights + 2 * reserve.journal / 10 < sum(sizes.values()) < reserve.made
+
+
 def test_an_adapter_of_fused_weights_and_several_experts_stays_within(
     family: Callable[..., Triple], two_experts: Triple, tmp_path: Path
 ):
@@ -345,6 +373,12 @@ def test_what_is_laid_out_asks_for_no_more_than_its_length(
     assert sealed(out) == sealed(whole)
 
 
+def test_an_adapter_of_nothing_holds_no_space(triple: Triple, tmp_path: Path):
+    with pytest.raises(OutputError, match="no weight was selected"):
+        make(triple, "lora", tmp_path / "out", threshold=1.0)
+    assert (tmp_path / "out" / BLOCKS).stat().st_size == 0
+
+
 def test_a_disk_that_refuses_to_reserve_leaves_nothing(
     triple: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -373,6 +407,8 @@ def test_a_disk_that_refuses_to_reserve_leaves_nothing(
 def test_where_nothing_can_be_reserved_nothing_is_written_instead(
     triple: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ):
+    import fcntl
+
     wanted = sealed_of(triple, tmp_path / "whole")
 
     def instead(descriptor: int, offset: int, size: int) -> None:

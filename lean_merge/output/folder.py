@@ -224,6 +224,13 @@ class OutputFolder:
             raise explain(self._partial(JOURNAL), error) from error
         self.blocks.reserve(wanted)
 
+    def release(self) -> None:
+        """Gives back what is reserved and no block takes. OutputError."""
+        try:
+            self.blocks.release()
+        except OSError as error:
+            raise explain(self.path / BLOCKS, error) from error
+
     def add(self, shard: Shard) -> None:
         """Reserves one more weight file, whose layout only the run could tell.
 

@@ -11,8 +11,9 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -166,7 +167,7 @@ def read_journal(file: Path) -> Journal | None:
     if file.is_symlink() or not file.is_file():
         return None
     with open(file, "rb") as stream:
-        while line := stream.readline(_MAX_LINE):
+        for line in _lines(stream):
             record = decode(line)
             if record is None or sealed or (record["record"] == "start") != (count == 0):
                 sealed = False
@@ -199,6 +200,12 @@ def read_journal(file: Path) -> Journal | None:
     if start is None:
         return None
     return Journal(start, shards, tensors, groups, files, analysis, sealed, length)
+
+
+def _lines(stream: BufferedReader) -> Iterator[bytes]:
+    """Lines up to reserved space, which is zeros, and may be long."""
+    while stream.peek(1)[:1] != b"\0" and (line := stream.readline(_MAX_LINE)):
+        yield line
 
 
 def _is_shard(entry: Any) -> bool:
