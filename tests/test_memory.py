@@ -40,7 +40,7 @@ def probe(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
 def test_memory_is_flat_in_layers_bounded_and_predicted(
     triples: dict[int, Path], output: str
 ) -> None:
-    """Flat where weights go one by one; two at a time, how their phases meet decides the peak."""
+    """Flat where weights go one by one; two at a time, free pieces of two threads' heaps add up."""
     peaks = {}
     for (layers, folder), threads in product(triples.items(), ("2", "1")):
         done = probe(folder, "--output", output, "--threads", threads)
