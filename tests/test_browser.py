@@ -13,14 +13,14 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from analyses import analysis, dense, mixture
-from pages import HOSTILE, comparison, sweep
+from pages import HOSTILE, LONG, comparison, renamed_comparison, renamed_sweep, sweep
 
 from lean_merge.page import write_comparison_page, write_report, write_sweep_page
 
@@ -36,7 +36,7 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
-DESKTOP, PHONE = 1280, 360
+DESKTOP, TABLET, PHONE = 1280, 768, 360
 Driver = Any
 
 
@@ -78,20 +78,25 @@ MADE: dict[str, Callable[[Path], None]] = {
         analysis(dense(2), experts=[f"org/expert-{n}" for n in range(7)]), file
     ),
     "mixture": lambda file: write_report(analysis(mixture(48, 140), sigmas=8), file),
-    "hostile": lambda file: write_report(hostile(), file),
+    "hostile": lambda file: write_report(renamed(HOSTILE), file),
+    "long": lambda file: write_report(renamed(LONG), file),
     "sweep": lambda file: write_sweep_page(sweep(), file),
+    "hostile sweep": lambda file: write_sweep_page(renamed_sweep(HOSTILE), file),
+    "long sweep": lambda file: write_sweep_page(renamed_sweep(LONG), file),
     "comparison": lambda file: write_comparison_page(comparison(), file),
+    "hostile comparison": lambda file: write_comparison_page(renamed_comparison(HOSTILE), file),
+    "long comparison": lambda file: write_comparison_page(renamed_comparison(LONG), file),
 }
 
 
-def hostile() -> dict[str, Any]:
-    """An analysis whose names would steer a page that obeyed them."""
-    found = analysis(dense(1), experts=HOSTILE[:2])
-    for weight, name in zip(found["weights"], HOSTILE * 2, strict=False):
+def renamed(names: Sequence[str]) -> dict[str, Any]:
+    """An analysis in which strangers chose every name."""
+    found = analysis(dense(1), experts=names[:2])
+    for weight, name in zip(found["weights"], (*names, *names), strict=False):
         weight.update(weight=name, module=name, name=name)
         weight["experts"][0]["reason"] = name
-    found["warnings"] = list(HOSTILE)
-    found["thresholds"][0]["explanation"] = HOSTILE[0]
+    found["warnings"] = list(names)
+    found["thresholds"][0]["explanation"] = names[0]
     return found
 
 
@@ -111,17 +116,27 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def open_page(driver: Driver, file: Path, *, width: int = DESKTOP, dark: bool = False) -> float:
     """Opens a page at a width and theme; the seconds until its scripts have run."""
-    driver.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500},
-    )
-    theme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": theme})
+    resize(driver, width)
+    set_theme(driver, dark)
     logged(driver)
     started = time.monotonic()
     driver.get(file.as_uri())
     wait(driver, "return document.documentElement.dataset.ready === 'yes'")
     return time.monotonic() - started
+
+
+def resize(driver: Driver, width: int) -> None:
+    """The width of the screen."""
+    driver.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500},
+    )
+
+
+def set_theme(driver: Driver, dark: bool) -> None:
+    """What the system prefers."""
+    theme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": theme})
 
 
 def wait(driver: Driver, script: str, seconds: float = 30) -> None:
@@ -188,17 +203,16 @@ def marks(driver: Driver, plot: str) -> dict[str, int]:
     )
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [DESKTOP, PHONE])
-@pytest.mark.parametrize("name", MADE)
-def test_a_page_is_quiet_and_never_wider_than_the_screen(
-    driver: Driver, page: Callable[[str], Path], name: str, width: int, dark: bool
-):
-    seconds = open_page(driver, page(name), width=width, dark=dark)
-    settled(driver)
-    asked = [url for url in requests(driver) if not url.startswith(("data:", "blob:"))]
-    assert asked == [page(name).as_uri()]
-    assert driver.get_log("browser") == []
+AREAS = """
+    const plots = [...document.querySelectorAll('.plot')].filter((plot) => plot.clientWidth);
+    const size = (plot) => plot._fullLayout._size;
+    return plots.map((plot) => [[size(plot).w, size(plot).h], plot.clientWidth]);
+"""
+"""Of every plot the size of the area in its axes, and the width in all."""
+
+
+def shown_whole(driver: Driver, width: int) -> None:
+    """Nothing is wider than the screen, rows are of one height, and every plot has room."""
     wide = "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
     scrolled, shown = driver.execute_script(wide)
     assert scrolled <= shown <= width
@@ -210,8 +224,51 @@ def test_a_page_is_quiet_and_never_wider_than_the_screen(
         """
     )
     assert outside == []
+    rows = "[...document.querySelectorAll('#table tbody tr:not(.gap)')]"
+    heights = driver.execute_script(f"return {rows}.map((r) => r.getBoundingClientRect().height)")
+    assert heights and set(heights) == {34}
+    areas = driver.execute_script(AREAS)
+    assert areas and all(within[0] >= 0.4 * whole and within[1] >= 100 for within, whole in areas)
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [DESKTOP, TABLET, PHONE])
+@pytest.mark.parametrize("name", MADE)
+def test_a_page_is_quiet_and_never_wider_than_the_screen(
+    driver: Driver, page: Callable[[str], Path], name: str, width: int, dark: bool
+):
+    seconds = open_page(driver, page(name), width=width, dark=dark)
+    settled(driver)
+    asked = [url for url in requests(driver) if not url.startswith(("data:", "blob:"))]
+    assert asked == [page(name).as_uri()]
+    assert driver.get_log("browser") == []
+    shown_whole(driver, width)
     assert seconds < 30
     picture(driver, f"{name}-{width}-{'dark' if dark else 'light'}")
+
+
+@pytest.mark.parametrize("name", ["many", "long", "long sweep", "comparison"])
+def test_a_window_may_take_any_width_in_any_theme(
+    driver: Driver, page: Callable[[str], Path], name: str
+):
+    """As when a phone is turned while its theme changes: both may come at once."""
+    open_page(driver, page(name))
+    fitting = "return [...document.querySelectorAll('.plot')].every((plot) => !plot.clientWidth"
+    fitting += " || plot._fullLayout.width === plot.clientWidth)"
+    for width, dark in (
+        (PHONE, True),
+        (TABLET, True),
+        (PHONE, False),
+        (320, True),
+        (DESKTOP, False),
+    ):
+        resize(driver, width)
+        set_theme(driver, dark)
+        wait(driver, f"return innerWidth === {width}")
+        wait(driver, fitting)
+        settled(driver)
+        shown_whole(driver, width)
+    assert driver.get_log("browser") == []
 
 
 def test_the_theme_decides_the_colours_also_of_plots(driver: Driver, page: Callable[[str], Path]):
@@ -222,8 +279,7 @@ def test_the_theme_decides_the_colours_also_of_plots(driver: Driver, page: Calla
     """
     open_page(driver, page("dense"))
     light = driver.execute_script(script)
-    dark_theme = [{"name": "prefers-color-scheme", "value": "dark"}]
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": dark_theme})
+    set_theme(driver, True)
     settled(driver)
     dark = driver.execute_script(script)
     assert light[0] != dark[0] and light[1] != dark[1]

@@ -29,7 +29,7 @@ class BigTable {
       const cell = element('th', null, { scope: 'col', 'aria-sort': 'none' });
       if (column.number) cell.className = 'number';
       const button = element('button', null, { type: 'button' });
-      if (column.hint) button.title = column.hint;
+      button.title = column.hint || column.title;
       button.append(element('span', column.title), element('i', '', { 'aria-hidden': 'true' }));
       button.addEventListener('click', () => this.sortBy(place));
       cell.append(button);
