@@ -385,6 +385,61 @@ def test_the_table_sorts_by_click_and_by_keyboard(driver: Driver, page: Callable
     assert set(cells(driver, 1)) == {"yes"}
 
 
+STOPS = {
+    "dense": "a, #slider, [name=measure]:checked, select, #find, .scroll, #table button, summary",
+    "sweep": "select, #find, .scroll, #table button",
+    "comparison": ".scroll, #table button, select, [name=measure]:checked, #find",
+}
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_everything_that_can_be_set_is_reached_by_keyboard(
+    driver: Driver, page: Callable[[str], Path], name: str
+):
+    from selenium.webdriver.common.keys import Keys
+
+    open_page(driver, page(name))
+    driver.execute_script("window.met = [];")
+    meet = """
+        const now = document.activeElement;
+        if (now === document.body || window.met.includes(now)) return false;
+        window.met.push(now);
+        const style = getComputedStyle(now.matches('.segments input') ? now.nextSibling : now);
+        return style.outlineStyle === 'none' || style.outlineWidth === '0px' ? now.outerHTML : true;
+    """
+    unseen = []
+    driver.switch_to.active_element.send_keys(Keys.TAB)
+    while (found := driver.execute_script(meet)) is not False:
+        unseen += [found] if found is not True else []
+        driver.switch_to.active_element.send_keys(Keys.TAB)
+    assert unseen == []
+    missed = """
+        return [...document.querySelectorAll(arguments[0])]
+          .filter((each) => !window.met.includes(each)).map((each) => each.outerHTML);
+    """
+    assert driver.execute_script(missed, STOPS[name]) == []
+
+
+def test_arrows_move_the_threshold_and_choose_the_measure(
+    driver: Driver, page: Callable[[str], Path]
+):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    open_page(driver, page("dense"))
+    before = cells(driver, 1).count("yes")
+    driver.find_element(By.ID, "slider").send_keys(*[Keys.ARROW_RIGHT] * 20)
+    settled(driver)
+    assert driver.find_element(By.ID, "slider-value").text == "0.60"
+    assert cells(driver, 1).count("yes") < before
+    image = "return document.querySelector('#heat .heatmaplayer image').getAttribute('href')"
+    first = driver.execute_script(image)
+    driver.find_element(By.CSS_SELECTOR, "[name=measure]:checked").send_keys(Keys.ARROW_RIGHT)
+    settled(driver)
+    chosen = driver.find_element(By.CSS_SELECTOR, "[name=measure]:checked")
+    assert chosen.get_attribute("value") == "update" and driver.execute_script(image) != first
+
+
 def test_the_table_filters(driver: Driver, page: Callable[[str], Path]):
     from selenium.webdriver.common.by import By
 

@@ -2,7 +2,13 @@
 
 const { weights, columns, modules, spectra } = data;
 const count = weights.name.length;
-const every = Array.from({ length: count }, (_, row) => row);
+const every = Array.from({ length: count }, (_, row) => row).sort(
+  // Layer 2 before layer 10, and what has no layer last.
+  (one, other) =>
+    (weights.layer[one] ?? Infinity) - (weights.layer[other] ?? Infinity) ||
+    weights.module[one] - weights.module[other] ||
+    collator.compare(weights.name[one], weights.name[other]),
+);
 const state = { expert: 0, threshold: null, measure: 'first' };
 
 const ours = () => columns[state.expert];
