@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lean_merge import memory
@@ -68,6 +67,23 @@ def analyze(
     LeanMergeError
         One of its subclasses; nothing that existed is lost.
     """
+    found = gather(
+        work, out, resources=resources, overwrite=overwrite, resume=resume, on_event=on_event
+    )
+    # It may be missing, or of another version's making.
+    return replace(found, page=add_page(REPORT, found.path, found.analysis.document))
+
+
+def gather(
+    work: MergeRecipe | Plan,
+    out: str | Path,
+    *,
+    resources: Resources | None = None,
+    overwrite: bool = False,
+    resume: bool = True,
+    on_event: Callable[[Event], None] | None = None,
+) -> AnalysisResult:
+    """`analyze` without its report."""
     final = Path(out)
     with memory.PeakSampler() as sampler:
         baseline = sampler.peak
@@ -76,7 +92,7 @@ def analyze(
         if resume:
             complete = find_complete(final, (), inputs=plan.inputs, run=facts)
             if complete is not None:
-                return _shown(complete, was_complete=True)
+                return AnalysisResult(complete, open_analysis(complete), was_complete=True)
         with OutputFolder.create(
             final, (), inputs=plan.inputs, overwrite=overwrite, run=facts, resume=resume
         ) as folder:
@@ -98,27 +114,9 @@ def analyze(
             folder.write_file(RECIPE, plan.recipe.to_yaml().encode())
             folder.write_file(ANALYSIS, to_json(document))
             folder.seal()
-    return _shown(folder.final, reused=reused)
-
-
-def _shown(folder: Path, *, reused: int = 0, was_complete: bool = False) -> AnalysisResult:
-    """A complete analysis with its report, which may be missing or of another version's making."""
-    analysis = open_analysis(folder)
-    page = add_page(REPORT, folder, analysis.document)
-    return AnalysisResult(folder, analysis, reused, was_complete, page)
+    return AnalysisResult(folder.final, open_analysis(folder.final), reused)
 
 
 def analysis_facts(plan: Plan, out: Path) -> dict[str, object]:
     """The `run` of an analysis's journal: no merge of the same recipe is mistaken for it."""
     return {**run_facts(plan, out), "kind": "an analysis"}
-
-
-def beside(final: Path) -> Path:
-    """Where the analysis of a merge into `final` waits, if that finds its thresholds itself."""
-    resolved = final.expanduser().resolve()
-    return resolved.parent / f".{resolved.name}.lean-merge-analysis"
-
-
-def discard(folder: Path) -> None:
-    """Deletes an analysis that `beside` named, once its merge is complete."""
-    shutil.rmtree(folder, ignore_errors=True)

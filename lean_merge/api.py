@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from lean_merge import memory
-from lean_merge.analysing import analyze, beside, discard
+from lean_merge.analysing import gather
 from lean_merge.analysis import Analysis, open_analysis
 from lean_merge.checkpoints.jsonfile import read_object
 from lean_merge.engine.adapter import AdapterSink
@@ -23,10 +23,8 @@ from lean_merge.output import (
     EqualShard,
     OutputFolder,
     adapter_card,
-    check_output,
     copy_side_files,
     find_complete,
-    journal_run,
     license_of,
     model_card,
     write_adapter,
@@ -105,9 +103,12 @@ def merge(
     with memory.PeakSampler() as sampler:
         baseline = sampler.peak
         plan = work if isinstance(work, Plan) else _planned(work, resources, analysis)
-        if not plan.is_settled:
-            return _merge_once_analysed(plan, out, overwrite, resume, on_event)
         if out is None:
+            if not plan.is_settled:
+                raise RecipeError(
+                    "threshold: auto keeps its evidence on the disk; give a folder with --out, or "
+                    "an analysis with --analysis."
+                )
             return MergeResult(None, _merge(plan, None, sampler, baseline, on_event))
         folder_path = Path(out)
         facts = run_facts(plan, folder_path)
@@ -126,6 +127,8 @@ def merge(
             equal=equal,
         ) as folder:
             reused = len(folder.finished) or len(folder.blocks.groups)
+            if not plan.is_settled:
+                plan = _settled(plan, folder)
             report = _merge(plan, folder, sampler, baseline, on_event)
             check_unchanged(plan, folder_path, facts)
             write_companions(plan, folder, report)
@@ -133,41 +136,17 @@ def merge(
     return MergeResult(folder.final, report, reused=reused)
 
 
-def _merge_once_analysed(
-    plan: Plan,
-    out: str | Path | None,
-    overwrite: bool,
-    resume: bool,
-    on_event: Callable[[Event], None] | None,
-) -> MergeResult:
-    """A merge whose thresholds are to be found: the analysis first, in a folder beside `out`.
+def _settled(plan: Plan, folder: OutputFolder) -> Plan:
+    """The plan with the thresholds that an analysis finds, inside the unfinished output.
 
-    That is deleted once the output is complete; an interrupted merge takes it up again.
+    It goes when that is sealed; a merge that was interrupted takes it up again.
     """
-    if out is None:
-        raise RecipeError(
-            "threshold: auto keeps its evidence on the disk; give a folder with --out, or an "
-            "analysis with --analysis."
-        )
-    final = Path(out)
-    facts = run_facts(plan, final)
-    known = journal_run(final).get("analysis") if resume else None
-    if isinstance(known, dict) and known.get("own") is True:
-        facts["analysis"] = known
-        complete = find_complete(final, plan.shards, inputs=plan.inputs, run=facts)
-        if complete is not None:
-            report = read_report(complete)
-            return MergeResult(complete, report, reused=len(plan.tasks), was_complete=True)
-    # Refused now rather than when all is analysed.
-    check_output(
-        final, plan.shards, inputs=plan.inputs, overwrite=overwrite, run=facts, resume=resume
-    )
     resources = Resources(plan.device, plan.memory, plan.vram or None, plan.threads)
-    own = analyze(plan.recipe, beside(final), resources=resources, overwrite=True, resume=resume)
-    found = make_plan(plan.recipe, resources, analysis=replace(own.analysis, own=True))
-    result = merge(found, out, overwrite=overwrite, resume=resume, on_event=on_event)
-    discard(own.path)
-    return result
+    gathered = gather(plan.recipe, folder.own_analysis(), resources=resources)
+    found = make_plan(plan.recipe, resources, analysis=replace(gathered.analysis, own=True))
+    assert found.evidence is not None
+    folder.note_analysis(found.evidence.identity)
+    return found
 
 
 def _planned(

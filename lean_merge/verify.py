@@ -148,7 +148,8 @@ def _with_inputs(
     recipe = _recipe(check.journal, result.path)
     if recipe.output == "none" or "kind" in facts:
         return replace(result, notes=("numbers alone are not compared with the inputs",))
-    plan, then = _plan(recipe, facts, resources)
+    evidence = facts.get("analysis") or check.journal.analysis
+    plan, then = _plan(recipe, facts, evidence, resources)
     _check_inputs(plan, facts)
     _check_names(plan, check.journal, result.path)
     notes = _other_machine(then, environment(plan.device))
@@ -182,10 +183,10 @@ def _with_inputs(
 
 
 def _plan(
-    recipe: MergeRecipe, facts: Mapping[str, Any], resources: Resources | None
+    recipe: MergeRecipe, facts: Mapping[str, Any], analysis: Any, resources: Resources | None
 ) -> tuple[Plan, Mapping[str, str]]:
     """The merge's plan and environment; one from an analysis gathers its evidence anew."""
-    then, analysis = facts.get("environment", {}), facts.get("analysis")
+    then = facts.get("environment", {})
     if not isinstance(analysis, dict):
         return make_plan(recipe, resources), then
     gathered = Gathered.from_dict(analysis.get("gathered"))

@@ -13,11 +13,12 @@ from families import Triple, contents, write_triple
 from faults import Tree, flat, write_tree
 from safetensors import SafetensorError, safe_open
 
-from lean_merge import Event, MergeResult, open_checkpoint
+from lean_merge import Event, MergeResult, analyze, open_checkpoint
 from lean_merge.checkpoints import open_expert
 from lean_merge.engine import prefetch
 from lean_merge.errors import CheckpointError
-from lean_merge.output import JOURNAL, check_folder
+from lean_merge.output import FACTORS, JOURNAL, check_folder
+from lean_merge.output.state import OWN_ANALYSIS
 
 SHAPES = {
     "layers.0.self_attn.q_proj": (24, 16),
@@ -28,6 +29,8 @@ SHAPES = {
 }
 OPTIONS: dict[str, Any] = {"shard_size": 2000, "rounding": "stochastic", "out_dtype": "bfloat16"}
 LORA: dict[str, Any] = {"output": "lora", "lora_rank": 3}
+AUTO: dict[str, Any] = {**OPTIONS, "threshold": "auto"}
+SCENES = {"checkpoint": OPTIONS, "adapter": LORA, "own analysis": AUTO}
 REPORT = "lean_merge_report.json"
 RECIPE = "lean_merge_recipe.yml"
 TIMED = ("seconds", "memory", "threads", "workers")
@@ -36,6 +39,8 @@ TIMED = ("seconds", "memory", "threads", "workers")
 
 class Scene:
     """A merge of several shards, what it writes, what another merge wrote, and where it is tried.
+
+    And the factors of the analysis that it makes itself, if it makes one.
 
     No dataclass, so that a failing property test does not print all these bytes.
     """
@@ -47,12 +52,14 @@ class Scene:
         expected: Mapping[str, bytes],
         old: Mapping[str, bytes],
         folder: Path,
+        factors: bytes | None,
     ) -> None:
         self.triple = triple
         self.options = options
         self.expected = expected
         self.old = old
         self.folder = folder
+        self.factors = factors
 
     def merge(self, out: Path, **options: Any) -> MergeResult:
         """The merge; `options` may say otherwise."""
@@ -72,10 +79,14 @@ def make_scene(folder: Path, options: Mapping[str, Any] = OPTIONS) -> Scene:
     (templates / "tool.jinja").write_text("{{ messages }}")
     expected = contents(triple.merge(folder / "expected" / "out", **options).path)
     weights = [name for name in expected if name.endswith(".safetensors")]
-    assert len(weights) == (3 if options is OPTIONS else 1)
+    assert len(weights) == (1 if options is LORA else 3)
     others = {"output": "lora"} if options is LORA else {}
     old = contents(triple.merge(folder / "old" / "out", scale=0.25, **others).path)
-    return Scene(triple, options, expected, old, folder)
+    factors = None
+    if options is AUTO:
+        analysis = analyze(triple.recipe(**options), folder / "analysis").path
+        factors = (analysis / FACTORS).read_bytes()
+    return Scene(triple, options, expected, old, folder, factors)
 
 
 def steady(files: Mapping[str, bytes]) -> dict[str, Any]:
@@ -106,6 +117,9 @@ def assert_never_half_done(folder: Path, scene: Scene) -> str:
         except SafetensorError:
             continue
         # What can be opened at all is whole and right.
+        if name == FACTORS and file.parent.name == OWN_ANALYSIS:
+            assert file.read_bytes() == scene.factors
+            continue
         assert file.read_bytes() in (scene.expected.get(name), scene.old.get(name)), file
     out = folder / "out"
     try:

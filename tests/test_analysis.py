@@ -44,6 +44,7 @@ from lean_merge import (
     verify,
 )
 from lean_merge.methods.plainfacts import from_plain, to_plain
+from lean_merge.output.state import OWN_ANALYSIS
 
 CPU = Resources(device="cpu", threads=1)
 SHAPES = {
@@ -490,9 +491,13 @@ def test_auto_without_an_analysis_makes_one_and_leaves_nothing(small: Triple, tm
     out = tmp_path / "b" / "out"
     with pytest.raises(Stop):
         merged(recipe, out, on_event=stopping(2))
-    assert [each.name for each in out.parent.iterdir() if each != out]
+    assert [each.name for each in out.parent.iterdir()] == ["out"]
+    assert open_analysis(out / OWN_ANALYSIS).document["weights"]
+    with pytest.raises(OutputError, match="cannot be resumed, because the recipe has changed"):
+        merged(small.recipe(threshold=0.4, shard_size="30KB"), out)
     found = merged(recipe, out)
     assert found.reused > 0
+    assert not (out / OWN_ANALYSIS).exists()
     assert [each.name for each in out.parent.iterdir()] == ["out"]
     one, two = load(found.path), load(wanted.path)
     assert all(torch.equal(one[name], two[name]) for name in two)

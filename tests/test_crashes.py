@@ -15,8 +15,7 @@ import pytest
 from families import contents
 from faults import Change, Recorder, Survives, everything, nothing_more, write_tree
 from scenes import (
-    LORA,
-    OPTIONS,
+    SCENES,
     Scene,
     assert_never_half_done,
     assert_same,
@@ -30,14 +29,13 @@ from lean_merge.errors import BudgetError, OutputError
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the layer stands for POSIX calls")
 
 
-@pytest.fixture(scope="module", params=["checkpoint", "adapter"])
+@pytest.fixture(scope="module", params=list(SCENES))
 def scene(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Scene]:
     """A merge whose every byte is followed by a sync and a line in the journal."""
     with often():
-        options = LORA if request.param == "adapter" else OPTIONS
-        yield make_scene(tmp_path_factory.mktemp("crashes"), options)
+        yield make_scene(tmp_path_factory.mktemp("crashes"), SCENES[request.param])
 
 
 def record(scene: Scene, *, overwrite: bool = False, start: Path | None = None) -> Recorder:

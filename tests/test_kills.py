@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 from families import Triple, contents, write_triple
 from scenes import (
-    LORA,
+    AUTO,
     REPORT,
+    SCENES,
     Scene,
     Stop,
     assert_never_half_done,
@@ -31,6 +32,7 @@ from scenes import (
 
 from lean_merge import OutputError, Resources, verify
 from lean_merge.output import JOURNAL
+from lean_merge.output.state import OWN_ANALYSIS
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
 
@@ -40,14 +42,14 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
     return make_scene(tmp_path_factory.mktemp("kills"))
 
 
-@pytest.fixture(scope="module", params=["checkpoint", "adapter"])
+@pytest.fixture(scope="module", params=list(SCENES))
 def to_kill(
     request: pytest.FixtureRequest, scene: Scene, tmp_path_factory: pytest.TempPathFactory
 ) -> Scene:
     """A merge of either kind."""
     if request.param == "checkpoint":
         return scene
-    return make_scene(tmp_path_factory.mktemp("adapters"), LORA)
+    return make_scene(tmp_path_factory.mktemp("others"), SCENES[request.param])
 
 
 def merge_in_child(scene: Scene, out: Path, overwrite: bool, ready: Connection) -> None:
@@ -302,3 +304,19 @@ def test_an_unfinished_output_writes_through_no_link(tmp_path: Path, link: Any, 
         with pytest.raises(OutputError, match="link"):
             scene.merge(out)
     assert victim.read_bytes() == b"x" * 5000
+
+
+def test_an_analysis_of_its_own_goes_through_no_link(tmp_path: Path):
+    """What a link in its place leads to is neither written nor deleted, also by starting over."""
+    scene = make_scene(tmp_path, AUTO)
+    out, victim = tmp_path / "here" / "out", tmp_path / "victim"
+    with pytest.raises(Stop):
+        scene.merge(out, on_event=stopping(2))
+    shutil.move(out / OWN_ANALYSIS, victim)
+    before = contents(victim)
+    (out / OWN_ANALYSIS).symlink_to(victim)
+    with pytest.raises(OutputError, match="is a link to another folder"):
+        scene.merge(out)
+    scene.merge(out, resume=False)
+    assert_same(contents(out), scene.expected)
+    assert contents(victim) == before

@@ -40,7 +40,7 @@ class Analysis:
     sha256
         Of analysis.json.
     own
-        Whether a merge made it for itself: the inputs decide it, and any like it will do.
+        Whether a merge made it for itself, and it goes with its end.
     """
 
     path: Path

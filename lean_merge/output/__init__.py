@@ -18,7 +18,7 @@ from lean_merge.output.factors import FACTORS, write_factors
 from lean_merge.output.folder import OutputFolder
 from lean_merge.output.journal import JOURNAL, Journal, read_journal
 from lean_merge.output.layout import OutputTensor, Shard, index_json, plan_shards
-from lean_merge.output.opening import check_output, find_complete, journal_run
+from lean_merge.output.opening import check_output, find_complete
 from lean_merge.output.sharing import EqualShard, Sharing
 from lean_merge.output.sidefiles import copy_side_files, remote_code, side_files
 from lean_merge.output.state import changed_input
@@ -49,7 +49,6 @@ __all__ = [
     "copy_side_files",
     "find_complete",
     "index_json",
-    "journal_run",
     "license_of",
     "model_card",
     "plan_shards",

@@ -31,6 +31,7 @@ from lean_merge.output.ledger import Ledger
 from lean_merge.output.opening import (
     Place,
     checked_place,
+    discard_analysis,
     find_place,
     finished_tensors,
     unseal,
@@ -43,7 +44,7 @@ from lean_merge.output.sharing import (
     linked_name,
     take_equal,
 )
-from lean_merge.output.state import PARTIAL
+from lean_merge.output.state import OWN_ANALYSIS, PARTIAL
 from lean_merge.output.storage import (
     check_free_space,
     explain,
@@ -251,6 +252,20 @@ class OutputFolder:
         """Where the files are now: beside `final` while that still holds what is replaced."""
         return self.final if self.sealed else self._place.path
 
+    def own_analysis(self) -> Path:
+        """The folder in which this output may keep an analysis of its own until it is sealed.
+
+        Raises OutputError if a link is in its place: what that leads to is not to be written.
+        """
+        folder = self.path / OWN_ANALYSIS
+        if folder.is_symlink():
+            raise OutputError(f"{folder}: is a link to another folder; remove it.")
+        return folder
+
+    def note_analysis(self, found: Mapping[str, Any]) -> None:
+        """What that found, as JSON has it; the sealed journal will tell."""
+        self._ledger.add_analysis(found)
+
     def __enter__(self) -> OutputFolder:
         return self
 
@@ -431,6 +446,7 @@ class OutputFolder:
         write_new(path / JOURNAL, [self._ledger.sealed(self.shards, self.blocks.sealed())])
         # Windows renames no open file.
         self._close_files()
+        discard_analysis(path)
         for folder in {(path / name).parent for name in self._ledger.files} | {path}:
             sync_folder(folder)
         self._partial(JOURNAL).unlink()

@@ -30,9 +30,11 @@ _TYPES: Mapping[str, Mapping[str, type]] = {
     "shard": {"file": str, "size": int, "header_sha256": str},
     "tensor": {"name": str, "shard": str, "crc32_data": int},
     "blocks": {"name": str, "blocks": list},
+    "analysis": {"found": dict},
     "file": {"name": str, "size": int, "sha256": str},
     "end": {"records": int, "sha256": str},
 }
+_SEALED_ONLY = frozenset({"analysis", "file", "end"})
 
 Record = Mapping[str, Any]
 
@@ -112,10 +114,12 @@ class Journal:
     shards, tensors, groups, files
         Weight files, tensors, groups of blocks, and other files, by name; the last record of each
         counts.
+    analysis
+        What a merge that made its analysis itself found by it; sealed journals only.
     sealed
         Whether it ends in a matching `end` record, as that of a complete output does.
     length
-        Bytes of the first lines that count, up to those of files.
+        Bytes of the first lines that count, up to those that only sealed journals have.
     """
 
     start: dict[str, Any]
@@ -123,6 +127,7 @@ class Journal:
     tensors: dict[str, dict[str, Any]]
     groups: dict[str, dict[str, Any]]
     files: dict[str, dict[str, Any]]
+    analysis: dict[str, Any] | None
     sealed: bool
     length: int
 
@@ -155,6 +160,7 @@ def read_journal(file: Path) -> Journal | None:
     groups: dict[str, dict[str, Any]] = {}
     files: dict[str, dict[str, Any]] = {}
     start: dict[str, Any] | None = None
+    analysis: dict[str, Any] | None = None
     sealed, length, count = False, 0, 0
     whole = hashlib.sha256()
     if file.is_symlink() or not file.is_file():
@@ -179,6 +185,8 @@ def read_journal(file: Path) -> Journal | None:
                 tensors[record["name"]] = record
             elif record["record"] == "blocks":
                 groups[record["name"]] = record
+            elif record["record"] == "analysis":
+                analysis = record["found"]
             elif record["record"] == "file":
                 files[record["name"]] = record
             else:
@@ -186,11 +194,11 @@ def read_journal(file: Path) -> Journal | None:
                 if not sealed:
                     break
             whole.update(line)
-            length += len(line) if record["record"] not in ("file", "end") else 0
+            length += len(line) if record["record"] not in _SEALED_ONLY else 0
             count += 1
     if start is None:
         return None
-    return Journal(start, shards, tensors, groups, files, sealed, length)
+    return Journal(start, shards, tensors, groups, files, analysis, sealed, length)
 
 
 def _is_shard(entry: Any) -> bool:

@@ -30,6 +30,7 @@ class Ledger:
         self._tensors: dict[str, Record] = {}
         self._unsaved: list[Record] = []
         self._files: dict[str, Record] = {}
+        self._analysis: list[Record] = []
         self._lock = threading.Lock()
 
     def open(self, journal: JournalWriter, *, new: bool) -> None:
@@ -111,6 +112,10 @@ class Ledger:
         """A file that is not a shard was written."""
         self._files[name] = {"record": "file", "name": name, "size": size, "sha256": sha256}
 
+    def add_analysis(self, found: Mapping[str, Any]) -> None:
+        """What the output's own analysis found; for the sealed journal."""
+        self._analysis = [{"record": "analysis", "found": dict(found)}]
+
     @property
     def files(self) -> tuple[str, ...]:
         """Names of files that are not shards."""
@@ -120,7 +125,8 @@ class Ledger:
         """The sealed journal, in the order of the output."""
         tensors = [self._tensors[name] for shard in shards for name in shard.offsets]
         files = [self._files[name] for name in sorted(self._files)]
-        return sealed_lines([self._start, *self._added, *groups, *tensors, *files])
+        records = [self._start, *self._added, *groups, *tensors, *self._analysis, *files]
+        return sealed_lines(records)
 
     def close(self) -> None:
         """May be called twice."""

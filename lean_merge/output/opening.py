@@ -20,7 +20,16 @@ from lean_merge.output.journal import JOURNAL, Journal, start_record
 from lean_merge.output.layout import Shard, extents
 from lean_merge.output.replace import Replacement
 from lean_merge.output.sharing import discard_links
-from lean_merge.output.state import PARTIAL, Step, choose, difference, is_complete, look
+from lean_merge.output.state import (
+    DISCARDED,
+    OWN_ANALYSIS,
+    PARTIAL,
+    Step,
+    choose,
+    difference,
+    is_complete,
+    look,
+)
 from lean_merge.output.storage import (
     check_free_space,
     explain,
@@ -147,10 +156,27 @@ def _clear(folder: Path) -> None:
         for each in (folder / name, folder / f"{name}{PARTIAL}"):
             each.unlink(missing_ok=True)
     (folder / BLOCKS).unlink(missing_ok=True)
+    discard_analysis(folder)
     sync_folder(folder)
     for each in (folder / JOURNAL, folder / f"{JOURNAL}{PARTIAL}"):
         each.unlink(missing_ok=True)
     sync_folder(folder)
+
+
+def discard_analysis(path: Path) -> None:
+    """Deletes the analysis that an unfinished output made for itself, if there is one. OSError.
+
+    Under its own name it is always what a run of it left, never half deleted.
+    """
+    analysis, gone = path / OWN_ANALYSIS, path / DISCARDED
+    if gone.is_dir():
+        shutil.rmtree(gone)
+    if analysis.is_symlink():
+        analysis.unlink()
+    elif analysis.is_dir():
+        os.replace(analysis, gone)
+        sync_folder(path)
+        shutil.rmtree(gone)
 
 
 def unseal(path: Path, journal: Journal) -> None:
@@ -244,15 +270,6 @@ def check_output(
     except OSError as error:
         raise explain(final, error) from error
     check_free_space(final, sum(shard.size for shard in shards), freed=freed)
-
-
-def journal_run(out: Path) -> Mapping[str, Any]:
-    """What the journal in `out` says of its run; nothing without one. Raises OutputError."""
-    try:
-        journal = look(out.expanduser()).journal
-    except OSError as error:
-        raise explain(out, error) from error
-    return {} if journal is None else journal.start["run"]
 
 
 def find_complete(

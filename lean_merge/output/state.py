@@ -13,7 +13,11 @@ from lean_merge.errors import OutputError
 from lean_merge.output.journal import JOURNAL, Journal, read_journal
 
 PARTIAL = ".partial"
-_OURS = frozenset({"additional_chat_templates", ".cache"})
+OWN_ANALYSIS = f"lean_merge_analysis{PARTIAL}"
+"""Folder of the analysis that an unfinished output makes for itself."""
+DISCARDED = f"lean_merge_discarded{PARTIAL}"
+"""What that is called while it is deleted."""
+_OURS = frozenset({"additional_chat_templates", ".cache", OWN_ANALYSIS, DISCARDED})
 _START_OVER = "start over with --no-resume, or choose another folder"
 
 
