@@ -99,7 +99,8 @@ def plan_text(plan: Plan) -> str:
 def _output(plan: Plan) -> str:
     size = format_size(plan.prediction.bytes_written)
     if plan.recipe.output == "lora":
-        return f"adapter, at most {size} on disk"
+        disk = format_size(plan.prediction.disk)
+        return f"adapter, at most {size} on disk, and {disk} while it is made"
     if plan.recipe.output == "none":
         return "none, the report alone"
     return f"{len(plan.shards)} shard(s), {size} on disk"

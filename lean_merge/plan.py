@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from lean_merge.checkpoints import (
     safetensors_dtype,
     torch_dtype,
 )
+from lean_merge.disk import adapter_reserve, evidence_reserve, report_reserve, told_bytes
 from lean_merge.errors import CoverageError, RecipeError
 from lean_merge.footprint import Layout, Room, check_budget, share_room
 from lean_merge.gathering import (
@@ -40,9 +41,9 @@ from lean_merge.methods import Method
 from lean_merge.output import (
     AdapterModule,
     OutputTensor,
+    Reserve,
     Shard,
     StoredFactors,
-    adapter_layout,
     plan_shards,
     side_files,
 )
@@ -52,12 +53,14 @@ from lean_merge.recipe import MergeRecipe
 from lean_merge.resources import Resources, limits_of, processors, resolve_device
 from lean_merge.scope import Scope, filter_weights, positions_of
 from lean_merge.sizes import format_size
-from lean_merge.tasks import CopyTask, WeightTask, needs_analysis
+from lean_merge.tasks import CopyTask, WeightTask
 
 ANALYSIS = "analysis"
 """The output of a plan that only gathers evidence."""
 DECODED_DTYPE = torch.bfloat16
 """What weights that are stored with scales are written in unless the recipe says otherwise."""
+SMALL_RANK = 16
+"""Of an adapter: what is named to who lacks the disk for a larger one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,7 @@ class Prediction:
 
     `fewest_read` is less than `bytes_read`, the most that can be, where weights are read again for
     every pass of an analysis: how many it takes depends on the data. `exact_writes` is False for an
-    adapter, whose ranks depend on the data; `disk` holds it twice for a moment.
+    adapter, whose ranks depend on the data; `disk` is then the most that it takes while it is made.
     """
 
     peak_memory: int
@@ -107,6 +110,8 @@ class Plan:
     prediction: Prediction
     notes: tuple[str, ...]
     evidence: EvidencePlan | None = None
+    reserve: Reserve = field(default_factory=Reserve)
+    """What the output takes of the disk beside `shards`; where an analysis comes first, with it."""
 
     @property
     def inputs(self) -> tuple[Path, ...]:
@@ -298,7 +303,12 @@ def _plan(
         notes=tuple(notes),
         evidence=evidence,
     )
-    return dataclasses.replace(unpredicted, prediction=_predict(unpredicted, layout))
+    written, reserve = _written(unpredicted, output)
+    return dataclasses.replace(
+        unpredicted,
+        prediction=_predict(unpredicted, layout, written, reserve),
+        reserve=reserve,
+    )
 
 
 def _decoding_bytes(mllm: Checkpoint, workers: int) -> int:
@@ -426,7 +436,7 @@ def _check_low_rank(weights: Sequence[MappedWeight], methods: Mapping[str, Metho
                 )
 
 
-def _predict(plan: Plan, layout: Layout) -> Prediction:
+def _predict(plan: Plan, layout: Layout, written: int, reserve: Reserve) -> Prediction:
     vram = 0
     fewest = most = sum(plan.reading.copied(task) for task in plan.copies)
     for task in plan.weights:
@@ -436,20 +446,13 @@ def _predict(plan: Plan, layout: Layout) -> Prediction:
                 vram = max(vram, layout.fixed(part)[1] + kept)
         least, largest = layout.bytes_read(task)
         fewest, most = fewest + least, most + largest
-    written = sum(shard.size for shard in plan.shards)
-    disk = written
-    if layout.output == "lora":
-        written, disk = _adapter_bytes(plan)
-    if layout.output == ANALYSIS:
-        written = _evidence_bytes(plan)
-        disk = 2 * written
     return Prediction(
         peak_memory=plan.prediction.peak_memory,
         peak_vram=vram,
         bytes_read=most,
         fewest_read=fewest,
         bytes_written=written,
-        disk=disk,
+        disk=sum(shard.size for shard in plan.shards) + reserve.nbytes,
         exact_writes=layout.output not in ("lora", ANALYSIS),
     )
 
@@ -461,28 +464,45 @@ def row_runs(weight: LogicalWeight) -> tuple[tuple[int, int], ...]:
     return tuple((first // width, count // width) for first, count in spans)
 
 
-def _adapter_bytes(plan: Plan) -> tuple[int, int]:
-    """Most bytes of adapter_model.safetensors, and of it and the float32 factors before it."""
+def _written(plan: Plan, output: str) -> tuple[int, Reserve]:
+    """Most bytes of the weight files, and what is taken of the disk beside `plan.shards`."""
+    written = sum(shard.size for shard in plan.shards)
+    told, reserve, fewer = _told(plan), Reserve(), "give a smaller --rank"
+    if output == ANALYSIS:
+        return evidence_reserve(plan.weights, told=told, smaller=fewer)
+    if output == "lora":
+        written, reserve = _adapter_reserve(plan, plan.recipe.lora_rank, told)
+    elif output == "none":
+        reserve = report_reserve(told)
+    if not plan.is_settled:
+        _, first = evidence_reserve(plan.weights, told=told, smaller=fewer)
+        smaller = reserve.smaller or first.smaller
+        reserve = dataclasses.replace(reserve, analysis=first.nbytes, smaller=smaller)
+    return written, reserve
+
+
+def _told(plan: Plan) -> int:
+    checkpoints = (plan.base, plan.mllm, *plan.experts)
+    files = sum(len(checkpoint.files) for checkpoint in checkpoints)
+    return told_bytes(plan.weights, recipe=len(plan.recipe.to_yaml().encode()), files=files)
+
+
+def _adapter_reserve(plan: Plan, rank: int | str, told: int) -> tuple[int, Reserve]:
+    """Of an adapter whose ranks are `rank` at most, if that is a number."""
     modules = []
     for task in plan.weights:
         parts = []
         for part, method in zip(task.weight.slices, task.methods, strict=True):
-            rank = method.largest_rank(part.shape) if method else 0
-            if isinstance(plan.recipe.lora_rank, int):
-                rank = min(rank, plan.recipe.lora_rank)
-            parts.append(StoredFactors(row_runs(part), rank))
+            largest = method.largest_rank(part.shape) if method else 0
+            if isinstance(rank, int):
+                largest = min(largest, rank)
+            parts.append(StoredFactors(row_runs(part), largest))
         modules.append(plan.adapter_module(task, tuple(parts)))
-    size = adapter_layout(modules, plan.adapter_dtype).size
-    factors = sum(m.rank * m.in_features for m in modules)
-    factors += sum(part.rows * part.rank for m in modules for part in m.parts)
-    return size, size + 4 * factors
-
-
-def _evidence_bytes(plan: Plan) -> int:
-    """Most bytes of the factors that an analysis stores."""
-    return 4 * sum(
-        method.largest_rank(part.shape) * (part.shape[1] + len(part.experts) * part.shape[0])
-        for task in plan.weights
-        for part, method in zip(task.weight.slices, task.methods, strict=True)
-        if method is not None and needs_analysis(part)
-    )
+    size, reserve = adapter_reserve(modules, plan.adapter_dtype, told=told)
+    if isinstance(rank, int) and rank <= SMALL_RANK:
+        return size, reserve
+    _, less = _adapter_reserve(plan, SMALL_RANK, told)
+    if less.nbytes == reserve.nbytes:
+        return size, reserve
+    fewer = f"give a smaller --lora-rank ({SMALL_RANK} needs {format_size(less.nbytes)})"
+    return size, dataclasses.replace(reserve, smaller=fewer)

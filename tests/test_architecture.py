@@ -94,8 +94,10 @@ MAY_IMPORT = {
     "tasks": {"checkpoints", "methods", "output"},
     "reading": {"budget", "checkpoints", "methods", "tasks"},
     "footprint": {"budget", "checkpoints", "methods", "reading", "resources", "tasks"},
+    "disk": {"checkpoints", "methods", "output", "tasks"},
     "gathering": {"checkpoints", "errors", "methods", "parameters", "recipe", "scope"},
     "plan": {
+        "disk",
         "gathering",
         "reading",
         "resources",

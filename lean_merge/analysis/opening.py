@@ -19,7 +19,7 @@ from lean_merge.gathering import Choice, Gathered
 from lean_merge.identity import by_role, changed_weights
 from lean_merge.methods import EvidenceMethod, Factors, Facts
 from lean_merge.methods.plainfacts import from_plain
-from lean_merge.output import FACTORS
+from lean_merge.output import FACTORS, factor_shapes
 
 _MAX_DOCUMENT = 1 << 30
 _MEND = "analyse the models again with lean-merge analyze"
@@ -200,12 +200,10 @@ def _check_tensors(
     file: Path, facts: Mapping[str, Facts], tensors: Mapping[str, TensorSpec]
 ) -> None:
     for name, own in facts.items():
-        wanted = {f"{name}.mllm.vectors": own.shape[1]}
-        wanted |= {f"{name}.expert{k + 1}.images": own.shape[0] for k in range(len(own.similarity))}
-        for tensor, length in wanted.items():
+        wanted = factor_shapes(name, own.shape, len(own.similarity), own.stored)
+        for tensor, shape in wanted.items():
             spec = tensors.get(tensor)
-            if spec is None or spec.dtype != "F32" or spec.shape != (own.stored, length):
+            if spec is None or spec.dtype != "F32" or spec.shape != shape:
                 raise CheckpointError(
-                    f"{file}: {shown(tensor)} is not F32 [{own.stored}, {length}], as {ANALYSIS} "
-                    f"says; {_MEND}."
+                    f"{file}: {shown(tensor)} is not F32 {[*shape]}, as {ANALYSIS} says; {_MEND}."
                 )
