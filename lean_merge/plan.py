@@ -48,6 +48,7 @@ from lean_merge.output import (
     side_files,
 )
 from lean_merge.parameters import MethodTable, build_method
+from lean_merge.reading import Reading
 from lean_merge.recipe import MergeRecipe
 from lean_merge.resources import Resources, limits_of, processors, resolve_device
 from lean_merge.scope import Scope, filter_weights, positions_of
@@ -66,19 +67,23 @@ SMALL_RANK = 16
 class Prediction:
     """Bytes that the run will read, write, and hold at most.
 
-    `exact_reads` is False where weights are read again for every pass of an analysis whose number
-    of passes depends on the data; `bytes_read` is then the most that can be. `exact_writes` is
-    False for an adapter, whose ranks depend on the data; `disk` is then the most that it takes
-    while it is made.
+    `fewest_read` is less than `bytes_read`, the most that can be, where weights are read again for
+    every pass of an analysis: how many it takes depends on the data. `exact_writes` is False for an
+    adapter, whose ranks depend on the data; `disk` is then the most that it takes while it is made.
     """
 
     peak_memory: int
-    peak_vram: int
-    bytes_read: int
-    bytes_written: int
-    disk: int
-    exact_reads: bool
-    exact_writes: bool
+    peak_vram: int = 0
+    bytes_read: int = 0
+    fewest_read: int = 0
+    bytes_written: int = 0
+    disk: int = 0
+    exact_writes: bool = True
+
+    @property
+    def exact_reads(self) -> bool:
+        """Whether it is known to the byte what is read."""
+        return self.fewest_read == self.bytes_read
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +106,7 @@ class Plan:
     workers: int
     arenas: tuple[int, ...]
     """Bytes on the host for tiles that stay, of each weight that is analysed at a time."""
+    reading: Reading
     prediction: Prediction
     notes: tuple[str, ...]
     evidence: EvidencePlan | None = None
@@ -292,7 +298,8 @@ def _plan(
         threads=threads,
         workers=layout.workers,
         arenas=room.arenas,
-        prediction=Prediction(layout.held + room.peak, 0, 0, 0, 0, True, True),
+        reading=layout.reading,
+        prediction=Prediction(layout.held + room.peak),
         notes=tuple(notes),
         evidence=evidence,
     )
@@ -395,7 +402,7 @@ def _tasks(
                     beside=tuple(part.canonical in room.beside for part in weight.slices),
                 )
             )
-        elif layout.writes_rows:
+        elif layout.reading.rows:
             spec = mllm.tensors[name]
             tasks.append(CopyTask(index, outputs[name], spec, decoded_matrices(mllm, spec)))
     return tuple(tasks)
@@ -430,25 +437,22 @@ def _check_low_rank(weights: Sequence[MappedWeight], methods: Mapping[str, Metho
 
 
 def _predict(plan: Plan, layout: Layout, written: int, reserve: Reserve) -> Prediction:
-    vram = read = 0
-    exact = True
-    for task in plan.tasks:
-        if isinstance(task, CopyTask):
-            read += layout.bytes_copied(task)
-            continue
+    vram = 0
+    fewest = most = sum(plan.reading.copied(task) for task in plan.copies)
+    for task in plan.weights:
         for part, resident in zip(task.weight.slices, task.resident, strict=True):
             if not layout.on_cpu:
                 kept = resident * layout.shape(part).resident_tile
                 vram = max(vram, layout.fixed(part)[1] + kept)
-        most, known = layout.bytes_read(task)
-        read, exact = read + most, exact and known
+        least, largest = layout.bytes_read(task)
+        fewest, most = fewest + least, most + largest
     return Prediction(
         peak_memory=plan.prediction.peak_memory,
         peak_vram=vram,
-        bytes_read=read,
+        bytes_read=most,
+        fewest_read=fewest,
         bytes_written=written,
         disk=sum(shard.size for shard in plan.shards) + reserve.nbytes,
-        exact_reads=exact,
         exact_writes=layout.output not in ("lora", ANALYSIS),
     )
 

@@ -94,6 +94,7 @@ class _StoredFactors:
 
     def __init__(self, tensors: Mapping[str, TensorSpec], canonical: str, facts: Facts) -> None:
         self._tensors, self._canonical, self._facts = tensors, canonical, facts
+        self.bytes_read = 0
 
     def vectors(self, kept: Tensor) -> Tensor:
         """As `Factors` has it."""
@@ -110,6 +111,7 @@ class _StoredFactors:
         with TensorReader() as reader:
             for place, index in enumerate(kept.tolist()):
                 reader.read_into(spec, index * spec.shape[1] * 4, as_bytes(rows[place]))
+            self.bytes_read += reader.bytes_read
         if not bool(torch.isfinite(rows).all()):
             raise CheckpointError(f"{spec.file}: {spec.name} holds NaN or Inf; {_MEND}.")
         return rows.T.contiguous()
