@@ -471,7 +471,7 @@ def _written(plan: Plan, output: str) -> tuple[int, Reserve]:
     if output == ANALYSIS:
         return evidence_reserve(plan.weights, told=told, smaller=fewer)
     if output == "lora":
-        written, reserve = _adapter_reserve(plan, plan.recipe.lora_rank, told)
+        written, reserve = _adapter_reserve(plan)
     elif output == "none":
         reserve = report_reserve(told)
     if not plan.is_settled:
@@ -487,9 +487,9 @@ def _told(plan: Plan) -> int:
     return told_bytes(plan.weights, recipe=len(plan.recipe.to_yaml().encode()), files=files)
 
 
-def _adapter_reserve(plan: Plan, rank: int | str, told: int) -> tuple[int, Reserve]:
-    """Of an adapter whose ranks are `rank` at most, if that is a number."""
-    modules = []
+def _adapter_reserve(plan: Plan) -> tuple[int, Reserve]:
+    """Of an adapter whose ranks are the recipe's at most, if that is a number."""
+    rank, modules = plan.recipe.lora_rank, []
     for task in plan.weights:
         parts = []
         for part, method in zip(task.weight.slices, task.methods, strict=True):
@@ -498,11 +498,12 @@ def _adapter_reserve(plan: Plan, rank: int | str, told: int) -> tuple[int, Reser
                 largest = min(largest, rank)
             parts.append(StoredFactors(row_runs(part), largest))
         modules.append(plan.adapter_module(task, tuple(parts)))
-    size, reserve = adapter_reserve(modules, plan.adapter_dtype, told=told)
+    size, reserve = adapter_reserve(modules, plan.adapter_dtype, told=_told(plan))
     if isinstance(rank, int) and rank <= SMALL_RANK:
         return size, reserve
-    _, less = _adapter_reserve(plan, SMALL_RANK, told)
-    if less.nbytes == reserve.nbytes:
+    smaller = dataclasses.replace(plan.recipe, lora_rank=SMALL_RANK)
+    _, less = _adapter_reserve(dataclasses.replace(plan, recipe=smaller))
+    if less.blocks == reserve.blocks:
         return size, reserve
     fewer = f"give a smaller --lora-rank ({SMALL_RANK} needs {format_size(less.nbytes)})"
     return size, dataclasses.replace(reserve, smaller=fewer)
