@@ -5,7 +5,9 @@
     python bench/reproduce.py --problems 200 --out FOLDER   # a quick look; the documents stay
 
 It writes bench/reproduction/results.json, the generated parts of docs/reproduction.md and the
-figures in docs/reproduction, and prints the run time. Needs `pip install -e '.[bench]'`.
+figures in docs/reproduction, and prints the run time. Needs `pip install -e '.[bench]'`. What is
+said of the family grown from SmolLM2 comes from bench/family/smol/results.json, which that family's
+compare.py writes: its weights are not in the repository.
 """
 
 from __future__ import annotations
@@ -42,13 +44,15 @@ def main() -> None:
             data = results.joined(results.read(file).data, data)
         file.parent.mkdir(parents=True, exist_ok=True)
         results.write(data, file)
-    found = results.read(file)
+    found = results.Both(results.read(file), results.read(results.REAL))
     drawn = figures.write(found, figures.FOLDER if options.out is None else options.out)
     if options.out is None:
         page.write(found)
-    for claim, verdict, text in claims.judged(found):
-        print(f"{verdict:26} {claim.key}: {text}")
-    print(f"{len(drawn)} figures; measured in {found.data['run']['minutes']:.1f} minutes")
+    for title, each in zip(results.FAMILIES, (found.seeds, found.real), strict=True):
+        for claim, verdict, text in claims.judged(each):
+            print(f"{title:8} {verdict:26} {claim.key}: {text}")
+        print(f"{title}: measured in {each.data['run']['minutes']:.1f} minutes")
+    print(f"{len(drawn)} figures")
 
 
 def measured(options: argparse.Namespace) -> dict[str, Any]:

@@ -46,6 +46,14 @@ def results(scripts: None) -> Any:
     return results.read()
 
 
+@pytest.fixture(scope="module")
+def both(results: Any) -> Any:
+    """The committed figures with those of the family grown from a real model."""
+    from reproduction import results as module
+
+    return module.Both(results, module.read(module.REAL))
+
+
 # --- intervals ----------------------------------------------------------------------------
 
 
@@ -245,33 +253,142 @@ def test_measuring_counts_against_the_mllm_and_marks_equal_weights_once(family: 
 # --- the page -----------------------------------------------------------------------------
 
 
-def test_the_page_is_what_the_results_say(results: Any) -> None:
+def test_the_page_is_what_the_results_say(both: Any) -> None:
     from reproduction import page
 
     text = page.PAGE.read_text(encoding="utf-8")
-    assert page.filled(text, results) == text, "run: python bench/reproduce.py --render"
+    assert page.filled(text, both) == text, "run: python bench/reproduce.py --render"
 
 
-def test_text_by_hand_stays_and_parts_must_be_whole(results: Any) -> None:
+def test_text_by_hand_stays_and_parts_must_be_whole(both: Any) -> None:
     from reproduction import page
 
     parts = [f"<!-- measured: {name} -->\nstale words\n<!-- end -->" for name in page.PARTS]
-    text = page.filled("\nby hand\n".join(parts), results)
+    text = page.filled("\nby hand\n".join(parts), both)
     assert text.count("by hand") == len(parts) - 1 and "stale words" not in text
     for wrong in (parts[1:], [*parts, parts[0]]):
         with pytest.raises(ValueError, match="each of"):
-            page.filled("\n".join(wrong), results)
+            page.filled("\n".join(wrong), both)
 
 
-def test_every_claim_stands_on_the_page_with_its_verdict(results: Any) -> None:
+def test_every_claim_stands_on_the_page_with_its_verdicts(both: Any) -> None:
     from reproduction import claims, page
 
     text = page.PAGE.read_text(encoding="utf-8")
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    found = {row[0].removeprefix("| "): row[2] for row in rows if len(row) == 4}
-    judged = {claim.says: f"**{verdict}**" for claim, verdict, _ in claims.judged(results)}
+    found = {row[0].removeprefix("| "): (row[2], row[4]) for row in rows if len(row) == 6}
+    pairs = zip(claims.judged(both.seeds), claims.judged(both.real), strict=True)
+    judged = {here[0].says: (f"**{here[1]}**", f"**{there[1]}**") for here, there in pairs}
     assert {says: found.get(says) for says in judged} == judged
     assert len({claim.key for claim in claims.CLAIMS}) == len(claims.CLAIMS)
+
+
+def made_up(**of_groups: dict[str, tuple[int, int, int]]) -> Any:
+    """One seed's results: by group and name, right answers to 100 problems of each task."""
+    from reproduction.results import TASKS, Results
+
+    start = of_groups["models"]["mllm"]
+
+    def task(right: int, before: int) -> dict[str, Any]:
+        return {
+            "asked": 100,
+            "right": [right],
+            "gained": [max(0, right - before)],
+            "lost": [max(0, before - right)],
+            "loss_change": [(before - right) / 10],
+            "over_problems": [-9.0, 9.0],
+            "over_seeds": None,
+        }
+
+    candidates = [
+        {
+            "group": group.replace("_", " "),
+            "name": name,
+            "norm": [0.5],
+            "changed": [3],
+            "tasks": {t: task(n, was) for t, n, was in zip(TASKS, right, start, strict=True)},
+        }
+        for group, named in of_groups.items()
+        for name, right in named.items()
+    ]
+    weight = {"base": 4.0, "mllm": 0.08, "expert": 0.04, "energy_kept": 0.1}
+    facts = {
+        "spectra": {"mllm": [1.0, 0.4, 0.3, 0.2], "expert": [1.0, 0.3, 0.2, 0.1]},
+        "energy": {kind: [0.1] * 8 for kind in ("its own", "the MLLM's", "random")},
+        "weights": [{**weight, "s_1": s} for s in (0.2, 0.5, 0.7)],
+        "auto": {"threshold": 0.5, "chance": 0.1, "bearable": 0.2, "p_value": 0.01, "gap": False},
+    }
+    run = {"command": "compare", "minutes": 3.0, "machine": "m", "commit": "c", "date": "d"}
+    data = {"seeds": [0], "run": run, "problems": 100, "facts": [facts], "candidates": candidates}
+    return Results(data)
+
+
+MODELS = {"base": (0, 10, 0), "mllm": (90, 20, 0), "expert": (0, 99, 0)}
+
+
+def test_rows_of_the_second_family_stand_beside_those_of_the_seeds(results: Any) -> None:
+    from reproduction import tables
+    from reproduction.results import Both
+
+    real = made_up(
+        models=MODELS,
+        threshold={"0.4": (90, 50, 30), "0.9": (90, 20, 0)},
+        task_arithmetic={"1": (10, 95, 60)},
+    )
+    both = Both(results, real)
+    rows = [line.strip("| ").split(" | ") for line in tables.models(both).splitlines()[2:]]
+    titles = [(row[0], row[1]) for row in rows]
+    assert len(set(titles)) == len(titles)
+    for title in ("MLLM", "IP-Merging, threshold 0.4", "Task Arithmetic 1"):
+        place = titles.index((title, "embedded"))
+        assert titles[place + 1] == (title, "SmolLM2"), title
+    assert ("IP-Merging, threshold 0.5", "SmolLM2") not in titles
+    row = rows[titles.index(("Task Arithmetic 1", "SmolLM2"))]
+    assert row[2:4] == ["0.500", "3"] and [cell.split(":")[0] for cell in row[4:]] == [
+        "10.0",
+        "95.0",
+        "60.0",
+    ]
+    # Of one seed the interval is that of its own problems, whatever the t over them would be.
+    change = real.change("task arithmetic", "1", "read")
+    assert change.over_problems == change.of_seeds[0][1] and "[" not in row[4]
+    assert (
+        row[4] == f"10.0: -80.0 ({change.over_problems[0]:+.1f} to {change.over_problems[1]:+.1f})"
+    )
+
+
+def test_a_verdict_on_the_second_family_follows_its_figures(results: Any) -> None:
+    """Also where rows are missing, and where nothing can fall."""
+    from reproduction import claims, page
+    from reproduction.results import Both
+
+    def verdicts(real: Any) -> dict[str, str]:
+        return {claim.key: verdict for claim, verdict, _ in claims.judged(real)}
+
+    rises = {
+        "threshold": {"0.3": (90, 50, 30), "0.4": (90, 50, 40), "0.5": (90, 20, 0)},
+        "ties": {"0.5": (90, 50, 30), "1": (10, 95, 30)},
+        "task_arithmetic": {"0.5": (90, 50, 30), "1": (10, 95, 20)},
+    }
+    found = verdicts(made_up(models=MODELS, **rises))
+    held = ("gains", "ties falls", "beats", "threshold", "spectra")
+    assert {found[key] for key in held} == {claims.REPRODUCED}
+    assert found["absent"] == found["gap"] == claims.NOT_REPRODUCED
+    assert found["task arithmetic falls"] == claims.NOT_TESTABLE, "there is nothing to lose"
+    assert found["stages"] == found["projection"] == claims.NOT_MEASURED
+    sees = {**MODELS, "mllm": (90, 20, 50)}
+    lower = verdicts(made_up(models=sees, **rises))
+    assert lower["task arithmetic falls"] == claims.REPRODUCED
+    assert lower["gains"] == claims.NOT_REPRODUCED
+    nothing = verdicts(made_up(models=MODELS))
+    assert nothing["gains"] == nothing["beats"] == claims.NOT_MEASURED
+
+    text = page.agreement(Both(results, made_up(models=MODELS, **rises)))
+    apart = text.split("Told differently")[1]
+    assert apart.count("SmolLM2: reproduced") + apart.count("SmolLM2: not reproduced") == int(
+        apart.split("(")[1].split(")")[0]
+    )
+    assert "SmolLM2: reproduced" in apart and "Table 5" not in text, "not measured is not told"
 
 
 def test_a_verdict_follows_the_figures(results: Any) -> None:
@@ -336,13 +453,27 @@ def test_later_figures_are_put_among_the_others(results: Any) -> None:
 
 
 def test_figures_are_the_same_bytes_each_time(
-    results: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    both: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib", reason="an extra of the benchmarks")
     from reproduction import figures
 
     drawn = {name: figures.FIGURES[name] for name in ("spectra", "rank")}
     monkeypatch.setattr(figures, "FIGURES", drawn)
-    first = [file.read_bytes() for file in figures.write(results, tmp_path / "one")]
-    second = [file.read_bytes() for file in figures.write(results, tmp_path / "two")]
+    first = [file.read_bytes() for file in figures.write(both, tmp_path / "one")]
+    second = [file.read_bytes() for file in figures.write(both, tmp_path / "two")]
     assert first == second and all(b"<svg" in text for text in first)
+    assert len(first) == 3, "the spectra of both kinds of families"
+
+
+def test_figures_of_a_family_with_few_rows(
+    results: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib", reason="an extra of the benchmarks")
+    from reproduction import figures
+    from reproduction.results import Both
+
+    real = made_up(models=MODELS, threshold={"0.4": (90, 50, 30)})
+    monkeypatch.setattr(figures, "FIGURES", {"merges": figures.merges})
+    names = [file.name for file in figures.write(Both(results, real), tmp_path)]
+    assert names == ["merges.svg", "smollm2-merges.svg"]

@@ -22,7 +22,7 @@ CHARACTERS = "0123456789+=/: \nabcdefghijklmnopqrstuvwxyz"
 @pytest.fixture(scope="module", autouse=True)
 def scripts() -> Iterator[None]:
     """The scripts import each other as modules beside them."""
-    added = [str(FAMILY / "smol"), str(FAMILY)]
+    added = [str(FAMILY / "smol"), str(FAMILY), str(FAMILY.parent)]
     sys.path[:0] = added
     yield
     for entry in added:
@@ -185,7 +185,7 @@ def test_the_mllm_starts_as_its_base(encoder: Any) -> None:
 
 
 def test_the_anatomy_tells_what_was_planted() -> None:
-    from anatomy import anatomy, projected, truncated
+    from anatomy import anatomy, silenced
 
     generator = torch.Generator().manual_seed(0)
 
@@ -214,42 +214,154 @@ def test_the_anatomy_tells_what_was_planted() -> None:
     gamma = 1 / (1 + math.exp(-32 * 0.5))
     assert facts["update"]["softmax 32"] == pytest.approx(gamma**2 * 4 / math.sqrt(68), rel=1e-6)
     assert facts["update"]["relative 8"] == pytest.approx(4 / math.sqrt(68), rel=1e-3)
-    torch.testing.assert_close(truncated(second, 1), 8 * torch.outer(other[:, 0], leaning).float())
-    inside = projected(second, first, 1)
-    torch.testing.assert_close(inside, 4 * torch.outer(other[:, 0], right[:, 0]).float())
+
+    still = torch.randn(80, 60, generator=generator, dtype=torch.float64)
+    norms = torch.ones(60)
+    norms[7], still[:, 7] = 0.01, 1e-6
+    other = torch.randn(80, 60, generator=generator, dtype=torch.float64)
+    assert silenced(norms, (still, still * 2)) == {
+        "at": [7, 7],
+        "ends_there": True,
+        "weight": pytest.approx(0.01),
+    }
+    other[:, 9] = 0
+    facts = silenced(norms, (still, other))
+    assert facts["at"] == [7, 9] and not facts["ends_there"]
 
 
-def test_the_whole_way_at_a_tiny_size(encoder: Any, tmp_path: Path, capsys: Any) -> None:
-    import compare
+@pytest.fixture(scope="module")
+def grown(scripts: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A family of the tiny base, hardly trained."""
     from grow import grow_expert, grow_mllm, save
     from tuning import Stage
 
+    folder = tmp_path_factory.mktemp("family")
     base = make_base()
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(base.config, name, 0)
     base.generation_config = GenerationConfig()
-    save(base, tmp_path / "base", make_tokenizer())
+    save(base, folder / "base", make_tokenizer())
     stage = Stage(2, 3e-3, 6, warmup=1, log_every=1)
-    grow_expert(tmp_path, 0, stage, resume=False)
-    grow_mllm(tmp_path, 0, stage, sight=(2, 2), resume=False)
+    grow_expert(folder, 0, stage, resume=False)
+    grow_mllm(folder, 0, stage, sight=(2, 2), resume=False)
+    return folder
 
-    family = compare.Family(tmp_path, {"read": 4, "text_sums": 4, "picture_sums": 4})
-    titles = compare.rows_to_measure(family)
-    assert len(titles) == 4 + len(compare.MERGES) + 4 + 2 + 2
-    whole = family.merged("task_arithmetic", {"scale": 1.0})
-    naive = {n: family.weights["mllm"][n] + family.task_vector("expert", n) for n in whole}
-    for name in whole:
-        assert (whole[name] - naive[name]).norm() < 2**-8 * naive[name].norm(), "bf16's rounding"
-    rows = {
-        title: {"scores": titles[title]()}
-        for title in ("expert", "mllm", "IP-Merging, threshold 0")
+
+@pytest.fixture
+def family(grown: Path) -> Any:
+    from merging import SmolFamily
+
+    return SmolFamily(grown, problems=6)
+
+
+def test_merges_are_lean_merges_own(family: Any) -> None:
+    """Task Arithmetic against plain sums, and IP-Merging from the analysis against one without."""
+    from merging import _taken
+
+    from lean_merge import stream
+
+    whole = family.merged("task_arithmetic", scale=1.0)
+    assert whole.keys() == family.base.keys() and len(whole) == 14
+    for name, weight in whole.items():
+        error = weight - family.mllm[name] - family.of_expert[name]
+        assert error.norm() < 2**-8 * family.of_expert[name].norm(), "a difference in bf16"
+    for options in ({"threshold": 0.0}, {"threshold": 0.2, "stages": ("select", "rescale")}):
+        merged = family.merged("ip_merging", **options)
+        alone = _taken(stream(family.recipe("ip_merging", **options)))
+        changed = 0
+        for name, weight in alone.items():
+            torch.testing.assert_close(merged[name], weight, rtol=1e-4, atol=1e-6)
+            changed += not torch.equal(weight, family.mllm[name])
+        assert changed > 0
+
+
+def test_marks_tell_what_was_right(encoder: Any) -> None:
+    """A model that knows every answer but those to some questions, token by token."""
+    from types import SimpleNamespace
+
+    from forced import Exam, marks, problems
+
+    asked = problems("picture_sums", encoder, 6, seed=0)
+    wrong = {0: None, 1: 0, 2: 5, 3: 6, 4: -2, 5: -1}  # which token of the answer it misses
+    answers = [[label for label in problem.row[1] if label >= 0] for problem in asked]
+    said = [list(answer) for answer in answers]
+    for number, place in wrong.items():
+        if place is not None:
+            said[number][place] = encoder.ids(
+                "9" if said[number][place] != encoder.ids("9")[0] else "8"
+            )[0]
+    flat = torch.tensor([token for answer in said for token in answer])
+    size = len(make_tokenizer("<image>"))
+
+    def states(**inputs: torch.Tensor) -> Any:
+        # As wide as the vocabulary, so that the head is the identity: the first choice is `said`.
+        hidden = torch.zeros(*inputs["input_ids"].shape, size)
+        labelled = [[label >= 0 for label in problem.row[1]] for problem in asked]
+        places = [
+            (i, j) for i, row in enumerate(labelled) for j, is_asked in enumerate(row) if is_asked
+        ]
+        for (i, j), token in zip(places, flat.tolist(), strict=True):
+            hidden[i, j, token] = 1.0
+        return SimpleNamespace(last_hidden_state=hidden)
+
+    model = SimpleNamespace(model=states, lm_head=lambda each: each)
+    found = {kind: mark.right.tolist() for kind, mark in marks(model, encoder, asked).items()}
+    assert found == {
+        "right": [True, False, False, False, False, False],
+        "seen": [True, False, True, True, True, True],
+        "added": [True, True, True, False, False, False],
+        "given": [True, False, True, False, False, False],
     }
-    assert set(rows["expert"]["scores"]) == {"text_sums"}
-    assert len(rows["mllm"]["scores"]) == 5
-    assert compare.table(rows).count("\n") == 5
-    matrices = compare.anatomies(family)
-    summary = compare.summarise(matrices)
-    assert summary["all"]["matrices"] == 14 and summary["q_proj"]["matrices"] == 2
-    states = {role: tmp_path / f"{role}.state" for role in ("mllm", "expert")}
-    stored = compare.storage(family, states)
-    assert 0 < stored["error_expert"]["median"] < 0.5
+    loss = marks(model, encoder, asked)["right"].loss
+    assert loss.argmin() in (0, 5) and loss[1] > loss[5], "what ends an answer has no part in it"
+    text = problems("text_sums", encoder, 2, seed=0)
+    assert text[0].picture is None and text[0].written == 0
+    assert set(Exam(make_base(), encoder, {"text_sums": text}).take(_own(make_base()))) == {
+        "text_sums"
+    }
+
+
+def _own(model: Any) -> dict[str, torch.Tensor]:
+    from sight import in_scope
+
+    return {name: weight.detach().clone() for name, weight in in_scope(model).items()}
+
+
+def test_the_comparison_at_a_tiny_size(
+    grown: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every row wanted exists; a stopped run goes on; another family's results are refused."""
+    import compare
+    from reproduction import results
+
+    everything = list(compare.wanted(14))
+    assert len({(each.group, each.name) for each in everything}) == len(everything)
+    assert (everything[0].group, everything[0].name) == ("models", "mllm")
+    few = (
+        ("models", ("base", compare.SHOWN)),
+        ("task arithmetic", ("1",)),
+        ("threshold", ("0.4", "0")),
+        ("threshold auto", ("auto",)),
+        ("base + dM cut to rank", ("4",)),
+    )
+    command = ["compare.py", "--family", str(grown), "--out", str(tmp_path), "--problems", "6"]
+    monkeypatch.setattr(sys, "argv", command)
+    for rows in (few[:2], few):
+        monkeypatch.setattr(compare, "WANTED", rows)
+        compare.main()
+    found = results.read(tmp_path / "results.json")
+    assert found.names("threshold") == ["0.4", "0"] and found.seeds == [0]
+    assert len(found.entry("models", "mllm")["tasks"]) == 6
+    assert set(found.entry("models", compare.SHOWN)["tasks"]) == {"text_sums"}
+    norms = {n: found.entry("task arithmetic", n)["norm"][0] for n in ("1",)}
+    assert norms["1"] == pytest.approx(1, rel=1e-3)
+    assert len(found.data["facts"][0]["weights"]) == found.data["weights"] == 14
+    assert found.data["anatomy"]["all"]["matrices"] == 14
+    assert 0 < found.data["storage"]["error_expert"]["median"] < 0.5
+    tables = (tmp_path / "results.md").read_text(encoding="utf-8")
+    rows = tables.split("## Models")[1].splitlines()
+    assert len([row for row in rows if row.startswith("| ")]) == 1 + len(found.data["candidates"])
+    assert "| matrices | 14 | 28 |" in tables and "| q_proj |" in tables
+    monkeypatch.setattr(sys, "argv", [*command[:-1], "5"])
+    with pytest.raises(ValueError, match="another run"):
+        compare.main()

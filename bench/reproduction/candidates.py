@@ -12,7 +12,7 @@ from torch import Tensor
 from lean_merge.demo.tasks import Task
 from reproduction import oracles
 from reproduction.exam import Weights
-from reproduction.family import Family, added
+from reproduction.family import TaskVectors, added
 
 SUMS: tuple[Task, ...] = ("text_sums", "picture_sums")
 THRESHOLDS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -30,6 +30,8 @@ TEMPERATURES = (1.0, 4.0, 8.0, 16.0, 64.0, 128.0)
 RELATIVE_TEMPERATURES = (0.0, 2.0, 8.0, 32.0)
 SCALES = (2.0, 4.0, 8.0, 16.0)
 RANKS = (1, 2, 4, 8, 16, 32, 64)
+SHOWN = "base shown three sums"
+"""The base with solved sums before the question: for families whose base knows of no worksheets."""
 WHY_LIMIT = 500
 """Problems on which options and oracles are measured: they explain, and decide no claim."""
 
@@ -54,7 +56,7 @@ class Candidate:
 
     group: str
     name: str
-    make: Callable[[Family], Weights]
+    make: Callable[[TaskVectors], Weights]
     exam: str = "mllm"
     tasks: tuple[Task, ...] | None = None
     limit: int | None = None
@@ -63,17 +65,17 @@ class Candidate:
 # --- how models are made ------------------------------------------------------------------
 
 
-def role(name: str, family: Family) -> Weights:
+def role(name: str, family: TaskVectors) -> Weights:
     """One of the family's own models."""
     return {"base": family.base, "mllm": family.mllm, "expert": family.expert}[name]
 
 
-def linear(weight: float, family: Family) -> Weights:
+def linear(weight: float, family: TaskVectors) -> Weights:
     """The straight line from the MLLM to the expert."""
     return {n: start + weight * (family.expert[n] - start) for n, start in family.mllm.items()}
 
 
-def ties(scale: float, family: Family) -> Weights:
+def ties(scale: float, family: TaskVectors) -> Weights:
     """TIES of both task vectors (arXiv:2306.01708): trim, elect the sign, average what agrees."""
     merged = {}
     for name, base in family.base.items():
@@ -91,32 +93,32 @@ def trimmed(task_vector: Tensor, density: float = TIES_DENSITY) -> Tensor:
     return torch.where(task_vector.abs() >= smallest, task_vector, 0.0)
 
 
-def ip(family: Family, **parameters: object) -> Weights:
+def ip(family: TaskVectors, **parameters: object) -> Weights:
     """IP-Merging by lean-merge; the names of parameters are the recipe's."""
     return family.merged("ip_merging", **parameters)
 
 
-def automatic(family: Family) -> Weights:
+def automatic(family: TaskVectors) -> Weights:
     """IP-Merging at the threshold that `auto` is for this family."""
     return ip(family, threshold=family.survey["auto"])
 
 
-def task_arithmetic(weight: float, family: Family) -> Weights:
+def task_arithmetic(weight: float, family: TaskVectors) -> Weights:
     """Task Arithmetic by lean-merge."""
     return family.merged("task_arithmetic", scale=weight)
 
 
-def oracle(make: Callable[[Family], oracles.Updates], family: Family) -> Weights:
+def oracle(make: Callable[[TaskVectors], oracles.Updates], family: TaskVectors) -> Weights:
     """The MLLM with an oracle's updates."""
     return family.plus(make(family))
 
 
-def base_with(make: Callable[[Family], oracles.Updates], family: Family) -> Weights:
+def base_with(make: Callable[[TaskVectors], oracles.Updates], family: TaskVectors) -> Weights:
     """The base with an oracle's updates."""
     return added(family.base, make(family))
 
 
-def stretched(whole: bool, family: Family, **parameters: object) -> Weights:
+def stretched(whole: bool, family: TaskVectors, **parameters: object) -> Weights:
     """IP-Merging's update made as long as lambda dM, over `whole` the model or weight by weight."""
     update = oracles.difference(ip(family, **parameters), family.mllm)
     touched = [name for name, each in update.items() if float(each.norm()) > 0]
@@ -127,13 +129,13 @@ def stretched(whole: bool, family: Family, **parameters: object) -> Weights:
     return family.plus(oracles.as_long_as({n: update[n] for n in touched}, wanted))
 
 
-def stretched_random(count: int, family: Family) -> Weights:
+def stretched_random(count: int, family: TaskVectors) -> Weights:
     """dM on random directions, made as long as lambda dM weight by weight."""
     wanted = oracles.rescaled(family, family.base)
     return family.plus(oracles.as_long_as(oracles.inside_random(family, count), wanted))
 
 
-def chosen(order: str, count: int, family: Family) -> Weights:
+def chosen(order: str, count: int, family: TaskVectors) -> Weights:
     """lambda dM of the `count` weights with the largest or smallest s_1, or of random ones."""
     names = list(family.base)
     if order == "largest":
@@ -146,7 +148,7 @@ def chosen(order: str, count: int, family: Family) -> Weights:
     return family.plus(oracles.rescaled(family, names[:count]))
 
 
-def single(index: int, kind: str, family: Family) -> Weights:
+def single(index: int, kind: str, family: TaskVectors) -> Weights:
     """One weight alone: lambda dM whole, or IP-Merging's update of it."""
     name = list(family.base)[index]
     if kind == "whole":

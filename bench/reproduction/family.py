@@ -40,33 +40,27 @@ class Svd:
         return cls(left, sigma, right.T)
 
 
-class Family:
-    """A family as it was saved; weights are float32, under their names within the language model.
+class TaskVectors:
+    """Three models of one family, their task vectors and spectra, and merges of them.
+
+    Weights are float32, under their names within the language model.
 
     Parameters
     ----------
-    seed : int
-        That of its training.
-    problems : int, optional
-        Held-out problems for each task; all of them without it.
+    folder : Path
+        Holds ``base``, ``mllm`` and ``expert``.
+    base, mllm, expert : mapping of str to Tensor
+        The weights in scope of each.
     """
 
-    def __init__(self, seed: int, *, problems: int | None = None) -> None:
-        self.seed = seed
-        self.folder = folder_of(seed)
-        self._problems = problems
-        self._loaded = {role: load(self.folder / role) for role in ("base", "mllm", "expert")}
-        self.base, self.mllm, self.expert = (self._weights(role) for role in self._loaded)
-
-    def _weights(self, role: str) -> dict[str, Tensor]:
-        model = self._loaded[role][0]
-        language_model = getattr(model.model, "language_model", model.model)
-        return {k: v.clone() for k, v in in_scope(language_model.state_dict().items()).items()}
+    def __init__(self, folder: Path, base: Weights, mllm: Weights, expert: Weights) -> None:
+        self.folder = folder
+        self.base, self.mllm, self.expert = dict(base), dict(mllm), dict(expert)
 
     @cached_property
-    def exams(self) -> Mapping[str, Exam]:
+    def exams(self) -> Mapping[str, Any]:
         """Exams of the MLLM, and of the base's and the expert's text models."""
-        return {role: Exam(*pair, count=self._problems) for role, pair in self._loaded.items()}
+        raise NotImplementedError
 
     @cached_property
     def of_mllm(self) -> dict[str, Tensor]:
@@ -134,6 +128,35 @@ class Family:
     def plus(self, updates: Mapping[str, Tensor]) -> Weights:
         """The MLLM with updates on some of its weights."""
         return added(self.mllm, updates)
+
+
+class Family(TaskVectors):
+    """An embedded family as it was saved.
+
+    Parameters
+    ----------
+    seed : int
+        That of its training.
+    problems : int, optional
+        Held-out problems for each task; all of them without it.
+    """
+
+    def __init__(self, seed: int, *, problems: int | None = None) -> None:
+        self.seed = seed
+        self._problems = problems
+        folder = folder_of(seed)
+        self._loaded = {role: load(folder / role) for role in ("base", "mllm", "expert")}
+        super().__init__(folder, *(self._weights(role) for role in self._loaded))
+
+    def _weights(self, role: str) -> dict[str, Tensor]:
+        model = self._loaded[role][0]
+        language_model = getattr(model.model, "language_model", model.model)
+        return {k: v.clone() for k, v in in_scope(language_model.state_dict().items()).items()}
+
+    @cached_property
+    def exams(self) -> Mapping[str, Exam]:
+        """Exams of the MLLM, and of the base's and the expert's text models."""
+        return {role: Exam(*pair, count=self._problems) for role, pair in self._loaded.items()}
 
 
 def folder_of(seed: int) -> Path:

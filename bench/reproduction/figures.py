@@ -20,7 +20,7 @@ from reproduction.candidates import (
     TIES_SCALES,
 )
 from reproduction.family import ROOT
-from reproduction.results import TASKS, TITLES, Results
+from reproduction.results import TASKS, TITLES, Both, Results
 
 FOLDER = ROOT / "docs" / "reproduction"
 LARGEST = 200_000
@@ -38,12 +38,14 @@ _STYLE = {
 }
 
 
-def write(results: Results, folder: Path = FOLDER) -> list[Path]:
-    """Draw all figures; return their files."""
+def write(both: Both, folder: Path = FOLDER) -> list[Path]:
+    """Draw all figures; return their files. Those of the real model's family have its prefix."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
+    drawn = {name: (draw, both.seeds) for name, draw in FIGURES.items()}
+    drawn |= {f"smollm2-{name}": (FIGURES[name], both.real) for name in OF_REAL if name in FIGURES}
     with _style():
-        for name, draw in FIGURES.items():
+        for name, (draw, results) in drawn.items():
             figure = draw(results)
             file = folder / f"{name}.svg"
             figure.savefig(file, metadata={"Date": None, "Creator": None})
@@ -65,7 +67,7 @@ def thresholds(results: Results) -> Figure:
     figure, panels = _panels(TASKS)
     for task, panel in panels.items():
         for colour, (title, group) in zip(_COLOURS, groups.items(), strict=False):
-            names = [f"{t:g}" for t in THRESHOLDS if (group, f"{t:g}") in results]
+            names = results.measured(group, THRESHOLDS)
             _line(panel, results, group, names, task, colour, title)
         panel.set_xlabel("threshold")
     return _labelled(figure, panels)
@@ -84,9 +86,12 @@ def merges(results: Results) -> Figure:
             ),
             strict=False,
         ):
-            _line(panel, results, group, [f"{w:g}" for w in weights], task, colour, title)
-        best = max(results.change("threshold", f"{t:g}", task).mean for t in THRESHOLDS)
-        panel.axhline(best, color=_COLOURS[3], linestyle="--", label="IP-Merging, best threshold")
+            _line(panel, results, group, results.measured(group, weights), task, colour, title)
+        names = results.measured("threshold", THRESHOLDS)
+        if names:
+            best = max(results.change("threshold", name, task).mean for name in names)
+            title = "IP-Merging, best threshold"
+            panel.axhline(best, color=_COLOURS[3], linestyle="--", label=title)
         panel.set_xlabel("weight or scale")
     return _labelled(figure, panels)
 
@@ -185,6 +190,9 @@ FIGURES: dict[str, Callable[[Results], Figure]] = {
     "lengths": lengths,
 }
 
+OF_REAL = ("merges", "thresholds", "spectra")
+"""Those that are also drawn for the family grown from a real model."""
+
 
 def _is_ours(group: str) -> bool:
     ours = ("threshold", "temperature", "relative", "scale", "select_by", "nuclear", "similarity")
@@ -217,6 +225,8 @@ def _line(
     shares: bool = False,
 ) -> None:
     """The mean over seeds as a line, each seed as a dot, the interval over problems as a band."""
+    if not names:
+        return
     places = [float(name) for name in names]
     if shares:
         values = [results.share(group, name, task) for name in names]

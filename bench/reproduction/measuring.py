@@ -21,7 +21,7 @@ import torch
 from reproduction import intervals, oracles
 from reproduction.candidates import Candidate, candidates
 from reproduction.exam import Marks, Weights
-from reproduction.family import Family
+from reproduction.family import Family, TaskVectors
 
 PROBLEMS = 1000
 """Of each task, as in the training logs."""
@@ -135,7 +135,9 @@ def _work(seed: int, listed: Sequence[Candidate], part: int, problems: int | Non
     return job
 
 
-def measure(family: Family, candidate: Candidate, known: dict[str, dict[str, Marks]]) -> Measured:
+def measure(
+    family: TaskVectors, candidate: Candidate, known: dict[str, dict[str, Marks]]
+) -> Measured:
     """Make one candidate and mark it; weights that were marked before are not marked again."""
     weights = candidate.make(family)
     key = f"{candidate.exam} {candidate.tasks} {candidate.limit} {_digest(weights)}"
@@ -212,7 +214,7 @@ def _round(value: float) -> float:
 # --- what is known of the task vectors ----------------------------------------------------
 
 
-def facts(family: Family) -> Result:
+def facts(family: TaskVectors) -> Result:
     """Norms, spectra, similarities and energies of one family's task vectors."""
     weights = [_weight(family, name) for name in family.base]
     return {
@@ -236,7 +238,7 @@ def facts(family: Family) -> Result:
     }
 
 
-def _weight(family: Family, name: str) -> Result:
+def _weight(family: TaskVectors, name: str) -> Result:
     similarity = family.similarity[name]
     return {
         "name": name.removesuffix(".weight"),
@@ -264,7 +266,7 @@ def _weight(family: Family, name: str) -> Result:
     }
 
 
-def energy_kept(family: Family, name: str, temperature: float = 32.0) -> float:
+def energy_kept(family: TaskVectors, name: str, temperature: float = 32.0) -> float:
     """||dM V_V diag(gamma^2)||^2 / ||dM||^2: the share of dM that the projection lets through."""
     gamma = torch.softmax(temperature * family.similarity[name], 0)
     matrix = family.of_expert[name].double()
@@ -278,7 +280,7 @@ def _mean_spectrum(spectra: Sequence[torch.Tensor]) -> list[float]:
     return [_round(v) for v in torch.stack([s[:rank] / s[0] for s in spectra]).mean(0).tolist()]
 
 
-def _mean_energy(family: Family, basis: Callable[[str], torch.Tensor]) -> list[float]:
+def _mean_energy(family: TaskVectors, basis: Callable[[str], torch.Tensor]) -> list[float]:
     """Share of ||dM||^2 in the first k directions of a basis, over all weights together."""
     total = np.zeros(0)
     whole = 0.0
@@ -291,7 +293,7 @@ def _mean_energy(family: Family, basis: Callable[[str], torch.Tensor]) -> list[f
     return [_round(v) for v in (total / whole).tolist()]
 
 
-def _random_basis(family: Family) -> Callable[[str], torch.Tensor]:
+def _random_basis(family: TaskVectors) -> Callable[[str], torch.Tensor]:
     def of(name: str) -> torch.Tensor:
         rows, width = family.base[name].shape
         return oracles.random_directions(name, width, min(rows, width))

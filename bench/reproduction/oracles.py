@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from reproduction.exam import Weights
-from reproduction.family import Family, Svd
+from reproduction.family import Svd, TaskVectors
 
 Updates = dict[str, Tensor]
 
@@ -36,12 +36,12 @@ def random_directions(name: str, width: int, count: int, seed: int = 0) -> Tenso
     return torch.linalg.qr(start)[0]
 
 
-def leading(family: Family, rank: int) -> Updates:
+def leading(family: TaskVectors, rank: int) -> Updates:
     """dM cut to its leading directions."""
     return {name: truncated(svd, rank) for name, svd in family.svd_of_expert.items()}
 
 
-def trailing(family: Family, rank: int) -> Updates:
+def trailing(family: TaskVectors, rank: int) -> Updates:
     """dM without its leading directions."""
     return {
         name: family.of_expert[name].double() - truncated(svd, rank)
@@ -49,7 +49,7 @@ def trailing(family: Family, rank: int) -> Updates:
     }
 
 
-def inside(family: Family, count: int) -> Updates:
+def inside(family: TaskVectors, count: int) -> Updates:
     """dM on the leading directions of the MLLM's own tuning, all with importance 1."""
     return {
         name: projected(family.of_expert[name], svd.right[:, :count])
@@ -57,7 +57,7 @@ def inside(family: Family, count: int) -> Updates:
     }
 
 
-def inside_random(family: Family, count: int) -> Updates:
+def inside_random(family: TaskVectors, count: int) -> Updates:
     """dM on as many random directions."""
     return {
         name: projected(matrix, random_directions(name, matrix.shape[1], count))
@@ -65,7 +65,7 @@ def inside_random(family: Family, count: int) -> Updates:
     }
 
 
-def rescaled(family: Family, names: Iterable[str]) -> Updates:
+def rescaled(family: TaskVectors, names: Iterable[str]) -> Updates:
     """lambda dM of some weights."""
     return {name: family.ratio[name] * family.of_expert[name] for name in names}
 

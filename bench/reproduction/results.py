@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,14 @@ from typing import Any
 from reproduction import intervals
 
 FILE = Path(__file__).parent / "results.json"
+REAL = Path(__file__).parents[1] / "family" / "smol" / "results.json"
+"""Of the family grown from SmolLM2, in the same form; its weights are not in the repository."""
 TASKS = ("read", "text_sums", "picture_sums")
 TITLES = {"read": "reads", "text_sums": "text sums", "picture_sums": "picture sums"}
+
+
+class NotMeasured(KeyError):
+    """A candidate that a run did not measure."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +32,8 @@ class Change:
     mean
         Over the seeds.
     over_problems, over_seeds
-        95 % intervals of the mean: for these families, and for families trained like these (None
-        where there is one seed).
+        95 % intervals of the mean: for these families, and for families trained like these. Where
+        there is one seed, the former is that seed's, and the latter None.
     """
 
     of_seeds: tuple[tuple[float, intervals.Interval], ...]
@@ -62,12 +68,18 @@ class Results:
         return key in self._of
 
     def entry(self, group: str, name: str) -> dict[str, Any]:
-        """A candidate's figures."""
+        """A candidate's figures. Raises NotMeasured."""
+        if (group, name) not in self._of:
+            raise NotMeasured(f"{group}, {name}")
         return self._of[group, name]
 
     def names(self, group: str) -> list[str]:
         """The candidates of a group, in order."""
         return [name for each, name in self._of if each == group]
+
+    def measured(self, group: str, values: Iterable[float]) -> list[str]:
+        """Those of a group's candidates, named by a number, that were measured, in this order."""
+        return [name for name in (f"{value:g}" for value in values) if (group, name) in self]
 
     def with_task(self, task: str) -> Iterator[dict[str, Any]]:
         """All candidates that were measured in a task."""
@@ -75,17 +87,17 @@ class Results:
 
     def share(self, group: str, name: str, task: str) -> list[float]:
         """The share of right answers of each seed, in percent."""
-        found = self._of[group, name]["tasks"][task]
+        found = self.entry(group, name)["tasks"][task]
         return [100 * right / found["asked"] for right in found["right"]]
 
     def loss(self, group: str, name: str, task: str) -> list[float]:
         """The change of the answers' cross-entropy of each seed, in nats."""
-        losses: list[float] = self._of[group, name]["tasks"][task]["loss_change"]
+        losses: list[float] = self.entry(group, name)["tasks"][task]["loss_change"]
         return losses
 
     def change(self, group: str, name: str, task: str) -> Change:
         """Against the MLLM on the same problems."""
-        found = self._of[group, name]["tasks"][task]
+        found = self.entry(group, name)["tasks"][task]
         of_seeds = []
         for gained, lost in zip(found["gained"], found["lost"], strict=True):
             low, high = intervals.paired(gained, lost, found["asked"])
@@ -94,9 +106,28 @@ class Results:
         return Change(
             of_seeds=tuple(of_seeds),
             mean=sum(d for d, _ in of_seeds) / len(of_seeds),
-            over_problems=_points(found["over_problems"]),
+            over_problems=(
+                of_seeds[0][1] if len(of_seeds) == 1 else _points(found["over_problems"])
+            ),
             over_seeds=_points(found["over_seeds"]) if found["over_seeds"] else None,
         )
+
+
+@dataclass(frozen=True)
+class Both:
+    """The figures of the embedded families, and those of the family grown from a real model."""
+
+    seeds: Results
+    real: Results
+
+    def holding(self, group: str, name: str) -> Iterator[tuple[str, Results]]:
+        """Those that measured a candidate, with their titles."""
+        for title, results in zip(FAMILIES, (self.seeds, self.real), strict=True):
+            if (group, name) in results:
+                yield title, results
+
+
+FAMILIES = ("embedded", "SmolLM2")
 
 
 def _points(interval: list[float]) -> intervals.Interval:

@@ -6,7 +6,7 @@ Nothing here uses lean_merge's own linear algebra, so that it can be held agains
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,15 +127,31 @@ def anatomy(base: Tensor, mllm: Tensor, expert: Tensor, inputs: Tensor) -> dict[
     }
 
 
-def truncated(task_vector: Tensor, rank: int) -> Tensor:
-    """The best approximation of a rank: [out, in], float32."""
-    return projected(task_vector, task_vector, rank)
+def silenced(norms: Tensor, task_vectors: Sequence[Tensor]) -> dict[str, Any]:
+    """Whether the spectra of both task vectors [out, in] end in the channel that is silent.
 
+    Parameters
+    ----------
+    norms : Tensor, shape [in]
+        The weights of the norm before them; the silent channel is that of the smallest.
 
-def projected(task_vector: Tensor, onto: Tensor, rank: int) -> Tensor:
-    """dM V V^T with the leading right singular vectors V of another task vector; float32."""
-    right = decompose(onto).right[:, :rank]
-    return ((task_vector.double() @ right) @ right.T).float()
+    Returns
+    -------
+    dict
+        ``at``: the channel that is largest in each task vector's last right singular vector.
+        ``ends_there``: all are the silent one. ``weight``: its norm's weight over the median.
+    """
+    at = []
+    for task_vector in task_vectors:
+        gram = task_vector.double().T @ task_vector.double()
+        at.append(int(torch.linalg.eigh(gram).eigenvectors[:, 0].abs().argmax()))
+    size = norms.detach().double().abs()
+    silent = int(size.argmin())
+    return {
+        "at": at,
+        "ends_there": all(each == silent for each in at),
+        "weight": float(size[silent] / size.median()),
+    }
 
 
 def summarise(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

