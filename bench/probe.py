@@ -61,7 +61,8 @@ class Probed:
         count = self.report["bytes"]
         if count["read_predicted_exactly"]:
             assert count["read"] == count["read_predicted"], count
-        assert count["read"] <= count["read_predicted"], count
+        assert count["read"] == count["read_as_decided"], count
+        assert count["read_fewest"] <= count["read"] <= count["read_predicted"], count
         if count["written_predicted_exactly"]:
             assert count["written"] == count["written_predicted"], count
         assert self.peak <= self.predicted, (self.peak, self.predicted)

@@ -94,7 +94,13 @@ def gather(
             if complete is not None:
                 return AnalysisResult(complete, open_analysis(complete), was_complete=True)
         with OutputFolder.create(
-            final, (), inputs=plan.inputs, overwrite=overwrite, run=facts, resume=resume
+            final,
+            (),
+            inputs=plan.inputs,
+            overwrite=overwrite,
+            run=facts,
+            resume=resume,
+            reserve=plan.reserve,
         ) as folder:
             reused = len(folder.blocks.groups)
             result = run(plan, EvidenceSink(folder), on_event or (lambda event: None))

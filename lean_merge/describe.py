@@ -48,7 +48,10 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "threads": plan.threads,
         "memory_limit": plan.memory,
         "vram_limit": plan.vram,
-        "predicted": dataclasses.asdict(plan.prediction),
+        "predicted": {
+            **dataclasses.asdict(plan.prediction),
+            "exact_reads": plan.prediction.exact_reads,
+        },
         "shards": [{"file": shard.file_name, "bytes": shard.size} for shard in plan.shards],
         "warnings": warnings_of(plan),
         "weights": [
@@ -73,7 +76,9 @@ def plan_text(plan: Plan) -> str:
         rows.canonical.rsplit(".", 1)[-1] for task in plan.weights for rows in task.weight.slices
     )
     copied = Counter(task.tensor.name.split(".", 1)[0] for task in plan.copies)
-    reads = "" if predicted.exact_reads else " at most"
+    reads = format_size(predicted.bytes_read)
+    if not predicted.exact_reads:
+        reads = f"{format_size(predicted.fewest_read)} to {reads}, as the data decide"
     lines = [
         f"method    {plan.recipe.merge_method}",
         *(f"{role:<9} {prefix}*" for role, prefix in plan.coverage.prefixes.items()),
@@ -82,7 +87,7 @@ def plan_text(plan: Plan) -> str:
         f"filtered  {_counted(Counter(plan.scope.filtered.values()))}",
         f"skipped   {len(plan.coverage.left_out)}",
         f"output    {_output(plan)}",
-        f"reads    {reads} {format_size(predicted.bytes_read)}",
+        f"reads     {reads}",
         f"memory    {format_size(predicted.peak_memory)} of {format_size(plan.memory)} allowed",
         f"device    {plan.device}, {plan.threads} thread(s)",
     ]
@@ -94,7 +99,8 @@ def plan_text(plan: Plan) -> str:
 def _output(plan: Plan) -> str:
     size = format_size(plan.prediction.bytes_written)
     if plan.recipe.output == "lora":
-        return f"adapter, at most {size} on disk"
+        disk = format_size(plan.prediction.disk)
+        return f"adapter, at most {size} on disk, and {disk} while it is made"
     if plan.recipe.output == "none":
         return "none, the report alone"
     return f"{len(plan.shards)} shard(s), {size} on disk"

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from lean_merge import budget
-from lean_merge.checkpoints import LogicalWeight, WeightSource, common_dtype, torch_dtype
+from lean_merge.checkpoints import LogicalWeight, common_dtype, torch_dtype
 from lean_merge.methods import AnalysisCost, Method
+from lean_merge.reading import Course, Reading
 from lean_merge.resources import arithmetic_dtype
-from lean_merge.tasks import CopyTask, WeightTask, needs_analysis
+from lean_merge.tasks import WeightTask, needs_analysis
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,45 +119,25 @@ class Layout:
         cost = self.cost(weight)
         return budget.second_bytes(self.shape(weight), widest=cost.widest, workspace=cost.workspace)
 
-    def bytes_copied(self, task: CopyTask) -> int:
-        """Bytes that a task out of scope reads."""
-        if not task.decoded:
-            return task.source.nbytes
-        return sum(each.loaded + each.nbytes(slice(0, each.shape[0])) for each in task.decoded)
-
-    def bytes_read(self, task: WeightTask) -> tuple[int, bool]:
-        """Most bytes that the task reads, and whether it is exactly that many."""
-        total, exact = 0, True
-        for weight, resident, method in zip(
-            task.weight.slices, task.resident, task.methods, strict=True
-        ):
-            passes = self.cost(weight).passes
-            total += sum(source.loaded for source in weight.roles)
-            tiles = list(budget.row_tiles(weight.shape))
-            kept, again = tiles[:resident], tiles[resident:]
-            if passes:
-                total += _bytes(weight.roles, kept) + _bytes(weight.roles, again) * passes
-                exact = exact and not again
-            if self.output == "analysis" and passes:
-                rows = budget.strip_rows(weight.shape[1], budget.SAMPLED_ELEMENTS)
-                total += weight.base.nbytes(slice(0, min(weight.shape[0], rows)))
-            if not self.writes_rows:
-                continue
-            total += _bytes([weight.mllm], tiles)
-            whole = method.reads_task_vectors() if method else [False] * len(weight.others)
-            wanted = [source for source, add in zip(weight.others, whole, strict=True) if add]
-            if any(not source.is_difference for source in wanted):
-                wanted.append(weight.base)
-            if wanted:
-                # Those that stay on a device are not brought back.
-                total += _bytes(wanted, again if self.on_cpu else tiles)
-                exact = exact and (passes == 0 or not again)
-        return total, exact
-
     @property
-    def writes_rows(self) -> bool:
-        """Whether the MLLM's rows are read once more, to be written with their update."""
-        return self.output in ("checkpoint", "stream")
+    def reading(self) -> Reading:
+        """What of the files is read."""
+        return Reading(
+            rows=self.output in ("checkpoint", "stream"),
+            on_cpu=self.on_cpu,
+            samples=self.output == "analysis",
+        )
+
+    def bytes_read(self, task: WeightTask) -> tuple[int, int]:
+        """The fewest and the most bytes that the task reads."""
+        fewest, most = [], []
+        for weight, method in zip(task.weight.slices, task.methods, strict=True):
+            cost = self.cost(weight)
+            added = method.reads_task_vectors() if method else ()
+            # One that looks may find nothing to add.
+            fewest.append(Course(cost.fewest, () if cost.passes else added, cost.recalled))
+            most.append(Course(cost.most, added, cost.recalled))
+        return self.reading.merged(task, fewest), self.reading.merged(task, most)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,11 +184,6 @@ def share_room(weights: Sequence[LogicalWeight], layout: Layout) -> Room:
         if peak <= limit and len(names) > 1:
             return Room((largest, arena), peak, names)
     return alone
-
-
-def _bytes(sources: Sequence[WeightSource], tiles: Sequence[slice]) -> int:
-    """What reading these tiles once reads."""
-    return sum(source.nbytes(rows) for source in sources for rows in tiles)
 
 
 def check_budget(tasks: Sequence[WeightTask], layout: Layout) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from lean_merge.checkpoints import (
     safetensors_dtype,
     torch_dtype,
 )
+from lean_merge.disk import adapter_reserve, evidence_reserve, report_reserve, told_bytes
 from lean_merge.errors import CoverageError, RecipeError
 from lean_merge.footprint import Layout, Room, check_budget, share_room
 from lean_merge.gathering import (
@@ -40,41 +41,49 @@ from lean_merge.methods import Method
 from lean_merge.output import (
     AdapterModule,
     OutputTensor,
+    Reserve,
     Shard,
     StoredFactors,
-    adapter_layout,
     plan_shards,
     side_files,
 )
 from lean_merge.parameters import MethodTable, build_method
+from lean_merge.reading import Reading
 from lean_merge.recipe import MergeRecipe
 from lean_merge.resources import Resources, limits_of, processors, resolve_device
 from lean_merge.scope import Scope, filter_weights, positions_of
 from lean_merge.sizes import format_size
-from lean_merge.tasks import CopyTask, WeightTask, needs_analysis
+from lean_merge.tasks import CopyTask, WeightTask
 
 ANALYSIS = "analysis"
 """The output of a plan that only gathers evidence."""
 DECODED_DTYPE = torch.bfloat16
 """What weights that are stored with scales are written in unless the recipe says otherwise."""
+SMALL_RANK = 16
+"""Of an adapter: what is named to who lacks the disk for a larger one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """Bytes that the run will read, write, and hold at most.
 
-    `exact_reads` is False where weights are read again for every pass of an analysis whose number
-    of passes depends on the data; `bytes_read` is then the most that can be. `exact_writes` is
-    False for an adapter, whose ranks depend on the data; `disk` holds it twice for a moment.
+    `fewest_read` is less than `bytes_read`, the most that can be, where weights are read again for
+    every pass of an analysis: how many it takes depends on the data. `exact_writes` is False for an
+    adapter, whose ranks depend on the data; `disk` is then the most that it takes while it is made.
     """
 
     peak_memory: int
-    peak_vram: int
-    bytes_read: int
-    bytes_written: int
-    disk: int
-    exact_reads: bool
-    exact_writes: bool
+    peak_vram: int = 0
+    bytes_read: int = 0
+    fewest_read: int = 0
+    bytes_written: int = 0
+    disk: int = 0
+    exact_writes: bool = True
+
+    @property
+    def exact_reads(self) -> bool:
+        """Whether it is known to the byte what is read."""
+        return self.fewest_read == self.bytes_read
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +106,12 @@ class Plan:
     workers: int
     arenas: tuple[int, ...]
     """Bytes on the host for tiles that stay, of each weight that is analysed at a time."""
+    reading: Reading
     prediction: Prediction
     notes: tuple[str, ...]
     evidence: EvidencePlan | None = None
+    reserve: Reserve = field(default_factory=Reserve)
+    """What the output takes of the disk beside `shards`; where an analysis comes first, with it."""
 
     @property
     def inputs(self) -> tuple[Path, ...]:
@@ -286,11 +298,17 @@ def _plan(
         threads=threads,
         workers=layout.workers,
         arenas=room.arenas,
-        prediction=Prediction(layout.held + room.peak, 0, 0, 0, 0, True, True),
+        reading=layout.reading,
+        prediction=Prediction(layout.held + room.peak),
         notes=tuple(notes),
         evidence=evidence,
     )
-    return dataclasses.replace(unpredicted, prediction=_predict(unpredicted, layout))
+    written, reserve = _written(unpredicted, output)
+    return dataclasses.replace(
+        unpredicted,
+        prediction=_predict(unpredicted, layout, written, reserve),
+        reserve=reserve,
+    )
 
 
 def _decoding_bytes(mllm: Checkpoint, workers: int) -> int:
@@ -384,7 +402,7 @@ def _tasks(
                     beside=tuple(part.canonical in room.beside for part in weight.slices),
                 )
             )
-        elif layout.writes_rows:
+        elif layout.reading.rows:
             spec = mllm.tensors[name]
             tasks.append(CopyTask(index, outputs[name], spec, decoded_matrices(mllm, spec)))
     return tuple(tasks)
@@ -418,33 +436,23 @@ def _check_low_rank(weights: Sequence[MappedWeight], methods: Mapping[str, Metho
                 )
 
 
-def _predict(plan: Plan, layout: Layout) -> Prediction:
-    vram = read = 0
-    exact = True
-    for task in plan.tasks:
-        if isinstance(task, CopyTask):
-            read += layout.bytes_copied(task)
-            continue
+def _predict(plan: Plan, layout: Layout, written: int, reserve: Reserve) -> Prediction:
+    vram = 0
+    fewest = most = sum(plan.reading.copied(task) for task in plan.copies)
+    for task in plan.weights:
         for part, resident in zip(task.weight.slices, task.resident, strict=True):
             if not layout.on_cpu:
                 kept = resident * layout.shape(part).resident_tile
                 vram = max(vram, layout.fixed(part)[1] + kept)
-        most, known = layout.bytes_read(task)
-        read, exact = read + most, exact and known
-    written = sum(shard.size for shard in plan.shards)
-    disk = written
-    if layout.output == "lora":
-        written, disk = _adapter_bytes(plan)
-    if layout.output == ANALYSIS:
-        written = _evidence_bytes(plan)
-        disk = 2 * written
+        least, largest = layout.bytes_read(task)
+        fewest, most = fewest + least, most + largest
     return Prediction(
         peak_memory=plan.prediction.peak_memory,
         peak_vram=vram,
-        bytes_read=read,
+        bytes_read=most,
+        fewest_read=fewest,
         bytes_written=written,
-        disk=disk,
-        exact_reads=exact,
+        disk=sum(shard.size for shard in plan.shards) + reserve.nbytes,
         exact_writes=layout.output not in ("lora", ANALYSIS),
     )
 
@@ -456,28 +464,46 @@ def row_runs(weight: LogicalWeight) -> tuple[tuple[int, int], ...]:
     return tuple((first // width, count // width) for first, count in spans)
 
 
-def _adapter_bytes(plan: Plan) -> tuple[int, int]:
-    """Most bytes of adapter_model.safetensors, and of it and the float32 factors before it."""
-    modules = []
+def _written(plan: Plan, output: str) -> tuple[int, Reserve]:
+    """Most bytes of the weight files, and what is taken of the disk beside `plan.shards`."""
+    written = sum(shard.size for shard in plan.shards)
+    told, reserve, fewer = _told(plan), Reserve(), "give a smaller --rank"
+    if output == ANALYSIS:
+        return evidence_reserve(plan.weights, told=told, smaller=fewer)
+    if output == "lora":
+        written, reserve = _adapter_reserve(plan)
+    elif output == "none":
+        reserve = report_reserve(told)
+    if not plan.is_settled:
+        _, first = evidence_reserve(plan.weights, told=told, smaller=fewer)
+        smaller = reserve.smaller or first.smaller
+        reserve = dataclasses.replace(reserve, analysis=first.nbytes, smaller=smaller)
+    return written, reserve
+
+
+def _told(plan: Plan) -> int:
+    checkpoints = (plan.base, plan.mllm, *plan.experts)
+    files = sum(len(checkpoint.files) for checkpoint in checkpoints)
+    return told_bytes(plan.weights, recipe=len(plan.recipe.to_yaml().encode()), files=files)
+
+
+def _adapter_reserve(plan: Plan) -> tuple[int, Reserve]:
+    """Of an adapter whose ranks are the recipe's at most, if that is a number."""
+    rank, modules = plan.recipe.lora_rank, []
     for task in plan.weights:
         parts = []
         for part, method in zip(task.weight.slices, task.methods, strict=True):
-            rank = method.largest_rank(part.shape) if method else 0
-            if isinstance(plan.recipe.lora_rank, int):
-                rank = min(rank, plan.recipe.lora_rank)
-            parts.append(StoredFactors(row_runs(part), rank))
+            largest = method.largest_rank(part.shape) if method else 0
+            if isinstance(rank, int):
+                largest = min(largest, rank)
+            parts.append(StoredFactors(row_runs(part), largest))
         modules.append(plan.adapter_module(task, tuple(parts)))
-    size = adapter_layout(modules, plan.adapter_dtype).size
-    factors = sum(m.rank * m.in_features for m in modules)
-    factors += sum(part.rows * part.rank for m in modules for part in m.parts)
-    return size, size + 4 * factors
-
-
-def _evidence_bytes(plan: Plan) -> int:
-    """Most bytes of the factors that an analysis stores."""
-    return 4 * sum(
-        method.largest_rank(part.shape) * (part.shape[1] + len(part.experts) * part.shape[0])
-        for task in plan.weights
-        for part, method in zip(task.weight.slices, task.methods, strict=True)
-        if method is not None and needs_analysis(part)
-    )
+    size, reserve = adapter_reserve(modules, plan.adapter_dtype, told=_told(plan))
+    if isinstance(rank, int) and rank <= SMALL_RANK:
+        return size, reserve
+    smaller = dataclasses.replace(plan.recipe, lora_rank=SMALL_RANK)
+    _, less = _adapter_reserve(dataclasses.replace(plan, recipe=smaller))
+    if less.blocks == reserve.blocks:
+        return size, reserve
+    fewer = f"give a smaller --lora-rank ({SMALL_RANK} needs {format_size(less.nbytes)})"
+    return size, dataclasses.replace(reserve, smaller=fewer)

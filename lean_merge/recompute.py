@@ -20,7 +20,7 @@ from lean_merge.checkpoints import (
     torch_dtype,
 )
 from lean_merge.engine.adapter import CutUpdate, cut_update
-from lean_merge.engine.results import to_note
+from lean_merge.engine.results import Note, to_note
 from lean_merge.engine.sinks import Sink, Spans, Stored, Tools, begin_copy, output_rows
 from lean_merge.engine.taskvectors import TaskVectors
 from lean_merge.engine.tilestore import WriteBytes
@@ -95,7 +95,7 @@ class CheckpointComparison(Comparison):
     def finished(self, task: CopyTask | WeightTask) -> Any:
         """Tensors that are not to be compared count as done."""
         wanted = isinstance(task, CopyTask) or task.tensor.name in self._sampled
-        return None if wanted and task.tensor.name in self._stored else to_note([], bytes_read=0)
+        return None if wanted and task.tensor.name in self._stored else to_note(Note([]))
 
     def copy(self, task: CopyTask, tools: Tools) -> Callable[[], None]:
         """A tensor out of scope: every byte is the MLLM's."""
@@ -191,7 +191,7 @@ class AdapterComparison(Comparison):
 
     def finished(self, task: CopyTask | WeightTask) -> Any:
         """Tensors that are not to be compared count as done."""
-        return None if task.tensor.name in self._sampled else to_note([], bytes_read=0)
+        return None if task.tensor.name in self._sampled else to_note(Note([]))
 
     def copy(self, task: CopyTask, tools: Tools) -> Callable[[], None]:
         """An adapter holds no tensor out of scope."""

@@ -98,8 +98,8 @@ class Triple:
         on_event: Callable[[Event], None] | None = None,
         **options: Any,
     ) -> MergeResult:
-        """Merge on the CPU."""
-        return merge(
+        """Merge on the CPU; what is read is what the plan foresees for what was decided."""
+        result = merge(
             self.recipe(**options),
             out,
             resources=Resources(device="cpu", threads=threads, memory=memory),
@@ -107,6 +107,8 @@ class Triple:
             resume=resume,
             on_event=on_event,
         )
+        check_reads(result.report["bytes"])
+        return result
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,14 @@ def as_matrix(tensor: Tensor) -> Matrix:
 def relative_error(found: Matrix, wanted: Matrix) -> float:
     """Frobenius norm of the difference over that of `wanted`."""
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+def check_reads(counted: Mapping[str, Any]) -> None:
+    """To the byte for what was decided, and within the plan's bounds."""
+    assert counted["read"] == counted["read_as_decided"], counted
+    assert counted["read_fewest"] <= counted["read"] <= counted["read_predicted"], counted
+    exact = counted["read_fewest"] == counted["read_predicted"]
+    assert exact is counted["read_predicted_exactly"]
 
 
 def load(folder: Path) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import pathlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ PATCHED = (
     *("fsync", "fdatasync", "mkdir", "rmdir", "unlink", "remove", "rename", "replace"),
     *("link", "copy_file_range"),
 )
+_ACCESSOR = getattr(pathlib, "_normal_accessor", None)
 
 
 @dataclass
@@ -142,6 +144,9 @@ class Recorder:
         with pytest.MonkeyPatch.context() as patch:
             for name in self._real:
                 patch.setattr(os, name, getattr(self, f"call_{name}"))
+                # Python 3.10's paths keep functions of their own.
+                if hasattr(_ACCESSOR, name) and name != "open":
+                    patch.setattr(_ACCESSOR, name, getattr(self, f"call_{name}"))
             yield self
         assert flat(self._live) == flat(read_tree(self.root))
 

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,13 @@ HOSTILE = (
     "$\\alpha$ `${1}` \u202etxt\u2028\u0000",
 )
 """Names that a page must show and not obey."""
+LONG = (
+    "W" * 300,
+    "deep.module_path." * 20,
+    "漢字" * 90,
+    "שלום عالم " * 30,
+)
+"""Names that leave no room for anything else, where they are shown whole."""
 
 
 class Page(HTMLParser):
@@ -121,6 +129,37 @@ def sweep(points: int = 9) -> dict[str, Any]:
             )
     axes = {"threshold": thresholds, "stages": stages, "scale": [1.0], "temperature": [32]}
     return {"version": 1, "analysis": "analysis", "axes": axes, "points": rows}
+
+
+def renamed_sweep(names: Sequence[str]) -> dict[str, Any]:
+    """A sweep in which strangers chose every name."""
+    found = sweep()
+    stages = dict(zip(found["axes"].pop("stages"), names, strict=False))
+    found["axes"][names[2]] = list(stages.values())
+    found["analysis"] = names[3]
+    for point in found["points"]:
+        parameters = point["parameters"]
+        parameters[names[2]] = stages[parameters.pop("stages")]
+        point.update(name=names[3], same_as=point["same_as"] and names[0])
+        point["error"] = point["error"] and names[1]
+        if point["result"]:
+            point["result"] = dict(zip(names, point["result"].values(), strict=False))
+    return found
+
+
+def renamed_comparison(names: Sequence[str]) -> dict[str, Any]:
+    """A comparison in which strangers chose every name."""
+    found = comparison()
+    found["reason"] = "\n".join(names)
+    for model in found["models"]:
+        model.update(source=names[0], fault=names[1])
+        model["facts"][names[2]] = {names[0]: names[1], names[1]: names[0]}
+    for place, row in enumerate(found["weights"]):
+        row["module"] = names[place % 7 % len(names)]
+        row["weight"] = f"layers.{row['layer']}.{row['module']}"
+    for pair in found["pairs"]:
+        pair["verdict"] = names[3]
+    return found
 
 
 def comparison(layers: int = 32) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from families import (
     Triple,
     as_matrix,
     cases,
+    check_reads,
     contents,
     load,
     relative_error,
@@ -56,11 +57,15 @@ SHAPES = {
 
 
 def analysed(recipe: MergeRecipe, out: Path, **options: Any) -> Analysis:
-    return analyze(recipe, out, resources=CPU, **options).analysis
+    found = analyze(recipe, out, resources=CPU, **options).analysis
+    check_reads(found.document["bytes"])
+    return found
 
 
 def merged(recipe: MergeRecipe, out: Path, analysis: Any = None, **options: Any) -> MergeResult:
-    return merge(recipe, out, analysis=analysis, resources=CPU, **options)
+    result = merge(recipe, out, analysis=analysis, resources=CPU, **options)
+    check_reads(result.report["bytes"])
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -234,19 +239,22 @@ def test_a_merge_from_it_agrees_with_the_oracle(
     assert updated >= 4
 
 
-def test_it_reads_the_mllm_alone_and_the_experts_where_updates_are_whole(
+def test_it_reads_the_mllm_and_factors_and_the_experts_where_updates_are_whole(
     triple: Triple, analysis: Analysis, tmp_path: Path
 ):
-    """As predicted, and no more than that."""
-    mllm = (triple.mllm / "model.safetensors").stat().st_size
+    """As predicted, and no more than that: none of the base, and of few directions the factors."""
+    mllm = sum(tensor.nbytes for tensor in load(triple.mllm).values())
     count = merged(triple.recipe(), tmp_path / "projected", analysis).report["bytes"]
     assert count["read"] == count["read_predicted"] and count["read_predicted_exactly"]
-    assert 0.99 * mllm < count["read"] <= mllm
+    factors = merged(triple.recipe(output="none"), None, analysis).report["bytes"]["read"]
+    assert count["read"] == mllm + factors
+    assert 0 < factors < 0.2 * (analysis.path / "analysis.safetensors").stat().st_size
     recipe = triple.recipe(stages=("select", "rescale"))
     count = merged(recipe, tmp_path / "whole", analysis).report["bytes"]
     assert count["read"] == count["read_predicted"] and count["read_predicted_exactly"]
     assert 1.5 * mllm < count["read"] < 4 * mllm
-    assert merged(triple.recipe(output="none"), None, analysis).report["bytes"]["read"] == 0
+    recipe = triple.recipe(output="none", threshold=1.0)
+    assert merged(recipe, None, analysis).report["bytes"]["read"] == 0
 
 
 def test_values_and_filters_that_differ_between_weights(

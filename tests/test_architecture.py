@@ -92,10 +92,14 @@ MAY_IMPORT = {
     "output": {"output", "checkpoints", "descriptors", "errors", "sizes", "version"},
     "resources": {"memory", "errors"},
     "tasks": {"checkpoints", "methods", "output"},
-    "footprint": {"budget", "checkpoints", "methods", "resources", "tasks"},
+    "reading": {"budget", "checkpoints", "methods", "tasks"},
+    "footprint": {"budget", "checkpoints", "methods", "reading", "resources", "tasks"},
+    "disk": {"checkpoints", "methods", "output", "tasks"},
     "gathering": {"checkpoints", "errors", "methods", "parameters", "recipe", "scope"},
     "plan": {
+        "disk",
         "gathering",
+        "reading",
         "resources",
         "tasks",
         "footprint",
@@ -113,6 +117,7 @@ MAY_IMPORT = {
     "engine": {
         "engine",
         "plan",
+        "reading",
         "tasks",
         "resources",
         "checkpoints",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from scenes import (
 )
 
 from lean_merge import OutputError
-from lean_merge.output import JOURNAL, BlockStore, OutputFolder, read_journal
+from lean_merge.output import JOURNAL, BlockStore, Journal, OutputFolder, Reserve, read_journal
 from lean_merge.output.blocks import BLOCKS, kept_groups, to_record
 from lean_merge.output.journal import decode, encode
 
@@ -51,6 +52,19 @@ def out(scene: Scene) -> Path:
 def interrupt(scene: Scene, out: Path, after: int, **options: Any) -> None:
     with pytest.raises(Stop):
         scene.merge(out, on_event=stopping(after), **options)
+
+
+def told(out: Path) -> Journal:
+    """The journal of an unfinished output."""
+    journal = read_journal(out / PARTIAL)
+    assert journal is not None
+    return journal
+
+
+def end_of_blocks(out: Path) -> int:
+    """Where the last block ends that the journal tells of."""
+    blocks = [block for group in told(out).groups.values() for block in group["blocks"]]
+    return max(block["start"] + 4 * math.prod(block["shape"]) for block in blocks)
 
 
 # --- adapters ---------------------------------------------------------------------------------
@@ -168,11 +182,14 @@ def test_blocks_that_were_tampered_with_are_made_again(scene: Scene, out: Path, 
         file.rename(out.parent / "elsewhere")
         file.symlink_to(out.parent / "elsewhere")
     elif harm == "journal":
-        os.truncate(out / PARTIAL, (out / PARTIAL).stat().st_size - 3)
+        os.truncate(out / PARTIAL, told(out).length - 3)
+        reused = 3
+    elif harm == "short":
+        os.truncate(file, end_of_blocks(out) - 4)
         reused = 3
     else:
-        os.truncate(file, file.stat().st_size + (100 if harm == "long" else -4))
-        reused = 4 if harm == "long" else 3
+        os.truncate(file, file.stat().st_size + 100)
+        reused = 4
     if harm == "link":
         with pytest.raises(OutputError, match="cannot be written"):
             scene.merge(out)
@@ -205,7 +222,7 @@ def test_an_analysis_alone_goes_on(small: Triple, tmp_path: Path):
     out = tmp_path / "out"
     with pytest.raises(Stop):
         small.merge(out, output="none", on_event=stopping(1))
-    assert [each.name for each in out.iterdir()] == [PARTIAL]
+    assert {each.name for each in out.iterdir()} == {PARTIAL, BLOCKS}
     assert small.merge(out, output="none").reused == 1
     assert whole.path is not None
     assert_same(contents(out), contents(whole.path))
@@ -230,11 +247,22 @@ Groups = dict[str, dict[str, list[int]]]
     runs=st.integers(1, 3),
     flip=st.integers(0, 10**6),
     parts=st.integers(1, 4),
+    reserved=st.lists(st.integers(0, 3000), min_size=3, max_size=3),
+    released=st.booleans(),
 )
 def test_what_was_put_comes_back_or_is_said_to_be_gone(
-    tmp_path: Path, groups: Groups, runs: int, flip: int, parts: int
+    tmp_path: Path,
+    groups: Groups,
+    runs: int,
+    flip: int,
+    parts: int,
+    reserved: list[int],
+    released: bool,
 ):
-    """Over any number of runs; a flipped bit takes the groups that hold it, and no other."""
+    """Over any number of runs; a flipped bit takes the groups that hold it, and no other.
+
+    Whatever is reserved behind them, more or less than before or than is put.
+    """
     file = tmp_path / f"{len(list(tmp_path.iterdir()))}"
     records: dict[str, Any] = {}
     numbers = {
@@ -251,10 +279,13 @@ def test_what_was_put_comes_back_or_is_said_to_be_gone(
     names = list(groups)
     for run in range(runs):
         store = opened()
+        store.reserve(Reserve(made=reserved[run]))
         for name in names[run::runs]:
             for key, shape in groups[name].items():
                 store.put(key, tuple(shape), numbers[name, key].reshape(-1).chunk(parts))
             store.finish(name, {"of": name})
+        if released:
+            store.release()
         store.sync()
         store.close()
     # As the journal has them, line by line.
@@ -279,13 +310,15 @@ def test_what_was_put_comes_back_or_is_said_to_be_gone(
         place = flip % len(data)
         data[place] ^= 1 << flip % 8
         file.write_bytes(data)
+        blocks = [block for record in records.values() for block in record["blocks"]]
         hit = {
             name
             for name, record in records.items()
             for block in record["blocks"]
             if block["start"] <= place < block["start"] + 4 * torch.Size(block["shape"]).numel()
         }
-        assert len(hit) == 1
+        last = max((b["start"] + 4 * math.prod(b["shape"]) for b in blocks), default=0)
+        assert len(hit) == (place < last)
         assert kept_groups(records, file, needed=True).keys() == groups.keys() - hit
 
 

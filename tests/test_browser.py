@@ -13,14 +13,14 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from analyses import analysis, dense, mixture
-from pages import HOSTILE, comparison, sweep
+from pages import HOSTILE, LONG, comparison, renamed_comparison, renamed_sweep, sweep
 
 from lean_merge.page import write_comparison_page, write_report, write_sweep_page
 
@@ -36,7 +36,7 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
-DESKTOP, PHONE = 1280, 360
+DESKTOP, TABLET, PHONE = 1280, 768, 360
 Driver = Any
 
 
@@ -78,20 +78,25 @@ MADE: dict[str, Callable[[Path], None]] = {
         analysis(dense(2), experts=[f"org/expert-{n}" for n in range(7)]), file
     ),
     "mixture": lambda file: write_report(analysis(mixture(48, 140), sigmas=8), file),
-    "hostile": lambda file: write_report(hostile(), file),
+    "hostile": lambda file: write_report(renamed(HOSTILE), file),
+    "long": lambda file: write_report(renamed(LONG), file),
     "sweep": lambda file: write_sweep_page(sweep(), file),
+    "hostile sweep": lambda file: write_sweep_page(renamed_sweep(HOSTILE), file),
+    "long sweep": lambda file: write_sweep_page(renamed_sweep(LONG), file),
     "comparison": lambda file: write_comparison_page(comparison(), file),
+    "hostile comparison": lambda file: write_comparison_page(renamed_comparison(HOSTILE), file),
+    "long comparison": lambda file: write_comparison_page(renamed_comparison(LONG), file),
 }
 
 
-def hostile() -> dict[str, Any]:
-    """An analysis whose names would steer a page that obeyed them."""
-    found = analysis(dense(1), experts=HOSTILE[:2])
-    for weight, name in zip(found["weights"], HOSTILE * 2, strict=False):
+def renamed(names: Sequence[str]) -> dict[str, Any]:
+    """An analysis in which strangers chose every name."""
+    found = analysis(dense(1), experts=names[:2])
+    for weight, name in zip(found["weights"], (*names, *names), strict=False):
         weight.update(weight=name, module=name, name=name)
         weight["experts"][0]["reason"] = name
-    found["warnings"] = list(HOSTILE)
-    found["thresholds"][0]["explanation"] = HOSTILE[0]
+    found["warnings"] = list(names)
+    found["thresholds"][0]["explanation"] = names[0]
     return found
 
 
@@ -111,17 +116,27 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def open_page(driver: Driver, file: Path, *, width: int = DESKTOP, dark: bool = False) -> float:
     """Opens a page at a width and theme; the seconds until its scripts have run."""
-    driver.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500},
-    )
-    theme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": theme})
+    resize(driver, width)
+    set_theme(driver, dark)
     logged(driver)
     started = time.monotonic()
     driver.get(file.as_uri())
     wait(driver, "return document.documentElement.dataset.ready === 'yes'")
     return time.monotonic() - started
+
+
+def resize(driver: Driver, width: int) -> None:
+    """The width of the screen."""
+    driver.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500},
+    )
+
+
+def set_theme(driver: Driver, dark: bool) -> None:
+    """What the system prefers."""
+    theme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": theme})
 
 
 def wait(driver: Driver, script: str, seconds: float = 30) -> None:
@@ -188,17 +203,16 @@ def marks(driver: Driver, plot: str) -> dict[str, int]:
     )
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [DESKTOP, PHONE])
-@pytest.mark.parametrize("name", MADE)
-def test_a_page_is_quiet_and_never_wider_than_the_screen(
-    driver: Driver, page: Callable[[str], Path], name: str, width: int, dark: bool
-):
-    seconds = open_page(driver, page(name), width=width, dark=dark)
-    settled(driver)
-    asked = [url for url in requests(driver) if not url.startswith(("data:", "blob:"))]
-    assert asked == [page(name).as_uri()]
-    assert driver.get_log("browser") == []
+AREAS = """
+    const plots = [...document.querySelectorAll('.plot')].filter((plot) => plot.clientWidth);
+    const size = (plot) => plot._fullLayout._size;
+    return plots.map((plot) => [[size(plot).w, size(plot).h], plot.clientWidth]);
+"""
+"""Of every plot the size of the area in its axes, and the width in all."""
+
+
+def shown_whole(driver: Driver, width: int) -> None:
+    """Nothing is wider than the screen, rows are of one height, and every plot has room."""
     wide = "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
     scrolled, shown = driver.execute_script(wide)
     assert scrolled <= shown <= width
@@ -210,8 +224,51 @@ def test_a_page_is_quiet_and_never_wider_than_the_screen(
         """
     )
     assert outside == []
+    rows = "[...document.querySelectorAll('#table tbody tr:not(.gap)')]"
+    heights = driver.execute_script(f"return {rows}.map((r) => r.getBoundingClientRect().height)")
+    assert heights and set(heights) == {34}
+    areas = driver.execute_script(AREAS)
+    assert areas and all(within[0] >= 0.4 * whole and within[1] >= 100 for within, whole in areas)
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [DESKTOP, TABLET, PHONE])
+@pytest.mark.parametrize("name", MADE)
+def test_a_page_is_quiet_and_never_wider_than_the_screen(
+    driver: Driver, page: Callable[[str], Path], name: str, width: int, dark: bool
+):
+    seconds = open_page(driver, page(name), width=width, dark=dark)
+    settled(driver)
+    asked = [url for url in requests(driver) if not url.startswith(("data:", "blob:"))]
+    assert asked == [page(name).as_uri()]
+    assert driver.get_log("browser") == []
+    shown_whole(driver, width)
     assert seconds < 30
     picture(driver, f"{name}-{width}-{'dark' if dark else 'light'}")
+
+
+@pytest.mark.parametrize("name", ["many", "long", "long sweep", "comparison"])
+def test_a_window_may_take_any_width_in_any_theme(
+    driver: Driver, page: Callable[[str], Path], name: str
+):
+    """As when a phone is turned while its theme changes: both may come at once."""
+    open_page(driver, page(name))
+    fitting = "return [...document.querySelectorAll('.plot')].every((plot) => !plot.clientWidth"
+    fitting += " || plot._fullLayout.width === plot.clientWidth)"
+    for width, dark in (
+        (PHONE, True),
+        (TABLET, True),
+        (PHONE, False),
+        (320, True),
+        (DESKTOP, False),
+    ):
+        resize(driver, width)
+        set_theme(driver, dark)
+        wait(driver, f"return innerWidth === {width}")
+        wait(driver, fitting)
+        settled(driver)
+        shown_whole(driver, width)
+    assert driver.get_log("browser") == []
 
 
 def test_the_theme_decides_the_colours_also_of_plots(driver: Driver, page: Callable[[str], Path]):
@@ -222,8 +279,7 @@ def test_the_theme_decides_the_colours_also_of_plots(driver: Driver, page: Calla
     """
     open_page(driver, page("dense"))
     light = driver.execute_script(script)
-    dark_theme = [{"name": "prefers-color-scheme", "value": "dark"}]
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": dark_theme})
+    set_theme(driver, True)
     settled(driver)
     dark = driver.execute_script(script)
     assert light[0] != dark[0] and light[1] != dark[1]
@@ -327,6 +383,61 @@ def test_the_table_sorts_by_click_and_by_keyboard(driver: Driver, page: Callable
     driver.switch_to.active_element.send_keys(Keys.TAB, Keys.SPACE)
     assert driver.switch_to.active_element.text.strip().startswith("Selected")
     assert set(cells(driver, 1)) == {"yes"}
+
+
+STOPS = {
+    "dense": "a, #slider, [name=measure]:checked, select, #find, .scroll, #table button, summary",
+    "sweep": "select, #find, .scroll, #table button",
+    "comparison": ".scroll, #table button, select, [name=measure]:checked, #find",
+}
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_everything_that_can_be_set_is_reached_by_keyboard(
+    driver: Driver, page: Callable[[str], Path], name: str
+):
+    from selenium.webdriver.common.keys import Keys
+
+    open_page(driver, page(name))
+    driver.execute_script("window.met = [];")
+    meet = """
+        const now = document.activeElement;
+        if (now === document.body || window.met.includes(now)) return false;
+        window.met.push(now);
+        const style = getComputedStyle(now.matches('.segments input') ? now.nextSibling : now);
+        return style.outlineStyle === 'none' || style.outlineWidth === '0px' ? now.outerHTML : true;
+    """
+    unseen = []
+    driver.switch_to.active_element.send_keys(Keys.TAB)
+    while (found := driver.execute_script(meet)) is not False:
+        unseen += [found] if found is not True else []
+        driver.switch_to.active_element.send_keys(Keys.TAB)
+    assert unseen == []
+    missed = """
+        return [...document.querySelectorAll(arguments[0])]
+          .filter((each) => !window.met.includes(each)).map((each) => each.outerHTML);
+    """
+    assert driver.execute_script(missed, STOPS[name]) == []
+
+
+def test_arrows_move_the_threshold_and_choose_the_measure(
+    driver: Driver, page: Callable[[str], Path]
+):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    open_page(driver, page("dense"))
+    before = cells(driver, 1).count("yes")
+    driver.find_element(By.ID, "slider").send_keys(*[Keys.ARROW_RIGHT] * 20)
+    settled(driver)
+    assert driver.find_element(By.ID, "slider-value").text == "0.60"
+    assert cells(driver, 1).count("yes") < before
+    image = "return document.querySelector('#heat .heatmaplayer image').getAttribute('href')"
+    first = driver.execute_script(image)
+    driver.find_element(By.CSS_SELECTOR, "[name=measure]:checked").send_keys(Keys.ARROW_RIGHT)
+    settled(driver)
+    chosen = driver.find_element(By.CSS_SELECTOR, "[name=measure]:checked")
+    assert chosen.get_attribute("value") == "update" and driver.execute_script(image) != first
 
 
 def test_the_table_filters(driver: Driver, page: Callable[[str], Path]):

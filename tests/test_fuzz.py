@@ -209,7 +209,7 @@ def test_a_header_that_would_swell_is_refused_before_it_is_parsed(tmp_path: Path
     """The largest that the format allows would take gigabytes."""
     body = b'{"a":[' + unit * (60_000_000 // len(unit)) + b"1]}"
     file = raw_file(tmp_path / "model.safetensors", body)
-    began = time.perf_counter()
+    began = time.process_time()
     tracemalloc.start()
     try:
         with pytest.raises(CheckpointError, match="beyond the limit of 512"):
@@ -217,7 +217,7 @@ def test_a_header_that_would_swell_is_refused_before_it_is_parsed(tmp_path: Path
         assert tracemalloc.get_traced_memory()[1] < len(body) + MIB
     finally:
         tracemalloc.stop()
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
 
 
 def deepseek_names() -> list[str]:
@@ -300,10 +300,10 @@ MERGES = "a: &a {k: v}\n" + "".join(
 def test_yaml_that_would_swell_or_run_is_refused(tmp_path: Path, text: str, words: str):
     file = tmp_path / "recipe.yml"
     file.write_text(text)
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(RecipeError, match=words) as caught:
         load_recipe_file(file)
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
     assert len(str(caught.value)) < 400
 
 
@@ -319,12 +319,12 @@ def test_names_made_to_be_compared_for_ever_are_refused(tmp_path: Path):
     parts = {f"p{n}.layers.0.q_proj.weight": (1, 1) for n in range(4000)}
     for folder, shapes in (("kinds", kinds), ("parts", parts)):
         checkpoint = open_checkpoint(save_checkpoint(tmp_path / folder, shapes))
-        began = time.perf_counter()
+        began = time.process_time()
         with pytest.raises(LeanMergeError, match="no model has"):
             map_roles(checkpoint, checkpoint, [checkpoint])
         with pytest.raises(LeanMergeError, match="no model has"):
             language_layout(checkpoint)
-        assert time.perf_counter() - began < 5
+        assert time.process_time() - began < 5
 
 
 # --- names ---------------------------------------------------------------------------------
@@ -587,9 +587,9 @@ def test_the_licence_of_a_card_cannot_swell(small: Triple, tmp_path: Path):
     from lean_merge.output import license_of
 
     (tmp_path / "README.md").write_text(f"---\nlicense: mit\n{LAUGHS}---\n")
-    began = time.perf_counter()
+    began = time.process_time()
     assert license_of(tmp_path) == {"license": "mit"}
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_a_config_with_half_a_surrogate_is_rewritten(tmp_path: Path):

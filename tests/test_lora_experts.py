@@ -500,9 +500,9 @@ def test_patterns_match_as_pythons_own_do(pattern: str, modules: list[str]):
 @pytest.mark.parametrize("pattern", [".*.*.*.*.*.*.*.*x", "(?:a|a|a.)*x", "[^b]{3,999999}x", "x"])
 def test_no_pattern_takes_for_ever(pattern: str):
     """The first takes Python's own years."""
-    began = time.perf_counter()
+    began = time.process_time()
     assert not module_pattern(pattern).matches("a." * 512)
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2
 
 
 def edited(adapter: Path, edit: Callable[[dict[str, Tensor]], None]) -> Path:

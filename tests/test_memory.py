@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+from families import check_reads
 
 BENCH = Path(__file__).parents[1] / "bench"
 MIB = 1 << 20
@@ -40,7 +41,7 @@ def probe(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
 def test_memory_is_flat_in_layers_bounded_and_predicted(
     triples: dict[int, Path], output: str
 ) -> None:
-    """Flat where weights go one by one; two at a time, how their phases meet decides the peak."""
+    """Flat where weights go one by one; two at a time, free pieces of two threads' heaps add up."""
     peaks = {}
     for (layers, folder), threads in product(triples.items(), ("2", "1")):
         done = probe(folder, "--output", output, "--threads", threads)
@@ -69,4 +70,4 @@ def test_the_smallest_memory_that_is_named_works_and_holds(triples: dict[int, Pa
     report = json.loads(done.stdout)
     assert report["memory"]["peak_anonymous"] <= smallest * MIB
     assert not report["bytes"]["read_predicted_exactly"]
-    assert report["bytes"]["read"] <= report["bytes"]["read_predicted"]
+    check_reads(report["bytes"])

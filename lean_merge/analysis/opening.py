@@ -19,7 +19,7 @@ from lean_merge.gathering import Choice, Gathered
 from lean_merge.identity import by_role, changed_weights
 from lean_merge.methods import EvidenceMethod, Factors, Facts
 from lean_merge.methods.plainfacts import from_plain
-from lean_merge.output import FACTORS
+from lean_merge.output import FACTORS, factor_shapes
 
 _MAX_DOCUMENT = 1 << 30
 _MEND = "analyse the models again with lean-merge analyze"
@@ -94,6 +94,7 @@ class _StoredFactors:
 
     def __init__(self, tensors: Mapping[str, TensorSpec], canonical: str, facts: Facts) -> None:
         self._tensors, self._canonical, self._facts = tensors, canonical, facts
+        self.bytes_read = 0
 
     def vectors(self, kept: Tensor) -> Tensor:
         """As `Factors` has it."""
@@ -110,6 +111,7 @@ class _StoredFactors:
         with TensorReader() as reader:
             for place, index in enumerate(kept.tolist()):
                 reader.read_into(spec, index * spec.shape[1] * 4, as_bytes(rows[place]))
+            self.bytes_read += reader.bytes_read
         if not bool(torch.isfinite(rows).all()):
             raise CheckpointError(f"{spec.file}: {spec.name} holds NaN or Inf; {_MEND}.")
         return rows.T.contiguous()
@@ -198,12 +200,10 @@ def _check_tensors(
     file: Path, facts: Mapping[str, Facts], tensors: Mapping[str, TensorSpec]
 ) -> None:
     for name, own in facts.items():
-        wanted = {f"{name}.mllm.vectors": own.shape[1]}
-        wanted |= {f"{name}.expert{k + 1}.images": own.shape[0] for k in range(len(own.similarity))}
-        for tensor, length in wanted.items():
+        wanted = factor_shapes(name, own.shape, len(own.similarity), own.stored)
+        for tensor, shape in wanted.items():
             spec = tensors.get(tensor)
-            if spec is None or spec.dtype != "F32" or spec.shape != (own.stored, length):
+            if spec is None or spec.dtype != "F32" or spec.shape != shape:
                 raise CheckpointError(
-                    f"{file}: {shown(tensor)} is not F32 [{own.stored}, {length}], as {ANALYSIS} "
-                    f"says; {_MEND}."
+                    f"{file}: {shown(tensor)} is not F32 {[*shape]}, as {ANALYSIS} says; {_MEND}."
                 )

@@ -69,6 +69,11 @@ class TensorReader:
         """A reader of the same open files with a count of its own; not to be closed."""
         return TensorReader(files=self._files)
 
+    def count(self, nbytes: int) -> None:
+        """Adds what was read for the same purpose elsewhere."""
+        with self._lock:
+            self.bytes_read += nbytes
+
     def close(self) -> None:
         """Closes its files; it cannot read any more."""
         self._files.close()
@@ -132,8 +137,7 @@ class TensorReader:
                 f"({error.strerror or error}); check the disk and the path."
             ) from error
         finally:
-            with self._lock:
-                self.bytes_read += done
+            self.count(done)
 
     def _read(self, descriptor: int, out: memoryview, position: int) -> int:
         if hasattr(os, "preadv"):

@@ -104,6 +104,7 @@ def plan_command(
             overwrite=overwrite,
             run=run_facts(plan, out),
             resume=not no_resume,
+            reserve=plan.reserve,
         )
     if quiet:
         return

@@ -15,7 +15,7 @@ from lean_merge.engine.results import Fallback
 from lean_merge.engine.sinks import Tools
 from lean_merge.engine.taskvectors import TaskVectors
 from lean_merge.engine.workers import Workers
-from lean_merge.methods import Decision, ExpertRecord, Method, WeightContext
+from lean_merge.methods import Decision, ExpertRecord, Looks, Method, WeightContext
 from lean_merge.plan import Plan
 from lean_merge.resources import arithmetic_dtype
 from lean_merge.tasks import looks, needs_analysis
@@ -26,14 +26,14 @@ LONGEST_REASON = 160
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A weight's decision and the passes that it took.
+    """A weight's decision, and which task vectors each pass that it took asked for.
 
     The factors are on the CPU, where `vectors` form their tiles from now on.
     """
 
     vectors: TaskVectors
     decision: Decision
-    passes: int
+    looks: Looks = ()
     fallback: Fallback | None = None
 
 
@@ -111,7 +111,7 @@ class Analyst:
         """No update, for a part of a tensor that a filter takes."""
         record = ExpertRecord(selected=False, reason=reason)
         decision = Decision((record,) * len(weight.experts))
-        return Found(self._vectors(weight, _Place(None, 0), tools), decision, 0)
+        return Found(self._vectors(weight, _Place(None, 0), tools), decision)
 
     def _attempt(
         self, method: Method[Any], weight: LogicalWeight, place: _Place, tools: Tools
@@ -121,7 +121,7 @@ class Analyst:
             vectors = self._vectors(weight, place, tools)
             if _passes(method, weight) and not needs_analysis(weight):
                 record = ExpertRecord(False, "", rank=0, update_norm=0.0)
-                return Found(vectors, Decision((record,) * len(weight.experts)), 0)
+                return Found(vectors, Decision((record,) * len(weight.experts)))
             context = WeightContext(
                 name=weight.canonical,
                 shape=vectors.shape,
@@ -131,10 +131,10 @@ class Analyst:
                 squared_norms=vectors.squared_norms,
                 parallel=self._workers.map,
             )
-            decision, passes = _analyze(method, vectors, context)
+            decision, looks = _analyze(method, vectors, context)
             decision = _on_cpu(decision)
             vectors.leave_device()
-        return Found(vectors, decision, passes)
+        return Found(vectors, decision, looks)
 
     def _vectors(self, weight: LogicalWeight, place: _Place, tools: Tools) -> TaskVectors:
         task = common_dtype(source.dtype for source in weight.roles)
@@ -185,18 +185,18 @@ def _places(accelerator: Accelerator, resident: int) -> list[_Place]:
 
 def _analyze(
     method: Method[Any], vectors: TaskVectors, context: WeightContext
-) -> tuple[Decision, int]:
+) -> tuple[Decision, Looks]:
     """Drive the method's analysis: each time it asks, one pass over the rows."""
     analysis = method.analyze(context)
-    passes = 0
+    looks = []
     try:
         wanted = next(analysis)
         while True:
-            passes += 1
+            looks.append(tuple(one is not None for one in wanted))
             wanted = analysis.send(vectors.run(wanted))
     except StopIteration as end:
         decision: Decision = end.value
-    return decision, passes
+    return decision, tuple(looks)
 
 
 def _on_cpu(decision: Decision) -> Decision:

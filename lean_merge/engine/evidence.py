@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lean_merge.budget import SAMPLED_ELEMENTS, STRIP_ELEMENTS, strip_rows
+from lean_merge.budget import STRIP_ELEMENTS
 from lean_merge.checkpoints import LogicalWeight
 from lean_merge.engine.sinks import BlockSink, Tools
 from lean_merge.engine.taskvectors import TaskVectors
 from lean_merge.methods import Decision, Evidence
 from lean_merge.methods.plainfacts import plain_portrait, to_plain
 from lean_merge.output import Block, OutputFolder
+from lean_merge.reading import sampled_rows
 from lean_merge.tasks import CopyTask, WeightTask
 
 
@@ -92,11 +93,6 @@ def base_norm(weight: LogicalWeight, tools: Tools) -> float:
     values = weight.base.read(rows, tools.reader, tools.workers.buffer, "base")
     mean = float(values.double().square().mean())
     return math.sqrt(mean * out_features * in_features)
-
-
-def sampled_rows(weight: LogicalWeight) -> int:
-    """How many of the base's rows `base_norm` reads."""
-    return min(weight.shape[0], strip_rows(weight.shape[1], SAMPLED_ELEMENTS))
 
 
 def _nothing() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -51,26 +51,31 @@ class WeightResult:
 
 
 class Note(NamedTuple):
-    """Of a task: its weights, how many bytes were read, and whether a copy holds NaN or Inf."""
+    """Of a task: its weights, how many bytes were read, and whether a copy holds NaN or Inf.
+
+    `expected` is how many bytes the plan foresees for what was decided.
+    """
 
     weights: list[WeightResult]
-    bytes_read: int
-    non_finite: bool
+    bytes_read: int = 0
+    expected: int = 0
+    non_finite: bool = False
 
 
-def to_note(
-    weights: Sequence[WeightResult], bytes_read: int, non_finite: bool = False
-) -> dict[str, Any]:
+def to_note(note: Note) -> dict[str, Any]:
     """A task's results as JSON has them; numbers come back bit for bit."""
-    note: dict[str, Any] = _plain({"weights": [asdict(weight) for weight in weights]})
-    return note | {"bytes_read": bytes_read} | ({"non_finite": True} if non_finite else {})
+    weights, bytes_read, expected, non_finite = note
+    data: dict[str, Any] = _plain({"weights": [asdict(weight) for weight in weights]})
+    data |= {"bytes_read": bytes_read, "expected": expected}
+    return data | ({"non_finite": True} if non_finite else {})
 
 
 def from_note(note: Any) -> Note | None:
     """What `to_note` was given; None if `note` is not of its making."""
     try:
         weights = [_weight(each) for each in note["weights"]]
-        return Note(weights, int(note["bytes_read"]), bool(note.get("non_finite")))
+        read, expected = int(note["bytes_read"]), int(note["expected"])
+        return Note(weights, read, expected, bool(note.get("non_finite")))
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         return None
 

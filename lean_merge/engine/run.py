@@ -14,7 +14,7 @@ import torch
 
 from lean_merge.checkpoints import LogicalWeight, TensorReader, TensorSpec
 from lean_merge.engine.ahead import Ahead, Part
-from lean_merge.engine.analysis import Analyst
+from lean_merge.engine.analysis import Analyst, Found
 from lean_merge.engine.prefetch import Prefetcher
 from lean_merge.engine.results import Note, WeightResult, note_of, to_note
 from lean_merge.engine.sinks import Sink, Tools
@@ -22,6 +22,7 @@ from lean_merge.engine.workers import Precision, Workers, full_float32, worker_p
 from lean_merge.memory import release_free_memory, usage
 from lean_merge.methods import Decision, ExpertRecord
 from lean_merge.plan import Plan
+from lean_merge.reading import Course
 from lean_merge.tasks import CopyTask, WeightTask
 
 READ_AHEAD = 512 << 20
@@ -55,6 +56,8 @@ class RunResult:
     """Tensors out of scope that hold NaN or Inf."""
     seconds: dict[str, float] = field(default_factory=dict)
     bytes_read: int = 0
+    bytes_expected: int = 0
+    """Those that the plan foresees for what was decided."""
     peak_vram: int = 0
     peak_vram_used: int = 0
     pinned: int = 0
@@ -130,7 +133,9 @@ class _Begun:
     index: int
     task: CopyTask | WeightTask
     reader: TensorReader
-    parts: tuple[Callable[[], WeightResult | None], ...]
+    parts: tuple[Callable[[], WeightResult | None], ...] = ()
+    courses: tuple[Course, ...] = ()
+    """Of its logical weights."""
     reused: Note | None = None
     """Of a task that an interrupted run finished."""
 
@@ -186,6 +191,7 @@ class _Engine:
         notes: Sequence[Note | None],
     ) -> None:
         self._sink = sink
+        self._reading = replace(plan.reading, rows=sink.reads_rows)
         self.tools = tools
         self._result = result
         self.analyst = Analyst(plan, tools.workers)
@@ -206,14 +212,13 @@ class _Engine:
         """
         tools = self._own[index]
         if note is not None:
-            return _Begun(index, task, tools.reader, (), note)
-        parts: tuple[Callable[[], WeightResult | None], ...]
+            return _Begun(index, task, tools.reader, reused=note)
         if isinstance(task, CopyTask):
-            parts = (self._sink.copy(task, tools),)
-        else:
-            parts = tuple(self._parts(task, tools))
-            self._release()
-        return _Begun(index, task, tools.reader, parts)
+            return _Begun(index, task, tools.reader, (self._sink.copy(task, tools),))
+        courses: list[Course] = []
+        parts = tuple(self._parts(task, tools, courses))
+        self._release()
+        return _Begun(index, task, tools.reader, parts, tuple(courses))
 
     def _release(self) -> None:
         """Give free memory back where it has grown: pages that come back cost the system time."""
@@ -221,11 +226,17 @@ class _Engine:
             release_free_memory()
             self._settled = usage().anonymous
 
-    def _parts(self, task: WeightTask, tools: Tools) -> Iterator[Callable[[], WeightResult]]:
-        """The logical weights one after another; the factors of one may wait to be stored."""
+    def _parts(
+        self, task: WeightTask, tools: Tools, courses: list[Course]
+    ) -> Iterator[Callable[[], WeightResult]]:
+        """The logical weights one after another; the factors of one may wait to be stored.
+
+        The course of each is added to `courses`.
+        """
         waiting: Callable[[], WeightResult] | None = None
         for part in range(len(task.weight.slices)):
-            begun = self._merge(task, part, tools)
+            course, begun = self._merge(task, part, tools)
+            courses.append(course)
             if waiting is not None:
                 yield partial(_same, waiting())
             waiting = begun
@@ -239,12 +250,13 @@ class _Engine:
         note = begun.reused
         if note is None:
             non_finite = _source_name(begun.task) in self.tools.non_finite
-            note = Note(weights, begun.reader.bytes_read, non_finite)
-            self._sink.finish(begun.task, to_note(*note))
+            note = Note(weights, begun.reader.bytes_read, self._expected(begun), non_finite)
+            self._sink.finish(begun.task, to_note(note))
         elif note.non_finite:
             self.tools.non_finite.add(_source_name(begun.task))
         self._result.weights.extend(note.weights)
         self._result.bytes_read += note.bytes_read
+        self._result.bytes_expected += note.expected
         return Event(
             name=begun.task.tensor.name,
             nbytes=begun.task.tensor.nbytes,
@@ -253,7 +265,16 @@ class _Engine:
             warnings=_warnings(note.weights),
         )
 
-    def _merge(self, task: WeightTask, part: int, tools: Tools) -> Callable[[], WeightResult]:
+    def _expected(self, begun: _Begun) -> int:
+        """Bytes that the plan foresees for what was decided."""
+        if isinstance(begun.task, CopyTask):
+            return self._reading.copied(begun.task)
+        return self._reading.merged(begun.task, begun.courses)
+
+    def _merge(
+        self, task: WeightTask, part: int, tools: Tools
+    ) -> tuple[Course, Callable[[], WeightResult]]:
+        """What was decided of a part, and what waits until that is stored."""
         weight = task.weight.slices[part]
         with self._result.timed("analyze"):
             found = self._analyses.next()
@@ -261,21 +282,30 @@ class _Engine:
         with self._result.timed("write"):
             stored = self._sink.update(task, found.vectors, decision, tools)
         norms = [*decision.squared_norms] or found.vectors.squared_norms()
-        passes, fallback = found.passes, found.fallback
+        course, fallback = _course(task, part, found), found.fallback
+        tools.reader.count(decision.recalled)
         # What was gathered is stored; the next weight needs its memory.
         decision = replace(decision, evidence=None)
         del found
         self._analyses.done()
-        return lambda: WeightResult(
+        return course, lambda: WeightResult(
             name=task.tensor.name,
             canonical=weight.canonical,
             experts=_with_norms(decision, norms),
             merged=decision.merges,
             squared_norms=tuple(norms),
             stored=stored(),
-            passes=passes,
+            passes=len(course.looks),
             fallback=fallback,
         )
+
+
+def _course(task: WeightTask, part: int, found: Found) -> Course:
+    """What was decided of the reading of a part; of what is recalled, the plan knows."""
+    method, shape = task.methods[part], task.weight.slices[part].shape
+    recalled = 0 if method is None else method.cost(shape, item=4).recalled
+    added = tuple(coefficient != 0.0 for coefficient in found.decision.coefficients)
+    return Course(found.looks, added, recalled)
 
 
 def _same(result: WeightResult) -> WeightResult:

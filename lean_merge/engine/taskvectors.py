@@ -196,11 +196,10 @@ class TaskVectors:
             return square
         if square <= _UNDERFLOWN and not bool((task_vector != 0).any()):
             return 0.0
-        self._refuse_non_finite(source, rows)
-        # Finite numbers whose squares overflow or underflow float32, or whose difference
-        # overflows their dtype.
+        # Finite numbers have squares that overflow or underflow float32, but not float64.
         square = float(torch.linalg.vector_norm(task_vector, dtype=torch.float64)) ** 2
         if not math.isfinite(square):
+            self._refuse_non_finite(source, rows)
             name = str(self.task_dtype).removeprefix("torch.")
             raise DataError(
                 f"{source.file}: tensor {source.name} differs from the base's by more than {name} "

@@ -16,6 +16,8 @@ from lean_merge.methods.facts import Evidence
 
 Passes = Generator[Sequence[Pass | None], Sequence[Products | None], "Decision"]
 """An analysis in progress: it asks each task vector for a pass, and ends in a decision."""
+Looks = tuple[tuple[bool, ...], ...]
+"""For each pass over the rows, which task vectors it asks for: the MLLM's, then each expert's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,8 @@ class Decision:
         Of the task vectors, where no pass over them tells.
     evidence : Evidence, optional
         What it was decided from, where that is of use to others.
+    recalled : int
+        Bytes of stored evidence that were read for it.
     """
 
     experts: tuple[ExpertRecord, ...]
@@ -81,6 +85,7 @@ class Decision:
     right: Tensor | None = None
     squared_norms: tuple[float, ...] = ()
     evidence: Evidence | None = None
+    recalled: int = 0
 
     @property
     def merges(self) -> bool:
@@ -100,21 +105,31 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class AnalysisCost:
-    """What the analysis of one logical weight costs at most.
+    """What the analysis of one logical weight costs.
 
     Attributes
     ----------
     workspace : int
-        Bytes of sketches, spectra and their temporaries.
+        Bytes of sketches, spectra and their temporaries, at most.
     widest : int
         Columns of the widest block whose products are summed over the rows, Pass.gram's.
-    passes : int
-        Passes over the rows, 0 for a method that decides without looking.
+    fewest, most : Looks
+        The passes over the rows where the data ask for the fewest and for the most; none for a
+        method that decides without looking.
+    recalled : int
+        Bytes of stored evidence that are read, which are known before.
     """
 
     workspace: int = 0
     widest: int = 0
-    passes: int = 0
+    fewest: Looks = ()
+    most: Looks = ()
+    recalled: int = 0
+
+    @property
+    def passes(self) -> int:
+        """Passes over the rows at most."""
+        return len(self.most)
 
 
 P = TypeVar("P")

@@ -53,6 +53,10 @@ class EvidenceMethod(Method[P], abc.ABC):
         """The most directions that the evidence of a weight of `shape` has factors of."""
 
     @abc.abstractmethod
+    def most_computed(self, shape: tuple[int, int]) -> int:
+        """The most directions of a task vector that the facts of such a weight tell of."""
+
+    @abc.abstractmethod
     def lacks(self, facts: Facts) -> str | None:
         """Why these facts do not suffice for a decision; None where they do."""
 
@@ -117,7 +121,8 @@ class Gathering(Method[Any]):
         return AnalysisCost(
             workspace=max(first.workspace, again.workspace),
             widest=max(first.widest, again.widest),
-            passes=first.passes + again.passes,
+            fewest=first.fewest,
+            most=first.most + again.most,
         )
 
     def largest_rank(self, shape: tuple[int, int]) -> int:
@@ -187,8 +192,11 @@ class Recalling(Method[Any]):
 
     def analyze(self, weight: WeightContext) -> Passes:
         """No passes: all is known."""
-        decision = self._decider.decide(Evidence(self._facts, self._load()))
-        return replace(decision, squared_norms=self._facts.squared_norms)
+        factors = self._load()
+        decision = self._decider.decide(Evidence(self._facts, factors))
+        return replace(
+            decision, squared_norms=self._facts.squared_norms, recalled=factors.bytes_read
+        )
         yield  # makes this a generator, as the protocol wants
 
     def cost(self, shape: tuple[int, int], *, item: int) -> AnalysisCost:
@@ -196,7 +204,9 @@ class Recalling(Method[Any]):
         kept, experts = self._decider.kept(self._facts), len(self.parameters)
         # Read as rows, turned, multiplied, their norms taken; those of the last are still written.
         held = (4 * shape[1] + (experts + 6) * shape[0]) * kept * 4
-        return AnalysisCost(workspace=held)
+        selected = sum(record.selected for record in self._decider.verdicts(self._facts))
+        recalled = (shape[1] + selected * shape[0]) * kept * 4
+        return AnalysisCost(workspace=held, recalled=recalled)
 
     def largest_rank(self, shape: tuple[int, int]) -> int:
         """That of the update, known already."""

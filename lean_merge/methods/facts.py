@@ -74,6 +74,10 @@ class Facts:
 class Factors(Protocol):
     """The MLLM's directions of one weight, and what the experts' task vectors make of them."""
 
+    @property
+    def bytes_read(self) -> int:
+        """How many bytes of them were read so far."""
+
     def vectors(self, kept: Tensor) -> Tensor:
         """Right singular vectors [in, n] float32 of the directions with these indices [n]."""
 
@@ -87,6 +91,11 @@ class FactorsInMemory:
 
     right: Tensor
     of_experts: tuple[Tensor, ...]
+
+    @property
+    def bytes_read(self) -> int:
+        """None."""
+        return 0
 
     def vectors(self, kept: Tensor) -> Tensor:
         """As `Factors` has it."""

@@ -37,8 +37,11 @@ from lean_merge.methods.registry import register
 from lean_merge.methods.spectra import (
     ANGLE,
     EXACT_BELOW,
+    LOOK_DEPTH,
+    MAX_DEPTH,
     MAX_SUBSPACE,
     MIN_DEPTH,
+    QUADRATURE_DEPTHS,
     Effort,
     Spectrum,
     Verdict,
@@ -103,8 +106,21 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
         return Effort.of(shape, roles=roles, start=start, forced=forced, whole=whole)
 
     def cost(self, shape: tuple[int, int], *, item: int) -> AnalysisCost:
-        """That of the deepest look that the parameters allow."""
-        return self._effort(shape).cost(item=item)
+        """That of the deepest look that the parameters allow.
+
+        The fewest passes are those over a weight that is left as it is.
+        """
+        effort = self._effort(shape)
+        fewest = effort.fewest(depth=self._first_depth(LOOK_DEPTH), images=False)
+        most = effort.most(images=self._projects)
+        return replace(effort.cost(item=item), fewest=fewest, most=most)
+
+    def _first_depth(self, depth: int) -> int:
+        """Krylov blocks at least, if `depth` are enough to compare first directions.
+
+        Any computed direction may still rise where the largest is compared.
+        """
+        return MAX_DEPTH if self.common.select_by == "max" else depth
 
     def largest_rank(self, shape: tuple[int, int]) -> int:
         """As many as there are directions of the MLLM to project on."""
@@ -171,7 +187,13 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
 
     def gathering_cost(self, shape: tuple[int, int], *, item: int) -> AnalysisCost:
         """The same sketches, and images of all directions, which `cost` counts already."""
-        return self._effort(shape, GATHERED_FOR).cost(item=item)
+        effort = self._effort(shape, GATHERED_FOR)
+        depth = self._first_depth(max(LOOK_DEPTH, min(QUADRATURE_DEPTHS)))
+        return replace(
+            effort.cost(item=item),
+            fewest=effort.fewest(depth=depth, images=True),
+            most=effort.most(images=True),
+        )
 
     def most_stored(self, shape: tuple[int, int]) -> int:
         """Of whole spectra no more than of sketched ones.
@@ -182,6 +204,10 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
         if not effort.exact or min(shape) <= EXACT_BELOW or self.common.rank != "auto":
             return effort.largest
         return _likely_rank(self.common, GATHERED_FOR, shape)
+
+    def most_computed(self, shape: tuple[int, int]) -> int:
+        """All that are looked for."""
+        return self._effort(shape, GATHERED_FOR).largest
 
     def lacks(self, facts: Facts) -> str | None:
         """Where another look would tell more than these facts, and it matters."""
@@ -260,7 +286,6 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
         if may_grow and any(a.selected and not is_small(a.omitted) for a in aligned):
             return Verdict.GROW
         if self.common.select_by == "max":
-            # Any computed direction may still rise, so that the sketch goes to its full depth.
             return Verdict.MORE
         verdict = Verdict.LEFT
         for k, alignment in enumerate(aligned):

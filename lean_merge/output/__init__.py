@@ -11,10 +11,10 @@ from lean_merge.output.adapter import (
     cast_factors,
     write_adapter,
 )
-from lean_merge.output.blocks import Block, BlockStore, Group
+from lean_merge.output.blocks import Block, BlockStore, Group, Reserve
 from lean_merge.output.card import adapter_card, license_of, model_card
 from lean_merge.output.check import Difference, FolderCheck, check_folder
-from lean_merge.output.factors import FACTORS, write_factors
+from lean_merge.output.factors import FACTORS, factor_shapes, factors_layout, write_factors
 from lean_merge.output.folder import OutputFolder
 from lean_merge.output.journal import JOURNAL, Journal, read_journal
 from lean_merge.output.layout import OutputTensor, Shard, index_json, plan_shards
@@ -37,6 +37,7 @@ __all__ = [
     "Journal",
     "OutputFolder",
     "OutputTensor",
+    "Reserve",
     "Shard",
     "Sharing",
     "StoredFactors",
@@ -47,6 +48,8 @@ __all__ = [
     "check_folder",
     "check_output",
     "copy_side_files",
+    "factor_shapes",
+    "factors_layout",
     "find_complete",
     "index_json",
     "license_of",

@@ -14,7 +14,7 @@ from lean_merge.checkpoints.checkpoint import INDEX
 from lean_merge.checkpoints.header import read_header
 from lean_merge.checkpoints.identity import header_digest
 from lean_merge.errors import CheckpointError, OutputError
-from lean_merge.output.blocks import BLOCKS
+from lean_merge.output.blocks import BLOCKS, Reserve
 from lean_merge.output.digest import range_digest
 from lean_merge.output.journal import JOURNAL, Journal, start_record
 from lean_merge.output.layout import Shard, extents
@@ -24,6 +24,7 @@ from lean_merge.output.state import (
     DISCARDED,
     OWN_ANALYSIS,
     PARTIAL,
+    State,
     Step,
     choose,
     difference,
@@ -41,6 +42,7 @@ from lean_merge.output.storage import (
 )
 
 _STEP = 4 << 20
+NOTHING = Reserve()
 
 
 @dataclass(slots=True)
@@ -96,11 +98,18 @@ def checked_place(out: Path, inputs: Sequence[Path]) -> Path:
 
 
 def find_place(
-    final: Path, start: Mapping[str, Any], *, overwrite: bool, resume: bool, lent: int = 0
+    final: Path,
+    start: Mapping[str, Any],
+    *,
+    overwrite: bool,
+    resume: bool,
+    lent: int = 0,
+    reserve: Reserve = NOTHING,
 ) -> Place:
     """Where a run that begins with `start` writes, locked and cleared. OSError, LeanMergeError.
 
-    `lent` is how many of its bytes are on the disk in other outputs, to be linked.
+    `lent` is how many of its bytes are on the disk in other outputs, to be linked; `reserve` what
+    it takes beside the weight files that `start` lists.
     """
     replacement = Replacement(final)
     replacement.recover()
@@ -114,10 +123,10 @@ def find_place(
             if replacement.new.exists():
                 place.lock(replacement.new)
             step = _step_beside(replacement.new, start, resume=resume)
-        freed = lent + folder_bytes(replacement.new)
+        freed = lent + _held(replacement.new)
         if place.replacement is None:
-            freed += folder_bytes(final)
-        check_free_space(place.path, sum(each["size"] for each in start["shards"]), freed=freed)
+            freed += _held(final)
+        _check_disk(place.path, start, reserve, freed=freed, going_on=step is Step.GO_ON)
         if place.replacement is None:
             replacement.discard_new()
         if step is Step.GO_ON:
@@ -134,6 +143,26 @@ def find_place(
         place.undo()
         raise
     return place
+
+
+def _check_disk(
+    folder: Path, start: Mapping[str, Any], reserve: Reserve, *, freed: int, going_on: bool
+) -> None:
+    """Raises BudgetError where the disk lacks space. OSError."""
+    journal = look(folder).journal if going_on else None
+    needed = sum(each["size"] for each in start["shards"])
+    # What is laid out has its length by now, and is looked at again when its file is made.
+    if journal is None or not journal.added:
+        needed += reserve.nbytes - reserve.analysis
+    analysis = folder / OWN_ANALYSIS
+    whole = going_on and look(analysis).state is State.COMPLETE
+    needed += folder_bytes(analysis) if whole else reserve.analysis
+    check_free_space(folder, needed, freed=freed, smaller=reserve.smaller)
+
+
+def _held(folder: Path) -> int:
+    """Bytes of the disk that an output's folder occupies, that of its analysis included."""
+    return folder_bytes(folder) + folder_bytes(folder / OWN_ANALYSIS)
 
 
 def _step_beside(folder: Path, start: Mapping[str, Any], *, resume: bool) -> Step:
@@ -258,6 +287,7 @@ def check_output(
     overwrite: bool,
     run: Mapping[str, Any] | None = None,
     resume: bool = True,
+    reserve: Reserve = NOTHING,
 ) -> None:
     """Raises what `OutputFolder.create` would, and touches nothing; for plans."""
     final = checked_place(out, inputs)
@@ -266,10 +296,10 @@ def check_output(
         if is_complete(final, start):
             return
         step = choose(final, start, overwrite=overwrite, resume=resume)
-        freed = 0 if step is Step.REPLACE else folder_bytes(final)
+        freed = 0 if step is Step.REPLACE else _held(final)
+        _check_disk(final, start, reserve, freed=freed, going_on=step is Step.GO_ON)
     except OSError as error:
         raise explain(final, error) from error
-    check_free_space(final, sum(shard.size for shard in shards), freed=freed)
 
 
 def find_complete(

@@ -43,6 +43,35 @@ def preallocate(descriptor: int, size: int) -> None:
     os.ftruncate(descriptor, size)
 
 
+def reserve(descriptor: int, size: int) -> None:
+    """Takes the disk for a file's first `size` bytes, where that can be had without writing them.
+
+    It is so long then, and else as it was. Nobody else may write to the descriptor meanwhile.
+    OSError.
+    """
+    if size == 0 or not hasattr(os, "posix_fallocate"):
+        return
+    import fcntl
+
+    # Where the file system cannot, glibc writes to every block instead: as slow as the disk, for
+    # bytes of which few may be used. To a descriptor that appends it refuses to (EBADF).
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_APPEND)
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in _NO_FALLOCATE | {errno.EBADF}:
+            raise
+    finally:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
+
+
+def shorten(descriptor: int, size: int) -> None:
+    """Cuts off what a file has beyond `size` bytes. OSError."""
+    if os.fstat(descriptor).st_size > size:
+        os.ftruncate(descriptor, size)
+
+
 def write_all(descriptor: int, data: memoryview, offset: int) -> None:
     """Writes `data` at `offset`, without moving any file position that others rely on. OSError."""
     done = 0
@@ -194,7 +223,7 @@ def _is_at(descriptor: int, folder: Path) -> bool:
         return False
 
 
-def check_free_space(folder: Path, needed: int, *, freed: int) -> None:
+def check_free_space(folder: Path, needed: int, *, freed: int, smaller: str = "") -> None:
     """Raises BudgetError unless `folder`'s disk has `needed` bytes free.
 
     Parameters
@@ -203,13 +232,16 @@ def check_free_space(folder: Path, needed: int, *, freed: int) -> None:
         Perhaps not there yet.
     needed, freed
         Bytes to be written, and bytes of leftovers that go before.
+    smaller
+        How less would be needed, in words, if there is a way.
     """
     there = next(each for each in (folder, *folder.parents) if each.exists())
     free = shutil.disk_usage(there).free + freed
     if needed > free:
+        way = f", or {smaller}" if smaller else ""
         raise BudgetError(
             f"{folder}: the output needs {format_size(needed)} and the disk has "
-            f"{format_size(free)} free; free some or choose a folder on another disk."
+            f"{format_size(free)} free; free some or choose a folder on another disk{way}."
         )
 
 

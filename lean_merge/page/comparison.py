@@ -108,7 +108,8 @@ def _facts(comparison: Mapping[str, Any]) -> str:
         )
         for words in dict.fromkeys(word for each in stated for word in each):
             cells = "".join(_cell(each.get(words), ours.get(words)) for each in stated)
-            rows.append(f'<tr><th scope="row">{escaped(words)}</th>{cells}</tr>')
+            name = f'<span class="name" title="{escaped(words)}">{escaped(words)}</span>'
+            rows.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
     rows += _tokenizers(comparison, models)
     return f'<thead><tr><th scope="col">Fact</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody>'
 
@@ -117,7 +118,7 @@ def _cell(value: Any, ours: Any) -> str:
     differs = value is not None and ours is not None and value != ours
     mark = ' class="differs"' if differs else ""
     said = ("no", "yes")[value] if isinstance(value, bool) else value
-    return f"<td{mark}>{escaped(said)}</td>"
+    return f'<td{mark} title="{escaped(said)}">{escaped(said)}</td>'
 
 
 def _tokenizers(
@@ -155,9 +156,9 @@ def _pairs(comparison: Mapping[str, Any]) -> str:
             ("of other shapes", _count(pair.get("unequal_shape"))),
             ("in one of them only", _count(pair.get("only_in_one"))),
             ("cosine", _brief(pair.get("cosine"))),
-            ("unrelated, at most", _brief(pair.get("cosine_unrelated"))),
+            ("if unrelated, below", _brief(pair.get("cosine_unrelated"))),
             ("relative distance", _brief(pair.get("distance"))),
-            ("unrelated", _brief(pair.get("distance_unrelated"))),
+            ("if unrelated, about", _brief(pair.get("distance_unrelated"))),
         ]
         inner = "".join(f"<div><dt>{k}</dt><dd>{escaped(v)}</dd></div>" for k, v in facts)
         cards.append(

@@ -137,7 +137,7 @@ def _overview(analysis: Mapping[str, Any], names: Sequence[str]) -> str:
         middle = statistics.median(similar) if similar else None
         rows.append(
             [
-                escaped(last(name)),
+                f'<span class="name" title="{escaped(name)}">{escaped(last(name))}</span>',
                 f"{len(chosen)} of {len(weights)}",
                 _plain(thresholds[expert].get("in_force"), "varies"),
                 _plain(thresholds[expert].get("auto"), "none"),
@@ -199,7 +199,7 @@ def _chooser(names: Sequence[str]) -> str:
         return f'<div class="chooser">{choice}</div>'
     inner = "".join(
         f'<label><input type="radio" name="expert" value="{n}"{" checked" if n == 0 else ""}>'
-        f"<span>{escaped(last(name))}</span></label>"
+        f'<span title="{escaped(name)}">{escaped(last(name))}</span></label>'
         for n, name in enumerate(names)
     )
     return f'<fieldset class="chooser segments"><legend>Expert</legend>{inner}</fieldset>'

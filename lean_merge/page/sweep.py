@@ -116,5 +116,5 @@ def _lead(sweep: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     facts += [f"{failed} failed"] if failed else []
     facts += [] if data["results"] else ["none was evaluated"]
     analysis = text(sweep.get("analysis"))
-    facts[0] += f" {analysis}" if analysis else ""
+    facts[0] += f" in {analysis}" if analysis else ""
     return f"{escaped('; '.join(facts))}."

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lean_merge.checkpoints import as_bytes
-from lean_merge.engine.results import WeightResult, from_note, to_note
+from lean_merge.engine.results import Note, WeightResult, from_note, to_note
 from lean_merge.engine.run import RunResult
 from lean_merge.engine.sinks import DecisionSink, Tools
 from lean_merge.engine.taskvectors import TaskVectors
@@ -153,4 +153,4 @@ def _results(
             replace(weight, stored=stored.get(weight.canonical))
             for weight in decided.weights.get(name, ())
         ]
-        yield name, to_note(weights, 0, note.non_finite)
+        yield name, to_note(Note(weights, non_finite=note.non_finite))

@@ -9,7 +9,7 @@ const chosen = () => ({
   measure: Number(document.querySelector('[name=measure]:checked').value),
 });
 
-function heatFigure() {
+function heatFigure(width) {
   const { pair, measure } = chosen();
   const known = weights.filter((row) => row[LAYER] !== null);
   const layers = [...new Set(known.map((row) => row[LAYER]))].sort((a, b) => a - b);
@@ -24,37 +24,12 @@ function heatFigure() {
   }
   const middle = (values) => values && values.sort((a, b) => a - b)[values.length >> 1];
   const z = places.map((place) => layers.map((layer) => middle(cells.get(`${place} ${layer}`)) ?? null));
-  const flat = z.flat().filter((value) => value !== null);
-  const narrow = byId('heat').clientWidth < 520;
-  return {
-    traces: [
-      {
-        type: 'heatmap',
-        x: layers.map(String),
-        y: places.map((place) => label(modules[place])),
-        z,
-        hovertemplate: `layer %{x}, %{y}<br>${titles[measure]} %{z:.4f}<extra></extra>`,
-        hoverongaps: false,
-        xgap: layers.length > 40 ? 0.5 : 1.5,
-        ygap: 1.5,
-        colorscale: scale(),
-        zmin: Math.min(0, ...flat),
-        zmax: Math.max(measure === 0 ? 1 : 0.01, ...flat),
-        colorbar: {
-          title: { text: titles[measure], side: narrow ? 'top' : 'right' },
-          thickness: 12,
-          outlinewidth: 0,
-          ...(narrow ? { orientation: 'h', yref: 'container', y: 0, yanchor: 'bottom', len: 0.9 } : {}),
-        },
-      },
-    ],
-    layout: {
-      height: Math.max(220, 34 * places.length + (narrow ? 170 : 90)),
-      margin: { l: 48, r: 8, t: 26, b: narrow ? 110 : 48 },
-      xaxis: { type: 'category', showgrid: false, title: { text: 'layer' }, nticks: narrow ? 9 : 24, tickangle: 0 },
-      yaxis: { type: 'category', autorange: 'reversed', showgrid: false, ticks: '', tickvals: places.map((place) => label(modules[place])), ticktext: places.map((place) => axisLabel(modules[place])) },
-    },
-  };
+  const text = places.map((place, line) =>
+    layers.map((layer, column) => `layer ${layer}, ${inLines(modules[place])}<br>${titles[measure]} ${z[line][column]?.toFixed(4)}`),
+  );
+  const found = z.flat().filter((value) => value !== null);
+  const range = [Math.min(0, ...found), Math.max(measure === 0 ? 1 : 0.01, ...found)];
+  return heatMap({ width, names: places.map((place) => modules[place]), layers, z, text, title: titles[measure], range });
 }
 
 function showHeat() {
@@ -62,7 +37,7 @@ function showHeat() {
   const compared = weights.filter((row) => row[MEASURES][pair][0] !== null).length;
   byId('heat').hidden = !compared;
   byId('heat-note').textContent = compared
-    ? `${compared} of ${weights.length} weights can be compared; the other cells are empty.`
+    ? `${compared} of ${weights.length} weights can be compared${compared < weights.length ? '; the other cells are empty' : ''}.`
     : 'No weight has the same shape in both.';
   if (compared) draw('heat', heatFigure);
 }

@@ -13,9 +13,32 @@ function label(text) {
   return String(text).replace(/&/g, '&amp;').replace(/</g, '&lt;').replace(/>/g, '&gt;');
 }
 
-/** The same for an axis, where a long name would leave no room. */
-function axisLabel(text) {
-  return label(text.length > 24 ? `${text.slice(0, 23)}…` : text);
+const FONT = 'system-ui, -apple-system, "Segoe UI", sans-serif';
+const ruler = document.createElement('canvas').getContext('2d');
+
+/** The width of a text in a plot, in pixels. */
+function widthOf(text) {
+  ruler.font = `12px ${FONT}`;
+  return ruler.measureText(text).width;
+}
+
+/** A text of at most so many pixels; what is cut out of a longer one is its middle. */
+function fitted(text, most) {
+  const letters = [...text];
+  if (widthOf(text) <= most) return text;
+  const cut = (kept) => `${letters.slice(0, Math.ceil(kept / 2)).join('')}…${letters.slice(letters.length - Math.floor(kept / 2)).join('')}`;
+  let [low, high] = [1, letters.length];
+  while (high - low > 1) {
+    const kept = (low + high) >> 1;
+    if (widthOf(cut(kept)) <= most) low = kept;
+    else high = kept;
+  }
+  return cut(low);
+}
+
+/** A whole name for a label under the pointer, in lines that fit a phone. */
+function inLines(text) {
+  return (text.match(/.{1,36}/gsu) || ['']).map(label).join('<br>');
 }
 
 /** A number with three significant digits; a dash for none. */
@@ -43,14 +66,24 @@ function fill(select, pairs) {
 
 const drawings = new Map();
 
-/** Draws into an element, again whenever the theme changes; `figure` makes traces and layout. */
+/**
+ * Draws into an element, again whenever the theme or the element's width changes.
+ *
+ * `figure(width)` makes traces and a layout. Plotly is told the width and does not look for it: what
+ * it keeps from a drawing of another width, such as the room for a scale that stood elsewhere, can
+ * leave no room for the plot, so that another width is drawn from nothing.
+ */
 function draw(id, figure) {
   const target = typeof id === 'string' ? byId(id) : id;
-  drawings.set(target, figure);
-  const { traces, layout } = figure();
-  return Plotly.react(target, traces, themed(layout || {}), {
+  const before = drawings.get(target);
+  const width = target.clientWidth;
+  drawings.set(target, { figure, width });
+  widths.observe(target);
+  if (!width) return;
+  const { traces, layout } = figure(width);
+  const way = before && before.width === width ? Plotly.react : Plotly.newPlot;
+  way(target, traces, { ...themed(layout || {}), width }, {
     displaylogo: false,
-    responsive: true,
     scrollZoom: false,
     // Shown by style.css under a pointer; nothing that leaves this page is among them.
     displayModeBar: true,
@@ -60,10 +93,15 @@ function draw(id, figure) {
   });
 }
 
+const widths = new ResizeObserver(() => requestAnimationFrame(() => redraw(false)));
+
 /** Forgets the drawings of an element's children, which are then removed. */
 function clear(parent) {
   for (const child of [...parent.children]) {
-    if (drawings.delete(child)) Plotly.purge(child);
+    if (drawings.delete(child)) {
+      widths.unobserve(child);
+      Plotly.purge(child);
+    }
     child.remove();
   }
 }
@@ -84,7 +122,7 @@ function themed(layout) {
     margin: { l: 48, r: 16, t: 26, b: 44 },
     paper_bgcolor: 'rgba(0,0,0,0)',
     plot_bgcolor: 'rgba(0,0,0,0)',
-    font: { family: 'system-ui, -apple-system, "Segoe UI", sans-serif', size: 12, color: colour('soft') },
+    font: { family: FONT, size: 12, color: colour('soft') },
     hoverlabel: {
       bgcolor: colour('panel'),
       bordercolor: colour('line'),
@@ -131,19 +169,28 @@ function markers(list) {
   };
 }
 
-/** Ticks of a logarithmic axis over positive values: 1, 2, 5, or powers of ten where those do. */
-function logTicks(values) {
+const DECADES = 6;
+
+/**
+ * A logarithmic axis over the positive of these values, at most so many powers of ten below the
+ * largest: what rounding left beyond a matrix's rank would press the rest together. Ticks are 1, 2, 5,
+ * or powers of ten where those do.
+ */
+function logAxis(values) {
   const known = values.filter((value) => value > 0);
   if (!known.length) return {};
-  const low = Math.floor(Math.log10(Math.min(...known)));
-  const high = Math.ceil(Math.log10(Math.max(...known)));
+  const top = Math.log10(Math.max(...known));
+  const bottom = Math.max(top - DECADES, Math.log10(Math.min(...known)));
+  const room = Math.max(0.02, 0.05 * (top - bottom));
+  const [low, high] = [Math.floor(bottom - room), Math.ceil(top + room)];
   const step = Math.ceil((high - low) / 6);
-  const digits = high - low > 2 ? [1] : high - low > 1 ? [1, 3] : [1, 2, 5];
+  const digits = top - bottom > 2 ? [1] : top - bottom > 1 ? [1, 3] : [1, 2, 5];
   const tickvals = [];
   for (let power = low; power <= high; power += Math.max(1, step)) {
     tickvals.push(...digits.map((digit) => digit * 10 ** power));
   }
-  return { tickvals, ticktext: tickvals.map((value) => String(Number(value.toPrecision(1)))) };
+  const ticktext = tickvals.map((value) => (value < 1e-3 ? value.toExponential(0) : String(Number(value.toPrecision(1)))));
+  return { range: [bottom - room, top + room], tickvals, ticktext };
 }
 
 /** From low to high, in the theme in force. */
@@ -151,10 +198,57 @@ function scale() {
   return ['0', '0.25', '0.5', '0.75', '1'].map((at, step) => [Number(at), colour(`scale-${step}`)]);
 }
 
-function redraw() {
-  for (const [target, figure] of drawings) if (target.isConnected) draw(target, figure);
+/**
+ * A map of modules by layers: traces, and a layout in which the cells keep their height and, whatever
+ * the names, half of the width.
+ */
+function heatMap({ width, names, layers, z, text, title, range }) {
+  const narrow = width < 520;
+  const labels = names.map((name) => fitted(name, width * (narrow ? 0.36 : 0.3)));
+  const left = 14 + Math.max(34, ...labels.map(widthOf));
+  const tall = Math.max(3, names.length) * 34;
+  const place = (pixels) => -pixels / tall;
+  const below = { orientation: 'h', x: 0, xanchor: 'left', y: place(62), yanchor: 'top', len: 1 };
+  const rows = names.map((_, row) => String(row));
+  return {
+    traces: [
+      {
+        type: 'heatmap',
+        x: layers.map(String),
+        y: rows,
+        z,
+        text,
+        hovertemplate: '%{text}<extra></extra>',
+        hoverongaps: false,
+        xgap: layers.length > 40 ? 0.5 : 1.5,
+        ygap: 1.5,
+        colorscale: scale(),
+        ...(range ? { zmin: range[0], zmax: range[1] } : {}),
+        colorbar: {
+          title: { text: title, side: narrow ? 'top' : 'right' },
+          thickness: 12,
+          outlinewidth: 0,
+          xpad: narrow ? 0 : 10,
+          ...(narrow ? below : { len: 1 }),
+        },
+      },
+    ],
+    layout: {
+      height: tall + (narrow ? 154 : 66),
+      margin: { l: left, r: 10, t: 18, b: narrow ? 136 : 48 },
+      xaxis: { type: 'category', range: [-0.5, layers.length - 0.5], showgrid: false, title: { text: 'layer' }, nticks: narrow ? 9 : 24, tickangle: 0 },
+      yaxis: { type: 'category', range: [names.length - 0.5, -0.5], showgrid: false, ticks: '', automargin: false, tickvals: rows, ticktext: labels.map(label) },
+    },
+  };
 }
 
-matchMedia('(prefers-color-scheme: dark)').addEventListener('change', redraw);
+/** Draws again what has another width than it was drawn for, or everything. */
+function redraw(everything) {
+  for (const [target, { figure, width }] of drawings) {
+    if (target.isConnected && (everything || target.clientWidth !== width)) draw(target, figure);
+  }
+}
+
+matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => redraw(true));
 // Paper is white whatever the screen was.
-matchMedia('print').addEventListener('change', redraw);
+matchMedia('print').addEventListener('change', () => redraw(true));

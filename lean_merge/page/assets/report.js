@@ -2,7 +2,13 @@
 
 const { weights, columns, modules, spectra } = data;
 const count = weights.name.length;
-const every = Array.from({ length: count }, (_, row) => row);
+const every = Array.from({ length: count }, (_, row) => row).sort(
+  // Layer 2 before layer 10, and what has no layer last.
+  (one, other) =>
+    (weights.layer[one] ?? Infinity) - (weights.layer[other] ?? Infinity) ||
+    weights.module[one] - weights.module[other] ||
+    collator.compare(weights.name[one], weights.name[other]),
+);
 const state = { expert: 0, threshold: null, measure: 'first' };
 
 const ours = () => columns[state.expert];
@@ -145,22 +151,20 @@ function median(values) {
   return known.length % 2 ? known[half] : (known[half - 1] + known[half]) / 2;
 }
 
-function heatFigure() {
+function heatFigure(width) {
   const measure = measures[state.measure];
-  const names = mapped.map((place) => label(modules[place]));
   const at = (place, layer) => cells.get(`${place} ${layer}`) || [];
   const z = mapped.map((place) =>
     spectra.layers.map((layer) => median(at(place, layer).map((row) => ours()[state.measure][row]))),
   );
-  const text = mapped.map((place) =>
-    spectra.layers.map((layer) => {
+  const text = mapped.map((place, line) =>
+    spectra.layers.map((layer, column) => {
       const rows = at(place, layer);
       if (!rows.length) return '';
       const chosen = rows.filter(isSelected).length;
       const many = rows.length > 1 ? ` (median of ${rows.length})` : '';
-      const value = median(rows.map((row) => ours()[state.measure][row]));
       const said = rows.length > 1 ? `${chosen} of ${rows.length} selected` : chosen ? 'selected' : 'not selected';
-      return `layer ${layer}, ${label(modules[place])}<br>${measure.title} ${brief(value)}${many}<br>${said}`;
+      return `layer ${layer}, ${inLines(modules[place])}<br>${measure.title} ${brief(z[line][column])}${many}<br>${said}`;
     }),
   );
   const dots = { x: [], y: [] };
@@ -169,50 +173,28 @@ function heatFigure() {
       const rows = at(place, layer);
       if (rows.length && 2 * rows.filter(isSelected).length >= rows.length) {
         dots.x.push(String(layer));
-        dots.y.push(names[line]);
+        dots.y.push(String(line));
       }
     }
   });
-  const narrow = byId('heat').clientWidth < 520;
-  const size = Math.max(2, Math.min(7, (byId('heat').clientWidth - 160) / spectra.layers.length / 3));
-  return {
-    traces: [
-      {
-        type: 'heatmap',
-        x: spectra.layers.map(String),
-        y: names,
-        z,
-        text,
-        hovertemplate: '%{text}<extra></extra>',
-        hoverongaps: false,
-        xgap: spectra.layers.length > 40 ? 0.5 : 1.5,
-        ygap: 1.5,
-        colorscale: scale(),
-        ...(measure.range ? { zmin: measure.range[0], zmax: measure.range[1] } : {}),
-        colorbar: {
-          title: { text: measure.title, side: narrow ? 'top' : 'right' },
-          thickness: 12,
-          outlinewidth: 0,
-          ...(narrow
-            ? { orientation: 'h', yref: 'container', y: 0, yanchor: 'bottom', len: 0.9 }
-            : { len: 1, y: 0.5 }),
-        },
-      },
-      {
-        type: 'scatter',
-        mode: 'markers',
-        ...dots,
-        hoverinfo: 'skip',
-        marker: { symbol: 'circle', size, color: colour('dot'), line: { color: colour('dot-line'), width: 1 } },
-      },
-    ],
-    layout: {
-      height: Math.max(220, 34 * mapped.length + (narrow ? 170 : 90)),
-      margin: { l: 48, r: 8, t: 26, b: narrow ? 110 : 48 },
-      xaxis: { type: 'category', range: [-0.5, spectra.layers.length - 0.5], showgrid: false, title: { text: 'layer' }, nticks: narrow ? 9 : 24, tickangle: 0 },
-      yaxis: { type: 'category', range: [mapped.length - 0.5, -0.5], showgrid: false, ticks: '', tickvals: names, ticktext: mapped.map((place) => axisLabel(modules[place])) },
-    },
-  };
+  const map = heatMap({
+    width,
+    names: mapped.map((place) => modules[place]),
+    layers: spectra.layers,
+    z,
+    text,
+    title: measure.title,
+    range: measure.range,
+  });
+  const size = Math.max(2, Math.min(7, (width - 160) / spectra.layers.length / 3));
+  map.traces.push({
+    type: 'scatter',
+    mode: 'markers',
+    ...dots,
+    hoverinfo: 'skip',
+    marker: { symbol: 'circle', size, color: colour('dot'), line: { color: colour('dot-line'), width: 1 } },
+  });
+  return map;
 }
 
 function showHeat() {
@@ -235,11 +217,18 @@ function showHeat() {
 const MOST_PLOTS = 12;
 const curves = new Map(spectra.groups.map((group) => [`${group[0]} ${group[1]}`, group]));
 
-function spectrumFigure(group, big) {
-  const roles = [
+const rolesOf = (group) =>
+  [
     { curve: group[3], name: 'mllm', title: 'MLLM' },
-    { curve: group[4 + state.expert], name: 'expert', title: label(data.experts[state.expert] || 'expert') },
+    { curve: group[4 + state.expert], name: 'expert', title: 'expert' },
   ].filter((role) => role.curve && role.curve.mid.length);
+
+/** The values of groups, on which they share one axis: modules are to be compared. */
+const heights = (groups) =>
+  groups.flatMap(rolesOf).flatMap(({ curve }) => [...curve.mid, ...(curve.low || []), ...(curve.high || [])]);
+
+function spectrumFigure(group, shown) {
+  const roles = rolesOf(group);
   const traces = roles.flatMap(({ curve, name, title }) => {
     const ranks = curve.mid.map((_, at) => at + 1);
     const line = {
@@ -266,14 +255,13 @@ function spectrumFigure(group, big) {
       line,
     ];
   });
-  const shown = roles.flatMap(({ curve }) => [...curve.mid, ...(curve.low || []), ...(curve.high || [])]);
   return {
     traces,
     layout: {
-      height: big ? 380 : 215,
-      margin: { l: 48, r: 8, t: 26, b: 40 },
+      height: shown.length > 1 ? 200 : 380,
+      margin: { l: 48, r: 8, t: 10, b: 40 },
       xaxis: { title: { text: 'rank' }, rangemode: 'tozero' },
-      yaxis: { type: 'log', title: { text: 'σ' }, ...logTicks(shown) },
+      yaxis: { type: 'log', title: { text: 'σ' }, ...logAxis(heights(shown)) },
     },
   };
 }
@@ -287,15 +275,16 @@ function showSpectra() {
   let places = module === '' ? modules.map((_, place) => place) : [Number(module)];
   const found = places.map((place) => curves.get(`${place} ${layer}`)).filter(Boolean);
   box.classList.toggle('single', found.length === 1);
-  for (const group of found.slice(0, MOST_PLOTS)) {
+  const shown = found.slice(0, MOST_PLOTS);
+  for (const group of shown) {
     const figure = element('figure');
     const many = group[2] > 1 ? ` · ${group[2]} weights` : '';
-    figure.append(element('figcaption', `${modules[group[0]]}${many}`));
+    figure.append(element('figcaption', `${modules[group[0]]}${many}`, { title: modules[group[0]] }));
     const words = `Singular values of ${modules[group[0]]}`;
     const plot = element('div', null, { class: 'plot', role: 'img', 'aria-label': words });
     figure.append(plot);
     box.append(figure);
-    draw(plot, () => spectrumFigure(group, found.length === 1));
+    draw(plot, () => spectrumFigure(group, shown));
   }
   if (!found.length) box.append(element('p', 'This layer has no such module.', { class: 'hint' }));
   if (found.length > MOST_PLOTS) {

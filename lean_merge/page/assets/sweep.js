@@ -12,8 +12,9 @@ const measures = [
 ];
 const lines = ['accent', 'expert', 'good', 'warn', 'text', 'faint'];
 const dashes = ['solid', 'dash', 'dot', 'dashdot'];
+const symbols = ['circle', 'square', 'diamond', 'triangle-up', 'triangle-down'];
 
-function linesFigure() {
+function linesFigure(width) {
   const measure = measures[Number(byId('measure').value)];
   const axis = byId('axis').value;
   const others = varied.filter((name) => name !== axis);
@@ -25,6 +26,7 @@ function linesFigure() {
     if (!series.has(name)) series.set(name, []);
     series.get(name).push({ x: point.parameters[axis], y: value, point });
   }
+  const narrow = width < 640;
   const numeric = axes[axis].every((value) => typeof value === 'number');
   const place = (value) => (numeric ? value : axes[axis].indexOf(value));
   const traces = [...series].map(([name, found], number) => {
@@ -33,34 +35,62 @@ function linesFigure() {
     return {
       type: 'scatter',
       mode: 'lines+markers',
-      name: label(name || measure.title),
-      x: found.map((each) => (numeric ? each.x : label(each.x))),
+      name: label(fitted(name || measure.title, narrow ? width - 100 : 0.3 * width)),
+      x: found.map((each) => (numeric ? each.x : String(place(each.x)))),
       y: found.map((each) => each.y),
-      text: found.map((each) => label(each.point.name)),
-      line: { color: ink, width: 2, dash: dashes[Math.floor(number / lines.length) % dashes.length] },
+      text: found.map((each) => inLines(each.point.name)),
+      line: { color: ink, width: 2, dash: dashes[number % dashes.length] },
       marker: {
         size: 8,
+        symbol: symbols[number % symbols.length],
         color: found.map((each) => (each.point.same_as ? colour('panel') : ink)),
         line: { color: ink, width: 1.5 },
       },
       hovertemplate: '%{text}<br>%{y:.4g}<extra></extra>',
     };
   });
-  const narrow = byId('lines').clientWidth < 520;
   const many = traces.length > 1;
+  // Under a narrow plot the lines' names have rows of their own, up to a dozen; the rest scrolls.
+  const rows = narrow && many ? Math.min(12, traces.length) : 0;
+  const below = { x: 0, y: -64 / 300, yanchor: 'top', maxheight: 20 * rows + 10 };
+  const values = traces.flatMap((trace) => trace.y);
   return {
     traces,
     layout: {
-      height: 380 + (narrow && many ? 24 * Math.min(8, traces.length) : 0),
+      height: 300 + 26 + 60 + 20 * rows,
+      margin: { l: 48, r: 16, t: 26, b: 60 + 20 * rows },
       showlegend: many,
-      legend: narrow ? { orientation: 'h', y: -0.25, yanchor: 'top' } : { x: 1.02, y: 1 },
+      legend: narrow ? below : { x: 1.02, y: 1 },
       xaxis: {
-        title: { text: label(axis) },
-        ...(numeric ? {} : { type: 'category', categoryarray: axes[axis].map(label) }),
+        title: { text: label(fitted(axis, 0.6 * width)) },
+        ...(numeric ? {} : words(axes[axis], width)),
       },
-      yaxis: { title: { text: label(measure.title) }, rangemode: measure.title === 'selected weights' ? 'tozero' : 'normal' },
+      yaxis: { title: { text: label(fitted(measure.title, 240)) }, ...rangeOf(values, measure) },
     },
   };
+}
+
+/** An axis of words, cut to what fits under each place. */
+function words(values, width) {
+  const places = values.map((_, place) => String(place));
+  const most = Math.max(40, (0.6 * width) / values.length);
+  return {
+    type: 'category',
+    categoryarray: places,
+    range: [-0.5, values.length - 0.5],
+    tickvals: places,
+    ticktext: values.map((value) => label(fitted(String(value), most))),
+    tickangle: 0,
+  };
+}
+
+/** Counts start at 0; equal values lie in the middle of a narrow range, not between 0 and twice as much. */
+function rangeOf(values, measure) {
+  if (measure.title === 'selected weights') return { rangemode: 'tozero' };
+  const [low, high] = [Math.min(...values), Math.max(...values)];
+  if (!values.length || low !== high) return {};
+  const room = Math.abs(low) / 20 || 1;
+  return { range: [low - room, high + room] };
 }
 
 const figure = (title, value, hint) => ({
@@ -71,8 +101,9 @@ const figure = (title, value, hint) => ({
   value: (row) => value(points[row]),
 });
 
-const words = (title, value, more) => ({
+const texts = (title, value, more) => ({
   title,
+  wide: true,
   text: (row) => value(points[row]) ?? '',
   value: (row) => value(points[row]) || null,
   ...more,
@@ -89,12 +120,12 @@ function bytes(count) {
 }
 
 const table = new BigTable(byId('table'), [
-  words('Merge', (point) => point.name, { header: true, wide: true }),
+  texts('Merge', (point) => point.name, { header: true }),
   ...varied.map((axis) => {
     const value = (point) => point.parameters[axis] ?? null;
     return axes[axis].every((each) => typeof each === 'number')
       ? { ...figure(axis, value), text: (row) => String(value(points[row]) ?? '—') }
-      : words(axis, value);
+      : texts(axis, value);
   }),
   ...data.results.map((name) => ({
     ...figure(name, (point) => point.results[name] ?? null),
@@ -105,8 +136,8 @@ const table = new BigTable(byId('table'), [
   { ...figure('own', (point) => point.bytes_own, 'Bytes that only this output holds'), text: (row) => bytes(points[row].bytes_own) },
   { ...figure('shared', (point) => point.bytes_shared, 'Bytes that other outputs hold too'), text: (row) => bytes(points[row].bytes_shared) },
   figure('seconds', (point) => point.seconds),
-  words('same as', (point) => point.same_as),
-  words('error', (point) => point.error, { wide: true }),
+  texts('same as', (point) => point.same_as),
+  texts('error', (point) => point.error),
 ]);
 
 function showTable() {

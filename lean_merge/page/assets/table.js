@@ -29,7 +29,7 @@ class BigTable {
       const cell = element('th', null, { scope: 'col', 'aria-sort': 'none' });
       if (column.number) cell.className = 'number';
       const button = element('button', null, { type: 'button' });
-      if (column.hint) button.title = column.hint;
+      button.title = column.hint || column.title;
       button.append(element('span', column.title), element('i', '', { 'aria-hidden': 'true' }));
       button.addEventListener('click', () => this.sortBy(place));
       cell.append(button);
@@ -73,10 +73,10 @@ class BigTable {
     const values = new Map(this.rows.map((row) => [row, this.columns[place].value(row)]));
     const compare = (one, other) => {
       const [a, b] = [values.get(one), values.get(other)];
-      if (a === b) return one - other;
+      if (a === b) return 0;
       if (a === null) return 1;
       if (b === null) return -1;
-      if (typeof a === 'string') return way * collator.compare(a, b) || one - other;
+      if (typeof a === 'string') return way * collator.compare(a, b);
       return way * (a - b);
     };
     this.shown.sort(compare);
