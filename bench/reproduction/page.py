@@ -84,7 +84,7 @@ def agreement(both: Both) -> str:
     """On which claims the two kinds of families agree, in words."""
     pairs = list(zip(judged(both.seeds), judged(both.real), strict=True))
     tested = [
-        (claim.says.split(":")[0].rstrip("."), here, there)
+        (re.split(r":| \(", claim.says)[0].rstrip("."), here, there)
         for (claim, here, _), (_, there, _) in pairs
         if {here, there} <= {REPRODUCED, NOT_REPRODUCED}
     ]
