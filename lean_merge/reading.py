@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from lean_merge.budget import SAMPLED_ELEMENTS, row_tiles, strip_rows
 from lean_merge.checkpoints import LogicalWeight, WeightSource
 from lean_merge.methods import Looks
-from lean_merge.tasks import CopyTask, WeightTask
+from lean_merge.tasks import CopyTask, WeightTask, formed_from
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,27 +71,19 @@ class Reading:
         kept = tiles[:resident] if course.looks else []
         again = tiles[len(kept) :]
         # Tiles that stay are formed in the first pass, whichever it asks for.
-        total += _bytes(_formed_of(weight, [True] * len(weight.others)), kept)
-        total += sum(_bytes(_formed_of(weight, look), again) for look in course.looks)
+        total += _bytes(formed_from(weight, [True] * len(weight.others)), kept)
+        total += sum(_bytes(formed_from(weight, look), again) for look in course.looks)
         if self.samples and course.looks:
             total += weight.base.nbytes(slice(0, sampled_rows(weight)))
         if self.rows:
             total += _bytes([weight.mllm], tiles)
-            total += _bytes(_formed_of(weight, course.added), again if self.on_cpu else tiles)
+            total += _bytes(formed_from(weight, course.added), again if self.on_cpu else tiles)
         return total
 
 
 def sampled_rows(weight: LogicalWeight) -> int:
     """How many of the base's rows tell its norm well enough to compare magnitudes."""
     return min(weight.shape[0], strip_rows(weight.shape[1], SAMPLED_ELEMENTS))
-
-
-def _formed_of(weight: LogicalWeight, wanted: Sequence[bool]) -> list[WeightSource]:
-    """What is read to form these of its task vectors: the base too, where any is a difference."""
-    sources = [source for source, one in zip(weight.others, wanted, strict=False) if one]
-    if any(not source.is_difference for source in sources):
-        sources.append(weight.base)
-    return sources
 
 
 def _bytes(sources: Sequence[WeightSource], tiles: Iterable[slice]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,11 +55,16 @@ class WeightTask:
                 sources += part.roles
                 continue
             added = method.reads_task_vectors() if method is not None and rows else ()
-            whole = [source for source, add in zip(part.others, added, strict=False) if add]
-            if any(not source.is_difference for source in whole):
-                whole.append(part.base)
-            sources += [part.mllm, *whole] if rows else []
+            sources += [part.mllm, *formed_from(part, added)] if rows else []
         return self.weight.extents_of(sources)
+
+
+def formed_from(weight: LogicalWeight, wanted: Sequence[bool]) -> list[WeightSource]:
+    """What is read to form these of its task vectors: the base too, where any is a difference."""
+    sources = [source for source, one in zip(weight.others, wanted, strict=False) if one]
+    if any(not source.is_difference for source in sources):
+        sources.append(weight.base)
+    return sources
 
 
 def looks(method: Method[Any], weight: LogicalWeight) -> bool:
