@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from lean_merge import memory
@@ -41,6 +41,7 @@ def analyze(
     resources: Resources | None = None,
     overwrite: bool = False,
     resume: bool = True,
+    page: bool = True,
     on_event: Callable[[Event], None] | None = None,
 ) -> AnalysisResult:
     """Look at every weight once, and keep what merges are decided from; no weight is written.
@@ -59,6 +60,8 @@ def analyze(
         Replace what `out` holds, once the new is complete.
     resume
         Use what an interrupted run left; else it is removed.
+    page
+        Make its report too, where plotly is installed.
     on_event
         Called after each weight.
 
@@ -67,23 +70,6 @@ def analyze(
     LeanMergeError
         One of its subclasses; nothing that existed is lost.
     """
-    found = gather(
-        work, out, resources=resources, overwrite=overwrite, resume=resume, on_event=on_event
-    )
-    # It may be missing, or of another version's making.
-    return replace(found, page=add_page(REPORT, found.path, found.analysis.document))
-
-
-def gather(
-    work: MergeRecipe | Plan,
-    out: str | Path,
-    *,
-    resources: Resources | None = None,
-    overwrite: bool = False,
-    resume: bool = True,
-    on_event: Callable[[Event], None] | None = None,
-) -> AnalysisResult:
-    """`analyze` without its report."""
     final = Path(out)
     with memory.PeakSampler() as sampler:
         baseline = sampler.peak
@@ -92,7 +78,7 @@ def gather(
         if resume:
             complete = find_complete(final, (), inputs=plan.inputs, run=facts)
             if complete is not None:
-                return AnalysisResult(complete, open_analysis(complete), was_complete=True)
+                return _opened(complete, page=page, was_complete=True)
         with OutputFolder.create(
             final,
             (),
@@ -120,7 +106,16 @@ def gather(
             folder.write_file(RECIPE, plan.recipe.to_yaml().encode())
             folder.write_file(ANALYSIS, to_json(document))
             folder.seal()
-    return AnalysisResult(folder.final, open_analysis(folder.final), reused)
+    return _opened(folder.final, page=page, reused=reused)
+
+
+def _opened(
+    folder: Path, *, page: bool, reused: int = 0, was_complete: bool = False
+) -> AnalysisResult:
+    """A complete analysis; its report may be missing, or of another version's making."""
+    analysis = open_analysis(folder)
+    report = add_page(REPORT, folder, analysis.document) if page else None
+    return AnalysisResult(folder, analysis, reused, was_complete, report)
 
 
 def analysis_facts(plan: Plan, out: Path) -> dict[str, object]:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from lean_merge import memory
-from lean_merge.analysing import gather
+from lean_merge.analysing import analyze
 from lean_merge.analysis import Analysis, open_analysis
 from lean_merge.checkpoints.jsonfile import read_object
 from lean_merge.engine.adapter import AdapterSink
@@ -143,8 +143,8 @@ def _settled(plan: Plan, folder: OutputFolder) -> Plan:
     It goes when that is sealed; a merge that was interrupted takes it up again.
     """
     resources = Resources(plan.device, plan.memory, plan.vram or None, plan.threads)
-    gathered = gather(plan.recipe, folder.own_analysis(), resources=resources)
-    found = make_plan(plan.recipe, resources, analysis=replace(gathered.analysis, own=True))
+    own = analyze(plan.recipe, folder.own_analysis(), resources=resources, page=False)
+    found = make_plan(plan.recipe, resources, analysis=replace(own.analysis, own=True))
     assert found.evidence is not None
     folder.note_analysis(found.evidence.identity)
     # A threshold that is found may need more directions than seemed likely before.
