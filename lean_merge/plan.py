@@ -466,16 +466,15 @@ def row_runs(weight: LogicalWeight) -> tuple[tuple[int, int], ...]:
 
 def _written(plan: Plan, output: str) -> tuple[int, Reserve]:
     """Most bytes of the weight files, and what is taken of the disk beside `plan.shards`."""
-    written = sum(shard.size for shard in plan.shards)
-    told, reserve, fewer = _told(plan), Reserve(), "give a smaller --rank"
     if output == ANALYSIS:
-        return evidence_reserve(plan.weights, told=told, smaller=fewer)
+        return _evidence_reserve(plan)
+    written, reserve = sum(shard.size for shard in plan.shards), Reserve()
     if output == "lora":
         written, reserve = _adapter_reserve(plan)
     elif output == "none":
-        reserve = report_reserve(told)
+        reserve = report_reserve(_told(plan))
     if not plan.is_settled:
-        _, first = evidence_reserve(plan.weights, told=told, smaller=fewer)
+        _, first = _evidence_reserve(plan)
         smaller = reserve.smaller or first.smaller
         reserve = dataclasses.replace(reserve, analysis=first.nbytes, smaller=smaller)
     return written, reserve
@@ -485,6 +484,10 @@ def _told(plan: Plan) -> int:
     checkpoints = (plan.base, plan.mllm, *plan.experts)
     files = sum(len(checkpoint.files) for checkpoint in checkpoints)
     return told_bytes(plan.weights, recipe=len(plan.recipe.to_yaml().encode()), files=files)
+
+
+def _evidence_reserve(plan: Plan) -> tuple[int, Reserve]:
+    return evidence_reserve(plan.weights, told=_told(plan), smaller="give a smaller --rank")
 
 
 def _adapter_reserve(plan: Plan) -> tuple[int, Reserve]:
