@@ -13,7 +13,7 @@ from lean_merge.engine.results import WeightResult
 from lean_merge.engine.run import RunResult
 from lean_merge.engine.update import Truncated, Written
 from lean_merge.memory import Usage
-from lean_merge.methods import Recalling
+from lean_merge.methods import ExpertRecord, Recalling
 from lean_merge.output import Sharing, remote_code
 from lean_merge.plan import Plan
 from lean_merge.sizes import format_size
@@ -155,17 +155,7 @@ def weight_rows(plan: Plan, weight: WeightResult) -> list[dict[str, Any]]:
                 "name": weight.name,
                 "weight": weight.canonical,
                 "expert": plan.recipe.experts[expert].model,
-                "selected": record.selected,
-                "reason": record.reason,
-                "similarity_first": record.similarity_first,
-                "similarity_max": record.similarity_max,
-                "lambda": record.lambda_,
-                "lambda_top_q": record.lambda_top_q,
-                "lambda_doubt": record.lambda_doubt,
-                "rank": record.rank,
-                "computed_rank": record.computed_rank,
-                "omitted_share": record.omitted_share,
-                "angle_error": record.angle_error,
+                **decision_fields(record, rank="rank"),
                 "gap": record.gap,
                 "update_norm": record.update_norm,
                 "update_kept": kept,
@@ -177,6 +167,23 @@ def weight_rows(plan: Plan, weight: WeightResult) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def decision_fields(record: ExpertRecord, *, rank: str) -> dict[str, Any]:
+    """What the recipe's parameters make of an expert; its rank under the name `rank`."""
+    return {
+        "selected": record.selected,
+        "reason": record.reason,
+        "similarity_first": record.similarity_first,
+        "similarity_max": record.similarity_max,
+        "lambda": record.lambda_,
+        "lambda_top_q": record.lambda_top_q,
+        "lambda_doubt": record.lambda_doubt,
+        rank: record.rank,
+        "computed_rank": record.computed_rank,
+        "omitted_share": record.omitted_share,
+        "angle_error": record.angle_error,
+    }
 
 
 def update_kept(weight: WeightResult) -> float | None:

@@ -13,7 +13,7 @@ from lean_merge.memory import Usage
 from lean_merge.methods import Compared, EvidenceMethod, ExpertRecord, Watching
 from lean_merge.methods.plainfacts import from_plain
 from lean_merge.plan import Plan
-from lean_merge.report import accuracy_warnings, fallback_warnings, measures
+from lean_merge.report import accuracy_warnings, decision_fields, fallback_warnings, measures
 from lean_merge.scope import layer_of
 from lean_merge.version import __version__
 
@@ -158,7 +158,7 @@ def _row(
         "skipped": None,
         "passes": weight.passes,
         "experts": [
-            {**expert, **_decided(record), "null_99": _null(own, plain)}
+            {**expert, **decision_fields(record, rank="subspace"), "null_99": _null(own, plain)}
             for expert, record, own in experts
         ],
     }
@@ -168,23 +168,6 @@ def _explained(weight: WeightResult, records: Sequence[ExpertRecord]) -> list[Ex
     """The records; the engine knows experts that cannot change a weight."""
     pairs = zip(weight.experts, records, strict=True)
     return [ours if ours.rank else theirs for theirs, ours in pairs]
-
-
-def _decided(record: ExpertRecord) -> dict[str, Any]:
-    """What the recipe's parameters make of an expert."""
-    return {
-        "selected": record.selected,
-        "reason": record.reason,
-        "similarity_first": record.similarity_first,
-        "similarity_max": record.similarity_max,
-        "lambda": record.lambda_,
-        "lambda_top_q": record.lambda_top_q,
-        "lambda_doubt": record.lambda_doubt,
-        "subspace": record.rank,
-        "computed_rank": record.computed_rank,
-        "omitted_share": record.omitted_share,
-        "angle_error": record.angle_error,
-    }
 
 
 def _null(own: Compared | None, plain: Mapping[str, Any]) -> float | None:
