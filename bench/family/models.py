@@ -76,9 +76,9 @@ def make_llm() -> LlamaForCausalLM:
     return LlamaForCausalLM(_llm_config(LLM_ROWS))
 
 
-def make_mllm(base: LlamaForCausalLM) -> LlavaForConditionalGeneration:
-    """Build an MLLM whose language model is the base; tower and projector are untrained."""
-    vision = CLIPVisionConfig(
+def tower_config() -> CLIPVisionConfig:
+    """The vision tower of the MLLMs of both families."""
+    return CLIPVisionConfig(
         hidden_size=96,
         intermediate_size=256,
         num_hidden_layers=2,
@@ -87,8 +87,12 @@ def make_mllm(base: LlamaForCausalLM) -> LlavaForConditionalGeneration:
         patch_size=PATCH_SIDE,
         projection_dim=96,
     )
+
+
+def make_mllm(base: LlamaForCausalLM) -> LlavaForConditionalGeneration:
+    """Build an MLLM whose language model is the base; tower and projector are untrained."""
     config = LlavaConfig(
-        vision_config=vision,
+        vision_config=tower_config(),
         text_config=_llm_config(MLLM_ROWS),
         image_token_index=LLM_ROWS,
         image_seq_length=(PICTURE_SIDE // PATCH_SIDE) ** 2,

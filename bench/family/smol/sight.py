@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from models import tower_config
 from transformers import (
     AutoTokenizer,
     CLIPImageProcessorPil,
-    CLIPVisionConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -27,15 +27,7 @@ def make_mllm(base: LlamaForCausalLM) -> LlavaForConditionalGeneration:
     rows = base.config.vocab_size
     text = type(base.config).from_dict({**base.config.to_dict(), "vocab_size": rows + PADDED_TO})
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=96,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            image_size=PICTURE_SIDE,
-            patch_size=PATCH_SIDE,
-            projection_dim=96,
-        ),
+        vision_config=tower_config(),
         text_config=text,
         image_token_index=rows,
         image_seq_length=PATCHES,
