@@ -32,6 +32,8 @@ WIDEST = 8
 FULL_SPEED = 600 << 20
 """Anonymous bytes of the process up to which a second weight is analysed beside the first. Weights
 that together take more keep the workers busy one by one."""
+ALIGNMENT = 64
+"""Bytes to which the places of weights that are analysed at a time are aligned."""
 COPY_BUFFER = 2 << 20
 """A worker's buffer through which tensors out of scope are copied."""
 LANDINGS = 2
@@ -156,15 +158,22 @@ def truncation_bytes(rank: int) -> int:
     return 12 * rank**2 * 8 + 4 * STRIP_ELEMENTS * 8
 
 
-def host_bytes(weight: WeightShape, *, widest: int, workspace: int, workers: int) -> int:
+def factor_bytes(weight: WeightShape, rank: int) -> int:
+    """The factors [out, rank] and [rank, in] of an update, in float32."""
+    return (weight.out_features + weight.in_features) * rank * 4
+
+
+def host_bytes(
+    weight: WeightShape, *, widest: int, workspace: int, workers: int, rank: int = 0
+) -> int:
     """All that merging one logical weight holds on the CPU with no tile resident there.
 
-    `workspace` and `widest` are the method's. Where the analysis runs on another device, they are
+    `workspace`, `widest`, and the `rank` of updates that wait to be stored, are the method's. Where the analysis runs on another device, they are
     counted too: small problems are the CPU's, and so is all if that device runs out of memory.
     """
     analysis = workers * worker_bytes(weight, widest) + lane_bytes(weight, widest) + workspace
-    # The one before it may still be written, with what it keeps.
-    kept = 2 * weight.held
+    # The two before it may still be written, with what they keep.
+    kept = 3 * weight.held + 2 * factor_bytes(weight, rank)
     return analysis + workers * (apply_bytes(weight) + COPY_BUFFER) + kept + SLACK
 
 
@@ -199,6 +208,11 @@ def ring_slots(workers: int) -> int:
 def ring_bytes(largest_tile: int, slots: int) -> int:
     """Pinned memory of so many slots: one block, which comes in powers of two."""
     return 1 << max(0, slots * (largest_tile + 256) - 1).bit_length()
+
+
+def aligned(nbytes: int) -> int:
+    """So many bytes, and what lacks to the next multiple of `ALIGNMENT`."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def resident_tiles(weight: WeightShape, free: int) -> int:

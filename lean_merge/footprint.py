@@ -78,6 +78,7 @@ class Layout:
             widest=cost.widest,
             workspace=cost.workspace,
             workers=self.workers,
+            rank=self._waiting(weight) if cost.workspace else 0,
         )
         if self.on_cpu or not cost.passes:
             return host, 0
@@ -86,6 +87,12 @@ class Layout:
             self.shape(weight), widest=cost.widest, workspace=cost.workspace, workers=self.workers
         )
         return host, device
+
+    def _waiting(self, weight: LogicalWeight) -> int:
+        """Rank at most of an update that may wait to be stored while the next is analysed."""
+        method = self.methods.get(weight.canonical)
+        ahead = self.output == "checkpoint" and method is not None
+        return method.largest_rank(weight.shape) if ahead and method is not None else 0
 
     def feeding(self, weights: Sequence[LogicalWeight]) -> int:
         """Bytes on the host for bringing tiles to the device: pinned ones, and its libraries'."""
@@ -146,15 +153,15 @@ class Room:
 
     Attributes
     ----------
-    arenas : tuple of int
-        Bytes for the tiles that stay: of any weight, and of one that is analysed beside it.
+    arena : int
+        Bytes for the tiles that stay: of any weight, or of two that are analysed at a time.
     peak : int
-        Most bytes that weights hold, those arenas included.
+        Most bytes that weights hold, the arena included.
     beside : frozenset of str
         Canonical names of the weights of which two may be analysed at a time.
     """
 
-    arenas: tuple[int, ...]
+    arena: int
     peak: int
     beside: frozenset[str] = frozenset()
 
@@ -162,10 +169,10 @@ class Room:
 def share_room(weights: Sequence[LogicalWeight], layout: Layout) -> Room:
     """One weight after another, or two at a time of those that are small enough for it."""
     if not layout.on_cpu:
-        return Room((0,), layout.most)
-    kept = {weight.canonical: layout.kept(weight) for weight in weights}
+        return Room(0, layout.most)
+    kept = {weight.canonical: budget.aligned(layout.kept(weight)) for weight in weights}
     largest = max(kept.values(), default=0)
-    alone = Room((largest,), layout.most + largest)
+    alone = Room(largest, layout.most + largest)
     if layout.output == "stream" or layout.workers < 2:
         return alone
     sizes = {
@@ -178,11 +185,12 @@ def share_room(weights: Sequence[LogicalWeight], layout: Layout) -> Room:
     order = sorted(set(sizes.values()), key=lambda size: (size[0] + size[1], size), reverse=True)
     for number in range(len(order)):
         small = set(order[number:])
-        arena, extra, fixed = (max(column) for column in zip(*small, strict=True))
-        peak = largest + arena + max(layout.most, fixed + extra)
+        each, extra, fixed = (max(column) for column in zip(*small, strict=True))
+        arena = max(largest, 2 * each)
+        peak = arena + max(layout.most, fixed + extra)
         names = frozenset(name for name, size in sizes.items() if size in small)
         if peak <= limit and len(names) > 1:
-            return Room((largest, arena), peak, names)
+            return Room(arena, peak, names)
     return alone
 
 

@@ -104,8 +104,10 @@ class Plan:
     vram: int
     threads: int
     workers: int
-    arenas: tuple[int, ...]
-    """Bytes on the host for tiles that stay, of each weight that is analysed at a time."""
+    arena: int
+    """Bytes on the host for tiles that stay, of all weights that are analysed at a time."""
+    at_a_time: int
+    """How many weights may be analysed at a time."""
     reading: Reading
     prediction: Prediction
     notes: tuple[str, ...]
@@ -297,7 +299,8 @@ def _plan(
         vram=layout.vram,
         threads=threads,
         workers=layout.workers,
-        arenas=room.arenas,
+        arena=room.arena,
+        at_a_time=2 if room.beside else 1,
         reading=layout.reading,
         prediction=Prediction(layout.held + room.peak),
         notes=tuple(notes),

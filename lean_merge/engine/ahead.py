@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lean_merge.budget import aligned
 from lean_merge.checkpoints import LogicalWeight
 from lean_merge.engine.analysis import Analyst, Found, tile_bytes
 from lean_merge.engine.sinks import Tools
@@ -44,7 +45,9 @@ class Part:
 @dataclass(frozen=True, slots=True)
 class _Running:
     part: Part
-    arena: Tensor
+    start: int
+    stop: int
+    """The place in the arena that holds its tiles."""
     batch: Batch[Found]
 
 
@@ -59,40 +62,62 @@ class Ahead:
         Who decides, and the threads in which that is done.
     parts
         All that will be asked for, in order.
+    eager
+        Whether an analysis is begun as soon as there is room for it, while what was decided before
+        is stored; else only when one is asked for.
     """
 
     def __init__(
-        self, plan: Plan, analyst: Analyst, drivers: Workers, parts: Sequence[Part]
+        self,
+        plan: Plan,
+        analyst: Analyst,
+        drivers: Workers,
+        parts: Sequence[Part],
+        *,
+        eager: bool,
     ) -> None:
         self._analyst = analyst
         self._drivers = drivers
+        self._eager = eager
         self._coming = deque(parts)
         self._running: deque[_Running] = deque()
         # Memory of the CPU is reused for all weights: new pages cost more than the arithmetic.
-        self._arenas = [torch.empty(size, dtype=torch.uint8) for size in sorted(plan.arenas)]
+        self._arena = torch.empty(plan.arena, dtype=torch.uint8)
 
     def next(self) -> Found:
         """The next part's analysis, waited for; its task vectors last until `done`."""
-        if not self._running:
-            self._begin(self._coming.popleft())
-        running = self._running[0]
-        if self._coming and self._arenas and running.part.beside and self._coming[0].beside:
-            self._begin(self._coming.popleft())
-        [found] = running.batch.results()
+        self._begin_all()
+        [found] = self._running[0].batch.results()
         return found
 
     def done(self) -> None:
         """Nothing more is read from the last part's task vectors."""
-        self._arenas.append(self._running.popleft().arena)
-        self._arenas.sort(key=Tensor.numel)
+        self._running.popleft()
+        if self._eager:
+            self._begin_all()
 
-    def _begin(self, part: Part) -> None:
-        """Analyse `part` in the smallest arena that is free and large enough."""
-        needed = part.task.resident[part.number] * tile_bytes(part.weight)
-        fits = next(i for i, each in enumerate(self._arenas) if each.numel() >= needed)
-        arena = self._arenas.pop(fits)
-        batch = self._drivers.start(partial(self._analyze, arena=arena), [part])
-        self._running.append(_Running(part, arena, batch))
+    def _begin_all(self) -> None:
+        """Begin the analyses for which there is room now."""
+        while self._coming and (place := self._place(self._coming[0])) is not None:
+            part, (start, stop) = self._coming.popleft(), place
+            analyze = partial(self._analyze, arena=self._arena[start:stop])
+            batch = self._drivers.start(analyze, [part])
+            self._running.append(_Running(part, start, stop, batch))
+
+    def _place(self, part: Part) -> tuple[int, int] | None:
+        """Where in the arena the tiles of `part` may stay; None while there is no room for it.
+
+        Of two at a time one has the arena's start and the other its end.
+        """
+        size = aligned(part.task.resident[part.number] * tile_bytes(part.weight))
+        if not self._running:
+            return 0, size
+        if len(self._running) > 1 or not (part.beside and self._running[0].part.beside):
+            return None
+        if self._running[0].start:
+            return 0, size
+        whole = self._arena.numel()
+        return whole - size, whole
 
     def _analyze(self, part: Part, arena: Tensor) -> Found:
         task, number = part.task, part.number

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import abc
 import threading
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TypeVar
 
@@ -67,22 +68,44 @@ class Prefetcher(_Background):
         self._fetched: list[list[tuple[TensorSpec, int, int]]] = [[] for _ in tasks]
         self._used = 0
         self._asked = 0
+        self._done: deque[int] = deque()
+        self._past = 0
 
     def _run(self) -> None:
-        for specs, fetched in zip(self._tasks, self._fetched, strict=True):
+        for index, spec, start in self._steps():
+            if not self._may_go_on():
+                return
+            length = min(_STEP, spec.nbytes - start)
+            # A task that was faster needs nothing more.
+            if index >= self._past and not self._reader.is_cached(spec, start, length):
+                self._fetched[index].append((spec, start, length))
+                self._reader.prefetch(spec, start, length)
+            self._asked += length
+        self._may_go_on(at_end=True)
+
+    def _steps(self) -> Iterator[tuple[int, TensorSpec, int]]:
+        """Each task, each tensor that it reads, and where in that to ask for the next bytes."""
+        for index, specs in enumerate(self._tasks):
             for spec in specs:
                 for start in range(0, spec.nbytes, _STEP):
-                    with self._moved:
-                        self._moved.wait_for(
-                            lambda: self._closed or self._asked - self._used < self._ahead
-                        )
-                        if self._closed:
-                            return
-                    length = min(_STEP, spec.nbytes - start)
-                    if not self._reader.is_cached(spec, start, length):
-                        fetched.append((spec, start, length))
-                        self._reader.prefetch(spec, start, length)
-                    self._asked += length
+                    yield index, spec, start
+
+    def _may_go_on(self, *, at_end: bool = False) -> bool:
+        """Waits until more may be asked for, and meanwhile drops what is done; False at the end."""
+        while True:
+            with self._moved:
+                self._moved.wait_for(
+                    lambda: (
+                        self._closed
+                        or self._done
+                        or (not at_end and self._asked - self._used < self._ahead)
+                    )
+                )
+                if not self._done:
+                    return not self._closed
+                index = self._done.popleft()
+            for spec, start, length in self._fetched[index]:
+                self._reader.drop(spec, start, length)
 
     def begin(self, index: int) -> None:
         """Task `index` is begun: its bytes no longer count as ahead."""
@@ -91,9 +114,11 @@ class Prefetcher(_Background):
             self._moved.notify_all()
 
     def done(self, index: int) -> None:
-        """Task `index` needs its bytes no longer: they leave the page cache."""
-        for spec, start, length in self._fetched[index]:
-            self._reader.drop(spec, start, length)
+        """Task `index` needs its bytes no longer: they leave the page cache soon."""
+        with self._moved:
+            self._done.append(index)
+            self._past = index + 1
+            self._moved.notify_all()
 
 
 class Flusher(_Background):

@@ -98,7 +98,7 @@ def steps(plan: Plan, sink: Sink, result: RunResult) -> Generator[Event, None, N
         # The threads write into the sink, so they end before it does.
         stack.enter_context(sink)
         # Those that drive an analysis wait for the workers, and so end after them.
-        drivers = stack.enter_context(worker_pool(len(plan.arenas)))
+        drivers = stack.enter_context(worker_pool(plan.at_a_time))
         workers = stack.enter_context(worker_pool(plan.workers))
         notes = [note_of(task, sink.finished(task)) for task in plan.tasks]
         sources = [
@@ -109,7 +109,7 @@ def steps(plan: Plan, sink: Sink, result: RunResult) -> Generator[Event, None, N
         engine = _Engine(plan, sink, Tools(reader, workers), result, drivers, notes)
         stack.callback(engine.analyst.close)
         begun: deque[_Begun] = deque()
-        goes_on = sink.ahead or len(plan.arenas) > 1
+        goes_on = sink.ahead or plan.at_a_time > 1
         for index, (task, note) in enumerate(zip(plan.tasks, notes, strict=True)):
             prefetcher.begin(index)
             begun.append(engine.begin(index, task, note))
@@ -202,7 +202,7 @@ class _Engine:
             if note is None and isinstance(task, WeightTask)
             for number in range(len(task.weight.slices))
         ]
-        self._analyses = Ahead(plan, self.analyst, drivers, parts)
+        self._analyses = Ahead(plan, self.analyst, drivers, parts, eager=sink.ahead)
         self._settled = 0
 
     def begin(self, index: int, task: CopyTask | WeightTask, note: Note | None) -> _Begun:
