@@ -341,6 +341,34 @@ def test_a_merge_of_hub_ids_asks_the_network_for_nothing_once_it_is_planned(
     assert "- org/mllm\n" in card
 
 
+@pytest.mark.parametrize("revision", [None, "v1.0"])
+def test_an_adapter_names_the_repository_and_the_revision_apart(
+    hub: Server, tmp_path: Path, revision: str | None
+):
+    """A loader would take org/mllm@v1.0 as a whole for the name of a repository."""
+    import peft
+
+    triple = write_triple(tmp_path / "triple", SMALL)
+    shutil.copytree(triple.mllm, hub.root / "org" / "mllm")
+    mllm = "org/mllm" if revision is None else f"org/mllm@{revision}"
+    recipe = MergeRecipe(str(triple.base), mllm, (str(triple.experts[0]),), output="lora")
+    result = merge(recipe, tmp_path / "out", resources=Resources(device="cpu", threads=1))
+    config = peft.PeftConfig.from_pretrained(str(result.path))
+    assert (config.base_model_name_or_path, config.revision) == ("org/mllm", revision)
+
+
+def test_a_folder_that_looks_like_a_hub_id_stays_the_folder(hub: Server, tmp_path: Path):
+    triple = write_triple(tmp_path / "triple", SMALL)
+    shutil.copytree(triple.mllm, Path("org/mllm@v1.0"))
+    recipe = MergeRecipe(
+        str(triple.base), "org/mllm@v1.0", (str(triple.experts[0]),), output="lora"
+    )
+    result = merge(recipe, tmp_path / "out", resources=Resources(device="cpu", threads=1))
+    config = json.loads((result.path / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/mllm@v1.0", None)
+    assert hub.requests == 0
+
+
 @pytest.fixture
 def bars() -> Iterator[None]:
     """The client's progress bars as users have them; transformers' switch may have taken them."""
