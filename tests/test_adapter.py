@@ -149,6 +149,24 @@ def test_the_families_with_adapters_are_those_that_are_named():
     assert set(promised.split(", ")) <= tested
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [each for each in FAMILIES if each.layout.mlp in ("each", "rows", "columns")],
+    ids=lambda each: each.key,
+)
+def test_every_mixture_takes_an_adapter_of_all_but_its_experts(entry: Family, tmp_path: Path):
+    """What the error of `test_experts_of_a_mixture_are_refused_by_name` names as the way out."""
+    triple = build(entry, tmp_path / "in")
+    options: dict[str, Any] = {"exclude": ("experts",)}
+    whole = triple.merge(tmp_path / "whole", **options)
+    adapter = triple.merge(tmp_path / "a", output="lora", **options)
+    check_logits(triple.loader, triple.mllm, whole.path, adapter.path, words=80)
+    modules = config_of(adapter.path)["target_modules"]
+    assert any(name.endswith("q_proj") for name in modules)
+    shared = [name for name in modules if ".shared_expert." in name]
+    assert bool(shared) is bool(entry.layout.shared)
+
+
 @pytest.mark.parametrize("name", SAVED_NAMES)
 def test_peft_changes_the_logits_as_the_whole_merge_does(adapted: Adapted, name: str):
     triple, whole, adapter = adapted(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from families import cases, load, rows_of
 from family_table import FAMILIES, Family, build, page, reloaded
 from test_end_to_end import EXACT, compare
 
+README = Path(__file__).parents[1] / "README.md"
 DOCS = Path(__file__).parents[1] / "docs" / "families.md"
 NAMED = """
 LLaVA, LLaVA-NeXT, LLaVA-OneVision, VipLLaVA, LLaVA (original), Qwen2-VL, Qwen2.5-VL, Qwen3-VL,
@@ -26,12 +28,38 @@ def test_every_family_that_is_named_is_tested():
     assert len({entry.key for entry in FAMILIES}) == len(FAMILIES)
     sparse = {entry.layout.mlp for entry in FAMILIES if entry.name == "Mixture of experts"}
     assert sparse == {"each", "rows"}
-    prefixes = {
-        entry.name: {other.layout.prefix for other in FAMILIES if other.name == entry.name}
-        for entry in FAMILIES
-    }
-    for name in ("LLaVA", "LLaVA-NeXT", "Qwen2-VL", "InternVL", "Mistral3", "Gemma3", "Mllama"):
-        assert len(prefixes[name]) == 2, name
+
+
+def plain(name: str) -> str:
+    """A name as different pages spell it: "Qwen2-MoE" and "Qwen2Moe", "LLaVA (original)"."""
+    return re.sub(r"[^a-z0-9.]", "", name.partition(" (")[0].lower())
+
+
+def test_the_readme_names_what_is_tested_and_nothing_else():
+    text = README.read_text(encoding="utf-8").split("## Families\n")[1].split("\n## ")[0]
+    names = re.findall(
+        r"[A-Z][\w.]*(?:-[\w.]+)*(?: Vision| \d)?", "\n".join(re.findall(r"^- .*", text, re.M))
+    )
+    own = {plain(entry.name) for entry in FAMILIES} - {"mixtureofexperts", "textmodels"}
+    texts = {plain(each) for entry in FAMILIES for each in (entry.base, entry.text)}
+    named = {plain(name) for name in names}
+    assert own <= named
+    assert named <= own | texts
+    originals = {plain(e.name) for e in FAMILIES if "(original)" in e.name} - {"phi3vision"}
+    assert text.count("original") == len(originals)
+
+
+@pytest.mark.parametrize("name", sorted({entry.name for entry in FAMILIES if entry.make}))
+def test_every_layout_that_transformers_writes_of_a_family_is_tested(name: str, tmp_path: Path):
+    """Under the names of its version 4 and of its version 5, where these differ."""
+    entries = [entry for entry in FAMILIES if entry.name == name]
+    layouts = [{where.name for where in each.layout.weights().values()} for each in entries]
+    for base in {entry.base for entry in entries if entry.convert is dict}:
+        model = next(entry for entry in entries if entry.base == base).model()
+        for original in (True, False):
+            model.save_pretrained(tmp_path / f"{base}{original}", save_original_format=original)
+            written = load(tmp_path / f"{base}{original}").keys()
+            assert any(layout <= written for layout in layouts), sorted(written)
 
 
 def numbers(tensors: dict[str, torch.Tensor]) -> set[bytes]:
