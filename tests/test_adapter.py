@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -353,30 +354,43 @@ def test_a_truncation_of_nothing_has_no_rank():
 # --- names --------------------------------------------------------------------------------
 
 
-def renamed_by_transformers(model_type: str, name: str) -> str:
-    """What the installed transformers calls a tensor of a model's conditional generation class."""
+def renamed_by_transformers(model_type: str, classes: Sequence[str], name: str) -> str:
+    """What the installed transformers calls a tensor of a model's classes once it is loaded."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.core_model_loading import rename_source_key
 
-    classes = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL"}
-    key = model_type
-    if model_type in classes:
-        key = f"{classes[model_type]}ForConditionalGeneration"
-    mapping = get_checkpoint_conversion_mapping(key) or []
-    renamed = rename_source_key(name, mapping, [])[0]
+    tables = [get_checkpoint_conversion_mapping(key) or [] for key in (*classes, model_type)]
+    renamed: str = rename_source_key(name, [rule for table in tables for rule in table], [])[0]
     # The rest is said of the inner model, whose own prefix is "model.".
-    return renamed.replace("model.language_model.model.", "model.language_model.")
+    return re.sub(r"^(model\.\w+_model\.)model\.", r"\1", renamed)
 
 
-@pytest.mark.parametrize(
-    ("prefix", "model_type"),
-    [(prefix, kind) for prefix, kinds in _RENAMED.items() for kind in sorted(kinds)],
-)
-def test_modules_are_named_as_transformers_renames_them(prefix: str, model_type: str):
-    tensor = f"{prefix}layers.3.mlp.up_proj.weight"
-    ours = module_name(tensor, prefix=f"{prefix}layers.", config={"model_type": model_type})
-    assert ours == "model.language_model.layers.3.mlp.up_proj"
-    assert f"{ours}.weight" == renamed_by_transformers(model_type, tensor)
+def known_to_transformers() -> dict[str, list[str]]:
+    """The classes of every model type that generates text, and of those that we rename."""
+    from transformers.models.auto import modeling_auto
+
+    found: dict[str, list[str]] = {kind: [] for kinds in _RENAMED.values() for kind in kinds}
+    for table in ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "CAUSAL_LM"):
+        names = getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES")
+        for kind, classes in names.items():
+            known = found.setdefault(kind, [])
+            each = [classes] if isinstance(classes, str) else classes
+            known += [name for name in each if name not in known]
+    return found
+
+
+def test_modules_are_named_as_transformers_renames_them():
+    """Of every model type that it knows, wherever it nests a language model."""
+    moved = set()
+    for kind, classes in known_to_transformers().items():
+        for prefix in ("language_model.model.", "model.", "text_model.model."):
+            tensor = f"{prefix}layers.3.self_attn.q_proj.weight"
+            wanted = renamed_by_transformers(kind, classes, tensor)
+            if re.match(r"model\.\w+_model\.layers\.", wanted):
+                ours = module_name(tensor, prefix=f"{prefix}layers.", config={"model_type": kind})
+                assert f"{ours}.weight" == wanted, kind
+                moved.add((prefix, kind))
+    assert moved == {(old, kind) for (old, _), kinds in _RENAMED.items() for kind in kinds}
 
 
 @pytest.mark.parametrize(
@@ -388,6 +402,7 @@ def test_modules_are_named_as_transformers_renames_them(prefix: str, model_type:
         ("model.", {"model_type": "llava"}),
         ("model.text_model.", {"model_type": "idefics3"}),
         ("language_model.model.", {"model_type": "internvl_chat", "auto_map": {}}),
+        ("model.", {"model_type": ["qwen2_vl"]}),
         ("model.", None),
     ],
 )
