@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -329,3 +330,15 @@ def test_every_error_is_exported_and_has_its_exit_code():
     codes = {name: getattr(errors, name).exit_code for name in raised}
     assert {name for name, code in codes.items() if code != 1} == {"RecipeError", "BudgetError"}
     assert (codes["RecipeError"], codes["BudgetError"]) == (2, 4)
+
+
+def test_the_start_imports_no_more_of_scipy_than_it_needs():
+    """`scipy.stats` alone holds 30 MiB, which `--memory` counts, and takes most of a second."""
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import sys, lean_merge.cli; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert "scipy.special" in loaded and "lean_merge.cli" in loaded
+    assert "scipy.stats" not in loaded

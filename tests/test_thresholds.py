@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from lean_merge.analysis.thresholds import FALSE, Sample, survey
-from lean_merge.linalg import null_cdf, null_quantile, otsu_split
+from lean_merge.linalg import null_cdf, null_quantile, otsu_split, uniform_distance
 
 NUMBERS = st.lists(st.floats(0, 1, allow_nan=False), min_size=2, max_size=40)
 
@@ -33,6 +34,21 @@ def test_the_null_law_is_that_of_drawn_directions(width: int, directions: int):
         error = math.sqrt(probability * (1 - probability) / count)
         assert abs((cosines <= bound).mean() - probability) < 4 * error
         assert null_cdf(bound, width, directions=directions) == pytest.approx(probability)
+
+
+@given(st.floats(0, 1), st.integers(2, 20_000), st.integers(1, 100))
+def test_the_null_law_is_the_beta_law_of_scipy(value: float, width: int, directions: int):
+    law = stats.beta(0.5, (width - 1) / 2)
+    below = null_cdf(value, width, directions=directions)
+    assert below == pytest.approx(law.cdf(value**2) ** directions, rel=1e-9, abs=1e-300)
+    bound = null_quantile(value, width, directions=directions)
+    assert bound**2 == pytest.approx(law.ppf(value ** (1 / directions)), rel=1e-6, abs=1e-300)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=300))
+def test_the_distance_from_uniform_is_kolmogorovs_and_smirnovs(probabilities: list[float]):
+    found = stats.ks_1samp(probabilities, stats.uniform.cdf, alternative="less")
+    assert uniform_distance(probabilities) == pytest.approx((found.statistic, found.pvalue))
 
 
 @given(NUMBERS)
