@@ -18,8 +18,8 @@ from test_fp8 import E4M3, E5M2, read_rows, same_bytes
 from test_storage import COLUMNS, CONFIG, EACH, FUSED, INTERN, ROWS, many_tiles, write
 from torch import Tensor
 
-from lean_merge import open_checkpoint
-from lean_merge.checkpoints import read_header
+from lean_merge import footprint, open_checkpoint
+from lean_merge.checkpoints import map_roles, read_header
 from lean_merge.checkpoints.placement import Place, stack_places
 from lean_merge.checkpoints.quantised import Scale
 from lean_merge.checkpoints.scaledrows import PlacedScaledRows
@@ -162,6 +162,24 @@ def test_fp8_merges_as_the_same_numbers_do_wherever_it_is_stored(
     ours, theirs = load(found.path), load(expected.path)
     assert ours.keys() == theirs.keys()
     assert all(same_bytes(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.usefixtures("many_tiles")
+def test_the_codes_of_whole_tiles_are_counted_where_rows_are_columns(tmp_path: Path):
+    """Of base, one role and the MLLM when it is written; strips where rows are rows."""
+    stored, _ = triples(tmp_path, (COLUMNS, COLUMNS, COLUMNS), "block")
+    paths = (stored.base, stored.mllm, *stored.experts)
+    base, mllm, expert = (open_checkpoint(path) for path in paths)
+    layout = footprint.Layout({}, "checkpoint", "cpu", 1, 1 << 40, 0, 0)
+    mapped = map_roles(base, mllm, [expert]).weights
+    seen = set()
+    for weight in (part for each in mapped for part in each.slices):
+        out, into = weight.shape
+        columns = weight.mllm.in_columns
+        rows = min(out, 16 if columns else 8 * 64 // into // 4 * 4)
+        assert layout.shape(weight).scratch == 3 * rows * into, weight.canonical
+        seen.add(columns)
+    assert seen == {True, False}
 
 
 def test_a_factor_of_other_columns_does_not_count(tmp_path: Path):
