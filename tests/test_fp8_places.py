@@ -178,6 +178,9 @@ def test_the_codes_of_whole_tiles_are_counted_where_rows_are_columns(tmp_path: P
         columns = weight.mllm.in_columns
         rows = min(out, 16 if columns else 8 * 64 // into // 4 * 4)
         assert layout.shape(weight).scratch == 3 * rows * into, weight.canonical
+        # The scales are read ahead with the numbers.
+        scale = mllm.scales[weight.place.tensor.name].tensor
+        assert {each.name for each in weight.mllm.extents} == {weight.mllm.name, scale.name}
         seen.add(columns)
     assert seen == {True, False}
 

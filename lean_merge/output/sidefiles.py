@@ -11,6 +11,7 @@ from typing import Any
 
 from lean_merge.checkpoints.checkpoint import Checkpoint
 from lean_merge.checkpoints.dtypes import torch_dtype
+from lean_merge.checkpoints.hub import split_hub_id
 from lean_merge.checkpoints.jsonfile import read_object
 from lean_merge.checkpoints.safepaths import checked_file
 from lean_merge.errors import CheckpointError, is_plain
@@ -27,6 +28,7 @@ _QUANTISATION = ("quantization_config", "compression_config")
 # Beside config.json ModelOpt says it again, and vLLM goes by it.
 _QUANTISATION_FILE = "hf_quant_config.json"
 _MAX_CONFIG = 10_000_000
+_TOKENIZERS = re.compile(r"(tokenizer|vocab|merges|spiece|tekken).*", re.IGNORECASE)
 _PART = 1 << 20
 _LONGEST_NAME = 255
 
@@ -61,6 +63,21 @@ def _comes_along(file: Path) -> bool:
     if _WEIGHTS.fullmatch(name) or _OWN.fullmatch(name):
         return False
     return file.is_symlink() or file.is_file()
+
+
+def missing_from_cache(mllm: Checkpoint) -> list[str]:
+    """A sentence if a hub repository's snapshot holds no tokenizer, as after loading a model alone.
+
+    A snapshot with all its weights is used without asking the hub for what else there is.
+    """
+    if split_hub_id(mllm.source) is None or Path(mllm.source).expanduser().exists():
+        return []
+    if any(_TOKENIZERS.fullmatch(file.name) for file in side_files(mllm.path)):
+        return []
+    return [
+        f"The snapshot of {mllm.source} in the local cache has no tokenizer, and so the output has "
+        "none; fetch tokenizer and processor into the cache first, or save them into the output."
+    ]
 
 
 def copy_side_files(
