@@ -193,6 +193,23 @@ def test_peft_folds_the_adapter_into_the_merged_weights(adapted: Adapted):
         assert relative_error(as_matrix(folded[name]) - as_matrix(before[name]), change) < 1e-3
 
 
+def test_an_adapter_is_scaled_while_the_model_runs(adapted: Adapted):
+    triple, _, adapter = adapted("phi3")
+    model = peft.PeftModel.from_pretrained(load_model(triple.loader, triple.mllm), adapter.path)
+    wanted = updates(adapter.path)
+    layers = {n.removeprefix("base_model.model."): m for n, m in model.named_modules()}
+    found = [logits(model, 90)]
+    for scale in (0.5, 0.0):
+        for name, update in wanted.items():
+            layers[name].set_scale("default", scale)
+            delta = as_matrix(layers[name].get_delta_weight("default").detach())
+            assert np.allclose(delta, scale * update, atol=1e-7)
+        found.append(logits(model, 90))
+    with model.disable_adapter():
+        assert torch.equal(found[2], logits(model, 90))
+    assert not torch.allclose(found[0], found[1]) and not torch.allclose(found[1], found[2])
+
+
 def test_the_embedded_family_as_an_adapter(tmp_path: Path):
     recipe = family_recipe(out_dtype="float32")
     whole = merge(recipe, tmp_path / "whole", resources=CPU)
