@@ -13,6 +13,7 @@ from torch import Tensor
 from lean_merge import memory
 from lean_merge.analysing import analyze
 from lean_merge.analysis import Analysis, open_analysis
+from lean_merge.checkpoints import safetensors_dtype
 from lean_merge.checkpoints.jsonfile import read_object
 from lean_merge.engine.adapter import AdapterSink
 from lean_merge.engine.run import Event, RunResult, run, steps
@@ -29,7 +30,7 @@ from lean_merge.output import (
     model_card,
     write_adapter,
 )
-from lean_merge.plan import Plan, plan_stream
+from lean_merge.plan import DECODED_DTYPE, Plan, plan_stream
 from lean_merge.plan import plan as make_plan
 from lean_merge.recipe import MergeRecipe
 from lean_merge.report import RECIPE, REPORT, adapter_summary, build_report, summary, to_json
@@ -263,7 +264,8 @@ def write_companions(plan: Plan, folder: OutputFolder, report: dict[str, Any]) -
     }
     if recipe.output == "checkpoint":
         dtype = None if recipe.out_dtype == "auto" else recipe.out_dtype
-        copy_side_files(plan.mllm.path, folder, out_dtype=dtype, decoded=bool(plan.mllm.scales))
+        decoded = safetensors_dtype(DECODED_DTYPE) if plan.mllm.scales else None
+        copy_side_files(plan.mllm.path, folder, out_dtype=dtype, decoded=decoded)
         card = model_card(**about, summary=summary(report))
         folder.write_file("README.md", card.encode())
     elif recipe.output == "lora":

@@ -39,7 +39,8 @@ class Layout:
         task = common_dtype(source.dtype for source in weight.roles)
         out_features, in_features = weight.shape
         strip = min(out_features, budget.strip_rows(in_features, budget.READ_ELEMENTS))
-        scratch = [source.scratch(strip) for source in weight.roles]
+        tile = min(out_features, budget.tile_rows(in_features))
+        scratch = [s.scratch(tile if s.in_columns else strip) for s in weight.roles]
         return budget.WeightShape(
             out_features=out_features,
             in_features=in_features,

@@ -44,6 +44,7 @@ from lean_merge.output import (
     Reserve,
     Shard,
     StoredFactors,
+    missing_from_cache,
     plan_shards,
     side_files,
 )
@@ -247,11 +248,14 @@ def _plan(
         raise RecipeError("A stream finds no threshold of its own; give one instead of auto.")
     outputs = _outputs(recipe, mllm, _merged(coverage, scope))
     shards: tuple[Shard, ...] = ()
+    notes: list[str] = []
     if output == "checkpoint":
         shards = plan_shards(list(outputs.values()), shard_size=recipe.shard_size)
+        notes += missing_from_cache(mllm)
     if output == "lora":
         _check_low_rank(_merged(coverage, scope), by_weight)
-    device, notes = resolve_device(resources.device)
+    device, choice = resolve_device(resources.device)
+    notes += choice
     threads = processors(resources.threads)
     device, limits, busy = limits_of(resources, device)
     notes += busy

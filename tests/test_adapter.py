@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,24 @@ def test_the_families_with_adapters_are_those_that_are_named():
     assert set(promised.split(", ")) <= tested
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [each for each in FAMILIES if each.layout.mlp in ("each", "rows", "columns")],
+    ids=lambda each: each.key,
+)
+def test_every_mixture_takes_an_adapter_of_all_but_its_experts(entry: Family, tmp_path: Path):
+    """What the error of `test_experts_of_a_mixture_are_refused_by_name` names as the way out."""
+    triple = build(entry, tmp_path / "in")
+    options: dict[str, Any] = {"exclude": ("experts",)}
+    whole = triple.merge(tmp_path / "whole", **options)
+    adapter = triple.merge(tmp_path / "a", output="lora", **options)
+    check_logits(triple.loader, triple.mllm, whole.path, adapter.path, words=80)
+    modules = config_of(adapter.path)["target_modules"]
+    assert any(name.endswith("q_proj") for name in modules)
+    shared = [name for name in modules if ".shared_expert." in name]
+    assert bool(shared) is bool(entry.layout.shared)
+
+
 @pytest.mark.parametrize("name", SAVED_NAMES)
 def test_peft_changes_the_logits_as_the_whole_merge_does(adapted: Adapted, name: str):
     triple, whole, adapter = adapted(name)
@@ -172,6 +191,23 @@ def test_peft_folds_the_adapter_into_the_merged_weights(adapted: Adapted):
             continue
         change = as_matrix(weight) - as_matrix(before[name])
         assert relative_error(as_matrix(folded[name]) - as_matrix(before[name]), change) < 1e-3
+
+
+def test_an_adapter_is_scaled_while_the_model_runs(adapted: Adapted):
+    triple, _, adapter = adapted("phi3")
+    model = peft.PeftModel.from_pretrained(load_model(triple.loader, triple.mllm), adapter.path)
+    wanted = updates(adapter.path)
+    layers = {n.removeprefix("base_model.model."): m for n, m in model.named_modules()}
+    found = [logits(model, 90)]
+    for scale in (0.5, 0.0):
+        for name, update in wanted.items():
+            layers[name].set_scale("default", scale)
+            delta = as_matrix(layers[name].get_delta_weight("default").detach())
+            assert np.allclose(delta, scale * update, atol=1e-7)
+        found.append(logits(model, 90))
+    with model.disable_adapter():
+        assert torch.equal(found[2], logits(model, 90))
+    assert not torch.allclose(found[0], found[1]) and not torch.allclose(found[1], found[2])
 
 
 def test_the_embedded_family_as_an_adapter(tmp_path: Path):
@@ -335,30 +371,43 @@ def test_a_truncation_of_nothing_has_no_rank():
 # --- names --------------------------------------------------------------------------------
 
 
-def renamed_by_transformers(model_type: str, name: str) -> str:
-    """What the installed transformers calls a tensor of a model's conditional generation class."""
+def renamed_by_transformers(model_type: str, classes: Sequence[str], name: str) -> str:
+    """What the installed transformers calls a tensor of a model's classes once it is loaded."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.core_model_loading import rename_source_key
 
-    classes = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL"}
-    key = model_type
-    if model_type in classes:
-        key = f"{classes[model_type]}ForConditionalGeneration"
-    mapping = get_checkpoint_conversion_mapping(key) or []
-    renamed = rename_source_key(name, mapping, [])[0]
+    tables = [get_checkpoint_conversion_mapping(key) or [] for key in (*classes, model_type)]
+    renamed: str = rename_source_key(name, [rule for table in tables for rule in table], [])[0]
     # The rest is said of the inner model, whose own prefix is "model.".
-    return renamed.replace("model.language_model.model.", "model.language_model.")
+    return re.sub(r"^(model\.\w+_model\.)model\.", r"\1", renamed)
 
 
-@pytest.mark.parametrize(
-    ("prefix", "model_type"),
-    [(prefix, kind) for prefix, kinds in _RENAMED.items() for kind in sorted(kinds)],
-)
-def test_modules_are_named_as_transformers_renames_them(prefix: str, model_type: str):
-    tensor = f"{prefix}layers.3.mlp.up_proj.weight"
-    ours = module_name(tensor, prefix=f"{prefix}layers.", config={"model_type": model_type})
-    assert ours == "model.language_model.layers.3.mlp.up_proj"
-    assert f"{ours}.weight" == renamed_by_transformers(model_type, tensor)
+def known_to_transformers() -> dict[str, list[str]]:
+    """The classes of every model type that generates text, and of those that we rename."""
+    from transformers.models.auto import modeling_auto
+
+    found: dict[str, list[str]] = {kind: [] for kinds in _RENAMED.values() for kind in kinds}
+    for table in ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "CAUSAL_LM"):
+        names = getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES")
+        for kind, classes in names.items():
+            known = found.setdefault(kind, [])
+            each = [classes] if isinstance(classes, str) else classes
+            known += [name for name in each if name not in known]
+    return found
+
+
+def test_modules_are_named_as_transformers_renames_them():
+    """Of every model type that it knows, wherever it nests a language model."""
+    moved = set()
+    for kind, classes in known_to_transformers().items():
+        for prefix in ("language_model.model.", "model.", "text_model.model."):
+            tensor = f"{prefix}layers.3.self_attn.q_proj.weight"
+            wanted = renamed_by_transformers(kind, classes, tensor)
+            if re.match(r"model\.\w+_model\.layers\.", wanted):
+                ours = module_name(tensor, prefix=f"{prefix}layers.", config={"model_type": kind})
+                assert f"{ours}.weight" == wanted, kind
+                moved.add((prefix, kind))
+    assert moved == {(old, kind) for (old, _), kinds in _RENAMED.items() for kind in kinds}
 
 
 @pytest.mark.parametrize(
@@ -370,6 +419,7 @@ def test_modules_are_named_as_transformers_renames_them(prefix: str, model_type:
         ("model.", {"model_type": "llava"}),
         ("model.text_model.", {"model_type": "idefics3"}),
         ("language_model.model.", {"model_type": "internvl_chat", "auto_map": {}}),
+        ("model.", {"model_type": ["qwen2_vl"]}),
         ("model.", None),
     ],
 )

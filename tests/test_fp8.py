@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lean_merge import Resources, open_checkpoint, stream
+from lean_merge import Resources, open_checkpoint, stream, verify
 from lean_merge.checkpoints import (
     TensorReader,
     TensorSpec,
@@ -243,6 +243,31 @@ def test_the_output_is_bfloat16_unless_the_user_says_otherwise(family: Family, t
     assert not info["missing_keys"] and not info["unexpected_keys"]
     config = json.loads((result.path / "config.json").read_text())
     assert config["dtype"] == "bfloat16" and "quantization_config" not in config
+
+
+@pytest.mark.parametrize("out_dtype", ["auto", "float16"])
+def test_no_side_file_says_any_longer_that_weights_are_fp8(tmp_path: Path, out_dtype: str):
+    triple = write_triple(tmp_path / "in", SMALL, dtype=torch.bfloat16)
+    stored, _ = fp8_copy(triple, tmp_path, "tensor", roles="m")
+    quantised = {key: CONFIGS["tensor"] for key in ("quantization_config", "compression_config")}
+    text = {"model_type": "llama", "dtype": "float8_e4m3fn"}
+    config = {"torch_dtype": "bfloat16", "text_config": text | quantised} | quantised
+    (stored.mllm / "config.json").write_text(json.dumps(config))
+    (stored.mllm / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    result = stored.merge(tmp_path / "out", out_dtype=out_dtype)
+    written = json.loads((result.path / "config.json").read_text())
+    dtype = "bfloat16" if out_dtype == "auto" else out_dtype
+    assert written == {"torch_dtype": dtype, "text_config": text | {"dtype": dtype}}
+    assert not (result.path / "hf_quant_config.json").exists()
+    assert not verify(result.path).differences
+
+
+def test_what_plain_weights_bring_of_quantised_caches_stays(tmp_path: Path):
+    triple = write_triple(tmp_path / "in", SMALL)
+    text = '{"quantization": {"quant_algo": null, "kv_cache_quant_algo": "FP8"}}'
+    (triple.mllm / "hf_quant_config.json").write_text(text)
+    result = triple.merge(tmp_path / "out")
+    assert (result.path / "hf_quant_config.json").read_text() == text
 
 
 def test_blocks_of_128_are_the_default_and_tiles_may_cut_them(tmp_path: Path):

@@ -9,6 +9,7 @@ import shutil
 import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlparse
@@ -339,6 +340,53 @@ def test_a_merge_of_hub_ids_asks_the_network_for_nothing_once_it_is_planned(
     assert stored == contents(expected.path)["model.safetensors"]
     card = (result.path / "README.md").read_text()
     assert "- org/mllm\n" in card
+
+
+@pytest.mark.parametrize("revision", [None, "v1.0"])
+def test_an_adapter_names_the_repository_and_the_revision_apart(
+    hub: Server, tmp_path: Path, revision: str | None
+):
+    """A loader would take org/mllm@v1.0 as a whole for the name of a repository."""
+    import peft
+
+    triple = write_triple(tmp_path / "triple", SMALL)
+    shutil.copytree(triple.mllm, hub.root / "org" / "mllm")
+    mllm = "org/mllm" if revision is None else f"org/mllm@{revision}"
+    recipe = MergeRecipe(str(triple.base), mllm, (str(triple.experts[0]),), output="lora")
+    result = merge(recipe, tmp_path / "out", resources=Resources(device="cpu", threads=1))
+    config = peft.PeftConfig.from_pretrained(str(result.path))
+    assert (config.base_model_name_or_path, config.revision) == ("org/mllm", revision)
+
+
+def test_a_cached_model_without_its_tokenizer_is_warned_of(hub: Server, tmp_path: Path):
+    """What loading a model alone leaves in the cache; the hub is not asked for the rest."""
+    triple = write_triple(tmp_path / "triple", SMALL)
+    for name in ("whole", "part"):
+        shutil.copytree(triple.mllm, hub.root / "org" / name)
+        (hub.root / "org" / name / "tokenizer.json").write_text("{}")
+        open_checkpoint(f"org/{name}")
+    next((tmp_path / "cache").rglob("models--org--part/snapshots/*/tokenizer.json")).unlink()
+    before = hub.requests
+    part = MergeRecipe(str(triple.base), "org/part", (str(triple.experts[0]),))
+    result = merge(part, tmp_path / "out", resources=Resources(device="cpu", threads=1))
+    (warning,) = (line for line in result.report["warnings"] if "tokenizer" in line)
+    assert "The snapshot of org/part in the local cache has no tokenizer" in warning
+    assert not plan(replace(part, output="lora")).notes
+    for other in ("org/whole", str(triple.mllm)):
+        assert not plan(replace(part, mllm_model=other)).notes
+    assert hub.requests == before
+
+
+def test_a_folder_that_looks_like_a_hub_id_stays_the_folder(hub: Server, tmp_path: Path):
+    triple = write_triple(tmp_path / "triple", SMALL)
+    shutil.copytree(triple.mllm, Path("org/mllm@v1.0"))
+    recipe = MergeRecipe(
+        str(triple.base), "org/mllm@v1.0", (str(triple.experts[0]),), output="lora"
+    )
+    result = merge(recipe, tmp_path / "out", resources=Resources(device="cpu", threads=1))
+    config = json.loads((result.path / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/mllm@v1.0", None)
+    assert hub.requests == 0
 
 
 @pytest.fixture

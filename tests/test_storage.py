@@ -254,7 +254,8 @@ def test_rows_stored_as_columns_are_read_without_what_lies_between(tmp_path: Pat
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells anonymous memory apart")
-def test_the_memory_of_rows_stored_as_columns_is_predicted(tmp_path: Path):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_the_memory_of_rows_stored_as_columns_is_predicted(tmp_path: Path, dtype: torch.dtype):
     hidden, inner = 1024, 2560
     for number, role in enumerate(("base", "mllm", "expert")):
         generator = torch.Generator().manual_seed(0)
@@ -263,7 +264,9 @@ def test_the_memory_of_rows_stored_as_columns_is_predicted(tmp_path: Path):
         for leaf, shape in (("gate_up", (2, hidden, 2 * inner)), ("down", (2, inner, hidden))):
             weight = 0.02 * torch.randn(shape, generator=generator)
             weight += 0.002 * torch.randn(shape, generator=noise)
-            tensors[f"model.layers.0.mlp.experts.{leaf}_proj"] = weight.bfloat16()
+            tensors[f"model.layers.0.mlp.experts.{leaf}_proj"] = weight.to(dtype)
+            if dtype != torch.bfloat16:
+                tensors[f"model.layers.0.mlp.experts.{leaf}_proj_scale"] = torch.ones(2, 1, 1)
         tensors["model.layers.0.self_attn.o_proj.weight"] = torch.zeros(64, hidden)
         (tmp_path / role).mkdir()
         save_file(tensors, tmp_path / role / "model.safetensors", metadata={"format": "pt"})

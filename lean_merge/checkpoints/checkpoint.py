@@ -10,7 +10,7 @@ from typing import Any
 
 from lean_merge.checkpoints.adapters import AdapterConfig, find_adapter
 from lean_merge.checkpoints.header import TensorSpec, read_header
-from lean_merge.checkpoints.hub import is_hub_id, snapshot
+from lean_merge.checkpoints.hub import snapshot, split_hub_id
 from lean_merge.checkpoints.jsonfile import read_object
 from lean_merge.checkpoints.picklefile import read_pickle_header
 from lean_merge.checkpoints.quantised import Scale, split_scales
@@ -105,7 +105,7 @@ def open_expert(source: str | Path) -> Checkpoint:
         return _open_file(str(source), path)
     if is_dir:
         return _open_folder(str(source), path)
-    if is_hub_id(str(source)):
+    if split_hub_id(str(source)) is not None:
         return _open_folder(str(source), snapshot(str(source)))
     raise CheckpointError(
         f"{source}: there is no such folder or file, and it is no hub id like org/name; "

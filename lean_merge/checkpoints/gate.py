@@ -78,11 +78,7 @@ class Faults:
 def storage_fault(place: Place, scales: Container[str]) -> str | None:
     """Why the numbers of a weight cannot be had, None if they can."""
     tensor = place.tensor
-    if tensor.name in scales:
-        if place.is_block:
-            return None
-        return f"has the dtype {tensor.dtype} with rows that lie apart, which is not supported"
-    if tensor.dtype in FLOATING:
+    if tensor.name in scales or tensor.dtype in FLOATING:
         return None
     return f"has the dtype {tensor.dtype}, which cannot be merged"
 

@@ -65,9 +65,10 @@ def _progress_bars() -> Iterator[None]:
         enable_progress_bars()
 
 
-def is_hub_id(source: str) -> bool:
-    """Whether `source` has the form org/name or org/name@revision."""
-    return _HUB_ID.fullmatch(source) is not None
+def split_hub_id(source: str) -> tuple[str, str | None] | None:
+    """(org/name, revision or None) of a hub id, None for anything else."""
+    match = _HUB_ID.fullmatch(source)
+    return None if match is None else (match["repo"], match["revision"])
 
 
 def snapshot(source: str) -> Path:
@@ -87,10 +88,10 @@ def snapshot(source: str) -> Path:
     CheckpointError
         The repository or revision is absent, gated, without weights, or cannot be reached.
     """
-    match = _HUB_ID.fullmatch(source)
-    if match is None:
+    parts = split_hub_id(source)
+    if parts is None:
         raise CheckpointError(f"{source}: is no hub id; write one like org/name@revision.")
-    repo, revision = match["repo"], match["revision"]
+    repo, revision = parts
     cached = _cached(source, repo, revision)
     if cached is not None and _is_complete(cached):
         return cached

@@ -1,9 +1,9 @@
 """What a model's modules are called once transformers has loaded it, where the files differ.
 
-Since 4.52 transformers nests the language model of every multimodal class at
-`model.language_model`. Checkpoints of the families below that were saved before, or that are saved
-under their published names still, are renamed while they load. Every other class, those with code
-of their own included, has modules named as its tensors are.
+Since 4.52 transformers nests the language model of every multimodal class inside `model`; models
+that hear joined them after 5.0. Checkpoints of the families below that were saved before, or that
+are saved under their published names still, are renamed while they load. Every other class, those
+with code of their own included, has modules named as its tensors are.
 """
 
 from __future__ import annotations
@@ -12,31 +12,58 @@ from collections.abc import Mapping
 from typing import Any
 
 _NESTED = "model.language_model."
-_RENAMED: Mapping[str, frozenset[str]] = {
-    "language_model.model.": frozenset(
+_RENAMED: Mapping[tuple[str, str], frozenset[str]] = {
+    ("language_model.model.", _NESTED): frozenset(
         {
             "aria",
+            "audioflamingo3",
             "aya_vision",
             "fuyu",
             "gemma3",
+            "glmasr",
             "got_ocr2",
+            "granite_speech",
+            "granite_speech_plus",
             "internvl",
+            "kimi_k25",
             "llava",
             "llava_next",
             "llava_next_video",
             "llava_onevision",
+            "minimax_m3_vl",
             "mistral3",
             "mllama",
+            "musicflamingo",
             "paligemma",
+            "pp_chart2table",
+            "qianfan_ocr",
+            "qwen2_audio",
+            "vibevoice_asr",
             "video_llava",
             "vipllava",
+            "voxtral",
+            "voxtral_realtime",
         }
     ),
-    "model.": frozenset({"qwen2_vl", "qwen2_5_vl"}),
+    ("model.", _NESTED): frozenset(
+        {
+            "deepseek_ocr2",
+            "ernie4_5_vl_moe",
+            "hunyuan_vl",
+            "paddleocr_vl",
+            "qwen2_5_omni_thinker",
+            "qwen2_5_vl",
+            "qwen2_vl",
+            "qwen3_omni_moe_thinker",
+            "step3p7",
+            "unlimited_ocr",
+        }
+    ),
+    ("text_model.model.", "model.text_model."): frozenset({"emu3"}),
 }
-"""Model types whose language model moves to `model.language_model.`, by the prefix it moves from.
+"""Model types whose language model moves, by the prefixes from which and to which it does.
 
-tests/test_adapter.py compares this with the table of the installed transformers.
+tests/test_adapter.py compares this with the tables of the installed transformers.
 """
 
 
@@ -54,6 +81,8 @@ def module_name(tensor: str, *, prefix: str, config: Mapping[str, Any] | None) -
     """
     name = tensor.removesuffix(".weight")
     before = prefix.removesuffix("layers.")
-    if (config or {}).get("model_type") in _RENAMED.get(before, frozenset()):
-        return _NESTED + name.removeprefix(before)
+    kind = (config or {}).get("model_type")
+    for (stored, nested), kinds in _RENAMED.items():
+        if before == stored and isinstance(kind, str) and kind in kinds:
+            return nested + name.removeprefix(before)
     return name

@@ -91,7 +91,7 @@ def split_scales(
 
     The layouts are those of transformers' FineGrainedFP8 (`weight_scale_inv`, a factor for each
     block) and of compressed-tensors, FBGEMM and ModelOpt (`weight_scale`, one factor, or one for
-    each row or group). Scales of activations are in neither result.
+    each row, group or column). Scales of activations are in neither result.
 
     Raises
     ------
@@ -109,7 +109,7 @@ def split_scales(
             continue
         found = [tensors[name + end] for end in _SCALE_SUFFIXES if name + end in tensors]
         if found:
-            scales[name] = _scale(spec, found[0], stated)
+            scales[name] = _scale(spec, found[0], stated, in_columns=_turned(spec, settings))
         elif settings:
             raise CheckpointError(
                 f"{spec.file}: fp8 tensor {shown(name)} has no scales ({shown(name)} with "
@@ -219,8 +219,19 @@ def _blocks(settings: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
                 yield block[0], block[1]
 
 
-def _scale(spec: TensorSpec, scale: TensorSpec, stated: list[tuple[int, int]]) -> Scale:
-    """`scale` with the block size that its shape means."""
+def _turned(spec: TensorSpec, settings: list[Mapping[str, Any]]) -> bool:
+    """Whether a tensor holds Llama 4's experts as FBGEMM leaves them: a factor for each column."""
+    methods = [each.get("quant_method") for each in settings]
+    return len(spec.shape) == 3 and "fbgemm_fp8" in methods
+
+
+def _scale(
+    spec: TensorSpec, scale: TensorSpec, stated: list[tuple[int, int]], *, in_columns: bool
+) -> Scale:
+    """`scale` with the block size that its shape means.
+
+    With `in_columns`, [..., columns, 1] has a factor for each column, as [..., 1, columns] always.
+    """
     if scale.dtype not in _SCALE_DTYPES:
         raise CheckpointError(
             f"{scale.file}: scales {shown(scale.name)} have the dtype {scale.dtype}, which is "
@@ -231,6 +242,9 @@ def _scale(spec: TensorSpec, scale: TensorSpec, stated: list[tuple[int, int]]) -
     by_row = (rows, 1) if scale.shape[-1:] == (1,) else (rows,)
     if factors == count and 0 not in spec.shape:
         return Scale(scale, (rows, columns))
+    by_column = [(1, columns), (columns, 1)][: 1 + in_columns]
+    if 0 not in spec.shape and scale.shape in [(*spec.shape[:-2], *each) for each in by_column]:
+        return Scale(scale, (rows, 1))
     if scale.shape == (*spec.shape[:-2], *by_row):
         return Scale(scale, (1, columns))
     grid = scale.shape[-2:]

@@ -8,18 +8,16 @@ from lean_merge.checkpoints.checkpoint import Checkpoint
 from lean_merge.checkpoints.header import TensorSpec
 from lean_merge.checkpoints.placement import Place
 from lean_merge.checkpoints.rows import WeightSource, source
-from lean_merge.checkpoints.scaledrows import ScaledRows
+from lean_merge.checkpoints.scaledrows import PlacedScaledRows, ScaledRows
 
 
 def stored_source(checkpoint: Checkpoint, place: Place) -> WeightSource:
-    """How the rows of a weight of a checkpoint are had, with its scales if it has any.
-
-    A weight with scales must be one block of rows.
-    """
+    """How the rows of a weight of a checkpoint are had, with its scales if it has any."""
     scale = checkpoint.scales.get(place.tensor.name)
     if scale is None:
         return source(place)
-    assert place.is_block
+    if not place.is_block:
+        return PlacedScaledRows(place, scale)
     return ScaledRows(place.tensor, scale, place.first // place.shape[1], place.shape[0])
 
 

@@ -20,7 +20,12 @@ from lean_merge.output.journal import JOURNAL, Journal, read_journal
 from lean_merge.output.layout import OutputTensor, Shard, index_json, plan_shards
 from lean_merge.output.opening import check_output, find_complete
 from lean_merge.output.sharing import EqualShard, Sharing
-from lean_merge.output.sidefiles import copy_side_files, remote_code, side_files
+from lean_merge.output.sidefiles import (
+    copy_side_files,
+    missing_from_cache,
+    remote_code,
+    side_files,
+)
 from lean_merge.output.state import changed_input
 
 __all__ = [
@@ -53,6 +58,7 @@ __all__ = [
     "find_complete",
     "index_json",
     "license_of",
+    "missing_from_cache",
     "model_card",
     "plan_shards",
     "read_journal",

@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lean_merge.checkpoints.dtypes import safetensors_dtype
+from lean_merge.checkpoints.hub import split_hub_id
 from lean_merge.checkpoints.reader import as_bytes
 from lean_merge.errors import DataError, OutputError
 from lean_merge.output.blocks import Block
@@ -204,12 +206,16 @@ def adapter_config(modules: Sequence[AdapterModule], *, base_model: str) -> dict
     """The content of adapter_config.json.
 
     Every alpha is its rank, so PEFT's scaling alpha / rank is 1 everywhere, for loaders too that
-    know one alpha only. `r` is the largest rank; the patterns name the modules below it.
+    know one alpha only. `r` is the largest rank; the patterns name the modules below it. What
+    follows the @ of a hub id has a key of its own: loaders take the rest for a repository's name.
     """
+    hub_id = None if Path(base_model).expanduser().exists() else split_hub_id(base_model)
+    name, revision = hub_id or (base_model, None)
     largest = max(module.rank for module in modules)
     smaller = {module.name: module.rank for module in modules if module.rank < largest}
     return {
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": name,
+        "revision": revision,
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "inference_mode": True,

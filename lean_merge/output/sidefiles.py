@@ -11,6 +11,7 @@ from typing import Any
 
 from lean_merge.checkpoints.checkpoint import Checkpoint
 from lean_merge.checkpoints.dtypes import torch_dtype
+from lean_merge.checkpoints.hub import split_hub_id
 from lean_merge.checkpoints.jsonfile import read_object
 from lean_merge.checkpoints.safepaths import checked_file
 from lean_merge.errors import CheckpointError, is_plain
@@ -24,7 +25,10 @@ _WEIGHTS = re.compile(
 _OWN = re.compile(r"lean[_-]merge.*", re.IGNORECASE)
 _TEMPLATES = "additional_chat_templates"
 _QUANTISATION = ("quantization_config", "compression_config")
+# Beside config.json ModelOpt says it again, and vLLM goes by it.
+_QUANTISATION_FILE = "hf_quant_config.json"
 _MAX_CONFIG = 10_000_000
+_TOKENIZERS = re.compile(r"(tokenizer|vocab|merges|spiece|tekken).*", re.IGNORECASE)
 _PART = 1 << 20
 _LONGEST_NAME = 255
 
@@ -61,8 +65,23 @@ def _comes_along(file: Path) -> bool:
     return file.is_symlink() or file.is_file()
 
 
+def missing_from_cache(mllm: Checkpoint) -> list[str]:
+    """A sentence if a hub repository's snapshot holds no tokenizer, as after loading a model alone.
+
+    A snapshot with all its weights is used without asking the hub for what else there is.
+    """
+    if split_hub_id(mllm.source) is None or Path(mllm.source).expanduser().exists():
+        return []
+    if any(_TOKENIZERS.fullmatch(file.name) for file in side_files(mllm.path)):
+        return []
+    return [
+        f"The snapshot of {mllm.source} in the local cache has no tokenizer, and so the output has "
+        "none; fetch tokenizer and processor into the cache first, or save them into the output."
+    ]
+
+
 def copy_side_files(
-    mllm_path: Path, folder: OutputFolder, *, out_dtype: str | None, decoded: bool = False
+    mllm_path: Path, folder: OutputFolder, *, out_dtype: str | None, decoded: str | None = None
 ) -> tuple[str, ...]:
     """Copies the MLLM's side files into the output, as data.
 
@@ -76,8 +95,8 @@ def copy_side_files(
         What the weights were converted to, as "BF16" or "bfloat16": config.json then says so. None
         copies config.json byte for byte.
     decoded
-        Whether quantised weights were written as plain numbers: config.json then no longer says
-        how they are quantised.
+        Of an MLLM whose quantised weights were written as plain numbers, the dtype that these have
+        without an `out_dtype`: no file then says any longer how they are quantised.
 
     Returns
     -------
@@ -96,9 +115,10 @@ def copy_side_files(
     names = []
     for file in side_files(mllm_path):
         name = file.relative_to(mllm_path).as_posix()
+        if decoded and name == _QUANTISATION_FILE:
+            continue
         if name == "config.json" and (out_dtype is not None or decoded):
-            word = None if out_dtype is None else _config_word(out_dtype)
-            folder.write_file(name, _rewritten(file, word, decoded=decoded))
+            folder.write_file(name, _rewritten(file, out_dtype, decoded))
         else:
             folder.write_file(name, _parts(file))
         names.append(name)
@@ -144,23 +164,29 @@ def _config_word(dtype: str) -> str:
     return words[dtype]
 
 
-def _rewritten(file: Path, dtype: str | None, *, decoded: bool) -> bytes:
+def _rewritten(file: Path, out_dtype: str | None, decoded: str | None) -> bytes:
     mend = "download or save the checkpoint again"
     config = read_object(file, limit=_MAX_CONFIG, what="config", mend=mend, unique=False)
-    if dtype is not None and not _set_dtype(config, dtype):
-        config["dtype"] = dtype
-    for part in (config, *(v for v in config.values() if isinstance(v, dict))) if decoded else ():
-        for key in _QUANTISATION:
-            part.pop(key, None)
+    if decoded is not None:
+        for part in (config, *(v for v in config.values() if isinstance(v, dict))):
+            for key in _QUANTISATION:
+                part.pop(key, None)
+        _set_dtype(config, _config_word(decoded), only="float8")
+    if out_dtype is not None and not _set_dtype(config, word := _config_word(out_dtype)):
+        config["dtype"] = word
     # As ASCII, since a text may hold half of a surrogate pair, which UTF-8 cannot.
     return (json.dumps(config, indent=2) + "\n").encode("ascii")
 
 
-def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
-    """Sets what `config` and its nested configs say of a dtype; whether `config` itself did."""
+def _set_dtype(config: dict[str, Any], dtype: str, *, only: str = "") -> bool:
+    """Sets what `config` and its nested configs say of a dtype; whether `config` itself did.
+
+    What does not begin with `only` stays as it is.
+    """
     stated = [key for key in ("torch_dtype", "dtype") if key in config]
+    stated = [key for key in stated if str(config[key]).startswith(only)]
     config.update(dict.fromkeys(stated, dtype))
     for key, value in config.items():
         if key.endswith("_config") and isinstance(value, dict):
-            _set_dtype(value, dtype)
+            _set_dtype(value, dtype, only=only)
     return bool(stated)
