@@ -158,22 +158,24 @@ def truncation_bytes(rank: int) -> int:
     return 12 * rank**2 * 8 + 4 * STRIP_ELEMENTS * 8
 
 
-def factor_bytes(weight: WeightShape, rank: int) -> int:
-    """The factors [out, rank] and [rank, in] of an update, in float32."""
-    return (weight.out_features + weight.in_features) * rank * 4
+def waiting_bytes(weight: WeightShape, rank: int) -> int:
+    """What two updates of at most `rank` hold that wait to be stored while the next is found.
+
+    The factors [out, rank] and [rank, in] of each, in float32, and what one more weight keeps.
+    """
+    factors = (weight.out_features + weight.in_features) * rank * 4
+    return 2 * factors + weight.held
 
 
-def host_bytes(
-    weight: WeightShape, *, widest: int, workspace: int, workers: int, rank: int = 0
-) -> int:
+def host_bytes(weight: WeightShape, *, widest: int, workspace: int, workers: int) -> int:
     """All that merging one logical weight holds on the CPU with no tile resident there.
 
-    `workspace`, `widest`, and the `rank` of updates that wait to be stored, are the method's. Where the analysis runs on another device, they are
+    `workspace` and `widest` are the method's. Where the analysis runs on another device, they are
     counted too: small problems are the CPU's, and so is all if that device runs out of memory.
     """
     analysis = workers * worker_bytes(weight, widest) + lane_bytes(weight, widest) + workspace
-    # The two before it may still be written, with what they keep.
-    kept = 3 * weight.held + 2 * factor_bytes(weight, rank)
+    # The one before it may still be written, with what it keeps.
+    kept = 2 * weight.held
     return analysis + workers * (apply_bytes(weight) + COPY_BUFFER) + kept + SLACK
 
 

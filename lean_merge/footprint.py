@@ -79,7 +79,6 @@ class Layout:
             widest=cost.widest,
             workspace=cost.workspace,
             workers=self.workers,
-            rank=self._waiting(weight) if cost.workspace else 0,
         )
         if self.on_cpu or not cost.passes:
             return host, 0
@@ -89,11 +88,12 @@ class Layout:
         )
         return host, device
 
-    def _waiting(self, weight: LogicalWeight) -> int:
-        """Rank at most of an update that may wait to be stored while the next is analysed."""
+    def waiting(self, weight: LogicalWeight) -> int:
+        """Bytes on the host of updates that wait to be stored while the next weight is analysed."""
         method = self.methods.get(weight.canonical)
-        ahead = self.output == "checkpoint" and method is not None
-        return method.largest_rank(weight.shape) if ahead and method is not None else 0
+        if method is None or self.output != "checkpoint" or not self.cost(weight).workspace:
+            return 0
+        return budget.waiting_bytes(self.shape(weight), method.largest_rank(weight.shape))
 
     def feeding(self, weights: Sequence[LogicalWeight]) -> int:
         """Bytes on the host for bringing tiles to the device: pinned ones, and its libraries'."""
@@ -160,15 +160,27 @@ class Room:
         Most bytes that weights hold, the arena included.
     beside : frozenset of str
         Canonical names of the weights of which two may be analysed at a time.
+    eager : bool
+        Whether the next weight is analysed while two updates wait to be stored.
     """
 
     arena: int
     peak: int
     beside: frozenset[str] = frozenset()
+    eager: bool = False
 
 
 def share_room(weights: Sequence[LogicalWeight], layout: Layout) -> Room:
     """One weight after another, or two at a time of those that are small enough for it."""
+    waiting = max((layout.waiting(weight) for weight in weights), default=0)
+    room = _room(weights, layout, waiting)
+    if layout.held + room.peak + waiting > layout.memory:
+        return _room(weights, layout, 0)
+    return dataclasses.replace(room, peak=room.peak + waiting, eager=True)
+
+
+def _room(weights: Sequence[LogicalWeight], layout: Layout, waiting: int) -> Room:
+    """How weights share what is left beside so many bytes that wait."""
     if not layout.on_cpu:
         return Room(0, layout.most)
     kept = {weight.canonical: budget.aligned(layout.kept(weight)) for weight in weights}
@@ -181,7 +193,7 @@ def share_room(weights: Sequence[LogicalWeight], layout: Layout) -> Room:
         for w in weights
         if layout.cost(w).passes
     }
-    limit = min(layout.memory, budget.FULL_SPEED) - layout.held
+    limit = min(layout.memory, budget.FULL_SPEED) - layout.held - waiting
     # Weights are many and sizes are few: a mixture has thousands of one.
     order = sorted(set(sizes.values()), key=lambda size: (size[0] + size[1], size), reverse=True)
     for number in range(len(order)):

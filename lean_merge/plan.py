@@ -109,6 +109,8 @@ class Plan:
     """Bytes on the host for tiles that stay, of all weights that are analysed at a time."""
     at_a_time: int
     """How many weights may be analysed at a time."""
+    eager: bool
+    """Whether there is memory for updates that wait while the next weight is analysed."""
     reading: Reading
     prediction: Prediction
     notes: tuple[str, ...]
@@ -305,6 +307,7 @@ def _plan(
         workers=layout.workers,
         arena=room.arena,
         at_a_time=2 if room.beside else 1,
+        eager=room.eager,
         reading=layout.reading,
         prediction=Prediction(layout.held + room.peak),
         notes=tuple(notes),

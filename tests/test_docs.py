@@ -153,9 +153,11 @@ def memory_example() -> str:
         out_features=4096, in_features=11008, roles=2, stored_item=2, task_item=2, arithmetic_item=2
     )
     shape = weight.out_features, weight.in_features
-    cost = build_method(family_recipe()).cost(shape, item=weight.arithmetic_item)
+    method = build_method(family_recipe())
+    cost, rank = method.cost(shape, item=weight.arithmetic_item), method.largest_rank(shape)
     least = budget.host_bytes(weight, widest=cost.widest, workspace=cost.workspace, workers=2)
     tiles = weight.tiles * weight.resident_tile
+    waiting = budget.waiting_bytes(weight, rank)
     worker, apply = budget.worker_bytes(weight, cost.widest), budget.apply_bytes(weight)
     lanes = f"lanes: {budget.LANES + 1} x {weight.roles} x {shape[1]} x {cost.widest} x 4 bytes"
     rows = {
@@ -167,7 +169,8 @@ def memory_example() -> str:
         "**no tile resident: the smallest that works**": least,
         f"all {weight.tiles} tiles of two task vectors: "
         f"{weight.tiles} x {weight.resident_tile / MIB:.2f}": tiles,
-        "**all resident: full speed**": least + tiles,
+        f"two updates that wait: 2 x {sum(shape)} x {rank} x 4 bytes": waiting,
+        "**all resident: full speed**": least + tiles + waiting,
     }
     read, written = (
         budget.strip_rows(shape[1], elements)

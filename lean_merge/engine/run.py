@@ -202,7 +202,7 @@ class _Engine:
             if note is None and isinstance(task, WeightTask)
             for number in range(len(task.weight.slices))
         ]
-        self._analyses = Ahead(plan, self.analyst, drivers, parts, eager=sink.ahead)
+        self._analyses = Ahead(plan, self.analyst, drivers, parts, eager=sink.ahead and plan.eager)
         self._settled = 0
 
     def begin(self, index: int, task: CopyTask | WeightTask, note: Note | None) -> _Begun:

@@ -1,8 +1,10 @@
 """The null law: how alike corresponding directions of unrelated matrices are by chance.
 
 The cosine of two independent directions that are uniform on the sphere in R^n has
-s^2 ~ Beta(1/2, (n - 1) / 2); its mean is about sqrt(2 / (pi n)). `scipy.special`
-says all of that; `scipy.stats` would take 30 MiB of memory and most of a second at every start.
+s^2 ~ Beta(1/2, (n - 1) / 2); its mean is about sqrt(2 / (pi n)).
+
+scipy is imported where it is used: a merge at a given threshold needs none of this, and
+`scipy.special` takes 10 MiB and a fifth of a second, `scipy.stats` another 30 MiB and half of one.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import betainc, betaincinv, smirnov
 
 _EQUAL = 1e-9
 """Distance of values that are not told apart."""
@@ -23,6 +24,8 @@ def null_quantile(probability: float, in_features: int, *, directions: int = 1) 
     """The cosine that the largest of so many chance `directions` exceeds with 1 - `probability`."""
     if in_features < 2:
         return 1.0
+    from scipy.special import betaincinv
+
     each = probability ** (1 / max(1, directions))
     square = float(betaincinv(0.5, (in_features - 1) / 2, each))
     return math.sqrt(square)
@@ -32,6 +35,8 @@ def null_cdf(cosine: float, in_features: int, *, directions: int = 1) -> float:
     """The probability that the largest of so many chance `directions` is at most `cosine`."""
     if in_features < 2:
         return float(cosine >= 1.0)
+    from scipy.special import betainc
+
     below = float(betainc(0.5, (in_features - 1) / 2, min(cosine**2, 1.0)))
     return below ** max(1, directions)
 
@@ -41,6 +46,8 @@ def uniform_distance(probabilities: Sequence[float]) -> tuple[float, float]:
 
     Small probabilities are no evidence against the law here, for nothing is less than unrelated.
     """
+    from scipy.special import smirnov
+
     ordered = np.sort(np.asarray(probabilities, dtype=np.float64))
     distance = float(np.max(ordered - np.arange(ordered.size) / ordered.size))
     return distance, float(smirnov(ordered.size, distance))

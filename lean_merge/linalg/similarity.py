@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from scipy.special import log_ndtr
 from torch import Tensor
 
 
@@ -38,7 +37,11 @@ def log_omitted(
         if float((tail**2).mean()) > variance:
             variance, bound = float((tail**2).mean()), max(bound, float(tail.max()))
     spread = temperature * math.sqrt(variance)
-    mean = math.log(2) + spread**2 / 2 + float(log_ndtr(spread))
+    mean = (
+        math.log(2)
+        + spread**2 / 2
+        + float(torch.special.log_ndtr(torch.tensor(spread, dtype=torch.float64)))
+    )
     return math.log(omitted) + min(mean, temperature * bound)
 
 
