@@ -28,6 +28,7 @@ from lean_merge.checkpoints import (
     read_header,
 )
 from lean_merge.checkpoints.lorarows import LoraRows
+from lean_merge.checkpoints.placement import Place
 from lean_merge.checkpoints.quantised import Scale
 from lean_merge.checkpoints.rows import PlainRows
 from lean_merge.checkpoints.scaledrows import ScaledRows
@@ -117,7 +118,9 @@ def test_any_rows_of_any_blocks_are_decoded(tmp_path: Path, data: st.DataObject)
     matrix = data.draw(st.integers(0, count - 1))
     first = data.draw(st.integers(0, rows - 1))
     height = data.draw(st.integers(1, rows - first))
-    source = ScaledRows(specs["w"], Scale(specs["s"], block), matrix * rows + first, height)
+    at = (matrix * rows + first) * columns
+    place = Place(specs["w"], (height, columns), at, height, height)
+    source = ScaledRows(place, Scale(specs["s"], block))
     start = data.draw(st.integers(0, height - 1))
     part = slice(start, data.draw(st.integers(start + 1, height)))
     found = read_rows(source, part)

@@ -22,7 +22,7 @@ from lean_merge import footprint, open_checkpoint
 from lean_merge.checkpoints import map_roles, read_header
 from lean_merge.checkpoints.placement import Place, stack_places
 from lean_merge.checkpoints.quantised import Scale
-from lean_merge.checkpoints.scaledrows import PlacedScaledRows
+from lean_merge.checkpoints.scaledrows import ScaledRows
 from lean_merge.checkpoints.sources import stored_source
 
 __all__ = ["many_tiles"]
@@ -74,7 +74,7 @@ def test_any_columns_of_any_blocks_are_decoded(tmp_path: Path, data: st.DataObje
     first = matrix * into * width + columns.start
     place = Place(tensor, (out, into), first, out, out, width)
     rows = some_rows(data, out)
-    found = read_rows(PlacedScaledRows(place, scale), rows)
+    found = read_rows(ScaledRows(place, scale), rows)
     assert torch.equal(found, meant[matrix, :, columns].T[rows])
 
 
@@ -88,7 +88,7 @@ def test_any_interleaved_rows_of_any_blocks_are_decoded(tmp_path: Path, data: st
     tensor, scale, meant = stored_tensor(tmp_path, (groups * (run + gap), width), data)
     place = Place(tensor, (groups * run, width), before * width, run, run + gap)
     rows = some_rows(data, groups * run)
-    found = read_rows(PlacedScaledRows(place, scale), rows)
+    found = read_rows(ScaledRows(place, scale), rows)
     wanted = meant.view(groups, run + gap, width)[:, before : before + run]
     assert torch.equal(found, wanted.reshape(-1, width)[rows])
 

@@ -4,136 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lean_merge.checkpoints.dtypes import torch_dtype
 from lean_merge.checkpoints.header import TensorSpec
-from lean_merge.checkpoints.placement import Place
 from lean_merge.checkpoints.quantised import Scale
 from lean_merge.checkpoints.reader import TensorReader, as_bytes
-from lean_merge.checkpoints.rows import Buffer, WeightSource, source
+from lean_merge.checkpoints.rows import Buffer, PlacedRows, source
 from lean_merge.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
-class ScaledRows(WeightSource):
-    """Rows [first, first + count) of an fp8 tensor [..., out, in], as float32 numbers.
+class ScaledRows(PlacedRows):
+    """Rows of an fp8 tensor, wherever they lie in one matrix of it, as float32 numbers."""
 
-    Rows are counted over the whole stack; those of one source lie in one matrix of it.
-    """
-
-    tensor: TensorSpec
-    scale: Scale
-    first: int
-    count: int
-    factors: Tensor | None = field(default=None, compare=False, repr=False)
-    """One for each block that the rows touch, float32, once they are loaded."""
-
-    @property
-    def name(self) -> str:
-        """Of the stored tensor."""
-        return self.tensor.name
-
-    @property
-    def file(self) -> Path:
-        """Of the stored tensor."""
-        return self.tensor.file
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """out, in of the logical weight."""
-        return self.count, self.tensor.shape[-1]
-
-    @property
-    def dtype(self) -> str:
-        """Float32, in which a product of fp8 and a scale is exact but for one rounding."""
-        return "F32"
-
-    @property
-    def stored(self) -> tuple[TensorSpec, ...]:
-        """The tensor and its scales."""
-        return self.tensor, self.scale.tensor
-
-    @property
-    def _blocks_wide(self) -> int:
-        return -(-self.shape[1] // self.scale.block[1])
-
-    @property
-    def _scale_bytes(self) -> int:
-        """Bytes of the factors of one row of blocks."""
-        return self._blocks_wide * torch_dtype(self.scale.tensor.dtype).itemsize
-
-    def _block_rows(self, rows: slice) -> slice:
-        """The rows of blocks that `rows` touch, counted over the whole stack."""
-        matrix, start, stop = self._inside(rows)
-        high = self.scale.block[0]
-        before = matrix * -(-self.tensor.shape[-2] // high)
-        return slice(before + start // high, before + -(-stop // high))
-
-    def _inside(self, rows: slice) -> tuple[int, int, int]:
-        """Which matrix of the stack, and the rows in it."""
-        height = self.tensor.shape[-2] if len(self.tensor.shape) > 1 else 1
-        matrix, start = divmod(self.first + rows.start, height)
-        return matrix, start, start + rows.stop - rows.start
-
-    @property
-    def loaded(self) -> int:
-        """The bytes of the factors of all blocks."""
-        blocks = self._block_rows(slice(0, self.count))
-        return int((blocks.stop - blocks.start) * self._scale_bytes)
-
-    @property
-    def held(self) -> int:
-        """The factors as they are stored and in float32."""
-        blocks = self._block_rows(slice(0, self.count))
-        return self.loaded + 4 * int(blocks.stop - blocks.start) * self._blocks_wide
-
-    def load(self, reader: TensorReader) -> ScaledRows:
-        """With its factors. Raises DataError for a factor that is none."""
-        blocks = self._block_rows(slice(0, self.count))
-        return replace(
-            self, factors=_load(self.scale, self.name, blocks, self._blocks_wide, reader)
-        )
-
-    def nbytes(self, rows: slice) -> int:
-        """The bytes of the rows."""
-        return int(rows.stop - rows.start) * self.shape[1]
-
-    def scratch(self, count: int) -> int:
-        """The stored numbers."""
-        return count * self.shape[1]
-
-    def read(self, rows: slice, reader: TensorReader, buffer: Buffer, name: str) -> Tensor:
-        """The rows times their scales; `load` comes first."""
-        assert self.factors is not None
-        width = self.shape[1]
-        shape = (rows.stop - rows.start, width)
-        codes = buffer(f"{name} codes", shape, torch_dtype(self.tensor.dtype))
-        reader.read_into(self.tensor, (self.first + rows.start) * width, as_bytes(codes))
-        out = buffer(name, shape, torch.float32).copy_(codes)
-        first = self._block_rows(slice(0, self.count)).start
-        blocks = self._block_rows(rows)
-        factors = self.factors[blocks.start - first : blocks.stop - first]
-        for part, factor in zip(self._strips(rows), factors, strict=True):
-            _multiply(out[part], factor, self.scale.block[1])
-        return out
-
-    def _strips(self, rows: slice) -> Iterator[slice]:
-        """The rows of each row of blocks, counted from the first of `rows`."""
-        _, start, stop = self._inside(rows)
-        high = self.scale.block[0]
-        for block in range(start // high, -(-stop // high)):
-            yield slice(max(start, block * high) - start, min(stop, (block + 1) * high) - start)
-
-
-@dataclass(frozen=True, slots=True)
-class PlacedScaledRows(WeightSource):
-    """Rows of an fp8 tensor that lie apart, or that are stored as columns, as float32 numbers."""
-
-    place: Place
     scale: Scale
     factors: Tensor | None = field(default=None, compare=False, repr=False)
     """One for each block of the stored rows from the first to the last, once they are loaded."""
@@ -144,29 +30,9 @@ class PlacedScaledRows(WeightSource):
         return self.place.tensor
 
     @property
-    def name(self) -> str:
-        """Of the stored tensor."""
-        return self.tensor.name
-
-    @property
-    def file(self) -> Path:
-        """Of the stored tensor."""
-        return self.tensor.file
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """out, in of the logical weight."""
-        return self.place.shape
-
-    @property
     def dtype(self) -> str:
-        """Float32, as of `ScaledRows`."""
+        """Float32, in which a product of fp8 and a scale is exact but for one rounding."""
         return "F32"
-
-    @property
-    def in_columns(self) -> bool:
-        """As its place says."""
-        return bool(self.place.width)
 
     @property
     def stored(self) -> tuple[TensorSpec, ...]:
@@ -181,7 +47,7 @@ class PlacedScaledRows(WeightSource):
     @property
     def _origin(self) -> tuple[int, int, int]:
         """Its first number: which matrix of the stack, stored row and column."""
-        height, width = self.tensor.shape[-2:]
+        height, width = (1, *self.tensor.shape)[-2:]
         row, column = divmod(self.place.first, width)
         return *divmod(row, height), column
 
@@ -197,7 +63,7 @@ class PlacedScaledRows(WeightSource):
     def _blocks(self) -> slice:
         """The rows of blocks that it touches, counted over the whole stack."""
         high = self.scale.block[0]
-        before = self._origin[0] * -(-self.tensor.shape[-2] // high)
+        before = self._origin[0] * -(-(1, *self.tensor.shape)[-2] // high)
         start, stop = self._stored_rows
         return slice(before + start // high, before + -(-stop // high))
 
@@ -220,7 +86,7 @@ class PlacedScaledRows(WeightSource):
         """The factors as they are stored and in float32."""
         return self.loaded + 4 * self._count
 
-    def load(self, reader: TensorReader) -> PlacedScaledRows:
+    def load(self, reader: TensorReader) -> ScaledRows:
         """With its factors. Raises DataError for a factor that is none."""
         factors = _load(self.scale, self.name, self._blocks, self._blocks_wide, reader)
         return replace(self, factors=factors)

@@ -8,17 +8,13 @@ from lean_merge.checkpoints.checkpoint import Checkpoint
 from lean_merge.checkpoints.header import TensorSpec
 from lean_merge.checkpoints.placement import Place
 from lean_merge.checkpoints.rows import WeightSource, source
-from lean_merge.checkpoints.scaledrows import PlacedScaledRows, ScaledRows
+from lean_merge.checkpoints.scaledrows import ScaledRows
 
 
 def stored_source(checkpoint: Checkpoint, place: Place) -> WeightSource:
     """How the rows of a weight of a checkpoint are had, with its scales if it has any."""
     scale = checkpoint.scales.get(place.tensor.name)
-    if scale is None:
-        return source(place)
-    if not place.is_block:
-        return PlacedScaledRows(place, scale)
-    return ScaledRows(place.tensor, scale, place.first // place.shape[1], place.shape[0])
+    return source(place) if scale is None else ScaledRows(place, scale)
 
 
 def decoded_matrices(checkpoint: Checkpoint, tensor: TensorSpec) -> tuple[WeightSource, ...]:
@@ -26,6 +22,9 @@ def decoded_matrices(checkpoint: Checkpoint, tensor: TensorSpec) -> tuple[Weight
     scale = checkpoint.scales.get(tensor.name)
     if scale is None or 0 in tensor.shape:
         return ()
-    height = (1, *tensor.shape)[-2]
-    count = math.prod(tensor.shape[:-1])
-    return tuple(ScaledRows(tensor, scale, first, height) for first in range(0, count, height))
+    height, width = (1, *tensor.shape)[-2:]
+    size = height * width
+    return tuple(
+        ScaledRows(Place(tensor, (height, width), first, height, height), scale)
+        for first in range(0, math.prod(tensor.shape), size)
+    )

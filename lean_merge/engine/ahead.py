@@ -46,8 +46,7 @@ class Part:
 class _Running:
     part: Part
     start: int
-    stop: int
-    """The place in the arena that holds its tiles."""
+    """Where in the arena the place of its tiles begins."""
     batch: Batch[Found]
 
 
@@ -102,7 +101,7 @@ class Ahead:
             part, (start, stop) = self._coming.popleft(), place
             analyze = partial(self._analyze, arena=self._arena[start:stop])
             batch = self._drivers.start(analyze, [part])
-            self._running.append(_Running(part, start, stop, batch))
+            self._running.append(_Running(part, start, batch))
 
     def _place(self, part: Part) -> tuple[int, int] | None:
         """Where in the arena the tiles of `part` may stay; None while there is no room for it.
