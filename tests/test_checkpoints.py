@@ -234,30 +234,9 @@ def test_a_file_that_vanishes_is_reported(stored):
     with TensorReader() as reader:
         with pytest.raises(CheckpointError, match="cannot read tensor 'x'"):
             reader.read_into(spec, 0, memoryview(bytearray(1)))
-        reader.prefetch(spec)
-        reader.drop(spec)
-
-
-def test_advice_is_given_about_the_tensor_only(stored, monkeypatch: pytest.MonkeyPatch):
-    spec, _ = stored
-    calls: list[tuple[int, int, int]] = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda fd, *rest: calls.append(rest), raising=False)
-    monkeypatch.setattr(os, "POSIX_FADV_WILLNEED", 3, raising=False)
-    monkeypatch.setattr(os, "POSIX_FADV_DONTNEED", 4, raising=False)
-    with TensorReader() as reader:
-        reader.prefetch(spec)
-        reader.prefetch(spec, 100, 50)
-        reader.prefetch(spec, 10_000, 5_000)
-        reader.prefetch(spec, 10_240)
-        reader.drop(spec)
-        monkeypatch.delattr(os, "posix_fadvise")
-        reader.prefetch(spec)
-    assert calls == [
-        (spec.offset, 10240, 3),
-        (spec.offset + 100, 50, 3),
-        (spec.offset + 10_000, 240, 3),
-        (spec.offset, 10240, 4),
-    ]
+        reader.prefetch(spec, 0, spec.nbytes)
+        reader.drop(spec, 0, spec.nbytes)
+        assert reader.bytes_read == 0
 
 
 def test_threads_share_a_reader_with_few_files(tmp_path: Path):

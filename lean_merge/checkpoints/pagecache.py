@@ -1,4 +1,4 @@
-"""What the system's page cache holds of a file."""
+"""What the system's page cache holds of a file, and bringing more there."""
 
 from __future__ import annotations
 
@@ -9,26 +9,87 @@ from functools import cache
 
 import numpy as np
 
+_CACHESTAT = 451
+"""The number of the system call, on every 64-bit Linux but Alpha; since Linux 6.5."""
+_MADV_HUGEPAGE = 14
+_MADV_POPULATE_READ = 22
+"""Since Linux 5.14."""
+
+
+class _Range(ctypes.Structure):
+    _fields_ = (("start", ctypes.c_uint64), ("length", ctypes.c_uint64))
+
+
+class _Counts(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_uint64)
+        for name in ("cached", "dirty", "written_back", "evicted", "recently_evicted")
+    )
+
 
 def cached_share(descriptor: int, start: int, length: int) -> float:
     """Share of the pages of [start, start + length) in memory; 1 where the system does not tell.
 
-    Mapping a file reads nothing. Raises OSError.
+    Nothing is read. Raises OSError.
     """
-    mincore = _mincore()
-    if mincore is None or length <= 0:
+    if length <= 0 or (library := _library()) is None:
         return 1.0
     first = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
     size = start + length - first
+    pages = -(-size // mmap.PAGESIZE)
+    count = _cachestat(library, descriptor, first, size)
+    if count is None:
+        count = _mincore(library, descriptor, first, size)
+    return 1.0 if count is None else min(1.0, count / pages)
+
+
+def _cachestat(library: ctypes.CDLL, descriptor: int, start: int, size: int) -> int | None:
+    """Pages in memory by the system call that looks at these alone; None where there is none."""
+    if sys.maxsize < 1 << 32:
+        return None
+    counts = _Counts()
+    failed = library.syscall(
+        ctypes.c_long(_CACHESTAT),
+        ctypes.c_uint(descriptor),
+        ctypes.byref(_Range(start, size)),
+        ctypes.byref(counts),
+        ctypes.c_uint(0),
+    )
+    return None if failed else int(counts.cached)
+
+
+def _mincore(library: ctypes.CDLL, descriptor: int, start: int, size: int) -> int | None:
+    """The same by mapping the file, some fifty times slower."""
     resident = np.zeros(-(-size // mmap.PAGESIZE), dtype=np.uint8)
-    with mmap.mmap(descriptor, size, offset=first, access=mmap.ACCESS_READ) as mapping:
-        address = np.frombuffer(mapping, dtype=np.uint8).ctypes.data
-        failed = mincore(
-            ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_void_p(resident.ctypes.data)
+    with mmap.mmap(descriptor, size, offset=start, access=mmap.ACCESS_READ) as mapping:
+        failed = library.mincore(
+            _address(mapping), ctypes.c_size_t(size), ctypes.c_void_p(resident.ctypes.data)
         )
-    return 1.0 if failed else float((resident & 1).mean())
+    return None if failed else int((resident & 1).sum())
+
+
+def fetch(descriptor: int, start: int, length: int) -> bool:
+    """Brings the bytes [start, start + length) of a file into memory; False if that cannot be had.
+
+    They are mapped for a moment and the system is asked to populate that: so it fetches them in
+    pages as large as it has, which take a third of its time for small ones, those that it fetches
+    on POSIX_FADV_WILLNEED. Nothing here touches the mapping, so that a file which has become
+    shorter is an error like others. Raises OSError, and ValueError if the file is shorter.
+    """
+    if length <= 0 or (library := _library()) is None:
+        return False
+    first = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    size = ctypes.c_size_t(start + length - first)
+    with mmap.mmap(descriptor, size.value, offset=first, access=mmap.ACCESS_READ) as mapping:
+        address = _address(mapping)
+        library.madvise(address, size, _MADV_HUGEPAGE)
+        return not library.madvise(address, size, _MADV_POPULATE_READ)
+
+
+def _address(mapping: mmap.mmap) -> ctypes.c_void_p:
+    return ctypes.c_void_p(np.frombuffer(mapping, dtype=np.uint8).ctypes.data)
 
 
 @cache
-def _mincore() -> ctypes._NamedFuncPointer | None:
-    return ctypes.CDLL(None, use_errno=True).mincore if sys.platform == "linux" else None
+def _library() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None

@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 
 import torch
 
 from lean_merge.checkpoints.descriptors import DescriptorPool
 from lean_merge.checkpoints.header import TensorSpec
-from lean_merge.checkpoints.pagecache import cached_share
+from lean_merge.checkpoints.pagecache import cached_share, fetch
 from lean_merge.errors import CheckpointError, shown
 
 # One read of more than 2 GiB - 4 KiB is cut short by Linux and refused by macOS.
 _LARGEST_READ = 1 << 30
+_LARGEST_PAGE = 2 << 20
+# Read at a time only to bring it into the page cache: enough that the system reads ahead by itself.
+_FETCHED = 1 << 20
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
@@ -151,21 +155,40 @@ class TensorReader:
         out[: len(data)] = data
         return len(data)
 
-    def prefetch(self, spec: TensorSpec, start: int = 0, length: int | None = None) -> None:
-        """Asks the system to read bytes of a tensor ahead; does nothing where it cannot.
+    def prefetch(self, spec: TensorSpec, start: int, length: int) -> None:
+        """Brings bytes of a tensor into the page cache, as far as it can.
 
         Parameters
         ----------
         spec
             The tensor.
         start, length
-            The bytes [start, start + length); by default to the tensor's end.
+            The bytes [start, start + length), as far as the tensor has them.
         """
-        self._advise(spec, start, length, "POSIX_FADV_WILLNEED")
+        stop = min(start + length, spec.nbytes)
+        # Whatever is wrong, the read that follows reports it.
+        with suppress(OSError, ValueError), self._files.use(spec.file) as descriptor:
+            if fetch(descriptor, spec.offset + start, stop - start) or not hasattr(os, "pread"):
+                return
+            while start < stop:
+                count = len(os.pread(descriptor, min(_FETCHED, stop - start), spec.offset + start))
+                if count == 0:
+                    return
+                start += count
 
-    def drop(self, spec: TensorSpec, start: int = 0, length: int | None = None) -> None:
-        """Asks the system to forget its cached pages of a tensor; see `prefetch`."""
-        self._advise(spec, start, length, "POSIX_FADV_DONTNEED")
+    def drop(self, spec: TensorSpec, start: int, length: int) -> None:
+        """Asks the system to forget its cached pages of a tensor; does nothing where it cannot.
+
+        A large page is given up only as a whole, so what precedes `start` in its page goes too.
+        """
+        count = min(length, spec.nbytes - start)
+        # A length of 0 would mean the rest of the file.
+        if count <= 0 or not hasattr(os, "posix_fadvise"):
+            return
+        first = (spec.offset + start) // _LARGEST_PAGE * _LARGEST_PAGE
+        count = spec.offset + start + count - first
+        with suppress(OSError), self._files.use(spec.file) as descriptor:
+            os.posix_fadvise(descriptor, first, count, os.POSIX_FADV_DONTNEED)
 
     def is_cached(self, spec: TensorSpec, start: int, length: int) -> bool:
         """Whether most of a tensor's bytes [start, start + length) wait in the page cache.
@@ -178,15 +201,3 @@ class TensorReader:
         except (OSError, ValueError):
             # A ValueError is a file that has become shorter: the read that follows says so.
             return True
-
-    def _advise(self, spec: TensorSpec, start: int, length: int | None, advice: str) -> None:
-        count = min(spec.nbytes - start, spec.nbytes if length is None else length)
-        # A length of 0 would mean the rest of the file.
-        if count <= 0 or not hasattr(os, "posix_fadvise"):
-            return
-        try:
-            with self._files.use(spec.file) as descriptor:
-                os.posix_fadvise(descriptor, spec.offset + start, count, getattr(os, advice))
-        except OSError:
-            # Advice only: the read that follows reports what is wrong.
-            return

@@ -1,4 +1,4 @@
-"""Read-ahead and write-behind by the system's page cache, from two quiet threads."""
+"""Read-ahead and write-behind through the system's page cache, from two quiet threads."""
 
 from __future__ import annotations
 
@@ -51,10 +51,19 @@ class _Background(abc.ABC):
 
 
 class Prefetcher(_Background):
-    """Asks the system for the bytes of coming tasks, at most `ahead` bytes before they are used.
+    """Brings the bytes of coming tasks into the page cache, at most `ahead` before they are used.
 
-    The bytes wait in the page cache, which is not this program's memory and is given up under
-    pressure; advice that the system ignores costs nothing but the overlap.
+    There they are not this program's memory, and are given up under pressure; what does not arrive
+    in time costs nothing but the overlap.
+
+    Parameters
+    ----------
+    reader
+        Of this thread alone: the system knows a sequence of reads by the open file.
+    tasks
+        The tensors that each task reads, in the order of their use.
+    ahead
+        Bytes.
     """
 
     def __init__(
@@ -69,43 +78,58 @@ class Prefetcher(_Background):
         self._used = 0
         self._asked = 0
         self._done: deque[int] = deque()
+        self._to_drop: deque[tuple[TensorSpec, int, int]] = deque()
         self._past = 0
 
     def _run(self) -> None:
-        for index, spec, start in self._steps():
-            if not self._may_go_on():
-                return
-            length = min(_STEP, spec.nbytes - start)
+        # What others have in the cache stays there. Later it could not be told from what the
+        # system itself reads beyond the bytes that it is asked for.
+        steps = [
+            (index, spec, start, length, self._reader.is_cached(spec, start, length))
+            for index, spec, start, length in self._steps()
+        ]
+        for index, spec, start, length, was_cached in steps:
+            if not self._wait_for_room():
+                break
             # A task that was faster needs nothing more.
-            if index >= self._past and not self._reader.is_cached(spec, start, length):
+            if index >= self._past and not was_cached:
+                self._drop(length)
                 self._fetched[index].append((spec, start, length))
                 self._reader.prefetch(spec, start, length)
             self._asked += length
-        self._may_go_on(at_end=True)
+        self._wait_until_closed()
+        self._drop(self._asked)
 
-    def _steps(self) -> Iterator[tuple[int, TensorSpec, int]]:
-        """Each task, each tensor that it reads, and where in that to ask for the next bytes."""
+    def _steps(self) -> Iterator[tuple[int, TensorSpec, int, int]]:
+        """Each task, each tensor that it reads, and the next bytes of that."""
         for index, specs in enumerate(self._tasks):
             for spec in specs:
                 for start in range(0, spec.nbytes, _STEP):
-                    yield index, spec, start
+                    yield index, spec, start, min(_STEP, spec.nbytes - start)
 
-    def _may_go_on(self, *, at_end: bool = False) -> bool:
-        """Waits until more may be asked for, and meanwhile drops what is done; False at the end."""
-        while True:
-            with self._moved:
-                self._moved.wait_for(
-                    lambda: (
-                        self._closed
-                        or self._done
-                        or (not at_end and self._asked - self._used < self._ahead)
-                    )
-                )
-                if not self._done:
-                    return not self._closed
-                index = self._done.popleft()
-            for spec, start, length in self._fetched[index]:
-                self._reader.drop(spec, start, length)
+    def _wait_for_room(self) -> bool:
+        """Waits until more may be fetched; False if the context is closed before."""
+        with self._moved:
+            self._moved.wait_for(lambda: self._closed or self._asked - self._used < self._ahead)
+            return not self._closed
+
+    def _wait_until_closed(self) -> None:
+        with self._moved:
+            self._moved.wait_for(lambda: self._closed)
+
+    def _drop(self, nbytes: int) -> None:
+        """Drops so many of the bytes that were fetched and are done, or all there are.
+
+        Just before as many are fetched, so that the same pages serve again at once: memory that is
+        free for long goes back to the host of a virtual machine, and is slow to come again.
+        """
+        with self._moved:
+            while self._done:
+                self._to_drop.extend(self._fetched[self._done.popleft()])
+        while nbytes > 0 and self._to_drop:
+            spec, start, length = self._to_drop.popleft()
+            self._reader.drop(spec, start, length)
+            nbytes -= length
 
     def begin(self, index: int) -> None:
         """Task `index` is begun: its bytes no longer count as ahead."""
@@ -114,7 +138,7 @@ class Prefetcher(_Background):
             self._moved.notify_all()
 
     def done(self, index: int) -> None:
-        """Task `index` needs its bytes no longer: they leave the page cache soon."""
+        """Task `index` needs its bytes no longer: they leave the page cache for others'."""
         with self._moved:
             self._done.append(index)
             self._past = index + 1

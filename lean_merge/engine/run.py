@@ -25,8 +25,8 @@ from lean_merge.plan import Plan
 from lean_merge.reading import Course
 from lean_merge.tasks import CopyTask, WeightTask
 
-READ_AHEAD = 512 << 20
-"""Bytes that the page cache is asked for before they are used."""
+READ_AHEAD = 256 << 20
+"""Bytes that are brought into the page cache before they are used."""
 MOST_BEGUN = 8
 """Tasks that may be on their way to the sink at a time."""
 RELEASE_ABOVE = 16 << 20
@@ -105,7 +105,8 @@ def steps(plan: Plan, sink: Sink, result: RunResult) -> Generator[Event, None, N
             [] if note else _sources(task, rows=sink.reads_rows)
             for task, note in zip(plan.tasks, notes, strict=True)
         ]
-        prefetcher = stack.enter_context(Prefetcher(reader, sources, ahead=READ_AHEAD))
+        other = stack.enter_context(TensorReader())
+        prefetcher = stack.enter_context(Prefetcher(other, sources, ahead=READ_AHEAD))
         engine = _Engine(plan, sink, Tools(reader, workers), result, drivers, notes)
         stack.callback(engine.analyst.close)
         begun: deque[_Begun] = deque()
