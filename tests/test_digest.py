@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import random
+import sys
 import zlib
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lean_merge.output.digest import RangeDigests, combine
+from lean_merge.output import digest
+from lean_merge.output.digest import RangeDigests, combine, crc32
 
 
 @settings(deadline=None, max_examples=200)
@@ -18,6 +21,22 @@ from lean_merge.output.digest import RangeDigests, combine
 def test_two_parts_combine_to_the_whole(first: bytes, second: bytes):
     whole = combine(zlib.crc32(first), zlib.crc32(second), len(second))
     assert whole == zlib.crc32(first + second)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.binary(max_size=9000), st.binary(max_size=9000))
+def test_digests_are_zlibs_and_go_on_from_a_former_one(first: bytes, second: bytes):
+    assert crc32(memoryview(second), crc32(first)) == zlib.crc32(first + second)
+
+
+def test_zlib_stands_in_where_the_faster_library_is_missing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "isal", None)
+    monkeypatch.setitem(sys.modules, "isal.isal_zlib", None)
+    spec = importlib.util.spec_from_file_location("slower", digest.__file__)
+    assert spec is not None and spec.loader is not None
+    slower = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(slower)
+    assert slower.crc32 is zlib.crc32
 
 
 @settings(deadline=None, max_examples=150)

@@ -9,8 +9,12 @@ import sys
 from itertools import product
 from pathlib import Path
 
+import psutil
 import pytest
 from families import check_reads
+
+from lean_merge import memory
+from lean_merge.memory import usage
 
 BENCH = Path(__file__).parents[1] / "bench"
 MIB = 1 << 20
@@ -34,6 +38,27 @@ def triples(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 def probe(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(BENCH / "probe.py"), str(folder), *options]
     return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells anonymous memory apart")
+def test_what_is_used_is_what_the_system_says():
+    def told() -> dict[str, int]:
+        lines = Path("/proc/self/status").read_text("ascii").splitlines()
+        parts = [line.split() for line in lines if line.startswith("Rss")]
+        return {name: int(count) * 1024 for name, count, _ in parts}
+
+    before = usage()
+    held = bytearray(64 * MIB)
+    now, expected = usage(), told()
+    assert now.anonymous - before.anonymous > 60 * MIB < len(held)
+    assert abs(now.anonymous - expected["RssAnon:"]) < 4 * MIB
+    assert abs(now.file_backed - expected["RssFile:"] - expected["RssShmem:"]) < 4 * MIB
+
+
+def test_without_the_systems_word_all_counts_as_anonymous(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(memory, "_STATM", "/nowhere/statm")
+    found, whole = usage(), psutil.Process().memory_info().rss
+    assert found.file_backed == 0 and abs(found.anonymous - whole) < 4 * MIB
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells anonymous memory apart")

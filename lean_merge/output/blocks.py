@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from lean_merge.checkpoints.reader import as_bytes
 from lean_merge.errors import OutputError
-from lean_merge.output.digest import range_digest
+from lean_merge.output.digest import crc32, range_digest
 from lean_merge.output.journal import Record
 from lean_merge.output.storage import (
     check_free_space,
@@ -194,7 +193,7 @@ class BlockStore:
             for part in parts:
                 data = as_bytes(part)
                 write_all(self._opened(), data, self._end)
-                digest = zlib.crc32(data, digest)
+                digest = crc32(data, digest)
                 self._end += data.nbytes
         except OSError as error:
             raise explain(self._file, error) from error

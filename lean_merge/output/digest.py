@@ -7,11 +7,16 @@ digest depends on the bytes alone and not on how they were cut.
 from __future__ import annotations
 
 import threading
-import zlib
 from collections.abc import Iterable
 from functools import lru_cache
 
 from lean_merge.output.storage import read_all
+
+try:
+    # Over ten times as fast where the processor multiplies without carries.
+    from isal.isal_zlib import crc32 as crc32
+except ImportError:
+    from zlib import crc32 as crc32
 
 _POLYNOMIAL = 0xEDB88320
 _ONE = 1 << 31
@@ -68,8 +73,8 @@ class RangeDigests:
         """`data` is written at `offset`."""
         with self._lock:
             start, digest = self._before(offset) or (offset, 0)
-        # Outside the lock: zlib lets other threads run meanwhile.
-        digest = zlib.crc32(data, digest)
+        # Outside the lock: other threads may run meanwhile.
+        digest = crc32(data, digest)
         end = offset + data.nbytes
         with self._lock:
             # Neighbours join at once, so that small parts in any order do not pile up.
@@ -117,5 +122,5 @@ def range_digest(descriptor: int, start: int, length: int, buffer: memoryview) -
         part = buffer[: min(len(buffer), start + length - position)]
         if read_all(descriptor, part, position) != len(part):
             return None
-        digest = zlib.crc32(part, digest)
+        digest = crc32(part, digest)
     return digest
