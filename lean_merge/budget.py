@@ -93,6 +93,9 @@ class WeightShape:
     """Bytes that are kept beside the rows while the weight is merged, such as scales."""
     columns: bool = False
     """Whether a role's rows are stored as columns, and so are read a tile at a time."""
+    written: int = 6
+    """Strips of 4-byte numbers that adding and rounding an update takes, see `written_strips`; 0
+    where no rows are written."""
 
     @property
     def tile(self) -> int:
@@ -133,15 +136,26 @@ def worker_bytes(weight: WeightShape, widest: int) -> int:
     return raw + mixed + scratch + converted + product + weight.scratch + whole
 
 
-def apply_bytes(weight: WeightShape) -> int:
-    """Buffers of one worker while it adds and rounds: a raw strip, and strips of 4-byte numbers.
+def written_strips(rounding: str) -> int:
+    """Strips for the update, rows before and after, their change, and the rounded, of 8 bytes even.
 
-    Update, sum, change and rounded result are four; stochastic rounding holds ten more. Where rows
-    are written as columns, a raw tile, and one of the output that waits until it is whole.
+    Where rounding is stochastic, ten more tell the neighbour of each number.
     """
+    return 16 if rounding == "stochastic" else 6
+
+
+def apply_bytes(weight: WeightShape) -> int:
+    """Buffers of one worker while it adds and rounds, or copies what is out of scope.
+
+    A raw strip, strips of 4-byte numbers, and the buffer for copies. Where rows are written as
+    columns, a raw tile, and one of the output that waits until it is whole.
+    """
+    if not weight.written:
+        return 0
     strip = min(weight.tile, strip_rows(weight.in_features, STRIP_ELEMENTS) * weight.in_features)
     whole = weight.tile * (weight.stored_item + WIDEST) if weight.columns else 0
-    return weight.read_strip * weight.stored_item + 14 * strip * 4 + whole
+    raw = weight.read_strip * weight.stored_item
+    return raw + weight.written * strip * 4 + whole + COPY_BUFFER
 
 
 def lane_bytes(weight: WeightShape, widest: int) -> int:
@@ -161,10 +175,14 @@ def truncation_bytes(rank: int) -> int:
 def waiting_bytes(weight: WeightShape, rank: int) -> int:
     """What two updates of at most `rank` hold that wait to be stored while the next is found.
 
-    The factors [out, rank] and [rank, in] of each, in float32, and what one more weight keeps.
+    The factors of each, and what one more weight keeps.
     """
-    factors = (weight.out_features + weight.in_features) * rank * 4
-    return 2 * factors + weight.held
+    return 2 * factor_bytes(weight, rank) + weight.held
+
+
+def factor_bytes(weight: WeightShape, rank: int) -> int:
+    """Factors [out, rank] and [rank, in] of an update, in float32."""
+    return (weight.out_features + weight.in_features) * rank * 4
 
 
 def host_bytes(weight: WeightShape, *, widest: int, workspace: int, workers: int) -> int:
@@ -176,7 +194,7 @@ def host_bytes(weight: WeightShape, *, widest: int, workspace: int, workers: int
     analysis = workers * worker_bytes(weight, widest) + lane_bytes(weight, widest) + workspace
     # The one before it may still be written, with what it keeps.
     kept = 2 * weight.held
-    return analysis + workers * (apply_bytes(weight) + COPY_BUFFER) + kept + SLACK
+    return analysis + workers * apply_bytes(weight) + kept + SLACK
 
 
 def second_bytes(weight: WeightShape, *, widest: int, workspace: int) -> int:

@@ -30,6 +30,8 @@ class Layout:
     vram: int
     held: int
     """Anonymous bytes of the process before the merge, and of what the sink holds."""
+    rounding: str = "nearest"
+    """Of the rows that are written."""
     most: int = 0
     """Bytes on the host of the weight that holds most with no tile resident. All weights share what
     stays resident, so it must have room beside that one."""
@@ -52,6 +54,7 @@ class Layout:
             scratch=scratch[0] + max(scratch[1:]) + scratch[1],
             held=sum(source.held for source in weight.roles),
             columns=any(source.in_columns for source in weight.roles),
+            written=budget.written_strips(self.rounding) if self.reading.rows else 0,
         )
 
     @property
@@ -66,7 +69,7 @@ class Layout:
         cost = method.cost(weight.shape, item=self.shape(weight, device).arithmetic_item)
         if self.output != "lora":
             return cost
-        # The analysis has let go of its own by then.
+        # The analysis has let go of its own by then, and no other is begun where memory is tight.
         cut = budget.truncation_bytes(method.largest_rank(weight.shape))
         return dataclasses.replace(cost, workspace=max(cost.workspace, cut))
 
@@ -89,11 +92,16 @@ class Layout:
         return host, device
 
     def waiting(self, weight: LogicalWeight) -> int:
-        """Bytes on the host of updates that wait to be stored while the next weight is analysed."""
+        """Bytes on the host of updates that are stored, or wait for it, while the next is found."""
         method = self.methods.get(weight.canonical)
-        if method is None or self.output != "checkpoint" or not self.cost(weight).workspace:
+        if method is None or not self.cost(weight).workspace:
             return 0
-        return budget.waiting_bytes(self.shape(weight), method.largest_rank(weight.shape))
+        shape, rank = self.shape(weight), method.largest_rank(weight.shape)
+        if self.output == "checkpoint":
+            return budget.waiting_bytes(shape, rank)
+        if self.output == "lora":
+            return budget.factor_bytes(shape, rank) + budget.truncation_bytes(rank)
+        return 0
 
     def feeding(self, weights: Sequence[LogicalWeight]) -> int:
         """Bytes on the host for bringing tiles to the device: pinned ones, and its libraries'."""
@@ -161,7 +169,7 @@ class Room:
     beside : frozenset of str
         Canonical names of the weights of which two may be analysed at a time.
     eager : bool
-        Whether the next weight is analysed while two updates wait to be stored.
+        Whether the next weight is analysed while updates are stored.
     """
 
     arena: int

@@ -110,7 +110,7 @@ class Plan:
     at_a_time: int
     """How many weights may be analysed at a time."""
     eager: bool
-    """Whether there is memory for updates that wait while the next weight is analysed."""
+    """Whether there is memory for updates that are stored while the next weight is analysed."""
     reading: Reading
     prediction: Prediction
     notes: tuple[str, ...]
@@ -273,6 +273,7 @@ def _plan(
         held=memory.usage().anonymous
         + (largest if output == "stream" else 0)
         + _decoding_bytes(mllm, min(threads, budget.LANES)),
+        rounding=recipe.rounding,
     )
     parts = [part for weight in _merged(coverage, scope) for part in weight.slices]
     needed = max((layout.needs(part)[1] for part in parts), default=0)

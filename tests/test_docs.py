@@ -164,8 +164,8 @@ def memory_example() -> str:
         f"two workers: 2 x {worker / MIB:.1f}": 2 * worker,
         lanes: budget.lane_bytes(weight, cost.widest),
         "workspace: Krylov blocks, vectors, images, small problems": cost.workspace,
-        f"writing: 2 x {apply / MIB:.1f}": 2 * apply,
-        "copy buffers and slack": 2 * budget.COPY_BUFFER + budget.SLACK,
+        f"writing and copying: 2 x {apply / MIB:.1f}": 2 * apply,
+        "slack": budget.SLACK,
         "**no tile resident: the smallest that works**": least,
         f"all {weight.tiles} tiles of two task vectors: "
         f"{weight.tiles} x {weight.resident_tile / MIB:.2f}": tiles,

@@ -203,7 +203,9 @@ class _Engine:
             if note is None and isinstance(task, WeightTask)
             for number in range(len(task.weight.slices))
         ]
-        self._analyses = Ahead(plan, self.analyst, drivers, parts, eager=sink.ahead and plan.eager)
+        eager = plan.eager and (sink.ahead or sink.stores_decisions)
+        self._analyses = Ahead(plan, self.analyst, drivers, parts, eager=eager)
+        self._done_early = eager and sink.stores_decisions
         self._settled = 0
 
     def begin(self, index: int, task: CopyTask | WeightTask, note: Note | None) -> _Begun:
@@ -280,6 +282,8 @@ class _Engine:
         with self._result.timed("analyze"):
             found = self._analyses.next()
         decision = _explained(found.decision, weight)
+        if self._done_early:
+            self._analyses.done()
         with self._result.timed("write"):
             stored = self._sink.update(task, found.vectors, decision, tools)
         norms = [*decision.squared_norms] or found.vectors.squared_norms()
@@ -288,7 +292,8 @@ class _Engine:
         # What was gathered is stored; the next weight needs its memory.
         decision = replace(decision, evidence=None)
         del found
-        self._analyses.done()
+        if not self._done_early:
+            self._analyses.done()
         return course, lambda: WeightResult(
             name=task.tensor.name,
             canonical=weight.canonical,

@@ -57,6 +57,9 @@ class Sink(abc.ABC):
     """Whether a task may be given before the one before it is finished."""
     reads_rows: ClassVar[bool] = False
     """Whether the MLLM's rows are read once more, to be stored with their update."""
+    stores_decisions: ClassVar[bool] = False
+    """Whether `update` takes its time over the decision alone: the task vectors' memory may serve
+    the next weight meanwhile."""
 
     def __enter__(self) -> Sink:
         return self

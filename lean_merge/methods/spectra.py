@@ -190,8 +190,9 @@ class Effort:
         )
         # q and y in the arithmetic dtype, z in float32
         krylov = columns * (in_features * (item + 4) + out_features * item)
-        # orthonormalisation: the block, its float32 basis block, and QR's copies
-        temporary = 6 * max(self.shape) * block * 4
+        # orthonormalisation: the probes, the block, one of the basis in float32 or QR's result, and
+        # that rounded
+        temporary = 4 * max(self.shape) * block * 4
         vectors = 3 * in_features * rank * 4
         images = out_features * 2 * rank * 4
         small = 10 * columns**2 * 8
