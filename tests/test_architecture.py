@@ -273,7 +273,7 @@ def test_a_package_stays_in_its_room(package: str, homes: set[str]):
 
 def test_only_declared_packages_are_imported():
     known = {"torch", "safetensors", "numpy", "scipy", "psutil", "tqdm", "typer", "yaml"}
-    known |= {"huggingface_hub", "transformers", "tokenizers", "sklearn", "PIL", "plotly"}
+    known |= {"isal", "huggingface_hub", "transformers", "tokenizers", "sklearn", "PIL", "plotly"}
     for name in MODULES:
         assert outside(others(name)) <= known, name
 

@@ -27,6 +27,8 @@ from lean_merge.tasks import CopyTask, WeightTask
 
 READ_AHEAD = 256 << 20
 """Bytes that are brought into the page cache before they are used."""
+PREFETCHED_FILES = 8
+"""Files that the read-ahead holds open: a task reads few."""
 MOST_BEGUN = 8
 """Tasks that may be on their way to the sink at a time."""
 RELEASE_ABOVE = 16 << 20
@@ -105,12 +107,12 @@ def steps(plan: Plan, sink: Sink, result: RunResult) -> Generator[Event, None, N
             [] if note else _sources(task, rows=sink.reads_rows)
             for task, note in zip(plan.tasks, notes, strict=True)
         ]
-        other = stack.enter_context(TensorReader())
-        prefetcher = stack.enter_context(Prefetcher(other, sources, ahead=READ_AHEAD))
+        apart = stack.enter_context(TensorReader(max_files=PREFETCHED_FILES))
+        prefetcher = stack.enter_context(Prefetcher(apart, sources, ahead=READ_AHEAD))
         engine = _Engine(plan, sink, Tools(reader, workers), result, drivers, notes)
         stack.callback(engine.analyst.close)
         begun: deque[_Begun] = deque()
-        goes_on = sink.ahead or plan.at_a_time > 1
+        goes_on = sink.ahead or sink.stores_decisions or plan.at_a_time > 1
         for index, (task, note) in enumerate(zip(plan.tasks, notes, strict=True)):
             prefetcher.begin(index)
             begun.append(engine.begin(index, task, note))
