@@ -43,7 +43,7 @@ ALL = (
     Benchmark(
         "speed", ("--size", "7b", "--layers", "2", "--vocab", "8000", "--no-check"), "The same, 7B"
     ),
-    Benchmark("peers", ("--size", "1b", "--layers", "6"), "Peers"),
+    Benchmark("peers", ("--size", "1b"), "Peers"),
     Benchmark("memory", (), "Memory and bytes"),
     Benchmark("budget", (), "Wide weights in little memory"),
     Benchmark("growth", (), "Growth"),

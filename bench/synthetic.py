@@ -84,6 +84,14 @@ class Recipe:
     cosine: float = 0.7
     aligned: float = 0.5
     """Share of the weights with planted alignment."""
+    slope: float | None = None
+    """If given, the i-th singular value is i^-slope of the first: where it is small, sketches go
+    deep. Else 0.9^i."""
+
+    def values(self, rank: int) -> Tensor:
+        """The singular values [rank] of a task vector's part of low rank, up to a factor."""
+        index = torch.arange(rank, dtype=torch.float32)
+        return 0.9**index if self.slope is None else (1 + index) ** -self.slope
 
 
 def write_triple(
@@ -201,7 +209,7 @@ class TaskVector:
         cosine = recipe.cosine if is_planted(name, recipe) else 0.0
         right = torch.linalg.qr(shared * math.sqrt(cosine) + own * math.sqrt(1 - cosine))[0]
         left = _orthonormal(out_features, rank, _generator(recipe.seed, name, role, "left"))
-        values = 0.9 ** torch.arange(rank, dtype=torch.float32)
+        values = recipe.values(rank)
         total = 0.02 * math.sqrt(out_features * in_features)
         total *= recipe.mllm_norm if role == "mllm" else recipe.expert_norm
         values *= total * math.sqrt(1 - recipe.noise**2) / float(values.norm())

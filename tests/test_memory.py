@@ -8,6 +8,7 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -20,19 +21,28 @@ BENCH = Path(__file__).parents[1] / "bench"
 MIB = 1 << 20
 
 
-@pytest.fixture(scope="module")
-def triples(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Synthetic triples of 2 and 4 layers; the first layers warm the allocator up."""
+def write(folder: Path, layers: int, **recipe: Any) -> Path:
+    """A synthetic triple of so many layers, 1536 and 4096 wide."""
     sys.path.insert(0, str(BENCH))
     try:
-        from synthetic import Shapes, write_triple
+        from synthetic import Recipe, Shapes, write_triple
     finally:
         sys.path.remove(str(BENCH))
-    folders = {}
-    for layers in (2, 4):
-        folders[layers] = tmp_path_factory.mktemp(f"layers{layers}")
-        write_triple(folders[layers], Shapes(1536, 4096, layers, 512, vocab=100))
-    return folders
+    write_triple(folder, Shapes(1536, 4096, layers, 512, vocab=100), Recipe(**recipe))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def triples(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Of 2 and 4 layers; the first layers warm the allocator up."""
+    return {n: write(tmp_path_factory.mktemp(f"layers{n}"), n) for n in (2, 4)}
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Spectra so flat that sketches go as deep as they may, for weights that are all selected."""
+    spectrum = {"rank": 400, "slope": 0.2, "noise": 0.3}
+    return write(tmp_path_factory.mktemp("deep"), 1, **spectrum, cosine=0.97, aligned=1.0)
 
 
 def probe(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -79,6 +89,20 @@ def test_memory_is_flat_in_layers_bounded_and_predicted(
         written, most = report["bytes"]["written"], report["bytes"]["written_predicted"]
         assert written == most if output == "checkpoint" else written < most / 2
     assert peaks[4, "1"] - peaks[2, "1"] < 20 * MIB
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells anonymous memory apart")
+@pytest.mark.parametrize("output", ["checkpoint", "lora"])
+def test_the_prediction_holds_where_sketches_go_deep(deep: Path, output: str) -> None:
+    """With all the memory that is wanted, and with less."""
+    for options in ((), ("--memory", "290MiB")):
+        done = probe(deep, "--output", output, *options)
+        assert done.returncode == 0, done.stderr
+        report = json.loads(done.stdout)
+        # Where spectra fall off, five or six are enough.
+        assert max(weight["passes"] for weight in report["weights"]) >= 9
+        memory = report["memory"]
+        assert memory["peak_anonymous"] <= memory["predicted_anonymous"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells anonymous memory apart")
