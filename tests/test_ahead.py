@@ -155,6 +155,24 @@ def test_no_more_is_asked_for_than_may_wait():
         assert reader.dropped == {("0", 0, STEP): 1}
 
 
+def test_a_merge_that_ends_at_once_does_not_wait_for_what_is_cached():
+    """Where the system is slow to tell, it is not asked about the whole of all files first."""
+    asked = threading.Event()
+
+    class Slow(FakeReader):
+        def is_cached(self, spec: TensorSpec, start: int, length: int) -> bool:
+            asked.set()
+            time.sleep(0.02)
+            return super().is_cached(spec, start, length)
+
+    tasks = [[tensor(str(number), 100 * STEP)] for number in range(100)]
+    reader = Slow(set())
+    start = time.monotonic()
+    with Prefetcher(reader, tasks, ahead=STEP):  # type: ignore[arg-type]
+        assert asked.wait(10)
+    assert time.monotonic() - start < 20 and not reader.asked
+
+
 def test_nothing_is_asked_for_that_was_used_before_its_turn():
     """A merge that is faster than its read-ahead does not bring back what it is through with."""
     tasks = [[tensor(str(number), STEP)] for number in range(4)]

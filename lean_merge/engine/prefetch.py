@@ -84,11 +84,13 @@ class Prefetcher(_Background):
     def _run(self) -> None:
         # What others have in the cache stays there. Later it could not be told from what the
         # system itself reads beyond the bytes that it is asked for.
-        steps = [
-            (index, spec, start, length, self._reader.is_cached(spec, start, length))
-            for index, spec, start, length in self._steps()
-        ]
-        for index, spec, start, length, was_cached in steps:
+        cached = bytearray(
+            self._reader.is_cached(spec, start, length)
+            for _, spec, start, length in self._steps()
+            if not self._closed
+        )
+        # These are fewer if the context was closed meanwhile.
+        for (index, spec, start, length), was_cached in zip(self._steps(), cached, strict=False):
             if not self._wait_for_room():
                 break
             # A task that was faster needs nothing more.
@@ -125,7 +127,9 @@ class Prefetcher(_Background):
         """
         with self._moved:
             while self._done:
-                self._to_drop.extend(self._fetched[self._done.popleft()])
+                fetched = self._fetched[self._done.popleft()]
+                self._to_drop.extend(fetched)
+                fetched.clear()
         while nbytes > 0 and self._to_drop:
             spec, start, length = self._to_drop.popleft()
             self._reader.drop(spec, start, length)
