@@ -34,8 +34,7 @@ def cached_share(descriptor: int, start: int, length: int) -> float:
     """
     if length <= 0 or (library := _library()) is None:
         return 1.0
-    first = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-    size = start + length - first
+    first, size = _from_page(start, length)
     pages = -(-size // mmap.PAGESIZE)
     count = _cachestat(library, descriptor, first, size)
     if count is None:
@@ -78,12 +77,17 @@ def fetch(descriptor: int, start: int, length: int) -> bool:
     """
     if length <= 0 or (library := _library()) is None:
         return False
-    first = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-    size = ctypes.c_size_t(start + length - first)
-    with mmap.mmap(descriptor, size.value, offset=first, access=mmap.ACCESS_READ) as mapping:
+    first, size = _from_page(start, length)
+    with mmap.mmap(descriptor, size, offset=first, access=mmap.ACCESS_READ) as mapping:
         address = _address(mapping)
-        library.madvise(address, size, _MADV_HUGEPAGE)
-        return not library.madvise(address, size, _MADV_POPULATE_READ)
+        library.madvise(address, ctypes.c_size_t(size), _MADV_HUGEPAGE)
+        return not library.madvise(address, ctypes.c_size_t(size), _MADV_POPULATE_READ)
+
+
+def _from_page(start: int, length: int) -> tuple[int, int]:
+    """The start and length of a range that begins where a mapping may."""
+    first = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    return first, start + length - first
 
 
 def _address(mapping: mmap.mmap) -> ctypes.c_void_p:

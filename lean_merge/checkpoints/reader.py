@@ -43,7 +43,7 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 class TensorReader:
     """Reads row blocks of stored tensors; threads may share one.
 
-    Nothing is mapped, so the process's resident memory is the caller's buffers and no more. At
+    Nothing that is read is mapped, so resident memory is the caller's buffers and no more. At
     most `max_files` files are held open.
 
     Attributes
