@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from lean_merge.checkpoints import TensorReader, map_roles, open_checkpoint, open_expert
+from lean_merge.checkpoints import TensorReader, open_checkpoint, open_expert
+from lean_merge.mapping import map_roles
 
 Mutate = Callable[[bytes, random.Random], bytes]
 BIN = "pytorch_model.bin"

@@ -32,8 +32,8 @@ from lean_merge.checkpoints import reader
 from lean_merge.engine import run, taskvectors, update
 from lean_merge.linalg import krylov, sketch
 from lean_merge.methods import ip_merging, spectra
-from lean_merge.output import folder as output
-from lean_merge.output import ledger
+from lean_merge.store import folder as output
+from lean_merge.store import ledger
 
 PARTS: dict[str, list[tuple[Any, str]]] = {
     "reading rows": [(reader.TensorReader, "read_into")],

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lean_merge.checkpoints import as_bytes, safetensors_dtype
-from lean_merge.output import OutputFolder, OutputTensor, Shard, plan_shards
+from lean_merge.store import OutputFolder, OutputTensor, Shard, plan_shards
 
 BLOCK = 1 << 24
 """Numbers of a block of rows."""

@@ -1,7 +1,7 @@
 """What a merge should have given: the naive oracle of the tests, applied to files.
 
-Everything is whole and in float64, computed by `tests/oracle.py`, which shares nothing with the
-package. One weight of 4096 x 4096 takes about two minutes on two cores.
+Everything is whole and in float64, computed by `tests/support/oracle.py`, which shares nothing
+with the package. One weight of 4096 x 4096 takes about two minutes on two cores.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def expected(triple: Path, name: str, threshold: float = 0.4) -> Any:
     """The oracle's account of the weight `name`, by the base's names."""
     sys.path.insert(0, str(ROOT / "tests"))
     try:
-        import oracle
+        from support import oracle
     finally:
         sys.path.remove(str(ROOT / "tests"))
     roles = (("base", name), ("mllm", f"language_model.{name}"), ("expert", name))

@@ -1,8 +1,5 @@
 """Streaming IP-Merging: give a multimodal model the abilities of a text model, without training."""
 
-from lean_merge.analysing import AnalysisResult, analyze
-from lean_merge.analysis import Analysis, open_analysis
-from lean_merge.api import MergeResult, merge, stream
 from lean_merge.checkpoints import Checkpoint, open_checkpoint
 from lean_merge.engine.run import Event
 from lean_merge.errors import (
@@ -14,10 +11,13 @@ from lean_merge.errors import (
     OutputError,
     RecipeError,
 )
+from lean_merge.merge import MergeResult, merge, stream
+from lean_merge.outputs.recorded import Analysis, open_analysis
 from lean_merge.plan import Plan, plan
+from lean_merge.plan.resources import Resources
 from lean_merge.recipe import Expert, MergeRecipe
-from lean_merge.resources import Resources
-from lean_merge.sweep import Evaluation, Grid, PointEvent, SweepResult, sweep
+from lean_merge.studies.analyze import AnalysisResult, analyze
+from lean_merge.studies.sweep import Evaluation, Grid, PointEvent, SweepResult, sweep
 from lean_merge.verify import Verification, verify
 from lean_merge.version import __version__
 

@@ -14,14 +14,14 @@ from lean_merge.checkpoints import TensorReader, identify
 from lean_merge.engine.results import WeightResult, from_note
 from lean_merge.engine.run import Event, run
 from lean_merge.errors import CheckpointError, LeanMergeError
-from lean_merge.gathering import Gathered, choices_from
-from lean_merge.identity import environment
-from lean_merge.output import Difference, FolderCheck, Journal, check_folder
+from lean_merge.outputs.recompute import AdapterComparison, CheckpointComparison
 from lean_merge.plan import Plan, plan_again
 from lean_merge.plan import plan as make_plan
+from lean_merge.plan.gathering import Gathered, choices_from
+from lean_merge.plan.identity import environment
+from lean_merge.plan.resources import Resources
 from lean_merge.recipe import MergeRecipe
-from lean_merge.recompute import AdapterComparison, CheckpointComparison
-from lean_merge.resources import Resources
+from lean_merge.store import Difference, FolderCheck, Journal, check_folder
 from lean_merge.tasks import WeightTask
 
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")

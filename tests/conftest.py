@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from families import SKETCHED, SMALL, Triple, write_triple
-from family_table import build
-from family_table import family as entry
+from support.families import SKETCHED, SMALL, Triple, write_triple
+from support.family_table import build
+from support.family_table import family as entry
 
 from lean_merge import MergeResult
 

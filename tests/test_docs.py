@@ -19,13 +19,14 @@ from typing import Any, get_args
 import pytest
 from typer.models import ArgumentInfo, OptionInfo
 
-from lean_merge import MergeRecipe, budget
+from lean_merge import MergeRecipe
 from lean_merge.checkpoints import open_checkpoint
 from lean_merge.cli import app
+from lean_merge.cli.describe import inspect_dict, methods_list, plan_dict
 from lean_merge.demo.run import FAMILY, family_recipe
-from lean_merge.describe import inspect_dict, methods_list, plan_dict
-from lean_merge.parameters import build_method
+from lean_merge.plan import budget
 from lean_merge.plan import plan as make_plan
+from lean_merge.plan.parameters import build_method
 
 ROOT = Path(__file__).parents[1]
 MIB = 1 << 20

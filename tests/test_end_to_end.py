@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import (
+from support.families import (
     INDEX,
     SMALL,
     Case,
@@ -25,7 +25,7 @@ from families import (
     tune,
     write_triple,
 )
-from family_table import family as entry
+from support.family_table import family as entry
 
 from lean_merge import MergeResult, Resources, open_checkpoint
 from lean_merge import plan as make_plan

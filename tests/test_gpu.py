@@ -2,7 +2,7 @@
 
     python -m pytest tests/test_gpu.py -rs
 
-Everything about the order of copies that needs no GPU is in tests/test_transfer.py.
+Everything about the order of copies that needs no GPU is in tests/engine/test_transfer.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import SKETCHED, Triple, cases, load, rows_of, write_triple
+from support.families import SKETCHED, Triple, cases, load, rows_of, write_triple
 from test_determinism import identity
 from test_end_to_end import EXACT, MEDIAN, WORST, compare
 

@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from families import Triple
 from safetensors.torch import load_file, save_file
-from scenes import Scene, make_scene
+from support.families import Triple
+from support.scenes import Scene, make_scene
 
-from lean_merge import CheckpointError, Resources, Verification, cli, identity, verify
-from lean_merge.output import JOURNAL
-from lean_merge.recompute import _apart, _rank
+from lean_merge import CheckpointError, Resources, Verification, cli, verify
+from lean_merge.outputs.recompute import _apart, _rank
+from lean_merge.plan import identity
+from lean_merge.store import JOURNAL
 
 MODULE = sys.modules["lean_merge.verify"]
 """The module; the package's attribute of that name is the function."""
@@ -192,7 +193,7 @@ def test_what_is_no_complete_output_is_refused(scene: Scene, out: Path, tmp_path
 
 def test_a_journal_that_names_files_elsewhere_is_damaged(out: Path):
     """A stranger's output makes nobody read beside it."""
-    from lean_merge.output.journal import decode, sealed_lines
+    from lean_merge.store.journal import decode, sealed_lines
 
     lines = (out / JOURNAL).read_bytes().splitlines(keepends=True)[:-1]
     records = [decode(line) or {} for line in lines]
@@ -210,8 +211,8 @@ def test_a_journal_that_names_files_elsewhere_is_damaged(out: Path):
 
 def rewrite(scene: Scene, out: Path, name: str, change: Callable[[torch.Tensor], None]) -> None:
     """Changes a tensor so that the journal agrees: only the inputs tell."""
-    from lean_merge.output import read_journal
-    from lean_merge.output.journal import sealed_lines
+    from lean_merge.store import read_journal
+    from lean_merge.store.journal import sealed_lines
 
     journal = read_journal(out / JOURNAL)
     assert journal is not None
@@ -291,7 +292,7 @@ def test_places_are_counted_in_the_order_of_numbers(dtype: torch.dtype):
 def test_the_sample_is_a_twentieth_but_at_least_eight(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from families import write_triple
+    from support.families import write_triple
 
     shapes = {f"layers.{n}.mlp.gate_proj": (16, 16) for n in range(12)}
     triple = write_triple(tmp_path, shapes)

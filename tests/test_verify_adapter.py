@@ -13,14 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import Triple, write_triple
 from safetensors.torch import load_file, save_file
+from support.families import Triple, write_triple
 from torch import Tensor
 
-from lean_merge import Resources, Verification, cli, identity, verify
-from lean_merge.output import ADAPTER, JOURNAL, read_journal
-from lean_merge.output.journal import sealed_lines
-from lean_merge.recompute import TOLERATED_UPDATE
+from lean_merge import Resources, Verification, cli, verify
+from lean_merge.outputs.peft import ADAPTER
+from lean_merge.outputs.recompute import TOLERATED_UPDATE
+from lean_merge.plan import identity
+from lean_merge.store import JOURNAL, read_journal
+from lean_merge.store.journal import sealed_lines
 
 MODULE = sys.modules["lean_merge.verify"]
 CPU = Resources(device="cpu", threads=1)

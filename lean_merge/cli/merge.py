@@ -8,11 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from lean_merge import describe
-from lean_merge.analysis import open_analysis
-from lean_merge.api import check_has_folder
-from lean_merge.api import merge as merge_api
 from lean_merge.checkpoints import downloads_shown
+from lean_merge.cli import describe
 from lean_merge.cli.app import EXIT_DIFFERENT, app, echo, progress
 from lean_merge.cli.options import (
     Debug,
@@ -29,9 +26,12 @@ from lean_merge.cli.options import (
     work_of,
 )
 from lean_merge.errors import RecipeError
-from lean_merge.identity import run_facts
-from lean_merge.output import check_output
+from lean_merge.merge import check_has_folder
+from lean_merge.merge import merge as merge_api
+from lean_merge.outputs.recorded import open_analysis
 from lean_merge.plan import plan as make_plan
+from lean_merge.plan.identity import run_facts
+from lean_merge.store import check_output
 from lean_merge.verify import verify
 
 

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from lean_merge import describe
+from lean_merge.cli import describe
 from lean_merge.errors import RecipeError
+from lean_merge.plan.resources import Resources
 from lean_merge.recipe import MergeRecipe, load_recipe_file
-from lean_merge.resources import Resources
 from lean_merge.sizes import parse_size
 
 RecipeFile = Annotated[

@@ -8,26 +8,19 @@ from typing import Annotated, Any
 
 import typer
 
-from lean_merge import describe
-from lean_merge.analysing import analyze
 from lean_merge.checkpoints import downloads_shown
+from lean_merge.cli import describe
 from lean_merge.cli.app import app, echo, progress
-from lean_merge.cli.options import (
-    Debug,
-    Json,
-    NoResume,
-    Quiet,
-    shares_options_of_work,
-    work_of,
-)
-from lean_merge.comparing import write_comparison
-from lean_merge.comparison import COMPARISON, compare, differing
+from lean_merge.cli.options import Debug, Json, NoResume, Quiet, shares_options_of_work, work_of
 from lean_merge.errors import CoverageError, LeanMergeError, OutputError
 from lean_merge.page import MEND
 from lean_merge.plan import plan_analysis
+from lean_merge.plan.resources import Resources
 from lean_merge.recipe import MergeRecipe
-from lean_merge.rendering import render
-from lean_merge.resources import Resources
+from lean_merge.studies.analyze import analyze
+from lean_merge.studies.comparing import write_comparison
+from lean_merge.studies.comparison import COMPARISON, compare, differing
+from lean_merge.studies.rendering import render
 
 
 @app.command("analyze")

@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from lean_merge import describe
 from lean_merge.checkpoints import downloads_shown
+from lean_merge.cli import describe
 from lean_merge.cli.app import EXIT_FAILED, app, echo
 from lean_merge.cli.options import Debug, Json, Quiet, shares_options_of_work, work_of
 from lean_merge.engine.run import Event
-from lean_merge.sweep import PAGE, Evaluation, Grid, PointEvent, sweep
+from lean_merge.studies.sweep import PAGE, Evaluation, Grid, PointEvent, sweep
 
 HOW_TO_PLOT = "pip install 'lean-merge[report]' and give the command again"
 

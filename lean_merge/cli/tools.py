@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lean_merge import describe
+from lean_merge.cli import describe
 from lean_merge.cli.app import app, echo
 from lean_merge.cli.options import Debug, Json
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lean_merge.api import merge
 from lean_merge.demo.evaluate import evaluate
 from lean_merge.demo.tasks import TASKS
 from lean_merge.errors import LeanMergeError
+from lean_merge.merge import merge
 from lean_merge.recipe import Expert, MergeRecipe
 
 FAMILY = Path(__file__).parent / "family"

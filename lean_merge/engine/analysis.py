@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lean_merge import budget
-from lean_merge.checkpoints import LogicalWeight, common_dtype
+from lean_merge.checkpoints import common_dtype
 from lean_merge.engine.device import Accelerator, computing_on, is_out_of_memory, queues_of
 from lean_merge.engine.results import Fallback
-from lean_merge.engine.sinks import Tools
 from lean_merge.engine.taskvectors import TaskVectors
 from lean_merge.engine.workers import Workers
+from lean_merge.mapping import LogicalWeight
 from lean_merge.methods import Decision, ExpertRecord, Looks, Method, WeightContext
-from lean_merge.plan import Plan
-from lean_merge.resources import arithmetic_dtype
+from lean_merge.outputs.sinks import Tools
+from lean_merge.plan import Plan, budget
+from lean_merge.plan.resources import arithmetic_dtype
 from lean_merge.tasks import looks, needs_analysis
 
 LONGEST_REASON = 160

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lean_merge import budget
 from lean_merge.engine.transfer import Done, Event, Queues, Uploader
 from lean_merge.engine.workers import Workers
+from lean_merge.plan import budget
 
 
 class CudaQueues:

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TypeVar
 
 from lean_merge.checkpoints import TensorReader, TensorSpec
-from lean_merge.output import OutputFolder, Shard
+from lean_merge.store import OutputFolder, Shard
 
 _STEP = 8 << 20
 FLUSH_EVERY = 128 << 20

@@ -12,17 +12,18 @@ from functools import partial
 
 import torch
 
-from lean_merge.checkpoints import LogicalWeight, TensorReader, TensorSpec
+from lean_merge.checkpoints import TensorReader, TensorSpec
 from lean_merge.engine.ahead import Ahead, Part
 from lean_merge.engine.analysis import Analyst, Found
 from lean_merge.engine.prefetch import Prefetcher
 from lean_merge.engine.results import Note, WeightResult, note_of, to_note
-from lean_merge.engine.sinks import Sink, Tools
 from lean_merge.engine.workers import Precision, Workers, full_float32, worker_pool
+from lean_merge.mapping import LogicalWeight
 from lean_merge.memory import release_free_memory, usage
 from lean_merge.methods import Decision, ExpertRecord
+from lean_merge.outputs.sinks import Sink, Tools
 from lean_merge.plan import Plan
-from lean_merge.reading import Course
+from lean_merge.plan.reading import Course
 from lean_merge.tasks import CopyTask, WeightTask
 
 READ_AHEAD = 256 << 20

@@ -8,8 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lean_merge.checkpoints import LogicalWeight, TensorReader, as_bytes
+from lean_merge.checkpoints import TensorReader, as_bytes
 from lean_merge.engine.workers import Workers
+from lean_merge.mapping import LogicalWeight
 
 
 class WriteBytes(Protocol):

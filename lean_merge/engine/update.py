@@ -9,21 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lean_merge.budget import COPY_BUFFER, READ_ELEMENTS, STRIP_ELEMENTS, strips
-from lean_merge.checkpoints import (
-    FLOATING,
-    TensorReader,
-    TensorSpec,
-    WeightSource,
-    as_bytes,
-    torch_dtype,
-)
+from lean_merge.checkpoints import FLOATING, TensorReader, TensorSpec, as_bytes, torch_dtype
 from lean_merge.engine.rounding import round_stochastic, rounding_generator
 from lean_merge.engine.taskvectors import TaskVectors
 from lean_merge.engine.tilestore import TileStore, WriteBytes
 from lean_merge.engine.workers import Workers
 from lean_merge.errors import DataError
+from lean_merge.mapping import WeightSource
 from lean_merge.methods import Decision
+from lean_merge.plan.budget import COPY_BUFFER, READ_ELEMENTS, STRIP_ELEMENTS, strips
 
 _LOOKED_AT = FLOATING | {"F64"}
 

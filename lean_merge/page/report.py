@@ -10,15 +10,7 @@ from typing import Any
 
 from lean_merge.page.columns import expert_names, expert_of, last, page_data, similarity
 from lean_merge.page.document import escaped, filled, page, write
-from lean_merge.page.values import (
-    check_version,
-    items,
-    mapping,
-    mappings,
-    number,
-    text,
-    texts,
-)
+from lean_merge.page.values import check_version, items, mapping, mappings, number, text, texts
 from lean_merge.sizes import format_size
 
 SCRIPTS = ("plots.js", "table.js", "report.js")

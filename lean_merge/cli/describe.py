@@ -1,0 +1,311 @@
+"""Plans, results, checkpoints and methods in words and as plain data, for the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from lean_merge.checkpoints import open_checkpoint
+from lean_merge.errors import RecipeError
+from lean_merge.mapping import language_layout
+from lean_merge.methods import all_methods
+from lean_merge.outputs.document import ANALYSIS
+from lean_merge.plan import Plan
+from lean_merge.recipe.yamlfile import parse_yaml
+from lean_merge.report import REPORT
+from lean_merge.sizes import format_size
+from lean_merge.studies.sweep import result_names, result_of
+from lean_merge.verify import Verification
+
+
+def parse_value(text: str) -> Any:
+    """A parameter's value as YAML would read it."""
+    try:
+        return parse_yaml(text, what="value")
+    except RecipeError:
+        return text
+
+
+def warnings_of(plan: Plan) -> list[str]:
+    """What is known to be odd before anything is read."""
+    skipped = [f"left as the MLLM has it: {line}" for line in plan.coverage.left_out]
+    return [*plan.coverage.warnings, *plan.notes, *skipped]
+
+
+def plan_dict(plan: Plan) -> dict[str, Any]:
+    """A plan as plain data; docs/formats.md names the fields."""
+    return {
+        "recipe": plan.recipe.to_dict(),
+        "prefixes": dict(plan.coverage.prefixes),
+        "counts": {
+            "in_scope": len(plan.weights),
+            "copied": len(plan.copies),
+            "filtered": len(plan.scope.filtered),
+            "skipped": len(plan.coverage.left_out),
+        },
+        "device": plan.device,
+        "threads": plan.threads,
+        "memory_limit": plan.memory,
+        "vram_limit": plan.vram,
+        "predicted": {
+            **dataclasses.asdict(plan.prediction),
+            "exact_reads": plan.prediction.exact_reads,
+        },
+        "shards": [{"file": shard.file_name, "bytes": shard.size} for shard in plan.shards],
+        "warnings": warnings_of(plan),
+        "weights": [
+            {
+                "name": task.weight.mllm.name,
+                "base": task.weight.slices[0].base.name,
+                "shape": list(task.weight.mllm.shape),
+                "logical": [rows.canonical for rows in task.weight.slices],
+                "resident_tiles": list(task.resident),
+            }
+            for task in plan.weights
+        ],
+        "copied": [task.tensor.name for task in plan.copies],
+        "filtered": dict(plan.scope.filtered),
+    }
+
+
+def plan_text(plan: Plan) -> str:
+    """A plan for people."""
+    predicted = plan.prediction
+    leaves = Counter(
+        rows.canonical.rsplit(".", 1)[-1] for task in plan.weights for rows in task.weight.slices
+    )
+    copied = Counter(task.tensor.name.split(".", 1)[0] for task in plan.copies)
+    reads = format_size(predicted.bytes_read)
+    if not predicted.exact_reads:
+        reads = f"{format_size(predicted.fewest_read)} to {reads}, as the data decide"
+    lines = [
+        f"method    {plan.recipe.merge_method}",
+        *(f"{role:<9} {prefix}*" for role, prefix in plan.coverage.prefixes.items()),
+        f"in scope  {len(plan.weights)} tensors: {_counted(leaves)}",
+        f"copied    {len(plan.copies)} tensors: {_counted(copied)}",
+        f"filtered  {_counted(Counter(plan.scope.filtered.values()))}",
+        f"skipped   {len(plan.coverage.left_out)}",
+        f"output    {_output(plan)}",
+        f"reads     {reads}",
+        f"memory    {format_size(predicted.peak_memory)} of {format_size(plan.memory)} allowed",
+        f"device    {plan.device}, {plan.threads} thread(s)",
+    ]
+    if predicted.peak_vram:
+        lines.append(f"vram      {format_size(predicted.peak_vram)}")
+    return "\n".join([*lines, *(f"warning: {line}" for line in warnings_of(plan))])
+
+
+def _output(plan: Plan) -> str:
+    size = format_size(plan.prediction.bytes_written)
+    if plan.recipe.output == "lora":
+        disk = format_size(plan.prediction.disk)
+        return f"adapter, at most {size} on disk, and {disk} while it is made"
+    if plan.recipe.output == "none":
+        return "none, the report alone"
+    return f"{len(plan.shards)} shard(s), {size} on disk"
+
+
+def result_text(path: Path | None, report: dict[str, Any]) -> str:
+    """What a finished merge did, for people."""
+    counts, seconds, used = report["counts"], report["seconds"], report["memory"]
+    done = "selected" if report["recipe"]["output"] == "none" else "merged"
+    details = f"; details in {REPORT}" if path else "; --json prints the details"
+    analysis = report["analysis"]
+    if analysis is not None:
+        details = f"; {analysis['recalled']} weights decided from the analysis{details}"
+    lines = [
+        f"{path or 'analysis'}: {counts['merged']} weights {done}, {counts['unchanged']} in scope "
+        f"unchanged, {counts['copied']} tensors copied, {counts['skipped']} skipped",
+        f"{sum(seconds.values()):.1f} s, {format_size(report['bytes']['read'])} read, "
+        f"{format_size(report['bytes']['written'])} written, peak memory "
+        f"{format_size(used['peak_anonymous'])}{details}",
+    ]
+    return "\n".join([*lines, *(f"warning: {line}" for line in report["warnings"])])
+
+
+def analysis_dict(path: Path, document: dict[str, Any]) -> dict[str, Any]:
+    """What `analyze --json` prints: analysis.json without its weights."""
+    return {"path": str(path)} | {k: v for k, v in document.items() if k != "weights"}
+
+
+def analysis_text(path: Path, document: dict[str, Any]) -> str:
+    """`analysis_dict` for people."""
+    looked = [row for row in document["weights"] if row["skipped"] is None]
+    lines = [
+        f"{path}: {len(looked)} weights analysed, {len(document['weights']) - len(looked)} skipped"
+    ]
+    for k, entry in enumerate(document["thresholds"]):
+        chosen = sum(row["experts"][k]["selected"] for row in looked)
+        counts = entry["counts"][::10]
+        lines += [
+            f"{entry['expert']}: {chosen} selected as the recipe has it",
+            "  threshold  " + " ".join(f"{each['threshold']:>5.1f}" for each in counts),
+            "  selected   " + " ".join(f"{each['selected']:>5}" for each in counts),
+            f"  auto: {entry['explanation']}",
+        ]
+    seconds, used = document["seconds"], document["memory"]
+    lines.append(
+        f"{sum(seconds.values()):.1f} s, {format_size(document['bytes']['read'])} read, "
+        f"{format_size(document['bytes']['written'])} written, peak memory "
+        f"{format_size(used['peak_anonymous'])}; numbers in {ANALYSIS}"
+    )
+    return "\n".join([*lines, *(f"warning: {line}" for line in document["warnings"])])
+
+
+def inspect_dict(source: str) -> dict[str, Any]:
+    """A checkpoint's facts from its headers."""
+    checkpoint = open_checkpoint(source)
+    tensors = checkpoint.tensors.values()
+    dtypes = Counter(spec.dtype for spec in tensors)
+    return {
+        "source": checkpoint.source,
+        "model_type": (checkpoint.config or {}).get("model_type"),
+        "files": [file.name for file in checkpoint.files],
+        "bytes": sum(spec.nbytes for spec in tensors),
+        "dtypes": dict(dtypes),
+        "language_model": dict(language_layout(checkpoint)),
+        "tensors": [
+            {
+                "name": spec.name,
+                "dtype": spec.dtype,
+                "shape": list(spec.shape),
+                "file": spec.file.name,
+            }
+            for spec in tensors
+        ],
+    }
+
+
+def inspect_text(facts: dict[str, Any]) -> str:
+    """`inspect_dict` for people."""
+    layout = ", ".join(f"{p}* ({n} layers)" for p, n in facts["language_model"].items())
+    size = f"{format_size(facts['bytes'])} in {len(facts['files'])} file(s)"
+    kind = facts["model_type"] or "no config"
+    count = len(facts["tensors"])
+    lines = [
+        f"{facts['source']}: {kind}, {count} tensors, {size}, {_counted(facts['dtypes'])}",
+        f"language model: {layout or 'none found'}",
+    ]
+    for tensor in facts["tensors"]:
+        lines.append(f"{tensor['dtype']:<8} {tensor['shape']!s:<18} {tensor['name']}")
+    return "\n".join(lines)
+
+
+def verification_dict(result: Verification) -> dict[str, Any]:
+    """What `verify --json` prints; docs/formats.md explains every field."""
+    return {
+        "path": str(result.path),
+        "ok": result.ok,
+        "differences": [
+            {"file": each.file, "tensor": each.tensor, "fault": each.fault}
+            for each in result.differences
+        ],
+        "counts": {
+            "files": result.files,
+            "tensors": result.tensors,
+            "copied": result.copied,
+            "recomputed": len(result.recomputed),
+            "in_scope": result.in_scope,
+        },
+        "recomputed": list(result.recomputed),
+        "seed": result.seed,
+        "exact": result.exact,
+        "notes": list(result.notes),
+    }
+
+
+def verification_text(result: Verification) -> str:
+    """`verification_dict` for people."""
+    lines = [
+        f"{result.path}: {result.files} files read, {result.tensors} tensors as their digests say",
+        f"{result.copied} tensors out of scope compared with the MLLM's",
+        f"{len(result.recomputed)} of {result.in_scope} tensors in scope merged again "
+        f"(--seed {result.seed})",
+        *(f"note: {note}" for note in result.notes),
+        *(f"different: {each}" for each in result.differences),
+    ]
+    return "\n".join([*lines, "nothing differs" if result.ok else "the output is not as written"])
+
+
+def sweep_text(table: dict[str, Any]) -> str:
+    """A sweep's table for people: a row a point, a column a parameter and a result."""
+    axes = [axis for axis, values in table["axes"].items() if values]
+    names = result_names(table)
+    head = [*axes, "selected", "update", "own", "shared", "seconds"]
+    rows = [[*head, *(name or "result" for name in names), ""]]
+    for point in table["points"]:
+        own, shared = point["bytes_own"], point["bytes_shared"]
+        update, seconds = point["update_norm"], point["seconds"]
+        cells = [
+            *(_cell(point["parameters"].get(axis)) for axis in axes),
+            _cell(point["selected"]),
+            "-" if update is None else f"{update:.4g}",
+            "-" if own is None else format_size(own),
+            "-" if shared is None else format_size(shared),
+            "-" if seconds is None else f"{seconds:.1f}",
+            *(_cell(result_of(point, name)) for name in names),
+        ]
+        rows.append([*cells, _remark(point)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head) + len(names))]
+    return "\n".join(
+        "  ".join(
+            [*(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=True)), row[-1]]
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _remark(point: dict[str, Any]) -> str:
+    if point["error"] is not None:
+        return f"failed: {point['error']}"
+    if point["same_as"] is not None:
+        return f"as {point['same_as']}"
+    unchanged = point["path"] is None and point["selected"] is not None
+    return "no update: the MLLM as it is" if unchanged else ""
+
+
+def methods_list() -> list[dict[str, Any]]:
+    """Every method: name, reference, what it does, parameters with defaults."""
+    return [
+        {
+            "name": name,
+            "reference": method.reference,
+            "summary": (method.__doc__ or "").strip().splitlines()[0],
+            "parameters": [
+                {
+                    "name": field.name,
+                    "default": list(field.default)
+                    if isinstance(field.default, tuple)
+                    else field.default,
+                    "per_expert": bool(field.metadata.get("per_expert")),
+                }
+                for field in method.parameter_fields()
+            ],
+            "help": (method.parameters_type.__doc__ or "").strip(),
+        }
+        for name, method in sorted(all_methods().items())
+    ]
+
+
+def methods_text(methods: list[dict[str, Any]]) -> str:
+    """`methods_list` for people."""
+    blocks = []
+    for method in methods:
+        lines = [f"{method['name']}  ({method['reference']})", f"  {method['summary']}"]
+        for parameter in method["parameters"]:
+            default = parameter["default"]
+            shown = ",".join(default) if isinstance(default, list) else default
+            own = "  (per expert)" if parameter["per_expert"] else ""
+            lines.append(f"    {parameter['name']} = {shown}{own}")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def _counted(counts: Counter[str] | dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"

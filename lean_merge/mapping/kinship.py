@@ -1,0 +1,188 @@
+"""What configurations and tokenizers say about whether two models are of one foundation."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from lean_merge.checkpoints.checkpoint import Checkpoint
+from lean_merge.checkpoints.jsonfile import read_object
+from lean_merge.checkpoints.safepaths import checked_file
+from lean_merge.errors import CheckpointError, shown
+from lean_merge.mapping.placement import INTERLEAVED_QKV, QKV, Heads
+from lean_merge.mapping.structure import Decoder
+
+_TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
+_MAX_TOKENIZER = 100_000_000
+_TOKENIZER_MEMORY = 1 << 30
+"""Bytes that parsing one may take; the largest real ones, of 33 MB, need three quarters."""
+_CHUNK = 1 << 20
+HEADS = {
+    "num_attention_heads": "attention heads",
+    "num_key_value_heads": "key/value heads",
+    "head_dim": "head size",
+}
+
+
+def text_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """The part of config.json that describes the language model; empty if there is none."""
+    config = checkpoint.config or {}
+    for key in ("thinker_config", *_TEXT_CONFIGS):
+        inner = config.get(key)
+        if isinstance(inner, dict):
+            config = inner
+    return config
+
+
+def head_counts(checkpoint: Checkpoint) -> dict[str, int]:
+    """What the config states of `HEADS`; a value that it leaves to a default is absent."""
+    config = text_config(checkpoint)
+    stated = {key: config.get(key) for key in HEADS}
+    return {key: value for key, value in stated.items() if type(value) is int and 0 < value < 2**31}
+
+
+def heads(checkpoint: Checkpoint) -> Heads | None:
+    """The heads of the language model; None if the config does not tell."""
+    stated = head_counts(checkpoint)
+    queries = stated.get("num_attention_heads")
+    if queries is None:
+        return None
+    size = stated.get("head_dim")
+    if size is None:
+        hidden = text_config(checkpoint).get("hidden_size")
+        if type(hidden) is not int:
+            return None
+        size = hidden // queries
+    pairs = stated.get("num_key_value_heads", queries)
+    return Heads(queries, pairs, size) if size > 0 and queries % pairs == 0 else None
+
+
+def sizes(checkpoint: Checkpoint, decoder: Decoder) -> dict[str, int]:
+    """The language model's sizes in words, from its shapes, and from its config for heads."""
+    result = {"number of layers": decoder.depth}
+    for (_, rest), place in decoder.weights.items():
+        rows, columns = place.shape
+        leaf = rest.rsplit(".", 1)[-1]
+        if leaf in {"q_proj", "k_proj", QKV, INTERLEAVED_QKV}:
+            result.setdefault("hidden size", columns)
+        if leaf == "k_proj":
+            result.setdefault("key/value width", rows)
+        if "expert" in rest:
+            continue
+        if leaf in {"gate_proj", "up_proj"}:
+            result.setdefault("intermediate size", rows)
+    result.update({HEADS[key]: value for key, value in head_counts(checkpoint).items()})
+    return result
+
+
+def config_warnings(base: Checkpoint, other: Checkpoint, role: str) -> list[str]:
+    """Differences that do not forbid a merge but may cost quality."""
+    warnings = []
+    ours, theirs = rope_theta(base), rope_theta(other)
+    if ours and theirs and ours != theirs:
+        warnings.append(
+            f"rope_theta is {plain_theta(ours)} in the base and {plain_theta(theirs)} in the "
+            f"{role}; the merged model keeps the MLLM's."
+        )
+    act, other_act = (text_config(each).get("hidden_act") for each in (base, other))
+    if isinstance(act, str) and isinstance(other_act, str) and act != other_act:
+        warnings.append(
+            f"hidden_act is {shown(act)} in the base and {shown(other_act)} in the {role}."
+        )
+    return warnings
+
+
+def rope_theta(checkpoint: Checkpoint) -> dict[str, float]:
+    """rope_theta by kind of layer; one kind, "", where all layers share it."""
+    config = text_config(checkpoint)
+    parameters = config.get("rope_parameters")
+    places = {"": config}
+    if isinstance(parameters, dict):
+        places = {"": parameters} | {k: v for k, v in parameters.items() if isinstance(v, dict)}
+    found = {kind: place.get("rope_theta") for kind, place in places.items()}
+    found = found if any(found.values()) else {"": config.get("rope_theta")}
+    # An int beyond the range of floats is no frequency.
+    return {
+        k: float(v)
+        for k, v in found.items()
+        if isinstance(v, (int, float)) and abs(v) <= sys.float_info.max
+    }
+
+
+def plain_theta(thetas: Mapping[str, float]) -> str:
+    """Frequencies by kind of layer in a sentence."""
+    return ", ".join(f"{kind} {value:g}".strip() for kind, value in thetas.items())
+
+
+def tokenizer_warnings(base: Checkpoint, others: Mapping[str, Checkpoint]) -> list[str]:
+    """Says for each role how many of the tokens it shares with the base have another id."""
+    ours_digest = _tokenizer_digest(base)
+    if ours_digest is None:
+        return []
+    ours: dict[str, int] | None = None
+    warnings = []
+    for role, other in others.items():
+        theirs_digest = _tokenizer_digest(other)
+        if theirs_digest is None or theirs_digest == ours_digest:
+            continue
+        if ours is None:
+            ours = vocabulary(base)
+        theirs = vocabulary(other)
+        common = ours.keys() & theirs.keys()
+        moved = sum(ours[token] != theirs[token] for token in common)
+        if moved:
+            warnings.append(
+                f"The tokenizers of base and {role} share {len(common)} tokens, of which {moved} "
+                "have different ids; the merged model keeps the MLLM's tokenizer."
+            )
+    return warnings
+
+
+def _tokenizer_digest(checkpoint: Checkpoint) -> bytes | None:
+    """What tells two tokenizer.json apart; None where there is none that could be parsed."""
+    file = checkpoint.path / "tokenizer.json"
+    digest = hashlib.sha256()
+    try:
+        if not os.path.lexists(file):
+            return None
+        with open(checked_file(checkpoint.path, file), "rb") as stream:
+            for _ in range(0, _MAX_TOKENIZER, _CHUNK):
+                digest.update(stream.read(_CHUNK))
+            return None if stream.read(1) else digest.digest()
+    except OSError as error:
+        raise CheckpointError(
+            f"{file}: cannot be read ({error.strerror or error}); check its rights."
+        ) from error
+
+
+def vocabulary(checkpoint: Checkpoint) -> dict[str, int]:
+    """Token ids by token, as far as tokenizer.json can be understood."""
+    try:
+        content = read_object(
+            checkpoint.path / "tokenizer.json",
+            limit=_MAX_TOKENIZER,
+            what="tokenizer",
+            mend="",
+            unique=False,
+            memory=_TOKENIZER_MEMORY,
+        )
+    except CheckpointError:
+        return {}
+    result: dict[str, int] = {}
+    model = content.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, dict):
+        result.update({k: v for k, v in vocabulary.items() if type(v) is int})
+    elif isinstance(vocabulary, list):
+        for place, item in enumerate(vocabulary):
+            if isinstance(item, list) and item and isinstance(item[0], str):
+                result[item[0]] = place
+    added = content.get("added_tokens")
+    for item in added if isinstance(added, list) else []:
+        if isinstance(item, dict) and isinstance(item.get("content"), str):
+            if type(item.get("id")) is int:
+                result[item["content"]] = item["id"]
+    return result

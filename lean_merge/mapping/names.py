@@ -1,0 +1,279 @@
+"""Whose weight is whose: maps each in-scope weight of the base to the MLLM and every expert."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from lean_merge.checkpoints.checkpoint import Checkpoint
+from lean_merge.checkpoints.header import TensorSpec
+from lean_merge.checkpoints.reader import TensorReader
+from lean_merge.errors import CoverageError
+from lean_merge.mapping.adaptermap import map_adapter
+from lean_merge.mapping.gate import Faults, check_heads, locate, report, storage_fault, title
+from lean_merge.mapping.kinship import config_warnings, tokenizer_warnings
+from lean_merge.mapping.placement import FUSED, Place
+from lean_merge.mapping.renaming import NameRules, renamed
+from lean_merge.mapping.rows import WeightSource
+from lean_merge.mapping.sources import stored_source
+from lean_merge.mapping.structure import Decoder, Key, language_layout
+
+__all__ = ["Coverage", "LogicalWeight", "MappedWeight", "language_layout", "map_roles"]
+
+
+@dataclass(frozen=True, slots=True)
+class LogicalWeight:
+    """One matrix of the model's mathematics, and how its rows are had in every role.
+
+    Attributes
+    ----------
+    canonical
+        Its name in the words of Llama, whatever the storage: "layers.3.self_attn.q_proj", with the
+        number of the base's layer.
+    place
+        Where it lies in the MLLM's stored tensor, and so is written.
+    base, mllm
+        Its rows in these roles, counted from 0.
+    experts
+        The same for each expert, in the caller's order.
+    """
+
+    canonical: str
+    place: Place
+    base: WeightSource
+    mllm: WeightSource
+    experts: tuple[WeightSource, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """out, in."""
+        return self.base.shape
+
+    @property
+    def others(self) -> tuple[WeightSource, ...]:
+        """The roles that have a task vector: the MLLM, then the experts."""
+        return self.mllm, *self.experts
+
+    def load(self, reader: TensorReader) -> LogicalWeight:
+        """The same, with all that is read once and kept; see `WeightSource.load`."""
+        return replace(
+            self,
+            base=self.base.load(reader),
+            mllm=self.mllm.load(reader),
+            experts=tuple(expert.load(reader) for expert in self.experts),
+        )
+
+    @property
+    def roles(self) -> tuple[WeightSource, ...]:
+        """All roles, the base first."""
+        return self.base, *self.others
+
+
+@dataclass(frozen=True, slots=True)
+class MappedWeight:
+    """One stored tensor of the MLLM and the logical weights in it.
+
+    Attributes
+    ----------
+    mllm
+        The tensor.
+    slices
+        The logical weights: one whole, or q, k, v, or gate, up, or those of many experts; together
+        they are all of the tensor.
+    """
+
+    mllm: TensorSpec
+    slices: tuple[LogicalWeight, ...]
+
+    @property
+    def stored(self) -> tuple[TensorSpec, ...]:
+        """Every tensor that is read to merge it, each once."""
+        roles = (source for rows in self.slices for source in rows.roles)
+        return tuple(dict.fromkeys(spec for source in roles for spec in source.stored))
+
+    @property
+    def extents(self) -> tuple[TensorSpec, ...]:
+        """The parts of them that are read, none of them twice."""
+        return self.extents_of(role for each in self.slices for role in each.roles)
+
+    @staticmethod
+    def extents_of(sources: Iterable[WeightSource]) -> tuple[TensorSpec, ...]:
+        """The parts of tensors that these read, none of them twice."""
+        found: list[TensorSpec] = []
+        parts = {part for source in sources for part in source.extents}
+        for part in sorted(parts, key=lambda each: (each.file, each.offset)):
+            last = found[-1] if found else None
+            if last is None or last.file != part.file or part.offset > last.offset + last.nbytes:
+                found.append(part)
+            else:
+                end = max(part.offset + part.nbytes, last.offset + last.nbytes)
+                found[-1] = replace(last, nbytes=end - last.offset)
+        return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """What will be merged, and what the caller should know about it.
+
+    Attributes
+    ----------
+    weights
+        In the order of the MLLM's tensors.
+    left_out
+        With `allow_partial`, a line for each in-scope weight that could not be mapped.
+    prefixes
+        Where each role's language model was found, by role: "base", "mllm", "expert 1", ...
+    warnings
+        Sentences about what may cost quality.
+    """
+
+    weights: tuple[MappedWeight, ...]
+    left_out: tuple[str, ...]
+    prefixes: Mapping[str, str]
+    warnings: tuple[str, ...]
+
+
+def map_roles(
+    base: Checkpoint,
+    mllm: Checkpoint,
+    experts: Sequence[Checkpoint],
+    *,
+    allow_partial: bool = False,
+    names: Mapping[str, NameRules] = MappingProxyType({}),
+) -> Coverage:
+    """Maps every in-scope weight of the base, or says why that cannot be done.
+
+    In scope are the matrices of attention and feed-forward layers, experts of a mixture included,
+    however they are stored. Norms, biases, routers, embeddings and everything outside the language
+    model are not.
+
+    Parameters
+    ----------
+    base
+        The language model that the others were tuned from.
+    mllm
+        The multimodal model.
+    experts
+        Language models tuned from `base`, or adapters of it.
+    allow_partial
+        Leave out what does not map, instead of raising.
+    names
+        By role ("mllm", "expert 1", "base"), how names become the base's; see `renamed`.
+
+    Raises
+    ------
+    RecipeError
+        `names` does not fit the checkpoints.
+    CoverageError
+        A weight has no counterpart of its shape in some role, the roles have different heads, the
+        language model cannot be told from other parts, or nothing maps at all.
+    """
+    others = {"mllm": mllm} | {f"expert {n}": each for n, each in enumerate(experts, start=1)}
+    whole = {role: each for role, each in others.items() if each.adapter is None}
+    roles = {"base": base, **others}
+    named = {role: renamed(roles[role], role, names[role]) for role in names}
+    models = {"base", *whole}
+    found = locate(base, whole, {role: each for role, each in named.items() if role in models})
+    faults = Faults()
+    for role, decoder in found.items():
+        faults.check_decoder(role, decoder, found["base"])
+    adapters = {
+        role: map_adapter(role, each, base, found["base"], faults, named.get(role, each.tensors))
+        for role, each in others.items()
+        if each.adapter is not None
+    }
+    mapped: dict[Key, LogicalWeight] = {}
+    for key, place in found["base"].weights.items():
+        theirs = {
+            role: faults.counterpart(role, found[role], key, place, scales=each.scales)
+            for role, each in whole.items()
+        }
+        present = {role: each for role, each in theirs.items() if each is not None}
+        if (fault := storage_fault(place, base.scales)) is not None:
+            faults.add("base", key, fault)
+        elif len(present) == len(theirs):
+            ours = stored_source(base, place)
+            mllm_rows, *experts_rows = (
+                adapters[role].rows(key, ours)
+                if role in adapters
+                else stored_source(each, present[role])
+                for role, each in others.items()
+            )
+            mapped[key] = LogicalWeight(
+                f"layers.{key[0]}.{key[1]}", present["mllm"], ours, mllm_rows, tuple(experts_rows)
+            )
+    weights = _by_tensor(found["base"], found["mllm"], mapped, faults)
+    if faults.lines and not (allow_partial and weights):
+        raise CoverageError(report(faults, {"base": base, **whole}, found, mapped=len(weights)))
+    check_heads(base, whole)
+    warnings = _scope_warnings(found["base"], found["mllm"])
+    warnings += [line for each in adapters.values() for line in each.warnings]
+    for role, other in others.items():
+        warnings += config_warnings(base, other, title(role))
+    warnings += tokenizer_warnings(base, {title(role): each for role, each in others.items()})
+    return Coverage(
+        weights=tuple(weights[name] for name in mllm.tensors if name in weights),
+        left_out=tuple(faults.lines),
+        prefixes=MappingProxyType(
+            {role: each.prefix for role, each in found.items()}
+            | {role: each.prefix for role, each in adapters.items()}
+        ),
+        warnings=tuple(warnings),
+    )
+
+
+def _by_tensor(
+    base: Decoder, mllm: Decoder, mapped: Mapping[Key, LogicalWeight], faults: Faults
+) -> dict[str, MappedWeight]:
+    """The stored tensors of the MLLM that are all made of mapped weights, by name.
+
+    One that holds a weight that does not map is left alone as a whole.
+    """
+    parts: dict[TensorSpec, list[Key]] = {}
+    for key, place in mllm.weights.items():
+        parts.setdefault(place.tensor, []).append(key)
+    weights = {}
+    for tensor, keys in parts.items():
+        slices = tuple(mapped[key] for key in keys if key in mapped)
+        if len(slices) == len(keys):
+            weights[tensor.name] = MappedWeight(tensor, slices)
+        elif slices:
+            for key in keys:
+                if key not in base.weights:
+                    faults.add("base", key, "lacks it")
+            faults.lines.append(
+                f"{tensor.name}: left as it is, because {len(keys) - len(slices)} of the "
+                f"{len(keys)} weights in it do not map"
+            )
+    return weights
+
+
+def _scope_warnings(base: Decoder, mllm: Decoder) -> list[str]:
+    """What is merged as one, and what of the language layers is copied although it might matter."""
+    unsplit = Counter(rest.rpartition(".")[2] for _, rest in base.weights)
+    warnings = [
+        f"{unsplit[leaf]} fused {leaf} weights are merged as one matrix each, because nothing says "
+        "which of their rows belong to which projection."
+        for leaf in sorted(FUSED & unsplit.keys())
+    ]
+    if mllm.extra:
+        warnings.append(
+            f"{len(mllm.extra)} layers of the MLLM, such as {mllm.prefix}{mllm.extra[0]}, are of a "
+            "kind that the base lacks; they are copied as they are, and the others counted without "
+            "them."
+        )
+    unknown = list(mllm.unknown)
+    surplus = [key for key in mllm.weights if key not in base.weights and key[0] < base.depth]
+    for keys, why in (
+        (unknown, "are of a kind that is not merged"),
+        (surplus, "have no counterpart in the base"),
+    ):
+        if keys:
+            layer, rest = keys[0]
+            warnings.append(
+                f"{len(keys)} weight matrices of the MLLM's language layers, such as "
+                f"layers.{layer}.{rest}, {why}; they are copied as they are."
+            )
+    return warnings

@@ -1,0 +1,231 @@
+"""Finds language models inside checkpoints by the structure of their tensors' names.
+
+A decoder stores `<prefix>layers.<N>.<rest>`, and a vision tower often does too, with some of the
+same leaves. What tells them apart is not the prefix, which changes between families and between
+versions of one library, but which names a whole layer is made of.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from lean_merge.checkpoints.checkpoint import Checkpoint
+from lean_merge.checkpoints.header import TensorSpec
+from lean_merge.errors import CoverageError
+from lean_merge.mapping.placement import (
+    EXPERTS,
+    LEAVES,
+    Heads,
+    Place,
+    canonical,
+    places,
+    stack_places,
+)
+
+_ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+_WEIGHT = ".weight"
+# Finding the language model compares every part with every other, kind of layer by kind of layer:
+# a checkpoint made of thousands would keep it busy for hours. Real ones have tens.
+_MAX_PARTS = 100
+_MAX_KINDS = 300
+_LAYERS = "layers"
+
+Key = tuple[int, str]
+"""(layer, rest): a logical weight's place in a language model, whatever its prefix and storage."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The tensors under one prefix of a checkpoint, if they look like layers.
+
+    Attributes
+    ----------
+    prefix
+        Up to and with "layers.".
+    weights
+        In-scope logical weights by (layer, rest), in the file's order.
+    exact
+        Those of them whose stored name is the canonical one.
+    unclear
+        Tensors of stacked experts whose logical weights cannot be told, and why.
+    unknown
+        Stored matrices by (layer, rest) that are neither in scope nor known to stay out of it.
+    others
+        Every other tensor that ends in ".weight", by (layer, rest).
+    extra
+        Layers of another kind than the base's, which are not counted.
+    """
+
+    prefix: str
+    weights: dict[Key, Place] = field(default_factory=dict)
+    exact: set[Key] = field(default_factory=set)
+    unclear: dict[str, str] = field(default_factory=dict)
+    unknown: dict[Key, TensorSpec] = field(default_factory=dict)
+    others: dict[Key, TensorSpec] = field(default_factory=dict)
+    extra: tuple[int, ...] = ()
+
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return 1 + max((layer for layer, _ in self.weights), default=-1)
+
+    def rests(self) -> dict[int, frozenset[str]]:
+        """The names that each layer is made of."""
+        found: dict[int, set[str]] = {}
+        for layer, rest in self.weights:
+            found.setdefault(layer, set()).add(rest)
+        return {layer: frozenset(rests) for layer, rests in sorted(found.items())}
+
+    @cached_property
+    def layers(self) -> list[frozenset[str]]:
+        """The distinct sets of rests that its layers are made of."""
+        return sorted(set(self.rests().values()), key=lambda each: (-len(each), sorted(each)))
+
+    def one_layer(self) -> frozenset[str]:
+        """The rests of its fullest layer."""
+        return self.layers[0]
+
+    def has_whole_layer_of(self, other: Decoder) -> bool:
+        """Whether one layer here has every in-scope name of some layer of `other`."""
+        mine = self.layers
+        return any(theirs <= each for theirs in other.layers for each in mine)
+
+    def rank(self) -> tuple[int, int]:
+        """How much it looks like the language model: fullness of its layers, then its numbers."""
+        return len(self.one_layer()), sum(math.prod(each.shape) for each in self.weights.values())
+
+    def numbered_as(self, base: Decoder) -> Decoder:
+        """The same with its layers counted as the base counts them.
+
+        Cross-attention layers may stand between those that came from the base. If exactly as many
+        layers as the base has are made of what all of the base's have in common, these are the
+        base's, in order.
+        """
+        common = frozenset.intersection(*base.layers)
+        rests = self.rests()
+        kept = [layer for layer, each in rests.items() if common and common <= each]
+        if self.depth <= base.depth or len(kept) != base.depth:
+            return self
+        number = {layer: index for index, layer in enumerate(kept)}
+
+        def renumbered(found: Mapping[Key, TensorSpec]) -> dict[Key, TensorSpec]:
+            return {(number[n], r): each for (n, r), each in found.items() if n in number}
+
+        return replace(
+            self,
+            weights={(number[n], r): p for (n, r), p in self.weights.items() if n in number},
+            exact={(number[n], rest) for n, rest in self.exact if n in number},
+            unknown=renumbered(self.unknown),
+            others=renumbered(self.others),
+            extra=tuple(layer for layer in rests if layer not in number),
+        )
+
+
+def split_name(name: str) -> tuple[str, int, str] | None:
+    """(prefix, layer, rest) of "<prefix>layers.<layer>.<rest>", None where there is no number.
+
+    Where nothing is called "layers", the first number counts them: "lm.blocks.<layer>.<rest>".
+    """
+    parts = name.split(".")
+    # The bound on digits keeps hostile names from becoming huge integers.
+    numbered = [
+        at
+        for at in range(len(parts) - 2)
+        if (number := parts[at + 1]).isascii() and number.isdigit() and len(number) <= 6
+    ]
+    if not numbered:
+        return None
+    at = next((each for each in numbered if parts[each] == _LAYERS), numbered[0])
+    prefix = "".join(f"{part}." for part in parts[: at + 1])
+    return prefix, int(parts[at + 1]), ".".join(parts[at + 2 :])
+
+
+def decoders(tensors: Mapping[str, TensorSpec], heads: Sequence[Heads] = ()) -> dict[str, Decoder]:
+    """What could be a language model's layers, by prefix.
+
+    Parameters
+    ----------
+    tensors
+        By the name to go by, which need not be the one on the disk.
+    heads
+        What is known of the heads, the likeliest first.
+    """
+    found: dict[str, Decoder] = {}
+    stacks: dict[tuple[str, int, str], dict[str, str]] = {}
+    renamed: list[tuple[Decoder, int, str, TensorSpec]] = []
+    for name, spec in tensors.items():
+        split = split_name(name)
+        if split is None:
+            continue
+        prefix, layer, rest = split
+        decoder = found.setdefault(prefix, Decoder(prefix))
+        stem = rest.removesuffix(_WEIGHT)
+        at = canonical(stem)
+        parent, _, leaf = at.rpartition(".")
+        in_scope = leaf in LEAVES
+        if len(spec.shape) == 3 and in_scope and parent.split(".")[-1] == EXPERTS:
+            stacks.setdefault((prefix, layer, parent), {})[leaf] = name
+        elif len(spec.shape) >= 3 and (in_scope or EXPERTS in at.split(".")):
+            decoder.unclear[name] = f"of shape {list(spec.shape)} in a layout that is not known"
+        elif stem != rest and len(spec.shape) == 2 and in_scope:
+            if at == stem:
+                for part, place in places(at, spec, heads).items():
+                    decoder.weights[layer, part] = place
+                    decoder.exact.add((layer, part))
+            else:
+                renamed.append((decoder, layer, stem, spec))
+        elif stem != rest:
+            decoder.others[layer, at] = spec
+            if len(spec.shape) >= 2 and leaf not in _ROUTERS:
+                decoder.unknown[layer, at] = spec
+    # Names that are canonical already come first: another of the same meaning keeps its own.
+    for decoder, layer, stem, spec in renamed:
+        parts = places(canonical(stem), spec, heads)
+        if any((layer, part) in decoder.weights for part in parts):
+            parts = places(stem, spec, heads)
+        for part, place in parts.items():
+            decoder.weights.setdefault((layer, part), place)
+    for (prefix, layer, parent), names in stacks.items():
+        _add_stack(found[prefix], layer, parent, names, tensors)
+    kept = {prefix: decoder for prefix, decoder in found.items() if decoder.weights}
+    if len(kept) > _MAX_PARTS or sum(len(each.layers) for each in kept.values()) > _MAX_KINDS:
+        file = next(iter(tensors.values())).file
+        raise CoverageError(
+            f"{file.parent}: has layers under {len(kept)} prefixes, or of more than {_MAX_KINDS} "
+            "kinds, which no model has; pass another checkpoint."
+        )
+    return kept
+
+
+def _add_stack(
+    decoder: Decoder,
+    layer: int,
+    parent: str,
+    names: Mapping[str, str],
+    tensors: Mapping[str, TensorSpec],
+) -> None:
+    """Enter the weights of one layer's stacked experts, or say why they cannot be told."""
+    stack = {leaf: tensors[name] for leaf, name in names.items()}
+    reads = decoder.weights.get((layer, "self_attn.q_proj"))
+    found = stack_places(stack, None if reads is None else reads.shape[1])
+    for leaf, name in names.items():
+        shapes = ", ".join(f"{each} {list(spec.shape)}" for each, spec in stack.items())
+        if f"{name.removesuffix(_WEIGHT)}_bias" in tensors:
+            decoder.unclear[name] = "with biases, whose gate and up rows may be interleaved"
+        elif found is None:
+            decoder.unclear[name] = f"with shapes that fit no layout, or more than one ({shapes})"
+        else:
+            for part, place in found[leaf].items():
+                decoder.weights.setdefault((layer, f"{parent}.{part}"), place)
+
+
+def language_layout(checkpoint: Checkpoint) -> Mapping[str, int]:
+    """Prefixes under which a language model's layers may lie, and the number of layers of each.
+
+    The likeliest comes first; towers that share leaf names follow.
+    """
+    found = sorted(decoders(checkpoint.tensors).values(), key=Decoder.rank, reverse=True)
+    return {decoder.prefix: decoder.depth for decoder in found}

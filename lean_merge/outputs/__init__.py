@@ -1,0 +1,1 @@
+"""What a merge makes of its decisions: one file for each kind of output."""

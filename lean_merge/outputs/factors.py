@@ -1,0 +1,51 @@
+"""The factors of an analysis: blocks of the output, written as one safetensors file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from lean_merge.checkpoints.reader import as_bytes
+from lean_merge.store.blocks import ITEM, Block
+from lean_merge.store.folder import OutputFolder
+from lean_merge.store.layout import OutputTensor, Shard, single_file
+
+FACTORS = "analysis.safetensors"
+_CHUNK = 1 << 20
+"""Numbers that pass through memory at once."""
+
+
+def factor_shapes(
+    canonical: str, shape: tuple[int, int], experts: int, count: int
+) -> dict[str, tuple[int, int]]:
+    """The tensors of `count` directions of a weight [out, in], and their shapes."""
+    images = {f"{canonical}.expert{k + 1}.images": (count, shape[0]) for k in range(experts)}
+    return {f"{canonical}.mllm.vectors": (count, shape[1]), **images}
+
+
+def factors_layout(shapes: Mapping[str, tuple[int, ...]]) -> Shard:
+    """Where tensors of these shapes lie in analysis.safetensors."""
+    sizes = {name: math.prod(shape) * ITEM for name, shape in shapes.items()}
+    tensors = [OutputTensor(name, "F32", shapes[name], size) for name, size in sizes.items()]
+    return single_file(FACTORS, tensors)
+
+
+def write_factors(folder: OutputFolder, blocks: Mapping[str, Block]) -> Shard:
+    """Writes analysis.safetensors into an open folder, which stays unsealed; returns its layout.
+
+    Raises OutputError or BudgetError where the disk refuses.
+    """
+    shard = factors_layout({name: block.shape for name, block in blocks.items()})
+    folder.add(shard)
+    chunk = torch.empty(_CHUNK)
+    for name, block in blocks.items():
+        if folder.is_finished(name):
+            continue
+        count = block.nbytes // ITEM
+        for first in range(0, count, _CHUNK):
+            numbers = chunk[: min(_CHUNK, count - first)]
+            folder.blocks.read(block, first, numbers)
+            folder.write_at(shard, shard.offsets[name] + first * ITEM, as_bytes(numbers))
+    return shard

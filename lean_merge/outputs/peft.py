@@ -1,0 +1,246 @@
+"""A merge as a LoRA adapter in PEFT's format: factors collected, then laid out and written.
+
+Ranks are known only once a weight was analysed, so until then the factors are blocks of the output.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lean_merge.checkpoints.dtypes import safetensors_dtype
+from lean_merge.checkpoints.hub import split_hub_id
+from lean_merge.checkpoints.reader import as_bytes
+from lean_merge.errors import DataError, OutputError
+from lean_merge.store.blocks import Block
+from lean_merge.store.folder import OutputFolder
+from lean_merge.store.layout import ADAPTER, OutputTensor, Shard, single_file
+
+ADAPTER_CONFIG = "adapter_config.json"
+_KEY = "base_model.model."
+_CHUNK = 1 << 20
+"""Numbers that pass through memory at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFactors:
+    """The update of some rows of a module, b [rows, rank] @ a [rank, in].
+
+    Attributes
+    ----------
+    runs
+        (first, count) of the module's rows, in the order of those of b.
+    rank
+        0 without an update.
+    a, b
+        Blocks of the output; None without an update, or while only sizes matter.
+    """
+
+    runs: tuple[tuple[int, int], ...]
+    rank: int = 0
+    a: Block | None = None
+    b: Block | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many rows it updates."""
+        return sum(count for _, count in self.runs)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterModule:
+    """One module of the adapter; each of its rows is in one of its parts.
+
+    A fused weight has a part for each projection: A holds their rows below each other, and B is
+    zero where the row of one meets the column of another, so that the ranks add up.
+    """
+
+    name: str
+    in_features: int
+    parts: tuple[StoredFactors, ...]
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the module's weight."""
+        return sum(part.rows for part in self.parts)
+
+    @property
+    def rank(self) -> int:
+        """Of A and B."""
+        return sum(part.rank for part in self.parts)
+
+    @property
+    def key_a(self) -> str:
+        """The name of A [rank, in] as PEFT saves it."""
+        return f"{_KEY}{self.name}.lora_A.weight"
+
+    @property
+    def key_b(self) -> str:
+        """The name of B [out, rank]."""
+        return f"{_KEY}{self.name}.lora_B.weight"
+
+
+def adapter_layout(modules: Sequence[AdapterModule], dtype: torch.dtype) -> Shard:
+    """Where the factors of `modules` lie in adapter_model.safetensors."""
+    tensors = []
+    for module in modules:
+        shapes = {
+            module.key_a: (module.rank, module.in_features),
+            module.key_b: (module.out_features, module.rank),
+        }
+        for name, shape in shapes.items():
+            size = shape[0] * shape[1] * dtype.itemsize
+            tensors.append(OutputTensor(name, safetensors_dtype(dtype), shape, size))
+    return single_file(ADAPTER, tensors)
+
+
+def write_adapter(
+    folder: OutputFolder,
+    modules: Sequence[AdapterModule],
+    *,
+    dtype: torch.dtype,
+    base_model: str,
+) -> None:
+    """Writes weights and adapter_config.json into an open folder, which stays unsealed.
+
+    Parameters
+    ----------
+    folder
+        Whereto; the factors are among its blocks.
+    modules
+        Those with an update; at least one.
+    dtype
+        Of the factors in the file.
+    base_model
+        What the adapter belongs to: the MLLM, as the user named it.
+
+    Raises
+    ------
+    OutputError
+        There is no module, so that PEFT would refuse the adapter; or the disk refuses.
+    BudgetError
+        The disk is full.
+    """
+    if not modules:
+        folder.release()
+        raise OutputError(
+            f"{folder.final}: no weight was selected, so the adapter would be empty and PEFT would "
+            "refuse it; lower --threshold."
+        )
+    shard = adapter_layout(modules, dtype)
+    folder.add(shard)
+    chunk = torch.empty(_CHUNK)
+    for module in modules:
+        if not folder.is_finished(module.key_a):
+            _write_a(folder, shard, module, dtype, chunk)
+        if not folder.is_finished(module.key_b):
+            _write_b(folder, shard, module, dtype, chunk)
+    config = adapter_config(modules, base_model=base_model)
+    folder.write_file(ADAPTER_CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def _write_a(
+    folder: OutputFolder,
+    shard: Shard,
+    module: AdapterModule,
+    dtype: torch.dtype,
+    chunk: Tensor,
+) -> None:
+    position = shard.offsets[module.key_a]
+    for part in module.parts:
+        if part.a is None:
+            continue
+        count = part.rank * module.in_features
+        for start in range(0, count, _CHUNK):
+            numbers = chunk[: min(_CHUNK, count - start)]
+            folder.blocks.read(part.a, start, numbers)
+            data = as_bytes(cast_factors(numbers, dtype, module.name))
+            folder.write_at(shard, position, data)
+            position += data.nbytes
+
+
+def _write_b(
+    folder: OutputFolder,
+    shard: Shard,
+    module: AdapterModule,
+    dtype: torch.dtype,
+    chunk: Tensor,
+) -> None:
+    width = module.rank * dtype.itemsize
+    height = max(1, _CHUNK // module.rank)
+    left = 0
+    for part in module.parts:
+        done = 0
+        for first, count in part.runs:
+            for start in range(0, count, height):
+                rows = min(height, count - start)
+                block = torch.zeros(rows, module.rank)
+                if part.b is not None:
+                    numbers = chunk[: rows * part.rank].view(rows, part.rank)
+                    folder.blocks.read(part.b, done * part.rank, numbers)
+                    block[:, left : left + part.rank] = numbers
+                position = shard.offsets[module.key_b] + (first + start) * width
+                folder.write_at(shard, position, as_bytes(cast_factors(block, dtype, module.name)))
+                done += rows
+        left += part.rank
+
+
+def cast_factors(numbers: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Factors of module `name` as an adapter holds them. Raises DataError if they overflow."""
+    cast = numbers.to(dtype)
+    if not bool(torch.isfinite(cast).all()):
+        raise DataError(
+            f"The adapter's factors of {name} overflow {str(dtype).removeprefix('torch.')}; choose "
+            "--out-dtype float32 or bfloat16."
+        )
+    return cast
+
+
+def adapter_config(modules: Sequence[AdapterModule], *, base_model: str) -> dict[str, Any]:
+    """The content of adapter_config.json.
+
+    Every alpha is its rank, so PEFT's scaling alpha / rank is 1 everywhere, for loaders too that
+    know one alpha only. `r` is the largest rank; the patterns name the modules below it. What
+    follows the @ of a hub id has a key of its own: loaders take the rest for a repository's name.
+    """
+    hub_id = None if Path(base_model).expanduser().exists() else split_hub_id(base_model)
+    name, revision = hub_id or (base_model, None)
+    largest = max(module.rank for module in modules)
+    smaller = {module.name: module.rank for module in modules if module.rank < largest}
+    return {
+        "base_model_name_or_path": name,
+        "revision": revision,
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": smaller,
+        "alpha_pattern": smaller,
+        "target_modules": [module.name for module in modules],
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+    }
+
+
+__all__ = [
+    "ADAPTER",
+    "ADAPTER_CONFIG",
+    "AdapterModule",
+    "StoredFactors",
+    "adapter_config",
+    "adapter_layout",
+    "cast_factors",
+    "write_adapter",
+]

@@ -1,0 +1,209 @@
+"""Opening an analysis folder again: checked, and ready to decide from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lean_merge.checkpoints import Checkpoint, TensorReader, TensorSpec, as_bytes, read_header
+from lean_merge.checkpoints.jsonfile import parse_object
+from lean_merge.errors import CheckpointError, RecipeError, shown
+from lean_merge.methods import EvidenceMethod, Factors, Facts
+from lean_merge.methods.plainfacts import from_plain
+from lean_merge.outputs.document import ANALYSIS, ANALYSIS_VERSION, surveys_of
+from lean_merge.outputs.factors import FACTORS, factor_shapes
+from lean_merge.plan.gathering import Choice, Gathered
+from lean_merge.plan.identity import by_role, changed_weights
+
+_MAX_DOCUMENT = 1 << 30
+_MEND = "analyse the models again with lean-merge analyze"
+
+
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """A complete analysis.
+
+    Attributes
+    ----------
+    path
+        Its folder.
+    document
+        The content of analysis.json.
+    gathered
+        What its evidence depends on, beside the inputs.
+    sha256
+        Of analysis.json.
+    own
+        Whether a merge made it for itself, and it goes with its end.
+    """
+
+    path: Path
+    document: dict[str, Any]
+    gathered: Gathered
+    sha256: str
+    _facts: Mapping[str, Facts]
+    _tensors: Mapping[str, TensorSpec]
+    own: bool = False
+
+    def choices(self, methods: Mapping[str, EvidenceMethod[Any]]) -> tuple[Choice, ...]:
+        """The threshold that the similarities of these weights suggest, for each expert."""
+        rows = {row["weight"]: row for row in self.document["weights"]}
+        known = {name: method for name, method in methods.items() if name in self._facts}
+        compared = {n: method.compared(self._facts[n]) for n, method in known.items()}
+        surveys = surveys_of(rows, compared, len(self.document["experts"]))
+        return tuple(Choice(each.auto, each.explanation) for each in surveys)
+
+    def facts(self, canonical: str) -> Facts | None:
+        """Of a weight; None where it was not looked at."""
+        return self._facts.get(canonical)
+
+    def factors(self, canonical: str) -> Factors:
+        """Of a weight that has facts; read when they are asked for."""
+        return _StoredFactors(self._tensors, canonical, self._facts[canonical])
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What tells its evidence from any other."""
+        return {
+            **({"own": True} if self.own else {"sha256": self.sha256}),
+            "gathered": self.gathered.to_dict(),
+            "environment": self.document["environment"],
+        }
+
+    def check_inputs(
+        self, base: Checkpoint, mllm: Checkpoint, experts: Sequence[Checkpoint]
+    ) -> None:
+        """Raise CheckpointError, naming what changed, unless these are what was analysed."""
+        roles = by_role(base, mllm, experts)
+        change = changed_weights(self.document["inputs"], roles)
+        if change is not None:
+            raise CheckpointError(
+                f"{self.path}: is an analysis of other models, for {change}; {_MEND}, or restore "
+                "what was analysed, with its dates."
+            )
+
+
+class _StoredFactors:
+    """Rows of analysis.safetensors; implements `Factors`."""
+
+    def __init__(self, tensors: Mapping[str, TensorSpec], canonical: str, facts: Facts) -> None:
+        self._tensors, self._canonical, self._facts = tensors, canonical, facts
+        self.bytes_read = 0
+
+    def vectors(self, kept: Tensor) -> Tensor:
+        """As `Factors` has it."""
+        return self._columns("mllm.vectors", kept)
+
+    def images(self, expert: int, kept: Tensor) -> Tensor:
+        """As `Factors` has it."""
+        return self._columns(f"expert{expert + 1}.images", kept)
+
+    def _columns(self, name: str, kept: Tensor) -> Tensor:
+        """The rows of these indices, as columns."""
+        spec = self._tensors[f"{self._canonical}.{name}"]
+        rows = torch.empty(kept.numel(), spec.shape[1])
+        with TensorReader() as reader:
+            for place, index in enumerate(kept.tolist()):
+                reader.read_into(spec, index * spec.shape[1] * 4, as_bytes(rows[place]))
+            self.bytes_read += reader.bytes_read
+        if not bool(torch.isfinite(rows).all()):
+            raise CheckpointError(f"{spec.file}: {spec.name} holds NaN or Inf; {_MEND}.")
+        return rows.T.contiguous()
+
+
+def open_analysis(path: str | Path) -> Analysis:
+    """An analysis folder, checked as far as its headers and numbers go.
+
+    Raises
+    ------
+    CheckpointError
+        There is no complete analysis, or what it says makes no sense.
+    """
+    folder = Path(path).expanduser().resolve()
+    data = _content(folder / ANALYSIS)
+    document = parse_object(data, file=folder / ANALYSIS, what="the analysis", mend=_MEND)
+    try:
+        if document.get("version") != ANALYSIS_VERSION:
+            raise ValueError(
+                f"version {shown(document.get('version'))} is not {ANALYSIS_VERSION}, which this "
+                "version of lean-merge reads"
+            )
+        facts = _facts_of(document)
+        gathered = Gathered.from_dict(document.get("gathered"))
+        _check_inputs(document.get("inputs"))
+        if not isinstance(document.get("environment"), dict):
+            raise ValueError("the environment is missing")
+    except (ValueError, RecipeError) as error:
+        raise CheckpointError(
+            f"{folder / ANALYSIS}: is damaged or none of ours ({error}); {_MEND}."
+        ) from error
+    if not (folder / FACTORS).is_file():
+        raise CheckpointError(f"{folder / FACTORS}: is missing; {_MEND}.")
+    tensors, _ = read_header(folder / FACTORS)
+    _check_tensors(folder / FACTORS, facts, tensors)
+    digest = hashlib.sha256(data).hexdigest()
+    return Analysis(folder, document, gathered, digest, facts, tensors)
+
+
+def _content(file: Path) -> bytes:
+    try:
+        with open(file, "rb") as stream:
+            data = stream.read(_MAX_DOCUMENT + 1)
+    except OSError as error:
+        raise CheckpointError(
+            f"{file}: cannot be read ({error.strerror or error}); name the folder of a complete "
+            "analysis."
+        ) from error
+    if len(data) > _MAX_DOCUMENT:
+        raise CheckpointError(f"{file}: is larger than any analysis; {_MEND}.")
+    return data
+
+
+def _facts_of(document: Mapping[str, Any]) -> dict[str, Facts]:
+    weights, experts = document.get("weights"), document.get("experts")
+    if not isinstance(weights, list) or not isinstance(experts, list):
+        raise ValueError("weights or experts are no list")
+    found: dict[str, Facts] = {}
+    for row in weights:
+        name = row.get("weight") if isinstance(row, dict) else None
+        if not isinstance(name, str):
+            raise ValueError("a weight has no name")
+        if row.get("skipped") is not None:
+            continue
+        try:
+            found[name] = from_plain(row)
+        except ValueError as error:
+            raise ValueError(f"{shown(name)}: {error}") from error
+        if type(row.get("base_norm")) not in (int, float):
+            raise ValueError(f"{shown(name)}: base_norm is missing")
+        if len(found[name].similarity) != len(experts):
+            raise ValueError(f"{shown(name)}: its experts are not {len(experts)}")
+    return found
+
+
+def _check_inputs(entries: Any) -> None:
+    if not isinstance(entries, list) or not all(isinstance(each, dict) for each in entries):
+        raise ValueError("inputs are no list of roles")
+    for entry in entries:
+        files = entry.get("files")
+        if not isinstance(files, list) or not all(isinstance(file, dict) for file in files):
+            raise ValueError("a role has no files")
+
+
+def _check_tensors(
+    file: Path, facts: Mapping[str, Facts], tensors: Mapping[str, TensorSpec]
+) -> None:
+    for name, own in facts.items():
+        wanted = factor_shapes(name, own.shape, len(own.similarity), own.stored)
+        for tensor, shape in wanted.items():
+            spec = tensors.get(tensor)
+            if spec is None or spec.dtype != "F32" or spec.shape != shape:
+                raise CheckpointError(
+                    f"{file}: {shown(tensor)} is not F32 {[*shape]}, as {ANALYSIS} says; {_MEND}."
+                )

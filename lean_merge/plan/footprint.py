@@ -1,0 +1,232 @@
+"""What the weights of a plan hold and read, from their headers and the method's cost."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lean_merge.checkpoints import common_dtype, torch_dtype
+from lean_merge.mapping import LogicalWeight
+from lean_merge.methods import AnalysisCost, Method
+from lean_merge.plan import budget
+from lean_merge.plan.reading import Course, Reading
+from lean_merge.plan.resources import arithmetic_dtype
+from lean_merge.tasks import WeightTask, needs_analysis
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a weight's memory is laid out, and with that what it costs."""
+
+    methods: Mapping[str, Method[Any]]
+    """By canonical name; a weight that is filtered out has none."""
+    output: str
+    device: str
+    workers: int
+    memory: int
+    vram: int
+    held: int
+    """Anonymous bytes of the process before the merge, and of what the sink holds."""
+    rounding: str = "nearest"
+    """Of the rows that are written."""
+    most: int = 0
+    """Bytes on the host of the weight that holds most with no tile resident. All weights share what
+    stays resident, so it must have room beside that one."""
+
+    def shape(self, weight: LogicalWeight, device: str = "") -> budget.WeightShape:
+        """For the arithmetic of the plan's device, or of another."""
+        task = common_dtype(source.dtype for source in weight.roles)
+        out_features, in_features = weight.shape
+        strip = min(out_features, budget.strip_rows(in_features, budget.READ_ELEMENTS))
+        tile = min(out_features, budget.tile_rows(in_features))
+        scratch = [s.scratch(tile if s.in_columns else strip) for s in weight.roles]
+        return budget.WeightShape(
+            out_features=out_features,
+            in_features=in_features,
+            roles=len(weight.others),
+            stored_item=max(torch_dtype(source.dtype).itemsize for source in weight.roles),
+            task_item=task.itemsize,
+            arithmetic_item=arithmetic_dtype(task, device or self.device).itemsize,
+            widened=any(torch_dtype(source.dtype) != task for source in weight.roles),
+            scratch=scratch[0] + max(scratch[1:]) + scratch[1],
+            held=sum(source.held for source in weight.roles),
+            columns=any(source.in_columns for source in weight.roles),
+            written=budget.written_strips(self.rounding) if self.reading.rows else 0,
+        )
+
+    @property
+    def on_cpu(self) -> bool:
+        return torch.device(self.device).type == "cpu"
+
+    def cost(self, weight: LogicalWeight, device: str = "") -> AnalysisCost:
+        """What the method's analysis of a weight costs at most, and the sink's work after it."""
+        method = self.methods.get(weight.canonical)
+        if method is None or not needs_analysis(weight):
+            return AnalysisCost()
+        cost = method.cost(weight.shape, item=self.shape(weight, device).arithmetic_item)
+        if self.output != "lora":
+            return cost
+        # The analysis has let go of its own by then, and no other is begun where memory is tight.
+        cut = budget.truncation_bytes(method.largest_rank(weight.shape))
+        return dataclasses.replace(cost, workspace=max(cost.workspace, cut))
+
+    def fixed(self, weight: LogicalWeight) -> tuple[int, int]:
+        """Bytes on the host and on the device with no tile resident."""
+        # The CPU's share on any device: small problems, and all if that one runs out of memory.
+        cost = self.cost(weight, "cpu")
+        host = budget.host_bytes(
+            self.shape(weight, "cpu"),
+            widest=cost.widest,
+            workspace=cost.workspace,
+            workers=self.workers,
+        )
+        if self.on_cpu or not cost.passes:
+            return host, 0
+        cost = self.cost(weight)
+        device = budget.device_bytes(
+            self.shape(weight), widest=cost.widest, workspace=cost.workspace, workers=self.workers
+        )
+        return host, device
+
+    def waiting(self, weight: LogicalWeight) -> int:
+        """Bytes on the host of updates that are stored, or wait for it, while the next is found."""
+        method = self.methods.get(weight.canonical)
+        if method is None or not self.cost(weight).workspace:
+            return 0
+        shape, rank = self.shape(weight), method.largest_rank(weight.shape)
+        if self.output == "checkpoint":
+            return budget.waiting_bytes(shape, rank)
+        if self.output == "lora":
+            return budget.factor_bytes(shape, rank) + budget.truncation_bytes(rank)
+        return 0
+
+    def feeding(self, weights: Sequence[LogicalWeight]) -> int:
+        """Bytes on the host for bringing tiles to the device: pinned ones, and its libraries'."""
+        if self.on_cpu or not any(self.cost(weight).passes for weight in weights):
+            return 0
+        largest = max(self.shape(weight).resident_tile for weight in weights)
+        slots = budget.ring_slots(self.workers)
+        return budget.ring_bytes(largest, slots) + budget.DEVICE_LIBRARIES
+
+    def needs(self, weight: LogicalWeight) -> tuple[int, int]:
+        """Bytes on host and device without which the weight cannot be merged."""
+        host, device = self.fixed(weight)
+        return self.held + host, device
+
+    def resident(self, weight: LogicalWeight) -> int:
+        """Tiles to keep in what the weight's needs leave free."""
+        shape = self.shape(weight)
+        _, device = self.needs(weight)
+        if self.cost(weight).passes == 0:
+            return 0
+        if self.on_cpu:
+            return budget.resident_tiles(shape, self.memory - self.held - self.most)
+        return budget.resident_tiles(shape, self.vram - device) if self.vram else shape.tiles
+
+    def kept(self, weight: LogicalWeight) -> int:
+        """Bytes of the tiles that stay."""
+        return self.resident(weight) * self.shape(weight).resident_tile
+
+    def second(self, weight: LogicalWeight) -> int:
+        """Bytes on the host of a weight that is analysed beside another, but for its tiles."""
+        cost = self.cost(weight)
+        return budget.second_bytes(self.shape(weight), widest=cost.widest, workspace=cost.workspace)
+
+    @property
+    def reading(self) -> Reading:
+        """What of the files is read."""
+        return Reading(
+            rows=self.output in ("checkpoint", "stream"),
+            on_cpu=self.on_cpu,
+            samples=self.output == "analysis",
+        )
+
+    def bytes_read(self, task: WeightTask) -> tuple[int, int]:
+        """The fewest and the most bytes that the task reads."""
+        fewest, most = [], []
+        for weight, method in zip(task.weight.slices, task.methods, strict=True):
+            cost = self.cost(weight)
+            added = method.reads_task_vectors() if method else ()
+            # One that looks may find nothing to add.
+            fewest.append(Course(cost.fewest, () if cost.passes else added, cost.recalled))
+            most.append(Course(cost.most, added, cost.recalled))
+        return self.reading.merged(task, fewest), self.reading.merged(task, most)
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How weights share the host's memory.
+
+    Attributes
+    ----------
+    arena : int
+        Bytes for the tiles that stay: of any weight, or of two that are analysed at a time.
+    peak : int
+        Most bytes that weights hold, the arena included.
+    beside : frozenset of str
+        Canonical names of the weights of which two may be analysed at a time.
+    eager : bool
+        Whether the next weight is analysed while updates are stored.
+    """
+
+    arena: int
+    peak: int
+    beside: frozenset[str] = frozenset()
+    eager: bool = False
+
+
+def share_room(weights: Sequence[LogicalWeight], layout: Layout) -> Room:
+    """One weight after another, or two at a time of those that are small enough for it."""
+    waiting = max((layout.waiting(weight) for weight in weights), default=0)
+    room = _room(weights, layout, waiting)
+    if layout.held + room.peak + waiting > layout.memory:
+        return _room(weights, layout, 0)
+    return dataclasses.replace(room, peak=room.peak + waiting, eager=True)
+
+
+def _room(weights: Sequence[LogicalWeight], layout: Layout, waiting: int) -> Room:
+    """How weights share what is left beside so many bytes that wait."""
+    if not layout.on_cpu:
+        return Room(0, layout.most)
+    kept = {weight.canonical: budget.aligned(layout.kept(weight)) for weight in weights}
+    largest = max(kept.values(), default=0)
+    alone = Room(largest, layout.most + largest)
+    if layout.output == "stream" or layout.workers < 2:
+        return alone
+    sizes = {
+        w.canonical: (kept[w.canonical], layout.second(w), layout.fixed(w)[0])
+        for w in weights
+        if layout.cost(w).passes
+    }
+    limit = min(layout.memory, budget.FULL_SPEED) - layout.held - waiting
+    # Weights are many and sizes are few: a mixture has thousands of one.
+    order = sorted(set(sizes.values()), key=lambda size: (size[0] + size[1], size), reverse=True)
+    for number in range(len(order)):
+        small = set(order[number:])
+        each, extra, fixed = (max(column) for column in zip(*small, strict=True))
+        arena = max(largest, 2 * each)
+        peak = arena + max(layout.most, fixed + extra)
+        names = frozenset(name for name, size in sizes.items() if size in small)
+        if peak <= limit and len(names) > 1:
+            return Room(arena, peak, names)
+    return alone
+
+
+def check_budget(tasks: Sequence[WeightTask], layout: Layout) -> None:
+    """Raise BudgetError, with the smallest that works for all weights, if one does not fit."""
+    needs = [
+        (*layout.needs(part), task.weight.mllm) for task in tasks for part in task.weight.slices
+    ]
+    if not needs:
+        return
+    host, _, largest = max(needs, key=lambda need: need[0])
+    name = f"{largest.name} {list(largest.shape)}"
+    budget.check_fits(host, layout.memory, what="Memory", flag="--memory", name=name)
+    if not layout.on_cpu and layout.vram:
+        _, device, largest = max(needs, key=lambda need: need[1])
+        name = f"{largest.name} {list(largest.shape)}"
+        budget.check_fits(device, layout.vram, what="Device memory", flag="--vram", name=name)

@@ -1,0 +1,270 @@
+"""How each weight is decided: by looking at it, or from the evidence of an analysis.
+
+A merge from an analysis must come out the same wherever the evidence comes from: read back, or
+gathered again in the same way, as `verify` does. So what gathering depended on is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol
+
+from lean_merge.checkpoints import Checkpoint
+from lean_merge.errors import RecipeError, shown
+from lean_merge.methods import (
+    EvidenceMethod,
+    Factors,
+    Facts,
+    Gathering,
+    Method,
+    Recalling,
+    Watching,
+    all_methods,
+    canonical_name,
+)
+from lean_merge.plan.parameters import MethodTable, build_method
+from lean_merge.plan.scope import Position
+from lean_merge.recipe import Expert, MergeRecipe
+
+Methods = Mapping[str, Method[Any]]
+"""By the canonical name of each weight that is not filtered out."""
+Able = Mapping[str, EvidenceMethod[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """What evidence depends on beside the inputs: a method's parameters, and the seed."""
+
+    method: str
+    parameters: tuple[tuple[str, Any], ...]
+    seed: int
+
+    @classmethod
+    def by(cls, recipe: MergeRecipe) -> Gathered:
+        """What gathering for `recipe` depends on. Raises RecipeError where nothing is gathered."""
+        kind = evidence_method(recipe)
+        defaults = {each.name: each.default for each in kind.parameter_fields()}
+        values = {**defaults, **dict(recipe.parameters)}
+        return cls(kind.name, tuple((name, values[name]) for name in kind.gathered_by), recipe.seed)
+
+    def recipe(self, recipe: MergeRecipe) -> MergeRecipe:
+        """`recipe` with only these parameters, for the methods that gather."""
+        experts = tuple(Expert(expert.model) for expert in recipe.experts)
+        return replace(
+            recipe,
+            merge_method=self.method,
+            parameters=self.parameters,
+            experts=experts,
+            seed=self.seed,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; parameters as a recipe has them."""
+        plain = MergeRecipe("b", "m", (Expert("e"),), parameters=self.parameters).to_dict()
+        return {"method": self.method, "seed": self.seed, **plain["parameters"]}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Gathered:
+        """What `to_dict` gave. Raises RecipeError for anything else."""
+        if not isinstance(data, dict) or not isinstance(data.get("method"), str):
+            raise RecipeError("What the evidence was gathered with is not told.")
+        names = {name: value for name, value in data.items() if name not in ("method", "seed")}
+        recipe = MergeRecipe(
+            "b",
+            "m",
+            (Expert("e"),),
+            merge_method=data["method"],
+            parameters=names,  # type: ignore[arg-type]
+            seed=data.get("seed", 0),
+        )
+        build_method(recipe)
+        return cls.by(recipe)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A threshold that was found for an expert, and how, in sentences."""
+
+    threshold: float
+    explanation: str = ""
+
+
+def choices_from(thresholds: Any, experts: int) -> tuple[Choice, ...]:
+    """Those of a journal. Raises RecipeError for what is no list of thresholds."""
+    if thresholds is None:
+        return ()
+    if not isinstance(thresholds, list) or len(thresholds) != experts:
+        raise RecipeError(f"The thresholds that were found are not {experts}.")
+    for each in thresholds:
+        if type(each) not in (int, float) or not 0 <= each <= 1:
+            raise RecipeError(f"The threshold that was found, {shown(each)}, is not in 0 .. 1.")
+    return tuple(Choice(float(each)) for each in thresholds)
+
+
+class Recorded(Protocol):
+    """Evidence that is at hand: an opened analysis."""
+
+    @property
+    def gathered(self) -> Gathered:
+        """What it depends on."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What tells it from other evidence, for the journal of a merge from it."""
+
+    def check_inputs(
+        self, base: Checkpoint, mllm: Checkpoint, experts: Sequence[Checkpoint]
+    ) -> None:
+        """Raise CheckpointError, naming what changed, unless these are what was analysed."""
+
+    def choices(self, methods: Mapping[str, EvidenceMethod[Any]]) -> tuple[Choice, ...]:
+        """The threshold that the similarities of these weights suggest, for each expert."""
+
+    def facts(self, canonical: str) -> Facts | None:
+        """Of a weight; None if there are none."""
+
+    def factors(self, canonical: str) -> Factors:
+        """Of a weight that has facts."""
+
+
+@dataclass(frozen=True, slots=True)
+class EvidencePlan:
+    """Of a plan that gathers evidence or decides from some.
+
+    Attributes
+    ----------
+    gathered
+        What the evidence depends on.
+    source
+        Where it comes from, if it is recorded; else it is gathered.
+    choices
+        For each expert, where a threshold was to be found; else none.
+    anew
+        Why weights are looked at though evidence is recorded, by canonical name.
+    """
+
+    gathered: Gathered
+    source: Recorded | None = None
+    choices: tuple[Choice, ...] = ()
+    anew: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """For the journal of a merge from recorded evidence."""
+        assert self.source is not None
+        found = {"thresholds": [each.threshold for each in self.choices]} if self.choices else {}
+        return {**self.source.identity, **found}
+
+
+def decided(
+    methods: Methods, places: Mapping[str, Position], recipe: MergeRecipe, evidence: EvidencePlan
+) -> tuple[dict[str, Method[Any]], EvidencePlan]:
+    """The methods of a merge from evidence, which is recorded or gathered again.
+
+    Raises RecipeError for a method that cannot.
+    """
+    evidence_method(recipe)
+    able = {name: each for name, each in methods.items() if isinstance(each, EvidenceMethod)}
+    if not all(each.is_settled for each in able.values()):
+        if evidence.source is not None:
+            evidence = replace(evidence, choices=evidence.source.choices(able))
+        thresholds = [each.threshold for each in evidence.choices]
+        made = {id(each): each.settled(thresholds) for each in able.values()}
+        able = {name: made[id(each)] for name, each in able.items()}
+    if evidence.source is None:
+        return regathering(able, places, recipe, evidence.gathered), evidence
+    found, anew = recalling(able, places, recipe, evidence.source)
+    return found, replace(evidence, anew=anew)
+
+
+def evidence_method(recipe: MergeRecipe) -> type[EvidenceMethod[Any]]:
+    """The recipe's method, if that gathers evidence. Raises RecipeError."""
+    name = canonical_name(recipe.merge_method)
+    kind = all_methods().get(name)
+    if kind is None or not issubclass(kind, EvidenceMethod):
+        able = sorted(n for n, k in all_methods().items() if issubclass(k, EvidenceMethod))
+        raise RecipeError(
+            f"{name} decides without looking at the weights, so there is nothing to analyse; "
+            f"analysis is for {', '.join(able)}."
+        )
+    return kind
+
+
+def watching(methods: Methods) -> dict[str, Method[Any]]:
+    """The methods, which gather and keep the evidence."""
+    made: dict[int, Method[Any]] = {}
+    for method in methods.values():
+        if isinstance(method, EvidenceMethod):
+            made.setdefault(id(method), Watching(method))
+    return {name: made[id(method)] for name, method in methods.items()}
+
+
+def regathering(
+    methods: Mapping[str, EvidenceMethod[Any]],
+    places: Mapping[str, Position],
+    recipe: MergeRecipe,
+    gathered: Gathered,
+) -> dict[str, Method[Any]]:
+    """The methods, which gather anew as was `gathered` before they decide."""
+    table = MethodTable(gathered.recipe(recipe))
+    made: dict[tuple[int, int], Method[Any]] = {}
+    found = {}
+    for name, method in methods.items():
+        gatherer = table.at(places[name])
+        key = id(method), id(gatherer)
+        if key not in made:
+            assert isinstance(gatherer, EvidenceMethod)
+            made[key] = Gathering(method, gatherer, gathered.seed)
+        found[name] = made[key]
+    return found
+
+
+def recalling(
+    methods: Mapping[str, EvidenceMethod[Any]],
+    places: Mapping[str, Position],
+    recipe: MergeRecipe,
+    recorded: Recorded,
+) -> tuple[dict[str, Method[Any]], dict[str, str]]:
+    """The methods, which decide from what is recorded; and why those that look anew do.
+
+    A weight without evidence gets it in the same way. One whose evidence does not suffice is
+    looked at as without an analysis.
+    """
+    found = regathering(methods, places, recipe, recorded.gathered)
+    anew = {}
+    for name, method in methods.items():
+        facts = recorded.facts(name)
+        if facts is None:
+            anew[name] = "the analysis has no evidence of it"
+            continue
+        lacking = method.lacks(facts)
+        if lacking is None:
+            found[name] = Recalling(method, facts, partial(recorded.factors, name))
+        else:
+            found[name], anew[name] = method, lacking
+    return found, anew
+
+
+def described(anew: Mapping[str, str]) -> Sequence[str]:
+    """For people: how many weights are looked at again, for each reason."""
+    reasons: dict[str, int] = {}
+    for reason in anew.values():
+        reasons[reason] = reasons.get(reason, 0) + 1
+    return [f"{count} weights are analysed anew: {reason}" for reason, count in reasons.items()]
+
+
+__all__ = [
+    "Choice",
+    "EvidencePlan",
+    "Gathered",
+    "Recorded",
+    "choices_from",
+    "decided",
+    "described",
+    "evidence_method",
+    "recalling",
+    "regathering",
+    "watching",
+]

@@ -1,0 +1,175 @@
+"""From a recipe's parameters to a method for each weight.
+
+A value may differ between weights, in the words that users of the field know: a list of numbers is
+interpolated over the layers from first to last; a list of `filter` and `value` gives the value of
+the first filter that a weight's name matches, and an entry without filter is for all others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lean_merge.errors import RecipeError, shown
+from lean_merge.methods import Method, all_methods, canonical_name
+from lean_merge.plan.scope import Position, nearest
+from lean_merge.recipe import MergeRecipe, Parameters, reject_unknown
+from lean_merge.recipe.values import ANY, Filtered
+
+
+def build_method(recipe: MergeRecipe, place: Position | None = None) -> Method[Any]:
+    """The recipe's method with its parameters at one weight, checked.
+
+    Without a place, a value that differs between weights is the one for all others, or that of the
+    first layer.
+
+    Raises
+    ------
+    RecipeError
+        The method or a parameter is unknown, or a value makes no sense.
+    """
+    kind, fields = _checked_names(recipe)
+    return _build(kind, [_typed(values, fields) for values in _resolved(recipe, place)])
+
+
+_DEFAULT = object()
+
+
+def _checked_names(
+    recipe: MergeRecipe,
+) -> tuple[type[Method[Any]], dict[str, dataclasses.Field[Any]]]:
+    methods = all_methods()
+    name = canonical_name(recipe.merge_method)
+    reject_unknown([name], methods, "merge_method")
+    fields = {f.name: f for f in methods[name].parameter_fields()}
+    own = [n for n, f in fields.items() if f.metadata.get("per_expert")]
+    reject_unknown(dict(recipe.parameters), fields, f"parameters of {name}")
+    for expert in recipe.experts:
+        reject_unknown(dict(expert.parameters), own, f"parameters of an expert of {name}")
+    for values in _all_parameters(recipe):
+        for parameter, value in values:
+            entries = [each.value for each in value] if _is_filtered(value) else [value]
+            if any(map(_is_gradient, entries)) and not isinstance(fields[parameter].default, float):
+                raise RecipeError(
+                    f"{parameter} cannot be interpolated over the layers; give one value, or one "
+                    "for each filter."
+                )
+    return methods[name], fields
+
+
+def _all_parameters(recipe: MergeRecipe) -> list[Parameters]:
+    return [recipe.parameters, *(expert.parameters for expert in recipe.experts)]
+
+
+def _resolved(recipe: MergeRecipe, place: Position | None) -> list[dict[str, Any]]:
+    """The values at one weight for each expert; a name that no filter gives one is left out."""
+    resolved = []
+    for expert in recipe.experts:
+        values = {**dict(recipe.parameters), **dict(expert.parameters)}
+        at = {name: _at(value, place) for name, value in values.items()}
+        resolved.append({name: value for name, value in at.items() if value is not _DEFAULT})
+    return resolved
+
+
+def _at(value: Any, place: Position | None) -> Any:
+    """What a value is at one weight; `_DEFAULT` where none of its filters matches."""
+    if _is_filtered(value):
+        for entry in value:
+            if entry.filter == ANY or (place is not None and place.matches(entry.filter)):
+                return _at(entry.value, place)
+        return _DEFAULT
+    if _is_gradient(value):
+        return _interpolated(value, 0.0 if place is None else place.depth)
+    return value
+
+
+def _is_filtered(value: Any) -> bool:
+    return isinstance(value, tuple) and any(isinstance(each, Filtered) for each in value)
+
+
+def _is_gradient(value: Any) -> bool:
+    return (
+        isinstance(value, tuple)
+        and len(value) > 1
+        and all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in value)
+    )
+
+
+def _interpolated(points: tuple[float, ...], depth: float) -> float:
+    """Linear between equidistant points, of which the first is at depth 0 and the last at 1."""
+    position = depth * (len(points) - 1)
+    before = min(math.floor(position), len(points) - 1)
+    after = min(before + 1, len(points) - 1)
+    share = position - before
+    return (1 - share) * float(points[before]) + share * float(points[after])
+
+
+def _build(kind: type[Method[Any]], values: list[dict[str, Any]]) -> Method[Any]:
+    try:
+        return kind([kind.parameters_type(**own) for own in values])
+    except TypeError as error:
+        raise RecipeError(f"The parameters of {kind.name} make no sense: {error}.") from error
+
+
+def _typed(
+    values: Mapping[str, Any], fields: Mapping[str, dataclasses.Field[Any]]
+) -> dict[str, Any]:
+    """YAML's and the command line's looser types made those of the parameters' defaults."""
+    typed = {}
+    for name, value in values.items():
+        default = fields[name].default
+        if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value) if abs(value) < 2**64 else math.inf
+        elif isinstance(default, tuple) and isinstance(value, str):
+            value = tuple(part.strip() for part in value.split(",") if part.strip())
+        elif isinstance(default, tuple) and isinstance(value, list):
+            value = tuple(value)
+        words = fields[name].metadata.get("words", ())
+        if type(value) is not type(default) and name != "rank" and value not in words:
+            kind = " or ".join([type(default).__name__, *words])
+            raise RecipeError(f"{name} must be a {kind}, not {shown(value)}.")
+        typed[name] = value
+    return typed
+
+
+@dataclass
+class MethodTable:
+    """The method of every weight; weights with equal parameters share one.
+
+    Parameters
+    ----------
+    recipe
+        Whose names of parameters are checked here, and values where they are used.
+    """
+
+    recipe: MergeRecipe
+    _made: dict[str, Method[Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._kind, self._fields = _checked_names(self.recipe)
+
+    def at(self, place: Position) -> Method[Any]:
+        """The method for one weight. Raises RecipeError naming the weight where a value differs."""
+        values = _resolved(self.recipe, place)
+        key = repr(values)
+        if key not in self._made:
+            typed = [_typed(own, self._fields) for own in values]
+            self._made[key] = _build(self._kind, typed)
+        return self._made[key]
+
+    def check_filters(self, places: list[Position]) -> None:
+        """Raises RecipeError for a filter of a value that matches none of the weights."""
+        for values in _all_parameters(self.recipe):
+            for name, value in values:
+                for entry in value if _is_filtered(value) else ():
+                    if entry.filter != ANY and not any(p.matches(entry.filter) for p in places):
+                        raise RecipeError(
+                            f"The filter {shown(entry.filter)} of {name} matches no weight in "
+                            f"scope; {nearest(entry.filter, places)}"
+                        )
+
+
+__all__ = ["MethodTable", "build_method"]

@@ -1,0 +1,165 @@
+"""Which of the weights that could be merged are: `include` and `exclude` of a recipe.
+
+An entry is a regular expression that is searched for in a weight's name, canonical or the MLLM's
+own, or a range of layers such as `layers: 0-15`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from lean_merge.errors import RecipeError, shown
+from lean_merge.mapping import Coverage, LogicalWeight, MappedWeight
+from lean_merge.recipe.values import ANY
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_RANGES = re.compile(r"layers:\s*(?P<ranges>.*)")
+_RANGE = re.compile(r"(?P<first>\d+)(?P<dash>\s*-\s*(?P<last>\d+)?)?")
+
+
+def layer_of(canonical: str) -> int | None:
+    """The number of the layer in a weight's canonical name, from 0; None if it is in none."""
+    match = _LAYER.search(canonical)
+    return int(match[1]) if match else None
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a logical weight stands in the model, for filters and values to go by.
+
+    Attributes
+    ----------
+    canonical, mllm
+        Its names: "layers.3.self_attn.q_proj", and that of the tensor in the MLLM. A part of a
+        fused tensor goes by its own last word there too, so that "up_proj" is not gate_up_proj.
+    layers
+        How many layers the language model has.
+    """
+
+    canonical: str
+    mllm: str
+    layers: int
+
+    @property
+    def layer(self) -> int:
+        """The number of its layer, from 0."""
+        return layer_of(self.canonical) or 0
+
+    @property
+    def depth(self) -> float:
+        """0 in the first layer, 1 in the last."""
+        return self.layer / (self.layers - 1) if self.layers > 1 else 0.0
+
+    def matches(self, entry: str) -> bool:
+        """Whether an entry of a filter takes this weight. Raises RecipeError if it is none."""
+        found = _RANGES.fullmatch(entry.strip())
+        if found:
+            return any(self.layer in layers for layers in _ranges(entry, found["ranges"]))
+        if entry == ANY:
+            return True
+        search = _pattern(entry).search
+        return bool(search(self.canonical) or search(self.mllm))
+
+
+@cache
+def _pattern(entry: str) -> re.Pattern[str]:
+    """An entry as a regular expression. Raises RecipeError."""
+    try:
+        return re.compile(entry)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise RecipeError(
+            f"The filter {shown(entry)} is not a regular expression ({error}); write one such as "
+            "mlp, self_attn, q_proj or layers: 0-15."
+        ) from error
+
+
+@cache
+def _ranges(entry: str, text: str) -> tuple[range, ...]:
+    ranges = []
+    for part in text.split(","):
+        match = _RANGE.fullmatch(part.strip())
+        first = int(match["first"]) if match else 0
+        last = first
+        if match and match["dash"]:
+            # Open ended up to more layers than any model has.
+            last = int(match["last"]) if match["last"] else 10**6
+        if match is None or last < first:
+            raise RecipeError(
+                f"The filter {shown(entry)} is no range of layers; write layers: 0-15, "
+                "layers: 16- or layers: 0-3,8."
+            )
+        ranges.append(range(first, last + 1))
+    return tuple(ranges)
+
+
+def positions_of(coverage: Coverage) -> dict[str, Position]:
+    """The place of every logical weight, by canonical name."""
+    places = [
+        Position(part.canonical, _mllm_name(weight, part), 0)
+        for weight in coverage.weights
+        for part in weight.slices
+    ]
+    layers = 1 + max((place.layer for place in places), default=0)
+    return {each.canonical: Position(each.canonical, each.mllm, layers) for each in places}
+
+
+def _mllm_name(weight: MappedWeight, part: LogicalWeight) -> str:
+    if len(weight.slices) == 1:
+        return weight.mllm.name
+    stem = weight.mllm.name.removesuffix(".weight").rpartition(".")[0]
+    return f"{stem}.{part.canonical.rpartition('.')[2]}.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Why each weight that is filtered out is, by canonical name."""
+
+    filtered: dict[str, str]
+
+    def reason(self, weight: LogicalWeight) -> str:
+        """Empty for a weight that is merged."""
+        return self.filtered.get(weight.canonical, "")
+
+
+def filter_weights(
+    places: Sequence[Position], *, include: Sequence[str], exclude: Sequence[str]
+) -> Scope:
+    """What `include` leaves out and `exclude` takes out.
+
+    Raises
+    ------
+    RecipeError
+        An entry makes no sense or matches no weight, or nothing is left.
+    """
+    for name, entries in (("include", include), ("exclude", exclude)):
+        for entry in entries:
+            if not any(place.matches(entry) for place in places):
+                raise RecipeError(
+                    f"{name}: {shown(entry)} matches no weight in scope; {nearest(entry, places)}"
+                )
+    filtered = {}
+    for place in places:
+        excluded = next((entry for entry in exclude if place.matches(entry)), None)
+        if excluded is not None:
+            filtered[place.canonical] = f"excluded by {shown(excluded)}"
+        elif include and not any(place.matches(entry) for entry in include):
+            filtered[place.canonical] = "not in include"
+    if places and len(filtered) == len(places):
+        raise RecipeError("include and exclude leave no weight to merge; loosen one of them.")
+    return Scope(filtered)
+
+
+def nearest(entry: str, places: Sequence[Position]) -> str:
+    """What a filter that matches nothing may have meant."""
+    layers = max((place.layers for place in places), default=0)
+    if _RANGES.fullmatch(entry.strip()):
+        return f"the layers are 0-{layers - 1}."
+    words = {word for place in places for word in place.canonical.split(".") if word != "layers"}
+    near = difflib.get_close_matches(entry, sorted(words - set("0123456789")), n=1, cutoff=0.0)
+    example = places[0].canonical if places else "layers.0.self_attn.q_proj"
+    hint = f"the nearest part of a name is {near[0]!r}, " if near else ""
+    return f"{hint}and a name is {example!r}."

@@ -1,0 +1,33 @@
+"""What the user asks for: the recipe, values that differ between weights, and their YAML."""
+
+from lean_merge.recipe.recipe import (
+    OUT_DTYPES,
+    OUTPUTS,
+    ROUNDINGS,
+    Expert,
+    MergeRecipe,
+    NameRules,
+    Parameters,
+    load_recipe_file,
+    load_yaml,
+    reject_unknown,
+)
+from lean_merge.recipe.values import ANY, Filtered
+from lean_merge.recipe.yamlfile import dump_yaml, parse_yaml
+
+__all__ = [
+    "ANY",
+    "OUTPUTS",
+    "OUT_DTYPES",
+    "ROUNDINGS",
+    "Expert",
+    "Filtered",
+    "MergeRecipe",
+    "NameRules",
+    "Parameters",
+    "dump_yaml",
+    "load_recipe_file",
+    "load_yaml",
+    "parse_yaml",
+    "reject_unknown",
+]

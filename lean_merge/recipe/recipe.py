@@ -1,0 +1,373 @@
+"""What the user asked for: a frozen, hashable recipe, to and from YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lean_merge.errors import RecipeError, shown
+from lean_merge.recipe.values import ANY, Filtered
+from lean_merge.recipe.yamlfile import MAX_TEXT, dump_yaml, parse_yaml
+from lean_merge.sizes import parse_size
+
+OUT_DTYPES = ("auto", "float32", "bfloat16", "float16")
+ROUNDINGS = ("nearest", "stochastic")
+OUTPUTS = ("checkpoint", "lora", "none")
+_PLAIN_FIELDS = (
+    "output",
+    "lora_rank",
+    "out_dtype",
+    "rounding",
+    "seed",
+    "shard_size",
+    "allow_partial",
+)
+Parameters = tuple[tuple[str, Any], ...]
+NameRules = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """One expert: a folder or hub id, and the parameters that are its own."""
+
+    model: str
+    parameters: Parameters = ()
+
+
+@dataclass(frozen=True, slots=True)
+class MergeRecipe:
+    """Everything that decides the numbers of a merge; memory, device and threads do not.
+
+    Parameters
+    ----------
+    base_model, mllm_model : str
+        Folder, `.safetensors` file or hub id `org/name@revision`.
+    experts : tuple of Expert
+        One or more.
+    merge_method : str
+        Name of a registered method.
+    parameters : tuple of (name, value)
+        The method's parameters, common to all experts. A value that differs between weights is a
+        list of numbers, interpolated over the layers, or of `filter` and `value`.
+    include, exclude : tuple of str
+        Regular expressions on the weights' names, or `layers: 0-15`. A weight is merged if it is
+        in `include`, where that is given, and not in `exclude`; the others are copied.
+    output : str
+        `checkpoint`, a whole model; `lora`, an adapter for the MLLM; or `none`, analysis alone.
+    lora_rank : int or str
+        Rank of each weight in an adapter: `auto`, the smallest that keeps the update, or a number.
+    out_dtype : str
+        `auto` keeps each MLLM weight's dtype; else the dtype of the in-scope weights. An adapter's
+        factors are float32 with `auto`.
+    rounding : str
+        `nearest`, or `stochastic` for out dtypes below float32.
+    seed : int
+        Seed of the random starts and of stochastic rounding.
+    shard_size : int
+        Largest shard in bytes.
+    allow_partial : bool
+        Go on where in-scope weights do not map to every role, leaving them as the MLLM has them.
+    names : tuple of (pattern, template), or of (role, such a tuple)
+        How tensors' names become the base's, where structure does not tell: by regular expression,
+        with groups in the template. Of the MLLM, or of the named roles.
+
+    Raises
+    ------
+    RecipeError
+        For a value that makes no sense.
+    """
+
+    base_model: str
+    mllm_model: str
+    experts: tuple[Expert, ...]
+    merge_method: str = "ip_merging"
+    parameters: Parameters = ()
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    output: str = "checkpoint"
+    lora_rank: int | str = "auto"
+    out_dtype: str = "auto"
+    rounding: str = "nearest"
+    seed: int = 0
+    shard_size: int = 5 * 10**9
+    allow_partial: bool = False
+    names: Parameters = ()
+
+    def __post_init__(self) -> None:
+        # Lists, mappings and sizes in words are taken too, and made hashable.
+        experts = tuple(_expert(entry) for entry in _list(self.experts, "experts"))
+        object.__setattr__(self, "experts", experts)
+        object.__setattr__(self, "parameters", _frozen(self.parameters, "parameters"))
+        object.__setattr__(self, "names", _names(self.names, len(experts)))
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, _filters(getattr(self, name), name))
+        object.__setattr__(self, "shard_size", parse_size(self.shard_size))
+        if not self.experts:
+            raise RecipeError("A merge needs at least one expert; name it with --expert.")
+        for role, model in [
+            ("base_model", self.base_model),
+            ("mllm_model", self.mllm_model),
+            *(("experts[].model", expert.model) for expert in self.experts),
+        ]:
+            if not isinstance(model, str) or not model:
+                raise RecipeError(f"{role} must name a folder or hub id, not {shown(model)}.")
+            if not _is_storable(model):
+                raise RecipeError(
+                    f"{role} {shown(model)} is not valid Unicode, so that no report could name it; "
+                    "rename the folder."
+                )
+        if not isinstance(self.merge_method, str) or not self.merge_method:
+            raise RecipeError(f"merge_method must name a method, not {shown(self.merge_method)}.")
+        if not isinstance(self.allow_partial, bool):
+            raise RecipeError(
+                f"allow_partial must be true or false, not {shown(self.allow_partial)}."
+            )
+        _one_of("output", self.output, OUTPUTS)
+        if self.lora_rank != "auto" and not (type(self.lora_rank) is int and self.lora_rank >= 1):
+            raise RecipeError(
+                f"lora_rank must be 'auto' or a whole number from 1, not {shown(self.lora_rank)}."
+            )
+        _one_of("out_dtype", self.out_dtype, OUT_DTYPES)
+        _one_of("rounding", self.rounding, ROUNDINGS)
+        if type(self.seed) is not int or not 0 <= self.seed < 2**64:
+            raise RecipeError(
+                f"seed must be a whole number from 0 to 2^64 - 1, not {shown(self.seed)}."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe in the words of the field, plain types only."""
+        experts = []
+        for expert in self.experts:
+            entry: dict[str, Any] = {"model": expert.model}
+            if expert.parameters:
+                entry["parameters"] = _plain(expert.parameters)
+            experts.append(entry)
+        recipe: dict[str, Any] = {
+            "merge_method": self.merge_method,
+            "base_model": self.base_model,
+            "mllm_model": self.mllm_model,
+            "experts": experts,
+        }
+        if self.parameters:
+            recipe["parameters"] = _plain(self.parameters)
+        for name in ("include", "exclude"):
+            if getattr(self, name):
+                recipe[name] = list(getattr(self, name))
+        for name in _PLAIN_FIELDS:
+            recipe[name] = getattr(self, name)
+        if self.names:
+            recipe["names"] = {
+                key: value if isinstance(value, str) else dict(value) for key, value in self.names
+            }
+        return recipe
+
+    def name_rules(self) -> dict[str, NameRules]:
+        """The rules of `names` by role."""
+        by_role = any(not isinstance(rules, str) for _, rules in self.names)
+        return dict(self.names if by_role else [("mllm", self.names)] if self.names else [])
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML that `from_yaml` reads back."""
+        return dump_yaml(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> MergeRecipe:
+        """Build a recipe from plain data; unknown keys are errors that name the nearest."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        reject_unknown(data, known, "recipe")
+        for required in ("base_model", "mllm_model", "experts"):
+            if not data.get(required):
+                raise RecipeError(f"The recipe lacks {required}.")
+        return cls(**data)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> MergeRecipe:
+        """Read a recipe from YAML text, loaded safely."""
+        return cls.from_dict(load_yaml(text))
+
+
+def load_recipe_file(path: Path) -> dict[str, Any]:
+    """The plain data of a recipe file, for flags to override before it is checked."""
+    try:
+        # A pipe has no size to look at beforehand, and a device no end.
+        with open(path, "rb") as stream:
+            data = stream.read(MAX_TEXT + 1)
+        text = data.decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path}: the recipe cannot be read ({error}).") from error
+    return load_yaml(text)
+
+
+def load_yaml(text: str) -> dict[str, Any]:
+    """A recipe's YAML mapping as plain data. Raises RecipeError."""
+    data = parse_yaml(text, what="recipe")
+    if not isinstance(data, dict):
+        raise RecipeError("The recipe must be a YAML mapping, starting with merge_method: ...")
+    return data
+
+
+def reject_unknown(given: Iterable[Any], known: Iterable[str], where: str) -> None:
+    """Raise RecipeError for the first key of `given` that is not known, naming the nearest."""
+    names = list(known)
+    for key in given:
+        if key not in names:
+            near = difflib.get_close_matches(str(key)[:80], names, n=1, cutoff=0.0)
+            hint = f"; the nearest known one is {near[0]!r}" if near else ""
+            raise RecipeError(f"Unknown key {shown(key)} in {where}{hint}.")
+
+
+def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise RecipeError(f"{name} must be one of {', '.join(choices)}, not {shown(value)}.")
+
+
+def _list(value: Any, name: str) -> list[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise RecipeError(f"{name} must be a list, not {shown(value)}.")
+    return list(value)
+
+
+def _expert(entry: Any) -> Expert:
+    if isinstance(entry, Expert):
+        return Expert(entry.model, _frozen(entry.parameters, "experts[].parameters"))
+    if isinstance(entry, str):
+        return Expert(entry)
+    if not isinstance(entry, Mapping):
+        raise RecipeError(f"An expert must be a mapping with a model, not {shown(entry)}.")
+    reject_unknown(entry, ("model", "parameters"), "experts[]")
+    if "model" not in entry:
+        raise RecipeError("An expert lacks its model.")
+    return Expert(entry["model"], _frozen(entry.get("parameters"), "experts[].parameters"))
+
+
+def _frozen(parameters: Any, where: str) -> Parameters:
+    if parameters is None:
+        return ()
+    if isinstance(parameters, tuple):
+        parameters = dict(parameters)
+    if not isinstance(parameters, Mapping):
+        raise RecipeError(f"{where} must be a mapping, not {shown(parameters)}.")
+    return tuple(
+        (str(name), _frozen_value(value, f"{where}: {shown(name)}"))
+        for name, value in parameters.items()
+    )
+
+
+def _frozen_value(value: Any, where: str) -> Any:
+    if not isinstance(value, (list, tuple)):
+        return _scalar(value, where)
+    if any(isinstance(each, (Mapping, Filtered)) for each in value):
+        return tuple(_filtered(each, where) for each in value)
+    return tuple(_scalar(each, where) for each in value)
+
+
+def _scalar(value: Any, where: str) -> Any:
+    """`value`, a word, a number or a truth value; anything else could not be hashed or written."""
+    if isinstance(value, str) and _is_storable(value):
+        return value
+    if isinstance(value, int) and abs(value) >= 2**64:
+        raise RecipeError(f"{where} must lie between -2^64 and 2^64, not {shown(value)}.")
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    raise RecipeError(f"{where} must be a word, a number or a list of such, not {shown(value)}.")
+
+
+def _filtered(entry: Any, where: str) -> Filtered:
+    if isinstance(entry, Filtered):
+        return entry
+    if not isinstance(entry, Mapping):
+        return Filtered(ANY, _tuple(entry, where))
+    reject_unknown(entry, ("filter", "value"), where)
+    if "value" not in entry:
+        raise RecipeError(f"{where}: an entry lacks its value; write filter: mlp, value: 0.5.")
+    wanted = entry.get("filter", ANY)
+    return Filtered(
+        _filter(ANY if wanted is None else wanted, where), _tuple(entry["value"], where)
+    )
+
+
+def _filters(entries: Any, name: str) -> tuple[str, ...]:
+    if entries is None:
+        return ()
+    if isinstance(entries, (str, Mapping)):
+        entries = [entries]
+    return tuple(_filter(entry, name) for entry in _list(entries, name))
+
+
+def _filter(entry: Any, where: str) -> str:
+    """A filter's text; YAML reads `layers: 0-15` in a list as a mapping."""
+    if isinstance(entry, Mapping) and set(entry) == {"layers"}:
+        wanted = entry["layers"]
+        parts = wanted if isinstance(wanted, (list, tuple)) else [wanted]
+        return f"layers: {','.join(map(str, parts))}"
+    if not isinstance(entry, str) or not entry:
+        raise RecipeError(
+            f"{where}: a filter must be a regular expression or a range such as layers: 0-15, not "
+            f"{shown(entry)}."
+        )
+    return entry
+
+
+def _tuple(value: Any, where: str) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_scalar(each, where) for each in value)
+    return _scalar(value, where)
+
+
+def _is_storable(text: str) -> bool:
+    """Whether UTF-8 can hold `text`; names of files that it cannot hold come as surrogates."""
+    return "\0" not in text and text.encode("utf-8", "ignore").decode("utf-8") == text
+
+
+def _plain(parameters: Parameters) -> dict[str, Any]:
+    return {name: _plain_value(value) for name, value in parameters}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, Filtered):
+        own = {} if value.filter == ANY else {"filter": value.filter}
+        return {**own, "value": _plain_value(value.value)}
+    return [_plain_value(each) for each in value] if isinstance(value, tuple) else value
+
+
+def _names(names: Any, experts: int) -> Parameters:
+    """The rules of `names`, checked, with roles only where they were given by role."""
+    rules = _pairs(names, "names")
+    if all(isinstance(value, str) for _, value in rules):
+        return _rules(rules, "names")
+    roles = ["base", "mllm", *(f"expert {number}" for number in range(1, experts + 1))]
+    reject_unknown((role for role, _ in rules), roles, "names, by role")
+    return tuple(
+        (role, _rules(_pairs(value, f"names.{role}"), f"names.{role}")) for role, value in rules
+    )
+
+
+def _pairs(value: Any, where: str) -> Parameters:
+    if isinstance(value, tuple) and all(isinstance(e, tuple) and len(e) == 2 for e in value):
+        value = dict(value)
+    if value is not None and not isinstance(value, Mapping):
+        raise RecipeError(f"{where} must be a mapping, not {shown(value)}.")
+    return tuple((str(key), each) for key, each in (value or {}).items())
+
+
+def _rules(rules: Parameters, where: str) -> NameRules:
+    """Regular expressions and templates that fit each other. Raises RecipeError."""
+    for pattern, template in rules:
+        if not isinstance(template, str):
+            raise RecipeError(
+                f"{where}: {shown(pattern)} must lead to a name, not {shown(template)}."
+            )
+        try:
+            # Substituting in no text checks that the template's groups are the pattern's.
+            re.compile(pattern).sub(template, "")
+        except (re.error, IndexError, OverflowError, RecursionError) as error:
+            raise RecipeError(
+                f"{where}: {shown(pattern)} with {shown(template)} is not a regular expression and "
+                f"its template ({error})."
+            ) from error
+    return rules

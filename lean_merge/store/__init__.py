@@ -1,0 +1,50 @@
+"""Writing the output: layout known beforehand, bytes at their offsets, whole or visibly unfinished.
+
+Shards, side files and model card become a checkpoint by one last rename.
+"""
+
+from lean_merge.store.blocks import Block, BlockStore, Group, Reserve
+from lean_merge.store.card import adapter_card, license_of, model_card
+from lean_merge.store.check import Difference, FolderCheck, check_folder
+from lean_merge.store.folder import OutputFolder
+from lean_merge.store.journal import JOURNAL, Journal, read_journal
+from lean_merge.store.layout import OutputTensor, Shard, index_json, plan_shards
+from lean_merge.store.opening import check_output, find_complete
+from lean_merge.store.sharing import EqualShard, Sharing
+from lean_merge.store.sidefiles import (
+    copy_side_files,
+    missing_from_cache,
+    remote_code,
+    side_files,
+)
+from lean_merge.store.state import changed_input
+
+__all__ = [
+    "JOURNAL",
+    "Block",
+    "BlockStore",
+    "Difference",
+    "EqualShard",
+    "FolderCheck",
+    "Group",
+    "Journal",
+    "OutputFolder",
+    "OutputTensor",
+    "Reserve",
+    "Shard",
+    "Sharing",
+    "adapter_card",
+    "changed_input",
+    "check_folder",
+    "check_output",
+    "copy_side_files",
+    "find_complete",
+    "index_json",
+    "license_of",
+    "missing_from_cache",
+    "model_card",
+    "plan_shards",
+    "read_journal",
+    "remote_code",
+    "side_files",
+]

@@ -1,0 +1,176 @@
+"""Reading a complete output again and comparing all of it with its journal."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lean_merge.checkpoints.checkpoint import INDEX
+from lean_merge.checkpoints.header import TensorSpec, read_header
+from lean_merge.checkpoints.identity import header_digest
+from lean_merge.checkpoints.weightfiles import read_index
+from lean_merge.errors import CheckpointError
+from lean_merge.store.digest import range_digest
+from lean_merge.store.journal import JOURNAL, Journal, read_journal
+from lean_merge.store.state import PARTIAL
+
+_STEP = 4 << 20
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", PARTIAL)
+_MEND = "pass the folder of a complete lean-merge output"
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What is not as it was written: a file, or one tensor of it, and in what."""
+
+    file: str
+    tensor: str | None
+    fault: str
+
+    def __str__(self) -> str:
+        return f"{self.file}{f': {self.tensor}' if self.tensor else ''}: {self.fault}"
+
+
+@dataclass
+class FolderCheck:
+    """What reading a folder again has shown.
+
+    Attributes
+    ----------
+    journal
+        None if it is damaged, and then nothing else was compared.
+    differences
+        In the order in which they were found.
+    tensors
+        Those whose digest agrees, by name.
+    files
+        How many files were compared, the journal among them.
+    """
+
+    journal: Journal | None = None
+    differences: list[Difference] = field(default_factory=list)
+    tensors: dict[str, TensorSpec] = field(default_factory=dict)
+    files: int = 0
+
+    def add(self, file: str, fault: str, tensor: str | None = None) -> None:
+        """Notes a difference."""
+        self.differences.append(Difference(file, tensor, fault))
+
+
+def check_folder(folder: Path, on_bytes: Callable[[int], None]) -> FolderCheck:
+    """Compare a complete output with its journal: every byte, through one small buffer.
+
+    Parameters
+    ----------
+    folder
+        The output.
+    on_bytes
+        Called with the number of bytes of tensors that were read.
+
+    Raises
+    ------
+    CheckpointError
+        There is no such output, it is unfinished, or a file cannot be read.
+    """
+    try:
+        names = {each.name for each in folder.iterdir()} if folder.is_dir() else None
+        if names is None:
+            raise CheckpointError(f"{folder}: is no folder; {_MEND}.")
+        if f"{JOURNAL}{PARTIAL}" in names:
+            raise CheckpointError(
+                f"{folder}: is an unfinished lean-merge output; run the merge again to finish it."
+            )
+        if JOURNAL not in names:
+            raise CheckpointError(f"{folder}: has no {JOURNAL} to compare with; {_MEND}.")
+        return _check(folder, names, on_bytes)
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or folder}: cannot be read ({error.strerror or error}); check its "
+            "rights and the disk."
+        ) from error
+
+
+def _check(folder: Path, names: set[str], on_bytes: Callable[[int], None]) -> FolderCheck:
+    check = FolderCheck(files=1)
+    journal = read_journal(folder / JOURNAL)
+    if journal is None or not journal.sealed:
+        check.add(JOURNAL, "is damaged, so there is nothing to compare with")
+        return check
+    check.journal = journal
+    for record in journal.shards.values():
+        _check_shard(folder, record, check, on_bytes)
+    for name, record in journal.files.items():
+        check.files += 1
+        file = folder / name
+        if not file.is_file():
+            check.add(name, "is missing")
+        elif _sha256(file) != (record["size"], record["sha256"]):
+            check.add(name, "has changed")
+    _check_index(folder, check)
+    ours = {JOURNAL, *journal.shards, *journal.files}
+    for name in sorted(names - ours):
+        if name.lower().endswith(_OTHER_WEIGHTS) or name == INDEX:
+            check.add(name, "is not part of this output")
+    return check
+
+
+def _check_shard(
+    folder: Path, record: dict[str, Any], check: FolderCheck, on_bytes: Callable[[int], None]
+) -> None:
+    assert check.journal is not None
+    name, file = str(record["file"]), folder / str(record["file"])
+    check.files += 1
+    if not file.is_file():
+        check.add(name, "is missing")
+        return
+    size = file.stat().st_size
+    if size != record["size"]:
+        check.add(name, f"has {size} bytes instead of {record['size']}")
+        return
+    if header_digest(file) != record["header_sha256"]:
+        check.add(name, "the header has changed, so its tensors were not compared")
+        return
+    specs, _ = read_header(file)
+    known = {n: r for n, r in check.journal.tensors.items() if r["shard"] == name}
+    for tensor in sorted(known.keys() ^ specs.keys()):
+        check.add(name, "is in the header or in the journal only", tensor)
+    buffer = memoryview(bytearray(_STEP))
+    with open(file, "rb", buffering=0) as stream:
+        for spec in specs.values():
+            digest = range_digest(stream.fileno(), spec.offset, spec.nbytes, buffer)
+            on_bytes(spec.nbytes)
+            if spec.name not in known:
+                continue
+            if digest == known[spec.name]["crc32_data"]:
+                check.tensors[spec.name] = spec
+            else:
+                check.add(name, "its bytes have changed", spec.name)
+
+
+def _sha256(file: Path) -> tuple[int, str]:
+    digest, size = hashlib.sha256(), 0
+    with open(file, "rb") as stream:
+        while part := stream.read(_STEP):
+            digest.update(part)
+            size += len(part)
+    return size, digest.hexdigest()
+
+
+def _check_index(folder: Path, check: FolderCheck) -> None:
+    """The index against the shards' own headers, of those that are as they were."""
+    assert check.journal is not None
+    if check.journal.mark != INDEX or not (folder / INDEX).is_file():
+        return
+    try:
+        named = read_index(folder / INDEX)
+    except CheckpointError:
+        check.add(INDEX, "cannot be read")
+        return
+    for name, spec in check.tensors.items():
+        if named.get(name) != spec.file.name:
+            check.add(INDEX, f"says {named.get(name)!r} instead of {spec.file.name!r}", name)
+    for name in sorted(named.keys() - check.journal.tensors.keys()):
+        check.add(INDEX, "names a tensor that is in no shard", name)

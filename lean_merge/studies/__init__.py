@@ -1,0 +1,1 @@
+"""Users of the engine that answer questions about a merge: analyze, compare, sweep."""

@@ -1,0 +1,92 @@
+"""A comparison from recipe to sealed folder: what is left to do where no merge is possible."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lean_merge.checkpoints import Checkpoint, identify
+from lean_merge.plan.resources import Resources
+from lean_merge.recipe import MergeRecipe
+from lean_merge.report import to_json
+from lean_merge.store import JOURNAL, OutputFolder, check_output
+from lean_merge.studies.comparison import COMPARISON, compare, open_roles
+from lean_merge.studies.rendering import DIFFERENCE, add_page
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonResult:
+    """A finished comparison: its folder, its page if there is one, and its content."""
+
+    path: Path
+    page: Path | None
+    comparison: dict[str, Any]
+
+
+def write_comparison(
+    recipe: MergeRecipe,
+    out: str | Path,
+    *,
+    resources: Resources | None = None,
+    reason: str | None = None,
+    overwrite: bool = False,
+) -> ComparisonResult:
+    """Compare the models of a recipe, and keep what differs between them.
+
+    Parameters
+    ----------
+    recipe
+        Whose models are compared.
+    out
+        Folder, visibly unfinished until the last rename. An earlier comparison there is replaced.
+    resources
+        Memory and threads; a device is not used.
+    reason
+        Why they cannot be merged.
+    overwrite
+        Replace what `out` holds, once the new is complete.
+
+    Raises
+    ------
+    LeanMergeError
+        As `compare`, and OutputError; nothing that existed is lost.
+    """
+    checkpoints = open_roles(recipe)
+    final = Path(out)
+    place: dict[str, Any] = {
+        "inputs": [each.path for each in checkpoints.values()],
+        "overwrite": overwrite or is_comparison(final),
+        "run": _facts(recipe, checkpoints),
+        "resume": False,
+    }
+    # Said before the weights are read, which takes a while.
+    check_output(final, (), **place)
+    found = compare(recipe, resources, reason=reason, checkpoints=checkpoints)
+    with OutputFolder.create(final, (), **place) as folder:
+        folder.write_file(COMPARISON, to_json(found))
+        folder.seal()
+    return ComparisonResult(folder.final, add_page(DIFFERENCE, folder.final, found), found)
+
+
+def is_comparison(folder: Path) -> bool:
+    """Whether a folder holds a comparison of ours, and nothing that anyone else put there."""
+    ours = {COMPARISON, DIFFERENCE.page, JOURNAL}
+    try:
+        names = {each.name for each in folder.expanduser().iterdir()}
+    except OSError:
+        return False
+    return {COMPARISON, JOURNAL} <= names <= ours
+
+
+def _facts(recipe: MergeRecipe, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Any]:
+    """The `run` of a comparison's journal: no merge is mistaken for it."""
+    return {
+        "kind": "comparison",
+        "recipe": recipe.to_dict(),
+        "inputs": [
+            {"role": role, "path": str(each.path), "files": identify(each)}
+            for role, each in checkpoints.items()
+        ],
+    }

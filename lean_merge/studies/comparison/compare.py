@@ -1,0 +1,303 @@
+"""The comparison of all roles of a recipe, as plain data."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lean_merge import memory
+from lean_merge.checkpoints import FLOATING, Checkpoint, TensorReader, open_checkpoint, open_expert
+from lean_merge.engine.workers import worker_pool
+from lean_merge.mapping import WeightSource
+from lean_merge.mapping.gate import storage_fault, title
+from lean_merge.mapping.renaming import renamed
+from lean_merge.mapping.sources import stored_source
+from lean_merge.mapping.structure import Key
+from lean_merge.plan import budget
+from lean_merge.plan.resources import Resources, limits_of, processors
+from lean_merge.recipe import MergeRecipe
+from lean_merge.studies.comparison.distances import (
+    Products,
+    products,
+    strip_bytes,
+    unrelated_cosine,
+)
+from lean_merge.studies.comparison.portrait import Portrait, differences, portraits, tokenizer_facts
+from lean_merge.version import __version__
+
+COMPARISON = "comparison.json"
+RELATED = 0.5
+"""A median cosine from which two models are said to be of one origin."""
+_MOST_WORKERS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """One logical weight, its shape in every role that has it, and what can be read of it."""
+
+    key: Key
+    shapes: Mapping[str, tuple[int, int]]
+    sources: Mapping[str, WeightSource]
+
+    def comparable(self) -> list[dict[str, WeightSource]]:
+        """The roles by equal shape, where there are at least two of one shape."""
+        groups: dict[tuple[int, int], dict[str, WeightSource]] = {}
+        for role, source in self.sources.items():
+            groups.setdefault(source.shape, {})[role] = source
+        return [group for group in groups.values() if len(group) > 1]
+
+
+def compare(
+    recipe: MergeRecipe,
+    resources: Resources | None = None,
+    *,
+    reason: str | None = None,
+    checkpoints: Mapping[str, Checkpoint] | None = None,
+) -> dict[str, Any]:
+    """What differs between the models of a recipe, and how far apart their weights are.
+
+    Layers correspond by number. Every weight that has an equal shape in two roles is read once, by
+    strips of rows.
+
+    Parameters
+    ----------
+    recipe
+        Whose models are compared; what it says of the merge does not matter.
+    resources
+        Memory and threads; a device is not used.
+    reason
+        Why they cannot be merged, to be kept with the rest.
+    checkpoints
+        From `open_roles`, if they are open already.
+
+    Returns
+    -------
+    The content of comparison.json, which docs/analysis.md documents.
+
+    Raises
+    ------
+    CheckpointError, DataError, RecipeError
+        A checkpoint, or the recipe's names, cannot be read.
+    BudgetError
+        The memory given does not hold two strips.
+    """
+    started = time.perf_counter()
+    checkpoints = open_roles(recipe) if checkpoints is None else checkpoints
+    rules = recipe.name_rules()
+    named = {role: renamed(checkpoints[role], role, rules[role]) for role in rules}
+    found = portraits(checkpoints, named)
+    shared = _weights(checkpoints, found)
+    with TensorReader() as reader:
+        measured = _measure(shared, reader, resources or Resources())
+        read = reader.bytes_read
+    tokenizers = tokenizer_facts(found)
+    pairs = _pairs(list(checkpoints))
+    rows = [_row(weight, each, pairs) for weight, each in zip(shared, measured, strict=True)]
+    return {
+        "version": 1,
+        "lean_merge": __version__,
+        "recipe": recipe.to_dict(),
+        "reason": reason,
+        "models": [_model(each) for each in found],
+        "differences": differences(found, tokenizers),
+        "tokenizers": tokenizers,
+        "pairs": [_summary(pair, place, rows) for place, pair in enumerate(pairs)],
+        "weights": rows,
+        "seconds": time.perf_counter() - started,
+        "bytes": {"read": read},
+    }
+
+
+def open_roles(recipe: MergeRecipe) -> dict[str, Checkpoint]:
+    """The models of a recipe by role. Raises CheckpointError."""
+    roles = {
+        "base": open_checkpoint(recipe.base_model),
+        "mllm": open_checkpoint(recipe.mllm_model),
+    }
+    for number, expert in enumerate(recipe.experts, start=1):
+        roles[f"expert {number}"] = open_expert(expert.model)
+    return roles
+
+
+def _model(portrait: Portrait) -> dict[str, Any]:
+    facts: dict[str, dict[str, Any]] = {}
+    for (kind, words), value in portrait.facts.items():
+        facts.setdefault(kind, {})[words] = value
+    return {
+        "role": portrait.role,
+        "source": portrait.source,
+        "prefix": portrait.prefix,
+        "fault": portrait.fault,
+        "facts": facts,
+    }
+
+
+def _weights(checkpoints: Mapping[str, Checkpoint], found: Sequence[Portrait]) -> list[Shared]:
+    """Every logical weight of any role, in the order of layers."""
+    places = {each.role: each.decoder.weights for each in found if each.decoder is not None}
+    keys = dict.fromkeys(key for weights in places.values() for key in weights)
+    result = []
+    for key in sorted(keys, key=lambda key: key[0]):
+        shapes, sources = {}, {}
+        for role, weights in places.items():
+            place = weights.get(key)
+            if place is None:
+                continue
+            shapes[role] = place.shape
+            checkpoint = checkpoints[role]
+            if storage_fault(place, checkpoint.scales) is None and 0 not in place.shape:
+                source = stored_source(checkpoint, place)
+                if source.dtype in FLOATING:
+                    sources[role] = source
+        result.append(Shared(key, shapes, sources))
+    return result
+
+
+def _measure(
+    shared: Sequence[Shared], reader: TensorReader, resources: Resources
+) -> list[list[Products]]:
+    """The products of every weight's groups, in order."""
+    groups = [(weight, group) for weight in shared for group in weight.comparable()]
+    largest: dict[str, int] = {}
+    for _, group in groups:
+        for role, source in group.items():
+            largest[role] = max(largest.get(role, 0), strip_bytes(source))
+    with worker_pool(_workers(sum(largest.values()), resources)) as workers:
+        found = workers.map(
+            lambda sources: products(sources, reader, workers), [group for _, group in groups]
+        )
+    by_weight: dict[int, list[Products]] = {}
+    for (weight, _), each in zip(groups, found, strict=True):
+        by_weight.setdefault(id(weight), []).append(each)
+    return [by_weight.get(id(weight), []) for weight in shared]
+
+
+def _workers(largest: int, resources: Resources) -> int:
+    """As many threads as the memory holds the strips of. Raises BudgetError."""
+    limit = limits_of(resources, "cpu")[1][0]
+    fixed = memory.usage().anonymous + budget.SLACK
+    budget.check_fits(
+        fixed + largest, limit, what="memory", flag="--memory", name="two strips of rows"
+    )
+    wanted = min(processors(resources.threads), _MOST_WORKERS)
+    return max(1, min(wanted, (limit - fixed) // max(1, largest)))
+
+
+def _pairs(roles: Sequence[str]) -> list[tuple[str, str]]:
+    """Every role against the base, and every expert against the MLLM."""
+    base, mllm, *experts = roles
+    return [(mllm, base), *((e, base) for e in experts), *((e, mllm) for e in experts)]
+
+
+def _row(
+    weight: Shared, measured: Sequence[Products], pairs: Sequence[tuple[str, str]]
+) -> dict[str, Any]:
+    layer, rest = weight.key
+    return {
+        "weight": f"layers.{layer}.{rest}",
+        "layer": layer,
+        "module": rest.rpartition(".")[2],
+        "shapes": {role: list(shape) for role, shape in weight.shapes.items()},
+        "pairs": [_pair(weight, measured, pair) for pair in pairs],
+    }
+
+
+def _pair(
+    weight: Shared, measured: Sequence[Products], pair: tuple[str, str]
+) -> dict[str, Any] | None:
+    """The measures of one pair of roles; None where their weights cannot be compared."""
+    for each in measured:
+        if all(role in each.squares for role in pair):
+            return {
+                "distance": each.distance(*pair),
+                "distance_unrelated": each.unrelated(*pair),
+                "cosine": each.cosine(*pair),
+                "cosine_unrelated": unrelated_cosine(weight.shapes[pair[0]]),
+            }
+    return None
+
+
+def _summary(
+    pair: tuple[str, str], place: int, rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Counts and medians of one pair of roles, and what they mean."""
+    found = [
+        row["pairs"][place]
+        for row in rows
+        if row["pairs"][place] is not None and row["pairs"][place]["cosine"] is not None
+    ]
+    shapes = [row["shapes"] for row in rows]
+    both = [each for each in shapes if all(role in each for role in pair)]
+    beyond = sum(abs(each["cosine"]) > each["cosine_unrelated"] for each in found)
+    cosine = _median([each["cosine"] for each in found])
+    return {
+        "one": pair[0],
+        "other": pair[1],
+        "equal_shape": sum(each[pair[0]] == each[pair[1]] for each in both),
+        "unequal_shape": sum(each[pair[0]] != each[pair[1]] for each in both),
+        "only_in_one": sum((pair[0] in each) != (pair[1] in each) for each in shapes),
+        "compared": len(found),
+        "distance": _median([each["distance"] for each in found]),
+        "distance_unrelated": _median([each["distance_unrelated"] for each in found]),
+        "cosine": cosine,
+        "cosine_unrelated": _median([each["cosine_unrelated"] for each in found]),
+        "beyond_unrelated": beyond,
+        "verdict": _verdict(len(found), beyond, cosine),
+    }
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def _verdict(compared: int, beyond: int, cosine: float | None) -> str:
+    """`not comparable`, `one origin`, `something in common` or `unrelated`."""
+    if not compared or cosine is None:
+        return "not comparable"
+    if cosine >= RELATED:
+        return "one origin"
+    return "something in common" if beyond > 0.1 * compared else "unrelated"
+
+
+def differing(comparison: Mapping[str, Any]) -> list[str]:
+    """A comparison in sentences, for people."""
+    lines = []
+    for each in comparison["differences"]:
+        stated = ", ".join(
+            f"{'none' if value is None else value} in the {title(role)}"
+            for role, value in each["values"].items()
+        )
+        lines.append(f"{each['what']}: {stated}")
+    for model in comparison["models"]:
+        if model["fault"]:
+            lines.append(f"the {title(model['role'])} {model['fault']}")
+    for pair in comparison["pairs"]:
+        lines.append(_sentence(pair))
+    return lines
+
+
+def _sentence(pair: Mapping[str, Any]) -> str:
+    names = f"{title(pair['one'])} and {title(pair['other'])}"
+    if not pair["compared"]:
+        return f"{names}: no weight of equal shape, so no distance can be told"
+    meaning = {
+        "one origin": "they are of one origin",
+        "something in common": "they have something in common, and lie far apart",
+        "unrelated": "as unrelated weights would be",
+    }[pair["verdict"]]
+    return (
+        f"{names}: {pair['compared']} weights of equal shape, relative distance "
+        f"{_brief(pair['distance'])} (unrelated {_brief(pair['distance_unrelated'])}), cosine "
+        f"{_brief(pair['cosine'])}; {meaning}"
+    )
+
+
+def _brief(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3g}"
+
+
+__all__ = ["COMPARISON", "RELATED", "compare", "differing", "open_roles"]

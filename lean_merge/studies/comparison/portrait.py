@@ -1,0 +1,221 @@
+"""What a model says of itself before any weight is read: sizes, positions, tokenizer, formats."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lean_merge.checkpoints import Checkpoint
+from lean_merge.checkpoints.header import TensorSpec
+from lean_merge.errors import CoverageError, shown
+from lean_merge.mapping.gate import locate, title
+from lean_merge.mapping.kinship import (
+    heads,
+    plain_theta,
+    rope_theta,
+    sizes,
+    text_config,
+    vocabulary,
+)
+from lean_merge.mapping.structure import Decoder, decoders
+
+SIZES = "sizes"
+POSITIONS = "positions"
+TOKENIZER = "tokenizer"
+FORMAT = "format"
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "tok_embeddings.weight", "embed_in.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Portrait:
+    """One role: where its language model is, and its facts by (kind, words).
+
+    `fault` says why no language model was found, or what else keeps its weights from being read.
+    """
+
+    role: str
+    source: str
+    prefix: str | None
+    decoder: Decoder | None
+    facts: Mapping[tuple[str, str], Any]
+    tokens: Mapping[str, int]
+    fault: str | None
+
+
+def portraits(
+    checkpoints: Mapping[str, Checkpoint], named: Mapping[str, Mapping[str, TensorSpec]]
+) -> list[Portrait]:
+    """All roles, the base first.
+
+    Parameters
+    ----------
+    checkpoints
+        By role: "base", "mllm", "expert 1", ...
+    named
+        Tensors by the names to go by, of roles that the recipe renames.
+    """
+    return [_portrait(role, checkpoints, named) for role in checkpoints]
+
+
+def _portrait(
+    role: str,
+    checkpoints: Mapping[str, Checkpoint],
+    named: Mapping[str, Mapping[str, TensorSpec]],
+) -> Portrait:
+    checkpoint = checkpoints[role]
+    decoder, fault = None, None
+    if checkpoint.adapter is not None:
+        base = checkpoint.adapter.base
+        fault = f"is an adapter{'' if base is None else f' of {shown(base)}'}, not a whole model"
+    else:
+        decoder = _language_model(role, checkpoints, named)
+        fault = None if decoder else "has no layers that look like a language model's"
+    return Portrait(
+        role=role,
+        source=checkpoint.source,
+        prefix=decoder.prefix if decoder else None,
+        decoder=decoder,
+        facts=_facts(checkpoint, decoder),
+        tokens=vocabulary(checkpoint),
+        fault=fault,
+    )
+
+
+def _language_model(
+    role: str,
+    checkpoints: Mapping[str, Checkpoint],
+    named: Mapping[str, Mapping[str, TensorSpec]],
+) -> Decoder | None:
+    """Where it would be merged; else the fullest layers that there are."""
+    checkpoint = checkpoints[role]
+    others = {} if role == "base" else {role: checkpoint}
+    names = {each: named[each] for each in ("base", role) if each in named}
+    try:
+        return locate(checkpoints["base"], others, names)[role]
+    except CoverageError:
+        own = heads(checkpoint)
+        tensors = named.get(role, checkpoint.tensors)
+        try:
+            found = decoders(tensors, [] if own is None else [own])
+        except CoverageError:
+            return None
+        return max(found.values(), key=Decoder.rank, default=None)
+
+
+def _facts(checkpoint: Checkpoint, decoder: Decoder | None) -> dict[tuple[str, str], Any]:
+    """What can be told; what cannot is absent."""
+    config = text_config(checkpoint)
+    found: dict[tuple[str, str], Any] = {}
+    if decoder is not None:
+        found.update({(SIZES, words): n for words, n in sizes(checkpoint, decoder).items()})
+        dtypes = Counter(place.tensor.dtype for place in decoder.weights.values())
+        found[FORMAT, "dtype"] = ", ".join(dtype for dtype, _ in dtypes.most_common())
+    rows = _vocabulary_rows(checkpoint)
+    if rows is not None:
+        found[SIZES, "vocabulary rows"] = rows
+    thetas = rope_theta(checkpoint)
+    if thetas:
+        found[POSITIONS, "rope_theta"] = plain_theta(thetas)
+    scaling = _scaling(config)
+    if scaling is not None:
+        found[POSITIONS, "rope scaling"] = scaling
+    for key, words in (
+        ("max_position_embeddings", "longest context"),
+        ("sliding_window", "sliding window"),
+    ):
+        if type(config.get(key)) is int:
+            found[POSITIONS, words] = config[key]
+    for key, words in (("model_type", "architecture"), ("hidden_act", "activation")):
+        if isinstance(config.get(key), str):
+            found[FORMAT, words] = config[key]
+    if isinstance(config.get("tie_word_embeddings"), bool):
+        found[FORMAT, "tied embeddings"] = config["tie_word_embeddings"]
+    return found
+
+
+def _scaling(config: Mapping[str, Any]) -> str | None:
+    """The kind of rope and its factor, from old and new configurations."""
+    for key in ("rope_parameters", "rope_scaling"):
+        found = config.get(key)
+        if isinstance(found, dict):
+            kind = found.get("rope_type", found.get("type"))
+            factor = found.get("factor")
+            if isinstance(kind, str) and kind != "default":
+                known = isinstance(factor, (int, float)) and not isinstance(factor, bool)
+                return f"{kind} by {factor:g}" if known else kind
+    return None
+
+
+def _vocabulary_rows(checkpoint: Checkpoint) -> int | None:
+    for name, spec in checkpoint.tensors.items():
+        if name.endswith(_EMBEDDINGS) and len(spec.shape) == 2:
+            return int(spec.shape[0])
+    return None
+
+
+def tokenizer_facts(portraits: list[Portrait]) -> list[dict[str, Any]]:
+    """Of each role but the base: tokens, those shared with the base, those with another id."""
+    base = portraits[0].tokens
+    rows = []
+    for each in portraits[1:]:
+        common = base.keys() & each.tokens.keys()
+        rows.append(
+            {
+                "role": each.role,
+                "tokens": len(each.tokens) or None,
+                "base_tokens": len(base) or None,
+                "shared": len(common) if base and each.tokens else None,
+                "moved": sum(base[token] != each.tokens[token] for token in common)
+                if base and each.tokens
+                else None,
+            }
+        )
+    return rows
+
+
+def differences(
+    portraits: list[Portrait], tokenizers: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The facts that some role states otherwise than the base, sizes first."""
+    base = portraits[0]
+    order = {kind: n for n, kind in enumerate((SIZES, POSITIONS, TOKENIZER, FORMAT))}
+    keys = dict.fromkeys(key for each in portraits for key in each.facts)
+    found = [
+        {
+            "kind": kind,
+            "what": words,
+            "values": {each.role: each.facts.get((kind, words)) for each in portraits},
+        }
+        for kind, words in keys
+        if any(_differ(kind, base.facts, each.facts, words) for each in portraits[1:])
+    ]
+    for row in tokenizers:
+        changed = row["moved"] or (row["tokens"] or 0) != row["shared"]
+        if row["shared"] is not None and (changed or row["base_tokens"] != row["shared"]):
+            found.append(
+                {
+                    "kind": TOKENIZER,
+                    "what": f"tokens of the {title(row['role'])}",
+                    "values": {
+                        "base": row["base_tokens"],
+                        row["role"]: f"{row['tokens']}, {row['shared']} shared, "
+                        f"{row['moved']} of them with another id",
+                    },
+                }
+            )
+    return sorted(found, key=lambda each: order[each["kind"]])
+
+
+def _differ(
+    kind: str,
+    ours: Mapping[tuple[str, str], Any],
+    theirs: Mapping[tuple[str, str], Any],
+    words: str,
+) -> bool:
+    one, other = ours.get((kind, words)), theirs.get((kind, words))
+    # A missing rope scaling is a statement; other things a config may leave to a default.
+    if words == "rope scaling":
+        return one != other
+    return one is not None and other is not None and one != other

@@ -1,0 +1,19 @@
+"""Many merges of one recipe at different parameters, and a table of what came of them."""
+
+from lean_merge.studies.sweep.evaluation import Evaluation
+from lean_merge.studies.sweep.grid import Grid
+from lean_merge.studies.sweep.run import PAGE, PointEvent, SweepResult, sweep
+from lean_merge.studies.sweep.table import CSV, TABLE, result_names, result_of
+
+__all__ = [
+    "CSV",
+    "PAGE",
+    "TABLE",
+    "Evaluation",
+    "Grid",
+    "PointEvent",
+    "SweepResult",
+    "result_names",
+    "result_of",
+    "sweep",
+]

@@ -1,0 +1,271 @@
+"""A sweep: one analysis, one merge for each point of a grid, and a table of what came of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lean_merge.engine.run import Event, run
+from lean_merge.errors import LeanMergeError
+from lean_merge.merge import merge
+from lean_merge.outputs.recorded import Analysis
+from lean_merge.page import report_available, write_sweep_page
+from lean_merge.plan import Plan
+from lean_merge.plan import plan as make_plan
+from lean_merge.plan.identity import seen_from
+from lean_merge.plan.resources import Resources
+from lean_merge.recipe import MergeRecipe
+from lean_merge.store.opening import checked_place
+from lean_merge.studies.sweep.decisions import Decisions, DigestSink, Made, equal_shards
+from lean_merge.studies.sweep.evaluation import Evaluation, measure
+from lean_merge.studies.sweep.grid import AXES, Grid, Point, written
+from lean_merge.studies.sweep.start import analysis_for, check, earlier_points, folders, held
+from lean_merge.studies.sweep.table import (
+    TABLE_VERSION,
+    Record,
+    common_recipe,
+    new_record,
+    write_table,
+)
+from lean_merge.version import __version__
+
+LOGS = "evaluations"
+PAGE = "sweep.html"
+
+
+@dataclass(frozen=True, slots=True)
+class PointEvent:
+    """Point `number` of `total` is done; `record` is its row of the table."""
+
+    number: int
+    total: int
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class SweepResult:
+    """A finished sweep: its folder, and the table, which docs/sweep.md explains."""
+
+    path: Path
+    table: dict[str, Any]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every point was made, and measured where that was asked for."""
+        return all(point["error"] is None for point in self.table["points"])
+
+
+def sweep(
+    recipe: MergeRecipe,
+    grid: Grid,
+    out: str | Path,
+    *,
+    analysis: str | Path | Analysis | None = None,
+    evaluate: Evaluation | str | None = None,
+    resources: Resources | None = None,
+    overwrite: bool = False,
+    on_event: Callable[[PointEvent | Event], None] | None = None,
+) -> SweepResult:
+    """Merge at every point of a grid, from one analysis.
+
+    Each point has a folder of its own in `out`, named after its values, with what the recipe's
+    `output` says. Points with equal decisions are made once; weight files that are equal are hard
+    links. A point that fails does not keep the others from being made. Run again, a sweep goes on
+    where it stopped, and points of the same recipe that another grid had stay in the table. Where
+    plotly is installed, the table is a page with plots too.
+
+    Parameters
+    ----------
+    recipe
+        What all points share; the grid's values go over its own, and over those of single experts.
+    grid
+        The values.
+    out
+        Folder of the table and of the points.
+    analysis
+        Of the same inputs, or its folder; by default the one in `out`, made if it is not there.
+    evaluate
+        A command that measures each result; see `Evaluation`.
+    resources
+        Device, memory and threads.
+    overwrite
+        Replace what the points' folders and the sweep's own analysis hold, if it is not the same,
+        each once the new is complete.
+    on_event
+        Called after each weight of an analysis that is made, and after each point.
+
+    Raises
+    ------
+    LeanMergeError
+        For what concerns all points; what concerns one is in the table, under `error`.
+    """
+    evaluation = Evaluation(evaluate) if isinstance(evaluate, str) else evaluate
+    points = list(grid.points())
+    plan = check(recipe, grid, points, evaluation, resources)
+    place = checked_place(Path(out), folders(recipe))
+    with held(place):
+        earlier = earlier_points(place, recipe)
+        work = _Sweep(recipe, place, earlier, evaluation, resources, overwrite)
+        table = work.table(grid, points)
+        # From here on the folder is known to be a sweep's, whatever becomes of it.
+        write_table(place, table)
+        work.analysis = analysis_for(
+            recipe,
+            plan,
+            grid,
+            place,
+            analysis,
+            resources=resources,
+            overwrite=overwrite,
+            on_event=on_event,
+        )
+        if work.analysis is not None:
+            table["analysis"] = seen_from(place, work.analysis.path)
+        for number, point in enumerate(points):
+            table["points"][number] = record = work.carry_out(point)
+            write_table(place, table)
+            if on_event is not None:
+                on_event(PointEvent(number + 1, len(points), record))
+        if report_available():
+            write_sweep_page(table, place / PAGE)
+    return SweepResult(place, table)
+
+
+@dataclass
+class _Sweep:
+    recipe: MergeRecipe
+    place: Path
+    earlier: Mapping[str, Record]
+    evaluation: Evaluation | None
+    resources: Resources | None
+    overwrite: bool
+    analysis: Analysis | None = None
+    made: list[Made] = field(default_factory=list)
+    """Complete outputs of this grid, in the order in which they were made."""
+    first: dict[str, Record] = field(default_factory=dict)
+    """The first point of every set of decisions, by their digest."""
+
+    def table(self, grid: Grid, points: list[Point]) -> dict[str, Any]:
+        """The whole table, with what is known of this grid's points, and then of others."""
+        names = {point.name for point in points}
+        others = [record for name, record in self.earlier.items() if name not in names]
+        axes: dict[str, list[Any]] = {axis: list(grid.axes.get(axis, ())) for axis in AXES}
+        for record in others:
+            for axis, value in record["parameters"].items():
+                if value not in axes[axis]:
+                    axes[axis].append(value)
+        evaluation = self.evaluation
+        return {
+            "version": TABLE_VERSION,
+            "lean_merge": __version__,
+            "analysis": None,
+            "recipe": common_recipe(self.recipe),
+            "output": self.recipe.output,
+            "axes": axes,
+            "evaluate": None
+            if evaluation is None
+            else {
+                "command": evaluation.command,
+                "shell": evaluation.shell,
+                "timeout": evaluation.timeout,
+            },
+            "points": [
+                *(self.earlier.get(p.name) or new_record(p.name, p.parameters) for p in points),
+                *others,
+            ],
+        }
+
+    def carry_out(self, point: Point) -> Record:
+        """Make one point and measure it; whatever goes wrong is noted in its record."""
+        record = new_record(point.name, point.parameters)
+        try:
+            self._make(point, record)
+            own = record["path"] is not None and record["same_as"] is None
+            if own and self.evaluation is not None:
+                self._measure(point, record, self.evaluation)
+        except LeanMergeError as error:
+            record["error"] = str(error)
+        except Exception as error:
+            # Hours of other points must not be lost by what nobody foresaw.
+            record["error"] = f"{type(error).__name__}: {error}"
+        return record
+
+    def _plan(self, recipe: MergeRecipe) -> Plan:
+        return make_plan(recipe, self.resources, analysis=self.analysis)
+
+    def _make(self, point: Point, record: Record) -> None:
+        start = time.monotonic()
+        recipe = point.recipe(self.recipe)
+        sink = DigestSink()
+        plan = self._plan(replace(recipe, output="none"))
+        decided = Decisions.of(sink, run(plan, sink, lambda event: None))
+        record |= {
+            "selected": decided.selected,
+            "update_norm": decided.update_norm,
+            "digest": decided.digest,
+        }
+        twin = self.first.get(decided.digest)
+        if twin is not None:
+            record |= {"same_as": twin["name"], "bytes_own": 0, "bytes_shared": 0}
+            record |= {key: twin[key] for key in ("path", "result", "evaluation", "error")}
+            record["seconds"] = self._known(record).get("seconds")
+        elif recipe.output == "lora" and not any(map(any, decided.digests.values())):
+            # An adapter without any update is none that PEFT would load.
+            record |= {"bytes_own": 0, "bytes_shared": 0}
+        else:
+            self._merge(point, recipe, decided, record)
+        if record["seconds"] is None:
+            record["seconds"] = round(time.monotonic() - start, 3)
+        self.first.setdefault(decided.digest, record)
+
+    def _merge(self, point: Point, recipe: MergeRecipe, decided: Decisions, record: Record) -> None:
+        plan = self._plan(recipe)
+        folder = self.place / point.name
+        equal = equal_shards(plan, decided, self.made)
+        result = merge(plan, folder, overwrite=self.overwrite, equal=equal)
+        if result.was_complete and (known := self._known(record)):
+            record |= {key: known[key] for key in ("seconds", "result", "evaluation")}
+        sizes = result.report["bytes"]
+        files = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        record |= {
+            "path": point.name,
+            "bytes_own": files - sizes["shared"],
+            "bytes_shared": sizes["shared"],
+        }
+        self.made.append(Made(folder, decided.digests))
+
+    def _known(self, record: Record) -> Record:
+        """What an earlier sweep noted of the point, if its decisions were these; else nothing."""
+        before = self.earlier.get(record["name"], {})
+        return before if before.get("digest") == record["digest"] else {}
+
+    def _measure(self, point: Point, record: Record, evaluation: Evaluation) -> None:
+        asked = {"command": evaluation.command, "shell": evaluation.shell}
+        known = record["evaluation"] or {}
+        if record["result"] is not None and {key: known.get(key) for key in asked} == asked:
+            return
+        record |= {"result": None, "evaluation": None}
+        measured = measure(evaluation, self._facts(point, record["path"]), logs=self.place / LOGS)
+        record["result"] = measured.result
+        record["evaluation"] = asked | {"seconds": round(measured.seconds, 3)}
+        if measured.error is not None:
+            record["error"] = f"evaluation: {measured.error}"
+
+    def _facts(self, point: Point, path: str) -> dict[str, str]:
+        """What the command is told of a point, as text."""
+        return {
+            "path": str(self.place / path),
+            "name": point.name,
+            "output": self.recipe.output,
+            "mllm": _absolute(self.recipe.mllm_model),
+            "base": _absolute(self.recipe.base_model),
+            **{axis: written(value) for axis, value in point.values},
+        }
+
+
+def _absolute(model: str) -> str:
+    """A folder's whole path; a hub id as it is."""
+    return str(Path(model).resolve()) if Path(model).exists() else model

@@ -1,0 +1,143 @@
+"""What a sweep begins with: its grid checked, its folder held, its analysis, an earlier table."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from lean_merge.engine.run import Event
+from lean_merge.errors import CheckpointError, OutputError, RecipeError
+from lean_merge.outputs.recorded import Analysis, open_analysis
+from lean_merge.plan import Plan
+from lean_merge.plan import plan as make_plan
+from lean_merge.plan.gathering import evidence_method
+from lean_merge.plan.parameters import build_method
+from lean_merge.plan.resources import Resources
+from lean_merge.recipe import MergeRecipe
+from lean_merge.store.storage import explain, lock_folder, make_folder
+from lean_merge.studies.analyze import analyze
+from lean_merge.studies.sweep.evaluation import Evaluation
+from lean_merge.studies.sweep.grid import Grid, Point
+from lean_merge.studies.sweep.table import CSV, TABLE, Record, check_same_recipe, read_table
+
+ANALYSIS = "analysis"
+"""The folder of a sweep's own analysis, in its own."""
+
+
+def check(
+    recipe: MergeRecipe,
+    grid: Grid,
+    points: list[Point],
+    evaluation: Evaluation | None,
+    resources: Resources | None,
+) -> Plan:
+    """Raise for what would go wrong at every point, or is a slip in the grid; one point's plan."""
+    if evaluation is not None:
+        evaluation.check(grid.axes)
+        if recipe.output == "none":
+            raise RecipeError(
+                "With output none there is nothing to evaluate; give output checkpoint or lora."
+            )
+    for point in points:
+        build_method(point.recipe(recipe))
+    for stages in grid.axes.get("stages", (None,)):
+        first = next(p for p in points if p.parameters.get("stages") == stages)
+        plan = make_plan(first.recipe(recipe), resources)
+    return plan
+
+
+def analysis_for(
+    recipe: MergeRecipe,
+    plan: Plan,
+    grid: Grid,
+    place: Path,
+    given: str | Path | Analysis | None,
+    *,
+    resources: Resources | None,
+    overwrite: bool,
+    on_event: Callable[[Event], None] | None,
+) -> Analysis | None:
+    """What all points are decided from; None for a method that looks at nothing.
+
+    It is the one that is `given`, else that in the sweep's folder, which is made if it is not
+    there, for the lowest temperature of the grid: the lower it is, the more directions matter.
+    `plan` is that of any point.
+
+    Raises
+    ------
+    LeanMergeError
+        The analysis is none, or of other models; or the models cannot be analysed.
+    """
+    try:
+        evidence_method(recipe)
+    except RecipeError:
+        if given is not None:
+            raise
+        return None
+    if given is not None:
+        analysis = open_analysis(given) if isinstance(given, (str, Path)) else given
+        analysis.check_inputs(plan.base, plan.mllm, plan.experts)
+        return analysis
+    folder = place / ANALYSIS
+    if not overwrite and (found := _opened(folder)) is not None:
+        try:
+            found.check_inputs(plan.base, plan.mllm, plan.experts)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error} A sweep makes its own anew with --overwrite."
+            ) from error
+        return found
+    lowest = tuple(("temperature", value) for value in sorted(grid.temperatures)[:1])
+    wanted = replace(Point(ANALYSIS, lowest).recipe(recipe), output="none")
+    return analyze(wanted, folder, resources=resources, overwrite=True, on_event=on_event).analysis
+
+
+def _opened(folder: Path) -> Analysis | None:
+    """An analysis, if it is complete; else it is absent, unfinished, or of use to nobody."""
+    try:
+        return open_analysis(folder)
+    except CheckpointError:
+        return None
+
+
+def folders(recipe: MergeRecipe) -> list[Path]:
+    """Where the inputs are, as far as they are no hub ids."""
+    models = [recipe.base_model, recipe.mllm_model, *(each.model for each in recipe.experts)]
+    return [path for path in map(Path, models) if path.exists()]
+
+
+@contextmanager
+def held(place: Path) -> Iterator[None]:
+    """The sweep's folder, made and held. Raises OutputError, BudgetError."""
+    lock = None
+    try:
+        try:
+            if not place.exists():
+                make_folder(place)
+            lock = lock_folder(place)
+        except OSError as error:
+            raise explain(place, error) from error
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def earlier_points(place: Path, recipe: MergeRecipe) -> dict[str, Record]:
+    """The points of an earlier sweep into the same folder, by name.
+
+    Raises OutputError if it was of another recipe, or the folder is another's.
+    """
+    table = read_table(place)
+    if table is None:
+        leftovers = {f"{name}.partial" for name in (TABLE, CSV)}
+        if {each.name for each in place.iterdir()} - leftovers:
+            raise OutputError(
+                f"{place}: is not empty and holds no sweep; choose another folder, or empty it."
+            )
+        return {}
+    check_same_recipe(place, table, recipe)
+    return {point["name"]: point for point in table["points"]}

@@ -1,0 +1,122 @@
+"""Memory of whole runs in fresh processes: bounded, predicted, and flat in the number of layers."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from support.families import check_reads
+
+from lean_merge import memory
+from lean_merge.memory import usage
+
+BENCH = Path(__file__).parents[2] / "bench"
+MIB = 1 << 20
+
+
+def write(folder: Path, layers: int, **recipe: Any) -> Path:
+    """A synthetic triple of so many layers, 1536 and 4096 wide."""
+    sys.path.insert(0, str(BENCH))
+    try:
+        from synthetic import Recipe, Shapes, write_triple
+    finally:
+        sys.path.remove(str(BENCH))
+    write_triple(folder, Shapes(1536, 4096, layers, 512, vocab=100), Recipe(**recipe))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def triples(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Of 2 and 4 layers; the first layers warm the allocator up."""
+    return {n: write(tmp_path_factory.mktemp(f"layers{n}"), n) for n in (2, 4)}
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Spectra so flat that sketches go as deep as they may, for weights that are all selected."""
+    spectrum = {"rank": 400, "slope": 0.2, "noise": 0.3}
+    return write(tmp_path_factory.mktemp("deep"), 1, **spectrum, cosine=0.97, aligned=1.0)
+
+
+def probe(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCH / "probe.py"), str(folder), *options]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells anonymous memory apart")
+def test_what_is_used_is_what_the_system_says():
+    def told() -> dict[str, int]:
+        lines = Path("/proc/self/status").read_text("ascii").splitlines()
+        parts = [line.split() for line in lines if line.startswith("Rss")]
+        return {name: int(count) * 1024 for name, count, _ in parts}
+
+    before = usage()
+    held = bytearray(64 * MIB)
+    now, expected = usage(), told()
+    assert now.anonymous - before.anonymous > 60 * MIB < len(held)
+    assert abs(now.anonymous - expected["RssAnon:"]) < 4 * MIB
+    assert abs(now.file_backed - expected["RssFile:"] - expected["RssShmem:"]) < 4 * MIB
+
+
+def test_without_the_systems_word_all_counts_as_anonymous(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(memory, "_STATM", "/nowhere/statm")
+    found, whole = usage(), psutil.Process().memory_info().rss
+    assert found.file_backed == 0 and abs(found.anonymous - whole) < 4 * MIB
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells anonymous memory apart")
+@pytest.mark.parametrize("output", ["checkpoint", "lora"])
+def test_memory_is_flat_in_layers_bounded_and_predicted(
+    triples: dict[int, Path], output: str
+) -> None:
+    """Flat where weights go one by one; two at a time, free pieces of two threads' heaps add up."""
+    peaks = {}
+    for (layers, folder), threads in product(triples.items(), ("2", "1")):
+        done = probe(folder, "--output", output, "--threads", threads)
+        assert done.returncode == 0, done.stderr
+        report = json.loads(done.stdout)
+        memory = report["memory"]
+        peaks[layers, threads] = memory["peak_anonymous"]
+        assert memory["peak_anonymous"] <= memory["predicted_anonymous"]
+        assert report["bytes"]["read"] == report["bytes"]["read_predicted"]
+        written, most = report["bytes"]["written"], report["bytes"]["written_predicted"]
+        assert written == most if output == "checkpoint" else written < most / 2
+    assert peaks[4, "1"] - peaks[2, "1"] < 20 * MIB
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells anonymous memory apart")
+@pytest.mark.parametrize("output", ["checkpoint", "lora"])
+def test_the_prediction_holds_where_sketches_go_deep(deep: Path, output: str) -> None:
+    """With all the memory that is wanted, and with less."""
+    for options in ((), ("--memory", "290MiB")):
+        done = probe(deep, "--output", output, *options)
+        assert done.returncode == 0, done.stderr
+        report = json.loads(done.stdout)
+        # Where spectra fall off, five or six are enough.
+        assert max(weight["passes"] for weight in report["weights"]) >= 9
+        memory = report["memory"]
+        assert memory["peak_anonymous"] <= memory["predicted_anonymous"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells anonymous memory apart")
+def test_the_smallest_memory_that_is_named_works_and_holds(triples: dict[int, Path]) -> None:
+    """Refused below it with its figure; at it, rows are read again and the ceiling is kept."""
+    refused = probe(triples[2], "--memory", "160MiB")
+    assert refused.returncode != 0
+    found = re.search(r"--memory (\d+)MiB", refused.stderr)
+    assert found is not None, refused.stderr
+    # A few MiB for what differs between two starts of the interpreter.
+    smallest = int(found[1]) + 4
+    done = probe(triples[2], "--memory", f"{smallest}MiB")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["memory"]["peak_anonymous"] <= smallest * MIB
+    assert not report["bytes"]["read_predicted_exactly"]
+    check_reads(report["bytes"])

@@ -1,0 +1,276 @@
+"""What is read is what the plan foresees for what was decided, to the byte."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.families import SKETCHED, Triple, check_reads, rows_of, write_triple
+from support.fp8 import to_fp8
+from support.scenes import Stop, stopping
+from test_determinism import METHODS, exact_smallest_memory, many_tiles
+from test_lora_experts import by_hand
+
+from lean_merge import Resources, analyze, merge
+from lean_merge.checkpoints import TensorReader, TensorSpec
+from lean_merge.methods.spectra import EXACT_BELOW, Effort
+
+__all__ = ["many_tiles"]
+
+SHAPES = {**SKETCHED, "layers.0.mlp.down_proj": (96, 400), "layers.0.mlp.up_proj": (400, 96)}
+"""Wide and tall weights, sketched and decomposed whole; q_proj and down_proj are aligned."""
+ROOM = 400_000
+"""Bytes in which some tiles of these stay and some do not."""
+
+
+@pytest.fixture(scope="module")
+def triple(tmp_path_factory: pytest.TempPathFactory) -> Triple:
+    """Of two experts, which are not selected for the same weights."""
+    return write_triple(tmp_path_factory.mktemp("triple") / "in", SHAPES, experts=2)
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[tuple[Path, str]]]:
+    """Bytes that are read inside the block, by file and tensor."""
+    found: Counter[tuple[Path, str]] = Counter()
+    read_spans = TensorReader.read_spans
+
+    def counting(
+        self: TensorReader, spec: TensorSpec, spans: Sequence[tuple[int, int]], out: memoryview
+    ) -> None:
+        found[spec.file, spec.name] += out.nbytes
+        read_spans(self, spec, spans, out)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorReader, "read_spans", counting)
+        yield found
+
+
+def memories(triple: Triple, **options: Any) -> list[int | None]:
+    """From no tile resident over some to all."""
+    least = exact_smallest_memory(triple, **options)
+    return [least, least + ROOM, None]
+
+
+# --- merges ---------------------------------------------------------------------------------
+
+OPTIONS = {
+    **METHODS,
+    "none-selected": {"threshold": 1.0},
+    "all-selected": {"threshold": 0.0},
+    "largest": {"select_by": "max"},
+    "whole-spectra": {"svd": "exact"},
+    "report": {"output": "none"},
+    "fixed-rank": {"rank": 32},
+}
+
+
+@pytest.mark.usefixtures("many_tiles")
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_whatever_stays_resident(
+    triple: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+):
+    """Counted by file too, and exact beforehand where every tile stays."""
+    looks = options.get("merge_method") != "task_arithmetic"
+    bounds = []
+    for number, given_bytes in enumerate(memories(triple, **options)):
+        out = tmp_path / str(number)
+        with counted(monkeypatch) as read:
+            # Triple.merge asserts that this is what the plan foresees for what was decided.
+            result = triple.merge(out, memory=given_bytes, threads=2, **options)
+        count = result.report["bytes"]
+        assert count["read"] == sum(read.values())
+        bounds.append((count["read_fewest"], count["read_predicted"]))
+    assert bounds[2][0] == bounds[2][1]
+    assert (bounds[0][0] < bounds[0][1]) is looks
+    assert (bounds[0][1] > bounds[1][1] > bounds[2][1]) is looks
+
+
+@pytest.mark.usefixtures("many_tiles")
+@pytest.mark.parametrize("threshold", [0.4, 0.6, 1.0])
+def test_each_tensor_is_read_once_a_pass(
+    triple: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threshold: float
+):
+    """Counted for every tensor, against the number of passes that the report tells."""
+    least = exact_smallest_memory(triple, threshold=threshold)
+    with counted(monkeypatch) as read:
+        result = triple.merge(tmp_path / "out", memory=least, threads=2, threshold=threshold)
+    for name, rows in _by_weight(triple, result).items():
+        passes = {row["passes"] for row in rows}
+        assert len(passes) == 1
+        selected = any(row["selected"] for row in rows)
+        size = 4 * SHAPES[name][0] * SHAPES[name][1]
+        folders = (triple.base, triple.mllm, *triple.experts)
+        times = [
+            read[folder / "model.safetensors", f"model.{name}.weight"] / size for folder in folders
+        ]
+        of_base, of_mllm, *of_experts = times
+        if min(SHAPES[name]) <= EXACT_BELOW:
+            # One role in each pass; the selected experts' images in one more, of all experts.
+            assert passes == {3 + selected}
+            assert (of_base, of_mllm) == (3 + selected, 1 + 1)
+            assert of_experts == [1 + selected] * 2
+        else:
+            # The last pass over a selected weight may be for the experts' images alone.
+            assert of_experts == [of_base] * 2 and passes == {of_base}
+            assert 0 <= of_base + 1 - of_mllm <= selected
+
+
+def _by_weight(triple: Triple, result: Any) -> dict[str, list[dict[str, Any]]]:
+    of_experts = [rows_of(result, path) for path in triple.experts]
+    return {slot.canonical: [rows[slot.canonical] for rows in of_experts] for slot in triple.slots}
+
+
+@pytest.mark.usefixtures("many_tiles")
+def test_adapters_and_whole_experts(triple: Triple, tmp_path: Path):
+    """An adapter's factors are read once, and the base is not, where nothing is subtracted."""
+    adapter, _ = by_hand(triple, tmp_path / "adapter", rank=8)
+    for number, experts in enumerate([(adapter,), (triple.experts[0], adapter)]):
+        work = replace(triple, experts=experts)
+        for options in ({}, {"stages": ("select",)}, {"svd": "exact"}):
+            for given_bytes in memories(work, **options)[:2]:
+                out = tmp_path / f"{number}"
+                work.merge(
+                    out, memory=given_bytes, threads=2, overwrite=True, resume=False, **options
+                )
+
+
+@pytest.mark.usefixtures("many_tiles")
+@pytest.mark.parametrize("stages", [("select", "rescale"), ("select", "rescale", "project")])
+def test_numbers_with_scales(triple: Triple, tmp_path: Path, stages: tuple[str, ...]):
+    """Scales are read once for each weight, however often its rows are."""
+    folders = []
+    for role in (triple.base, triple.mllm, *triple.experts):
+        stored = tmp_path / role.name
+        shutil.copytree(role, stored)
+        to_fp8(stored, tmp_path / f"{role.name} twin", "block", dtype=torch.float8_e4m3fn)
+        folders.append(stored)
+    work = Triple(folders[0], folders[1], tuple(folders[2:]), triple.slots)
+    for number, given_bytes in enumerate(memories(work, stages=stages)):
+        result = work.merge(tmp_path / str(number), memory=given_bytes, threads=2, stages=stages)
+        assert result.report["counts"]["merged"]
+
+
+@pytest.mark.usefixtures("many_tiles")
+def test_differences_whose_squares_float32_does_not_hold(tmp_path: Path):
+    """Nothing is read again to make sure of them."""
+
+    def edit(role: str, tensors: dict[str, torch.Tensor]) -> None:
+        size = {"base": 0.0, "mllm": 1e-24, "expert1": 1e-20}[role]
+        for name, tensor in tensors.items():
+            if "norm" not in name:
+                tensors[name] = size * tensor
+
+    tiny = write_triple(tmp_path / "in", SHAPES, edit=edit)
+    for number, given_bytes in enumerate(memories(tiny)):
+        tiny.merge(tmp_path / str(number), memory=given_bytes, threads=2)
+
+
+@pytest.mark.usefixtures("many_tiles")
+def test_what_an_interrupted_run_with_other_memory_read(triple: Triple, tmp_path: Path):
+    """Each tensor as the run that merged it had planned it."""
+    least = exact_smallest_memory(triple)
+    recipe = triple.recipe(shard_size=10_000)
+    with pytest.raises(Stop):
+        tight = Resources(device="cpu", threads=2, memory=least)
+        merge(recipe, tmp_path / "out", resources=tight, on_event=stopping(2))
+    result = merge(recipe, tmp_path / "out", resources=Resources(device="cpu", threads=2))
+    assert result.reused
+    count = result.report["bytes"]
+    assert count["read"] == count["read_as_decided"] > count["read_predicted"]
+
+
+# --- analyses -------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("many_tiles")
+@pytest.mark.parametrize("select_by", ["first", "max"])
+def test_analyses(triple: Triple, tmp_path: Path, select_by: str):
+    recipe = triple.recipe(select_by=select_by)
+    for number, given_bytes in enumerate(memories(triple, select_by=select_by)):
+        # What is gathered takes more memory than one decision.
+        memory = None if given_bytes is None else given_bytes + (8 << 20)
+        resources = Resources(device="cpu", threads=2, memory=memory)
+        document = analyze(recipe, tmp_path / str(number), resources=resources).analysis.document
+        check_reads(document["bytes"])
+
+
+MERGES: dict[str, dict[str, Any]] = {
+    "as-analysed": {},
+    "some": {"threshold": 0.5, "own": [{}, {"threshold": 0.9}]},
+    "whole": {"stages": ("select",)},
+    "anew": {"rank": 80, "threshold": 0.0},
+    "adapter": {"output": "lora"},
+    "report": {"output": "none"},
+}
+
+
+@pytest.mark.usefixtures("many_tiles")
+@pytest.mark.parametrize("options", MERGES.values(), ids=MERGES)
+def test_merges_from_an_analysis_count_its_factors(
+    triple: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+):
+    found = analyze(triple.recipe(), tmp_path / "analysis", resources=Resources(device="cpu"))
+    recipe = triple.recipe(**options)
+    for number, given_bytes in enumerate(memories(triple, **options)[::2]):
+        resources = Resources(device="cpu", threads=2, memory=given_bytes)
+        out = None if options.get("output") == "none" else tmp_path / str(number)
+        with counted(monkeypatch) as read:
+            result = merge(recipe, out, analysis=found.analysis, resources=resources)
+        count = result.report["bytes"]
+        check_reads(count)
+        assert count["read"] == sum(read.values())
+        factors = sum(n for (file, _), n in read.items() if file.name == "analysis.safetensors")
+        projects = "project" in options.get("stages", ("project",))
+        recalled = result.report["analysis"]["recalled"]
+        assert (factors > 0) is (projects and recalled > 0)
+        if "rank" not in options:
+            assert recalled == len(SHAPES)
+            assert count["read_predicted_exactly"]
+
+
+# --- passes ---------------------------------------------------------------------------------
+
+LENGTHS = st.sampled_from([300, 513, 600, 1100, 2000, 9000])
+
+
+@settings(deadline=None)
+@given(
+    shape=st.tuples(LENGTHS, LENGTHS),
+    roles=st.integers(2, 4),
+    start=st.sampled_from([8, 64, 128]),
+    forced=st.booleans(),
+    whole=st.booleans(),
+    images=st.booleans(),
+)
+def test_no_fewest_exceeds_the_most(
+    shape: tuple[int, int], roles: int, start: int, forced: bool, whole: bool, images: bool
+):
+    effort = Effort.of(shape, roles=roles, start=start, forced=forced, whole=whole)
+    fewest, most = effort.fewest(depth=2, images=images), effort.most(images=images)
+    for role in range(roles):
+        assert 1 <= sum(look[role] for look in fewest) <= sum(look[role] for look in most)
+    assert len(fewest) <= len(most) <= 16
+
+
+@pytest.mark.parametrize("wide", [0, 1])
+def test_the_passes_over_a_sketched_weight_are_those_of_the_page(wide: int):
+    """docs/memory.md has this table."""
+    shape = (1024, 4096) if wide else (4096, 1024)
+    for forced in (False, True):
+        effort = Effort.of(shape, roles=3, start=64, forced=forced, whole=False)
+        assert not effort.exact and (effort.largest > effort.start) is not forced
+        assert effort.fewest(depth=2, images=False) == ((True,) * 3,) * (wide + 2)
+        gathered = effort.fewest(depth=3, images=True)
+        assert gathered == (*((True,) * 3,) * (wide + 3), (False, True, True))
+        grown = 0 if forced else 3 * wide + 13
+        assert effort.most(images=True) == ((True,) * 3,) * max(2 * wide + 14, grown)

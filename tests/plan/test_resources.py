@@ -1,0 +1,209 @@
+"""What a running merge takes from the system, counted from outside: files, threads, processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import save_file
+from support.families import contents
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="counts what /proc shows")
+
+SHARDS = 500
+FILES = 160
+"""Open files at most: two pools of 64, and what an interpreter with its libraries has open."""
+ROOT = Path(__file__).parents[2]
+
+WATCHED = """
+import json, os, sys, threading, time
+from pathlib import Path
+
+seen = {"files": 0, "threads": 0, "children": 0}
+
+def look():
+    seen["files"] = max(seen["files"], len(os.listdir("/proc/self/fd")))
+    seen["threads"] = max(seen["threads"], len(os.listdir("/proc/self/task")))
+    kids = sum(len(Path(task, "children").read_text().split())
+               for task in Path("/proc/self/task").iterdir() if Path(task, "children").exists())
+    seen["children"] = max(seen["children"], kids)
+
+def watch():
+    while not stop.wait(0.002):
+        try:
+            look()
+        except OSError:
+            pass  # a thread ended while it was looked at
+
+stop = threading.Event()
+import torch  # its own threads, before they are counted
+idle = len(os.listdir("/proc/self/task"))
+threading.Thread(target=watch, daemon=True).start()
+from lean_merge import cli
+try:
+    cli.main(sys.argv[2:])
+finally:
+    stop.set()
+    seen["idle"] = idle
+    Path(sys.argv[1]).write_text(json.dumps(seen))
+"""
+
+
+def command(folder: Path, *flags: object) -> list[str]:
+    """A merge's command line for the three roles in `folder`."""
+    words = ["merge", "--device", "cpu", "--quiet", "--out", folder / "out"]
+    for flag, role in (("--base", "base"), ("--mllm", "mllm"), ("--expert", "expert")):
+        words += [flag, folder / role]
+    return [str(word) for word in [*words, *flags]]
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """A process whose temporary and home folders are seen to stay empty."""
+    for name in ("tmp", "home"):
+        (folder / name).mkdir(exist_ok=True)
+    return os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "TMPDIR": str(folder / "tmp"),
+        "HOME": str(folder / "home"),
+        "HF_HOME": str(folder / "home"),
+    }
+
+
+def write_shards(folder: Path, count: int, *, rows: int = 8) -> None:
+    """Three roles with one small weight in each of `count` shards."""
+    for role in ("base", "mllm", "expert"):
+        (folder / role).mkdir(parents=True)
+        weight_map = {}
+        generator = torch.Generator().manual_seed(len(role))
+        for number in range(1, count + 1):
+            file = f"model-{number:05d}-of-{count:05d}.safetensors"
+            name = f"model.layers.{number - 1}.self_attn.q_proj.weight"
+            weight = torch.randn(rows, 16, generator=generator)
+            save_file({name: weight}, folder / role / file, metadata={"format": "pt"})
+            weight_map[name] = file
+        index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+        (folder / role / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.fixture(scope="module")
+def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """500 shards in each of three checkpoints."""
+    folder = tmp_path_factory.mktemp("shards")
+    write_shards(folder, SHARDS)
+    return folder
+
+
+def test_files_threads_and_processes_are_bounded(many_shards: Path):
+    """With 2,000 files to read and write, and a hundred thousand threads asked for."""
+    flags = ("--shard-size", 8 * 16 * 4, "--threads", 100_000)
+    seen_file = many_shards / "seen.json"
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHED, str(seen_file), *command(many_shards, *flags)],
+        env=environment(many_shards),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(seen_file.read_text())
+    assert len(list((many_shards / "out").glob("*.safetensors"))) == SHARDS
+    assert 64 < seen["files"] <= FILES, seen
+    # Four workers and two drivers; read-ahead, write-behind, memory sampler, watcher; two to spare.
+    assert seen["threads"] <= seen["idle"] + 12, seen
+    assert seen["children"] == 0
+    assert not list((many_shards / "tmp").iterdir())
+    assert not list((many_shards / "home").iterdir())
+
+
+def test_a_merge_fits_the_file_limit_of_a_plain_shell(many_shards: Path):
+    """256 is what macOS gives; Linux has 1024."""
+    flags = ("--overwrite", "--shard-size", 8 * 16 * 4)
+    limited = "import resource as r, runpy, sys; r.setrlimit(r.RLIMIT_NOFILE, (256, 256)); "
+    limited += "sys.argv[0] = 'lean-merge'; runpy.run_module('lean_merge', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", limited, *command(many_shards, *flags)],
+        env=environment(many_shards),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+from lean_merge import cli
+from lean_merge.engine import run as engine
+
+finish = engine._Engine.finish
+def slow(self, begun):
+    result = finish(self, begun)
+    Path(sys.argv[1]).touch()
+    if sys.argv[2] == "raise":
+        raise RuntimeError("an error that nobody foresaw")
+    time.sleep(0.05)
+    return result
+engine._Engine.finish = slow
+cli.main(sys.argv[3:])
+"""
+
+
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "raise"])
+def test_an_end_before_time_leaves_no_process_and_no_file_elsewhere(tmp_path: Path, how: str):
+    write_shards(tmp_path / "in", 40)
+    env = environment(tmp_path / "in")
+    before = {role: contents(tmp_path / "in" / role) for role in ("base", "mllm", "expert")}
+    started = tmp_path / "started"
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, str(started), how, *command(tmp_path / "in")],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path / "in",
+        start_new_session=True,
+        # Whoever runs the tests in the background has interrupts ignored, which is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        limit = time.monotonic() + 120
+        while not started.exists() and process.poll() is None:
+            assert time.monotonic() < limit, "the merge never began"
+            time.sleep(0.01)
+        if how != "raise":
+            process.send_signal(getattr(signal, how))
+        _, errors = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+    assert process.returncode == (1 if how == "raise" else 5), errors
+    assert "Traceback" not in errors
+    session = [p for p in psutil.process_iter() if _session(p.pid) == process.pid]
+    assert not session
+    for role, files in before.items():
+        assert contents(tmp_path / "in" / role) == files
+    assert sorted(each.name for each in (tmp_path / "in").iterdir()) == sorted(
+        ["base", "mllm", "expert", "home", "out", "tmp"]
+    )
+    assert not list((tmp_path / "in" / "tmp").iterdir())
+    assert not list((tmp_path / "in" / "home").iterdir())
+    weights = [n for n in contents(tmp_path / "in" / "out") if n.endswith(".safetensors")]
+    assert not weights
+
+
+def _session(pid: int) -> int:
+    try:
+        return os.getsid(pid)
+    except OSError:
+        return -1
