@@ -16,9 +16,10 @@ from lean_merge.checkpoints.jsonfile import read_object
 from lean_merge.engine.run import Event, RunResult, run, steps
 from lean_merge.errors import RecipeError
 from lean_merge.outputs.adapter import AdapterSink
+from lean_merge.outputs.base import Sink
 from lean_merge.outputs.peft import write_adapter
 from lean_merge.outputs.recorded import Analysis, open_analysis
-from lean_merge.outputs.sinks import BlockSink, CheckpointSink, DecisionSink, TensorSink
+from lean_merge.outputs.sinks import BlockSink, CheckpointSink, TensorSink
 from lean_merge.plan import DECODED_DTYPE, Plan, plan_stream
 from lean_merge.plan import plan as make_plan
 from lean_merge.plan.identity import check_unchanged, run_facts
@@ -224,7 +225,7 @@ def stream(
 
 
 def _tensors(plan: Plan) -> Generator[tuple[str, Tensor], None, None]:
-    sink = TensorSink(plan)
+    sink = TensorSink()
     with closing(steps(plan, sink, RunResult())) as events:
         for event in events:
             yield event.name, sink.take()
@@ -235,11 +236,11 @@ def _carry_out(
 ) -> RunResult:
     """The plan into the sink of its output."""
     if folder is None:
-        return run(plan, DecisionSink(), on_event)
+        return run(plan, Sink(), on_event)
     if plan.recipe.output == "none":
         return run(plan, BlockSink(folder), on_event)
     if plan.recipe.output == "checkpoint":
-        return run(plan, CheckpointSink(plan, folder), on_event)
+        return run(plan, CheckpointSink(plan.shards, folder), on_event)
     sink = AdapterSink(plan, folder)
     result = run(plan, sink, on_event)
     with result.timed("write"):

@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from lean_merge.engine.results import WeightResult
 from lean_merge.engine.run import RunResult
-from lean_merge.engine.update import Truncated, Written
 from lean_merge.memory import Usage
 from lean_merge.methods import ExpertRecord, Recalling
 from lean_merge.plan import Plan
 from lean_merge.sizes import format_size
 from lean_merge.store import Sharing, remote_code
+from lean_merge.tasks import Truncated, WeightResult, Written
 from lean_merge.version import __version__
 
 RECIPE = "lean_merge_recipe.yml"

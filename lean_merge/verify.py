@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from lean_merge.checkpoints import TensorReader, identify
-from lean_merge.engine.results import WeightResult, from_note
 from lean_merge.engine.run import Event, run
 from lean_merge.errors import CheckpointError, LeanMergeError
 from lean_merge.outputs.recompute import AdapterComparison, CheckpointComparison
@@ -22,7 +21,7 @@ from lean_merge.plan.identity import environment
 from lean_merge.plan.resources import Resources
 from lean_merge.recipe import MergeRecipe
 from lean_merge.store import Difference, FolderCheck, Journal, check_folder
-from lean_merge.tasks import WeightTask
+from lean_merge.tasks import WeightResult, WeightTask, from_note
 
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
 LEAST_SAMPLE = 8

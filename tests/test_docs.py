@@ -27,6 +27,7 @@ from lean_merge.demo.run import FAMILY, family_recipe
 from lean_merge.plan import budget
 from lean_merge.plan import plan as make_plan
 from lean_merge.plan.parameters import build_method
+from lean_merge.tasks import tiles
 
 ROOT = Path(__file__).parents[1]
 MIB = 1 << 20
@@ -157,7 +158,7 @@ def memory_example() -> str:
     method = build_method(family_recipe())
     cost, rank = method.cost(shape, item=weight.arithmetic_item), method.largest_rank(shape)
     least = budget.host_bytes(weight, widest=cost.widest, workspace=cost.workspace, workers=2)
-    tiles = weight.tiles * weight.resident_tile
+    resident = weight.tiles * weight.resident_tile
     waiting = budget.waiting_bytes(weight, rank)
     worker, apply = budget.worker_bytes(weight, cost.widest), budget.apply_bytes(weight)
     lanes = f"lanes: {budget.LANES + 1} x {weight.roles} x {shape[1]} x {cost.widest} x 4 bytes"
@@ -169,15 +170,15 @@ def memory_example() -> str:
         "slack": budget.SLACK,
         "**no tile resident: the smallest that works**": least,
         f"all {weight.tiles} tiles of two task vectors: "
-        f"{weight.tiles} x {weight.resident_tile / MIB:.2f}": tiles,
+        f"{weight.tiles} x {weight.resident_tile / MIB:.2f}": resident,
         f"two updates that wait: 2 x {sum(shape)} x {rank} x 4 bytes": waiting,
-        "**all resident: full speed**": least + tiles + waiting,
+        "**all resident: full speed**": least + resident + waiting,
     }
     read, written = (
-        budget.strip_rows(shape[1], elements)
-        for elements in (budget.READ_ELEMENTS, budget.STRIP_ELEMENTS)
+        tiles.strip_rows(shape[1], elements)
+        for elements in (tiles.READ_ELEMENTS, tiles.STRIP_ELEMENTS)
     )
-    tile = f"{budget.tile_rows(shape[1])} rows a tile, {read} read and {written} written at once"
+    tile = f"{tiles.tile_rows(shape[1])} rows a tile, {read} read and {written} written at once"
     lines = [f"| {tile} | MiB |", "|---|---|"]
     lines += [f"| {what} | {size / MIB:.1f} |" for what, size in rows.items()]
     return "\n" + "\n".join(lines) + "\n"

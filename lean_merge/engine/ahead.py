@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from lean_merge.engine.analysis import Analyst, Found, tile_bytes
-from lean_merge.engine.workers import Batch, Workers
+from lean_merge.engine.workers import Batch, Tools, Workers
 from lean_merge.mapping import LogicalWeight
-from lean_merge.outputs.sinks import Tools
 from lean_merge.plan import Plan
 from lean_merge.plan.budget import aligned
 from lean_merge.tasks import WeightTask

@@ -10,15 +10,14 @@ from torch import Tensor
 
 from lean_merge.checkpoints import common_dtype
 from lean_merge.engine.device import Accelerator, computing_on, is_out_of_memory, queues_of
-from lean_merge.engine.results import Fallback
 from lean_merge.engine.taskvectors import TaskVectors
-from lean_merge.engine.workers import Workers
+from lean_merge.engine.workers import Tools, Workers
 from lean_merge.mapping import LogicalWeight
 from lean_merge.methods import Decision, ExpertRecord, Looks, Method, WeightContext
-from lean_merge.outputs.sinks import Tools
-from lean_merge.plan import Plan, budget
+from lean_merge.plan import Plan
 from lean_merge.plan.resources import arithmetic_dtype
-from lean_merge.tasks import looks, needs_analysis
+from lean_merge.tasks import Fallback, looks, needs_analysis
+from lean_merge.tasks.tiles import tile_rows
 
 LONGEST_REASON = 160
 """Characters of a device's message that are kept."""
@@ -209,7 +208,7 @@ def tile_bytes(weight: LogicalWeight) -> int:
     """Bytes of the largest tile of all task vectors of a weight."""
     out_features, in_features = weight.shape
     item = common_dtype(source.dtype for source in weight.roles).itemsize
-    height = min(out_features, budget.tile_rows(in_features))
+    height = min(out_features, tile_rows(in_features))
     return height * in_features * item * len(weight.others)
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import abc
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import TypeVar
 
 from lean_merge.checkpoints import TensorReader, TensorSpec
-from lean_merge.store import OutputFolder, Shard
 
 _STEP = 8 << 20
 FLUSH_EVERY = 128 << 20
@@ -153,21 +152,25 @@ class Flusher(_Background):
     """Sends written bytes to the disk while more are made, so that the end does not wait for all.
 
     An error of the disk is raised by the next `wrote`, or on leaving the context.
+
+    Parameters
+    ----------
+    flush
+        What sends them.
     """
 
-    def __init__(self, folder: OutputFolder) -> None:
+    def __init__(self, flush: Callable[[], None]) -> None:
         super().__init__("flush")
-        self._folder = folder
+        self._flush = flush
         self._pending = 0
-        self._latest: Shard | None = None
         self._error: Exception | None = None
 
-    def wrote(self, shard: Shard | None, count: int) -> None:
-        """`count` bytes more were written to `shard`, or to blocks of the folder."""
+    def wrote(self, count: int) -> None:
+        """Take note that `count` bytes more were written."""
         with self._moved:
             if self._error is not None:
                 raise self._error
-            self._pending, self._latest = self._pending + count, shard
+            self._pending += count
             if self._pending >= FLUSH_EVERY:
                 self._moved.notify_all()
 
@@ -179,12 +182,11 @@ class Flusher(_Background):
                 )
                 if self._closed:
                     return
-                shard, pending = self._latest, self._pending
-                self._pending, self._latest = 0, None
+                pending, self._pending = self._pending, 0
             if not pending:
                 continue
             try:
-                self._folder.flush(shard)
+                self._flush()
             except Exception as error:
                 with self._moved:
                     self._error = error

@@ -12,19 +12,19 @@ from functools import partial
 
 import torch
 
-from lean_merge.checkpoints import TensorReader, TensorSpec
+from lean_merge.checkpoints import TensorReader, TensorSpec, torch_dtype
 from lean_merge.engine.ahead import Ahead, Part
 from lean_merge.engine.analysis import Analyst, Found
-from lean_merge.engine.prefetch import Prefetcher
-from lean_merge.engine.results import Note, WeightResult, note_of, to_note
-from lean_merge.engine.workers import Precision, Workers, full_float32, worker_pool
+from lean_merge.engine.prefetch import Flusher, Prefetcher
+from lean_merge.engine.update import OutputRows, begin_copy, write_rows
+from lean_merge.engine.workers import Precision, Tools, Workers, full_float32, worker_pool
 from lean_merge.mapping import LogicalWeight
 from lean_merge.memory import release_free_memory, usage
 from lean_merge.methods import Decision, ExpertRecord
-from lean_merge.outputs.sinks import Sink, Tools
+from lean_merge.outputs.base import Sink, Spans, WriteBytes
 from lean_merge.plan import Plan
 from lean_merge.plan.reading import Course
-from lean_merge.tasks import CopyTask, WeightTask
+from lean_merge.tasks import CopyTask, Note, Stored, WeightResult, WeightTask, note_of, to_note
 
 READ_AHEAD = 256 << 20
 """Bytes that are brought into the page cache before they are used."""
@@ -98,8 +98,8 @@ def steps(plan: Plan, sink: Sink, result: RunResult) -> Generator[Event, None, N
     with ExitStack() as stack:
         stack.enter_context(full_float32())
         reader = stack.enter_context(TensorReader())
-        # The threads write into the sink, so they end before it does.
-        stack.enter_context(sink)
+        # The threads write, so they end before what sends to the disk what they wrote.
+        flusher = stack.enter_context(Flusher(sink.flush))
         # Those that drive an analysis wait for the workers, and so end after them.
         drivers = stack.enter_context(worker_pool(plan.at_a_time))
         workers = stack.enter_context(worker_pool(plan.workers))
@@ -110,7 +110,7 @@ def steps(plan: Plan, sink: Sink, result: RunResult) -> Generator[Event, None, N
         ]
         apart = stack.enter_context(TensorReader(max_files=PREFETCHED_FILES))
         prefetcher = stack.enter_context(Prefetcher(apart, sources, ahead=READ_AHEAD))
-        engine = _Engine(plan, sink, Tools(reader, workers), result, drivers, notes)
+        engine = _Engine(plan, sink, flusher, Tools(reader, workers), result, drivers, notes)
         stack.callback(engine.analyst.close)
         begun: deque[_Begun] = deque()
         goes_on = sink.ahead or sink.stores_decisions or plan.at_a_time > 1
@@ -189,12 +189,15 @@ class _Engine:
         self,
         plan: Plan,
         sink: Sink,
+        flusher: Flusher,
         tools: Tools,
         result: RunResult,
         drivers: Workers,
         notes: Sequence[Note | None],
     ) -> None:
+        self._plan = plan
         self._sink = sink
+        self._flusher = flusher
         self._reading = replace(plan.reading, rows=sink.reads_rows)
         self.tools = tools
         self._result = result
@@ -220,7 +223,9 @@ class _Engine:
         if note is not None:
             return _Begun(index, task, tools.reader, reused=note)
         if isinstance(task, CopyTask):
-            return _Begun(index, task, tools.reader, (self._sink.copy(task, tools),))
+            write = self._writer(task)
+            copying = () if write is None else (begin_copy(task, write, tools),)
+            return _Begun(index, task, tools.reader, copying)
         courses: list[Course] = []
         parts = tuple(self._parts(task, tools, courses))
         self._release()
@@ -258,6 +263,8 @@ class _Engine:
             non_finite = _source_name(begun.task) in self.tools.non_finite
             note = Note(weights, begun.reader.bytes_read, self._expected(begun), non_finite)
             self._sink.finish(begun.task, to_note(note))
+            # Its line in the journal is to be written, even if it has no bytes.
+            self._flusher.wrote(1)
         elif note.non_finite:
             self.tools.non_finite.add(_source_name(begun.task))
         self._result.weights.extend(note.weights)
@@ -288,7 +295,7 @@ class _Engine:
         if self._done_early:
             self._analyses.done()
         with self._result.timed("write"):
-            stored = self._sink.update(task, found.vectors, decision, tools)
+            stored = self._store(task, replace(found, decision=decision), tools)
         norms = [*decision.squared_norms] or found.vectors.squared_norms()
         course, fallback = _course(task, part, found), found.fallback
         tools.reader.count(decision.recalled)
@@ -307,6 +314,34 @@ class _Engine:
             passes=len(course.looks),
             fallback=fallback,
         )
+
+    def _store(self, task: WeightTask, found: Found, tools: Tools) -> Callable[[], Stored]:
+        """Begin to store a weight; what is returned waits for the end."""
+        write, vectors, decision = self._writer(task), found.vectors, found.decision
+        reader, workers = tools.reader, tools.workers
+        if write is None:
+            kept = self._sink.keep(
+                task,
+                vectors.weight,
+                decision,
+                lambda source, rows: source.read(rows, reader, workers.buffer, "base"),
+            )
+            return lambda: kept
+        recipe = self._plan.recipe
+        output = OutputRows(torch_dtype(task.tensor.dtype), recipe.rounding, recipe.seed, write)
+        return write_rows(vectors, decision, output, reader=reader, workers=workers)
+
+    def _writer(self, task: CopyTask | WeightTask) -> WriteBytes | None:
+        """The sink's writer; what goes through it is counted, to be sent to the disk in time."""
+        write = self._sink.writer(task)
+        if write is None:
+            return None
+
+        def counted(offset: int, data: memoryview, spans: Spans | None = None) -> None:
+            write(offset, data, spans)
+            self._flusher.wrote(data.nbytes)
+
+        return counted
 
 
 def _course(task: WeightTask, part: int, found: Found) -> Course:

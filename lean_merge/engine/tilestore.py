@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
 from lean_merge.checkpoints import TensorReader, as_bytes
 from lean_merge.engine.workers import Workers
 from lean_merge.mapping import LogicalWeight
-
-
-class WriteBytes(Protocol):
-    """Writes bytes at an offset from the tensor's start."""
-
-    def __call__(
-        self, offset: int, data: memoryview, spans: Sequence[tuple[int, int]] | None = None
-    ) -> None:
-        """All of `data` there, or a part for each span (start, length) counted from there."""
+from lean_merge.outputs.base import WriteBytes
 
 
 class TileStore:

@@ -12,41 +12,17 @@ from torch import Tensor
 from lean_merge.checkpoints import FLOATING, TensorReader, TensorSpec, as_bytes, torch_dtype
 from lean_merge.engine.rounding import round_stochastic, rounding_generator
 from lean_merge.engine.taskvectors import TaskVectors
-from lean_merge.engine.tilestore import TileStore, WriteBytes
-from lean_merge.engine.workers import Workers
+from lean_merge.engine.tilestore import TileStore
+from lean_merge.engine.workers import Tools, Workers
 from lean_merge.errors import DataError
 from lean_merge.mapping import WeightSource
 from lean_merge.methods import Decision
-from lean_merge.plan.budget import COPY_BUFFER, READ_ELEMENTS, STRIP_ELEMENTS, strips
+from lean_merge.outputs.base import WriteBytes
+from lean_merge.plan.budget import COPY_BUFFER
+from lean_merge.tasks import CopyTask, Written
+from lean_merge.tasks.tiles import READ_ELEMENTS, STRIP_ELEMENTS, strips
 
 _LOOKED_AT = FLOATING | {"F64"}
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What storing an update kept of it: sums over the rows written.
-
-    `along` is <stored change, update>, `squared` is ||update||_F^2.
-    """
-
-    along: float
-    squared: float
-
-    @classmethod
-    def of(cls, parts: Sequence[Written]) -> Written:
-        """The sums over parts."""
-        return cls(
-            along=math.fsum(part.along for part in parts),
-            squared=math.fsum(part.squared for part in parts),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Truncated:
-    """What an adapter keeps of an update: its rank, and the relative Frobenius error of the cut."""
-
-    rank: int
-    error: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +33,17 @@ class OutputRows:
     rounding: str
     seed: int
     write: WriteBytes
+
+
+def begin_copy(task: CopyTask, write: WriteBytes, tools: Tools) -> Callable[[], None]:
+    """Begin to write a tensor out of scope as it goes over; what is returned waits for the end."""
+    reader, workers = tools.reader, tools.workers
+    if not task.decoded:
+        return copy_tensor(
+            task.source, write, reader=reader, workers=workers, non_finite=tools.non_finite
+        )
+    dtype = torch_dtype(task.tensor.dtype)
+    return convert_tensor(task.decoded, dtype, write, reader=reader, workers=workers)
 
 
 def copy_tensor(
@@ -279,9 +266,7 @@ def torch_name(dtype: torch.dtype) -> str:
 
 __all__ = [
     "OutputRows",
-    "Truncated",
-    "WriteBytes",
-    "Written",
+    "begin_copy",
     "convert_tensor",
     "copy_tensor",
     "write_rows",

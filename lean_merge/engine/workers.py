@@ -7,11 +7,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+from lean_merge.checkpoints import TensorReader
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -170,6 +172,16 @@ class Workers:
             self._moved.notify_all()
         for thread in self._threads:
             thread.join()
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What a task is done with: who reads, and who computes."""
+
+    reader: TensorReader
+    workers: Workers
+    non_finite: set[str] = field(default_factory=set)
+    """Names of copied tensors that hold NaN or Inf."""
 
 
 @dataclass(frozen=True, slots=True)

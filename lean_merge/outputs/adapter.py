@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lean_merge.engine.taskvectors import TaskVectors
-from lean_merge.engine.update import Truncated
 from lean_merge.linalg import Truncation, truncate
 from lean_merge.mapping import LogicalWeight
 from lean_merge.methods import Decision
+from lean_merge.outputs.base import ReadRows
 from lean_merge.outputs.peft import AdapterModule, StoredFactors
-from lean_merge.outputs.sinks import BlockSink, Tools
+from lean_merge.outputs.sinks import BlockSink
 from lean_merge.plan import Plan, row_runs
-from lean_merge.plan.budget import STRIP_ELEMENTS
 from lean_merge.store import Group, OutputFolder
-from lean_merge.tasks import WeightTask
+from lean_merge.tasks import Truncated, WeightTask
+from lean_merge.tasks.tiles import STRIP_ELEMENTS
 
 ADAPTER_ERROR = 2e-4
 """Largest relative Frobenius error of an update that `--lora-rank auto` cuts off."""
@@ -41,20 +40,18 @@ class AdapterSink(BlockSink):
         super().__init__(folder)
         self._plan = plan
 
-    def update(
-        self, task: WeightTask, vectors: TaskVectors, decision: Decision, tools: Tools
-    ) -> Callable[[], Truncated | None]:
-        """B [out, k] and A [k, in] become blocks; returns the error of the cut."""
+    def keep(
+        self, task: WeightTask, weight: LogicalWeight, decision: Decision, read: ReadRows
+    ) -> Truncated | None:
+        """Cut the update, and put B [out, k] and A [k, in] into blocks."""
         update = cut_update(self._plan, decision)
         if update is None:
-            return lambda: None
+            return None
         if update.rank:
-            name = vectors.weight.canonical
-            out_features, in_features = vectors.weight.shape
-            self.put(f"{name}.b", (out_features, update.rank), update.b())
-            self.put(f"{name}.a", (update.rank, in_features), update.a())
-        kept = Truncated(update.rank, update.cut.error)
-        return lambda: kept
+            out_features, in_features = weight.shape
+            self.put(f"{weight.canonical}.b", (out_features, update.rank), update.b())
+            self.put(f"{weight.canonical}.a", (update.rank, in_features), update.a())
+        return Truncated(update.rank, update.cut.error)
 
     def modules(self) -> list[AdapterModule]:
         """Those with an update, in the order of the tasks, all of which are finished."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lean_merge.engine.results import WeightResult
 from lean_merge.engine.run import RunResult
 from lean_merge.linalg import null_quantile
 from lean_merge.memory import Usage
@@ -15,6 +14,7 @@ from lean_merge.methods.threshold import Sample, Survey, survey
 from lean_merge.plan import Plan
 from lean_merge.plan.scope import layer_of
 from lean_merge.report import accuracy_warnings, decision_fields, fallback_warnings, measures
+from lean_merge.tasks import WeightResult
 from lean_merge.version import __version__
 
 ANALYSIS = "analysis.json"

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lean_merge.engine.taskvectors import TaskVectors
 from lean_merge.mapping import LogicalWeight
 from lean_merge.methods import Decision, Evidence
 from lean_merge.methods.plainfacts import plain_portrait, to_plain
-from lean_merge.outputs.sinks import BlockSink, Tools
-from lean_merge.plan.budget import STRIP_ELEMENTS
-from lean_merge.plan.reading import sampled_rows
+from lean_merge.outputs.base import ReadRows
+from lean_merge.outputs.sinks import BlockSink
 from lean_merge.store import Block, OutputFolder
 from lean_merge.tasks import CopyTask, WeightTask
+from lean_merge.tasks.tiles import STRIP_ELEMENTS, sampled_rows
 
 
 class EvidenceSink(BlockSink):
@@ -33,20 +32,19 @@ class EvidenceSink(BlockSink):
         super().__init__(folder)
         self._waiting: dict[str, Any] = {}
 
-    def update(
-        self, task: WeightTask, vectors: TaskVectors, decision: Decision, tools: Tools
-    ) -> Callable[[], None]:
-        """The evidence of one weight, if it was looked at."""
-        weight, evidence = vectors.weight, decision.evidence
+    def keep(
+        self, task: WeightTask, weight: LogicalWeight, decision: Decision, read: ReadRows
+    ) -> None:
+        """Keep the evidence of one weight, if it was looked at."""
+        evidence = decision.evidence
         self._waiting[weight.canonical] = None
         if evidence is not None:
             plain = to_plain(evidence.facts)
-            plain["base_norm"] = base_norm(weight, tools)
+            plain["base_norm"] = base_norm(weight, read)
             for expert, portrait in zip(plain["experts"], evidence.portraits, strict=True):
                 expert.update(plain_portrait(portrait))
             self._waiting[weight.canonical] = plain
             self._put_factors(weight, evidence)
-        return _nothing
 
     def _put_factors(self, weight: LogicalWeight, evidence: Evidence) -> None:
         """Directions become rows, so that few of them are read at once."""
@@ -86,14 +84,9 @@ def gathered_factors(folder: OutputFolder, tasks: Sequence[WeightTask]) -> dict[
     return {name: block for group in groups for name, block in group.blocks.items()}
 
 
-def base_norm(weight: LogicalWeight, tools: Tools) -> float:
+def base_norm(weight: LogicalWeight, read: ReadRows) -> float:
     """||W_0||_F as the first rows have it, for a comparison of magnitudes."""
     out_features, in_features = weight.shape
-    rows = slice(0, sampled_rows(weight))
-    values = weight.base.read(rows, tools.reader, tools.workers.buffer, "base")
+    values = read(weight.base, slice(0, sampled_rows(weight.shape)))
     mean = float(values.double().square().mean())
     return math.sqrt(mean * out_features * in_features)
-
-
-def _nothing() -> None:
-    """There is nothing to wait for."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,18 +18,15 @@ from lean_merge.checkpoints import (
     safetensors_dtype,
     torch_dtype,
 )
-from lean_merge.engine.results import Note, to_note
-from lean_merge.engine.taskvectors import TaskVectors
-from lean_merge.engine.tilestore import WriteBytes
-from lean_merge.engine.update import Truncated, write_rows
+from lean_merge.mapping import LogicalWeight
 from lean_merge.methods import Decision
 from lean_merge.outputs.adapter import CutUpdate, cut_update
+from lean_merge.outputs.base import ReadRows, Sink, Spans, WriteBytes
 from lean_merge.outputs.peft import ADAPTER, AdapterModule, cast_factors
-from lean_merge.outputs.sinks import Sink, Spans, Stored, Tools, begin_copy, output_rows
 from lean_merge.plan import Plan, row_runs
-from lean_merge.plan.budget import STRIP_ELEMENTS
 from lean_merge.store import Difference
-from lean_merge.tasks import CopyTask, WeightTask
+from lean_merge.tasks import CopyTask, Note, Truncated, WeightTask, to_note
+from lean_merge.tasks.tiles import STRIP_ELEMENTS
 
 _STEP = 1 << 18
 """Bytes that are compared at once: so few that no budget need count them."""
@@ -92,24 +89,14 @@ class CheckpointComparison(Comparison):
         super().__init__(plan, stored, reader, sampled)
         self._off: dict[str, tuple[int, int]] = {}
         self._lock = threading.Lock()
+        self._local = threading.local()
 
     def finished(self, task: CopyTask | WeightTask) -> Any:
         """Tensors that are not to be compared count as done."""
         wanted = isinstance(task, CopyTask) or task.tensor.name in self._sampled
         return None if wanted and task.tensor.name in self._stored else to_note(Note([]))
 
-    def copy(self, task: CopyTask, tools: Tools) -> Callable[[], None]:
-        """A tensor out of scope: every byte is the MLLM's."""
-        return begin_copy(task, self._comparer(task, tools), tools)
-
-    def update(
-        self, task: WeightTask, vectors: TaskVectors, decision: Decision, tools: Tools
-    ) -> Callable[[], Stored]:
-        """A weight, merged again."""
-        output = output_rows(self._plan, task, self._comparer(task, tools))
-        return write_rows(vectors, decision, output, reader=tools.reader, workers=tools.workers)
-
-    def _comparer(self, task: CopyTask | WeightTask, tools: Tools) -> WriteBytes:
+    def writer(self, task: CopyTask | WeightTask) -> WriteBytes:
         """What stands in for writing: reads what is stored there, and counts what differs."""
         name = task.tensor.name
         kinds = (torch.uint8, torch_dtype(task.tensor.dtype))
@@ -121,7 +108,7 @@ class CheckpointComparison(Comparison):
             for first, length in spans or [(0, data.nbytes)]:
                 for start in range(0, length, _STEP):
                     part = data[done + start : done + min(start + _STEP, length)]
-                    room = tools.workers.buffer("stored", (part.nbytes,), torch.uint8)
+                    room = self._buffer()[: part.nbytes]
                     position = offset + first + start
                     self._reader.read_into(self._stored[name], position, as_bytes(room))
                     if not torch.equal(torch.frombuffer(part, dtype=torch.uint8), room):
@@ -135,6 +122,13 @@ class CheckpointComparison(Comparison):
                     self._off[name] = before[0] + off[0], before[1] + off[1]
 
         return compare
+
+    def _buffer(self) -> Tensor:
+        """This thread's."""
+        found: Tensor | None = getattr(self._local, "buffer", None)
+        if found is None:
+            found = self._local.buffer = torch.empty(_STEP, dtype=torch.uint8)
+        return found
 
     def differences(self, elsewhere: set[str]) -> list[Difference]:
         """As ever; `elsewhere` entries may differ by a last place, `TOLERATED` of them by more."""
@@ -194,26 +188,22 @@ class AdapterComparison(Comparison):
         """Tensors that are not to be compared count as done."""
         return None if task.tensor.name in self._sampled else to_note(Note([]))
 
-    def copy(self, task: CopyTask, tools: Tools) -> Callable[[], None]:
-        """An adapter holds no tensor out of scope."""
-        return lambda: None
-
-    def update(
-        self, task: WeightTask, vectors: TaskVectors, decision: Decision, tools: Tools
-    ) -> Callable[[], Stored]:
+    def keep(
+        self, task: WeightTask, weight: LogicalWeight, decision: Decision, read: ReadRows
+    ) -> Truncated | None:
         """Some rows of a module, or all."""
         found = self._found.setdefault(
             task.tensor.name, _Found(self._plan.adapter_module(task, ()))
         )
         update = cut_update(self._plan, decision)
-        stored = self._factors(found.module, vectors.weight.shape[1], task)
+        stored = self._factors(found.module, weight.shape[1], task)
         if isinstance(stored, str):
             found.fault = stored
         elif stored is not None:
-            self._compare(found, update, stored, row_runs(vectors.weight))
+            self._compare(found, update, stored, row_runs(weight))
         elif update is not None and update.rank:
             found.fault = "is missing, although the merge gives an update"
-        return lambda: None if update is None else Truncated(update.rank, update.cut.error)
+        return None if update is None else Truncated(update.rank, update.cut.error)
 
     def finish(self, task: CopyTask | WeightTask, note: Any) -> None:
         """The ranks of the parts add up to the module's."""

@@ -16,6 +16,7 @@ from lean_merge.plan import budget
 from lean_merge.plan.reading import Course, Reading
 from lean_merge.plan.resources import arithmetic_dtype
 from lean_merge.tasks import WeightTask, needs_analysis
+from lean_merge.tasks.tiles import READ_ELEMENTS, strip_rows, tile_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +42,8 @@ class Layout:
         """For the arithmetic of the plan's device, or of another."""
         task = common_dtype(source.dtype for source in weight.roles)
         out_features, in_features = weight.shape
-        strip = min(out_features, budget.strip_rows(in_features, budget.READ_ELEMENTS))
-        tile = min(out_features, budget.tile_rows(in_features))
+        strip = min(out_features, strip_rows(in_features, READ_ELEMENTS))
+        tile = min(out_features, tile_rows(in_features))
         scratch = [s.scratch(tile if s.in_columns else strip) for s in weight.roles]
         return budget.WeightShape(
             out_features=out_features,

@@ -57,6 +57,7 @@ from lean_merge.store import (
     side_files,
 )
 from lean_merge.tasks import CopyTask, WeightTask
+from lean_merge.tasks.tiles import READ_ELEMENTS, strip_rows
 
 ANALYSIS = "analysis"
 """The output of a plan that only gathers evidence."""
@@ -335,7 +336,7 @@ def _decoding_bytes(mllm: Checkpoint, workers: int) -> int:
         kept = max(kept, sum(source.held for source in matrices))
         for source in matrices[:1]:
             out_features, in_features = source.shape
-            rows = min(out_features, budget.strip_rows(in_features, budget.READ_ELEMENTS))
+            rows = min(out_features, strip_rows(in_features, READ_ELEMENTS))
             strip = max(strip, source.scratch(rows) + 8 * rows * in_features)
     return workers * strip + 8 * kept
 

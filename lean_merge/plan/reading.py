@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from lean_merge.mapping import LogicalWeight, WeightSource
 from lean_merge.methods import Looks
-from lean_merge.plan.budget import SAMPLED_ELEMENTS, row_tiles, strip_rows
 from lean_merge.tasks import CopyTask, WeightTask, formed_from
+from lean_merge.tasks.tiles import row_tiles, sampled_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +74,11 @@ class Reading:
         total += _bytes(formed_from(weight, [True] * len(weight.others)), kept)
         total += sum(_bytes(formed_from(weight, look), again) for look in course.looks)
         if self.samples and course.looks:
-            total += weight.base.nbytes(slice(0, sampled_rows(weight)))
+            total += weight.base.nbytes(slice(0, sampled_rows(weight.shape)))
         if self.rows:
             total += _bytes([weight.mllm], tiles)
             total += _bytes(formed_from(weight, course.added), again if self.on_cpu else tiles)
         return total
-
-
-def sampled_rows(weight: LogicalWeight) -> int:
-    """How many of the base's rows tell its norm well enough to compare magnitudes."""
-    return min(weight.shape[0], strip_rows(weight.shape[1], SAMPLED_ELEMENTS))
 
 
 def _bytes(sources: Sequence[WeightSource], tiles: Iterable[slice]) -> int:

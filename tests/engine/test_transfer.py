@@ -42,6 +42,7 @@ from lean_merge.engine.workers import Workers, full_float32, worker_pool
 from lean_merge.methods import spectra
 from lean_merge.outputs.recompute import CheckpointComparison
 from lean_merge.plan import budget
+from lean_merge.tasks import tiles
 
 __all__ = ["many_tiles"]
 
@@ -642,11 +643,11 @@ def test_two_gib_are_enough_for_7b_shapes(
     assert made.device == "cuda" and made.prediction.exact_reads
     assert 0 < made.prediction.peak_vram <= 2 * GIB
     for task in made.weights:
-        assert task.resident == (len(list(budget.row_tiles(task.weight.slices[0].shape))),)
+        assert task.resident == (len(list(tiles.row_tiles(task.weight.slices[0].shape))),)
     cpu = make_plan(recipe, Resources(device="cpu", memory=4 * GIB, threads=threads))
     assert cpu.prediction.peak_vram == 0
     # A tile of two task vectors for each worker and one to copy, in a power of two.
-    tile = 2 * 2 * max(budget.tile_rows(width) * width for width in (4096, 11008))
+    tile = 2 * 2 * max(tiles.tile_rows(width) * width for width in (4096, 11008))
     ring = budget.ring_bytes(tile, min(threads, 4) + 1)
     assert ring.bit_count() == 1 and tile * (min(threads, 4) + 1) <= ring < 4 * GIB
     beside = made.prediction.peak_memory - cpu.prediction.peak_memory
@@ -659,7 +660,7 @@ def budget_of_residents(made: Plan) -> list[int]:
     found = []
     for task in made.weights:
         [part], [resident] = task.weight.slices, task.resident
-        found.append(2 * 2 * resident * budget.tile_rows(part.shape[1]) * part.shape[1])
+        found.append(2 * 2 * resident * tiles.tile_rows(part.shape[1]) * part.shape[1])
     return found
 
 

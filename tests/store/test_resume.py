@@ -126,9 +126,8 @@ def test_what_a_resumed_run_reports_is_what_an_uninterrupted_one_does(scene: Sce
 
 def test_numbers_of_the_journal_come_back_bit_for_bit(scene: Scene, out: Path):
     """NaN and infinity too, which the records of some methods hold."""
-    from lean_merge.engine.results import Note, WeightResult, from_note, to_note
-    from lean_merge.engine.update import Written
     from lean_merge.methods import ExpertRecord
+    from lean_merge.tasks import Note, WeightResult, Written, from_note, to_note
 
     record = ExpertRecord(True, "r", similarity_first=0.1 + 0.2, lambda_=float("inf"), gap=False)
     weight = WeightResult(

@@ -27,6 +27,7 @@ from lean_merge.mapping import map_roles
 from lean_merge.mapping.placement import Heads, Place, places, stack_places
 from lean_merge.mapping.rows import source
 from lean_merge.plan import budget
+from lean_merge.tasks import tiles
 
 ONE = (0,)
 SPLIT = Layout(numbers=ONE)
@@ -88,8 +89,8 @@ def write(
 @pytest.fixture
 def many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 16 rows, read in strips of 8 and written in strips of 4."""
-    monkeypatch.setattr(budget, "TILE_ROWS", 16)
-    monkeypatch.setattr(budget, "TILE_ELEMENTS", 16 * 64)
+    monkeypatch.setattr(tiles, "TILE_ROWS", 16)
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", 16 * 64)
     for module in (budget, taskvectors, update):
         monkeypatch.setattr(module, "READ_ELEMENTS", 8 * 64)
     for module in (budget, update):

@@ -22,6 +22,7 @@ from lean_merge.store import JOURNAL
 from lean_merge.studies import rendering
 from lean_merge.studies.comparing import write_comparison
 from lean_merge.studies.comparison import compare, differing
+from lean_merge.tasks import tiles
 
 WORDS = ("one", "plus", "two", "is", "three", "minus")
 Make = Callable[..., Path]
@@ -206,7 +207,7 @@ def test_strips_and_threads_do_not_change_a_number(
     base, expert = make("base"), make("expert", seed=1, num_hidden_layers=3)
     whole = compared(base, base, expert)
     assert compared(base, base, expert, threads=3)["weights"] == whole["weights"]
-    monkeypatch.setattr(budget, "READ_ELEMENTS", 5 * 32)
+    monkeypatch.setattr(tiles, "READ_ELEMENTS", 5 * 32)
     cut = compared(base, base, expert)
     assert cut["bytes"] == whole["bytes"]
     for one, other in zip(cut["weights"], whole["weights"], strict=True):
@@ -247,7 +248,7 @@ def test_products_of_any_shape_and_strip_are_exact(
     specs = open_checkpoint(folder).tensors
     sources = {name: PlainRows(specs[name], 0, rows) for name in "ab"}
     with monkeypatch.context() as patch, TensorReader() as reader, worker_pool(1) as workers:
-        patch.setattr(budget, "READ_ELEMENTS", strip)
+        patch.setattr(tiles, "READ_ELEMENTS", strip)
         found = workers.map(lambda each: products(each, reader, workers), [sources])[0]
     a, b = (tensors[name].double().numpy() for name in "ab")
     assert found.squares["a"] == pytest.approx(np.sum(a * a), rel=1e-12)

@@ -13,7 +13,7 @@ from torch import Tensor
 from lean_merge.checkpoints import TensorReader, torch_dtype
 from lean_merge.engine.workers import Workers
 from lean_merge.mapping import WeightSource
-from lean_merge.plan import budget
+from lean_merge.tasks import tiles
 
 UNRELATED_QUANTILE = 2.5758
 """Standard deviations that 99 % of a normal law stay within."""
@@ -68,7 +68,7 @@ def strip_bytes(source: WeightSource) -> int:
     The rest is what loading keeps, and what reading takes beside.
     """
     shape = source.shape
-    rows = min(shape[0], budget.strip_rows(shape[1], budget.READ_ELEMENTS))
+    rows = min(shape[0], tiles.strip_rows(shape[1], tiles.READ_ELEMENTS))
     item = torch_dtype(source.dtype).itemsize
     return rows * shape[1] * (item + 8) + source.scratch(rows) + source.held
 
@@ -87,7 +87,7 @@ def products(
     shape = next(iter(loaded.values())).shape
     squares = dict.fromkeys(loaded, 0.0)
     inner = dict.fromkeys(combinations(loaded, 2), 0.0)
-    for rows in budget.strips(slice(0, shape[0]), shape[1], budget.READ_ELEMENTS):
+    for rows in tiles.strips(slice(0, shape[0]), shape[1], tiles.READ_ELEMENTS):
         strips = {
             role: _numbers(source, rows, reader, workers.buffer, role)
             for role, source in loaded.items()

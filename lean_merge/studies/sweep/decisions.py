@@ -5,35 +5,33 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from lean_merge.checkpoints import as_bytes
-from lean_merge.engine.results import Note, WeightResult, from_note, to_note
 from lean_merge.engine.run import RunResult
-from lean_merge.engine.taskvectors import TaskVectors
+from lean_merge.mapping import LogicalWeight
 from lean_merge.methods import Decision
-from lean_merge.outputs.sinks import DecisionSink, Tools
+from lean_merge.outputs.base import ReadRows, Sink
 from lean_merge.plan import Plan
 from lean_merge.store import JOURNAL, EqualShard, read_journal
-from lean_merge.tasks import CopyTask, WeightTask
+from lean_merge.tasks import CopyTask, Note, WeightResult, WeightTask, from_note, to_note
 
 
-class DigestSink(DecisionSink):
+class DigestSink(Sink):
     """Keeps a digest of what is decided for each part of each tensor in scope."""
 
     def __init__(self) -> None:
         self.digests: dict[str, list[bytes]] = {}
 
-    def update(
-        self, task: WeightTask, vectors: TaskVectors, decision: Decision, tools: Tools
-    ) -> Callable[[], None]:
-        """Nothing is stored."""
+    def keep(
+        self, task: WeightTask, weight: LogicalWeight, decision: Decision, read: ReadRows
+    ) -> None:
+        """Note the digest."""
         self.digests.setdefault(task.tensor.name, []).append(decision_digest(decision))
-        return super().update(task, vectors, decision, tools)
 
 
 def decision_digest(decision: Decision) -> bytes:

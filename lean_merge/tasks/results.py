@@ -3,20 +3,50 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from lean_merge.engine.update import Truncated, Written
 from lean_merge.methods import ExpertRecord
-from lean_merge.tasks import CopyTask, WeightTask
+from lean_merge.tasks.task import CopyTask, WeightTask
 
 _KINDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
     {"bool": (bool,), "int": (int,), "float": (float, int), "str": (str,), "None": (type(None),)}
 )
 _PARTS = MappingProxyType({"experts": (), "squared_norms": (), "stored": None, "fallback": None})
 """What of a weight's result is more than one value, and what stands for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What storing an update kept of it: sums over the rows written.
+
+    `along` is <stored change, update>, `squared` is ||update||_F^2.
+    """
+
+    along: float
+    squared: float
+
+    @classmethod
+    def of(cls, parts: Sequence[Written]) -> Written:
+        """The sums over parts."""
+        return cls(
+            along=math.fsum(part.along for part in parts),
+            squared=math.fsum(part.squared for part in parts),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Truncated:
+    """What an adapter keeps of an update: its rank, and the relative Frobenius error of the cut."""
+
+    rank: int
+    error: float
+
+
+Stored = Written | Truncated | None
+"""What storing an update kept of it; None where nothing was lost or nothing stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +75,7 @@ class WeightResult:
     experts: tuple[ExpertRecord, ...]
     merged: bool
     squared_norms: tuple[float, ...]
-    stored: Written | Truncated | None
+    stored: Stored
     passes: int
     fallback: Fallback | None = None
 

@@ -1,0 +1,31 @@
+"""What is done for each tensor of the output, and what came of it."""
+
+from lean_merge.tasks.results import (
+    Fallback,
+    Note,
+    Stored,
+    Truncated,
+    WeightResult,
+    Written,
+    from_note,
+    note_of,
+    to_note,
+)
+from lean_merge.tasks.task import CopyTask, WeightTask, formed_from, looks, needs_analysis
+
+__all__ = [
+    "CopyTask",
+    "Fallback",
+    "Note",
+    "Stored",
+    "Truncated",
+    "WeightResult",
+    "WeightTask",
+    "Written",
+    "formed_from",
+    "from_note",
+    "looks",
+    "needs_analysis",
+    "note_of",
+    "to_note",
+]
