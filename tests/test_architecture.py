@@ -144,6 +144,7 @@ def test_a_plan_opens_no_tensor_data():
         ("sklearn", {"demo"}),
         ("PIL", {"demo"}),
         ("huggingface_hub", {"checkpoints"}),
+        ("re2", {"checkpoints"}),
         ("psutil", {"memory"}),
         ("plotly", {"page"}),
         ("scipy", {"linalg"}),
@@ -156,7 +157,8 @@ def test_a_package_stays_in_its_room(package: str, homes: set[str]):
 
 def test_only_declared_packages_are_imported():
     known = {"torch", "safetensors", "numpy", "scipy", "psutil", "tqdm", "typer", "yaml"}
-    known |= {"isal", "huggingface_hub", "transformers", "tokenizers", "sklearn", "PIL", "plotly"}
+    known |= {"isal", "re2"}
+    known |= {"huggingface_hub", "transformers", "tokenizers", "sklearn", "PIL", "plotly"}
     for name in MODULES:
         assert outside(others(name)) <= known, name
 

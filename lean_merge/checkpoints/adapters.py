@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lean_merge.checkpoints.jsonfile import read_object
-from lean_merge.checkpoints.modulepattern import ModulePattern, module_pattern
 from lean_merge.checkpoints.safepaths import checked_file
 from lean_merge.errors import CheckpointError, shown
 
@@ -18,7 +17,20 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _MAX_JSON = 10_000_000
 _MAX_PATTERNS = 10_000
-# Of lora_alpha: far beyond any, and no quotient of it overflows.
+_MAX_PATTERN = 1024  # characters, as in a tensor's name
+_NAME = re.compile(r"[\w.-]*")
+# Syntax that means the same to `re` and to RE2. No token begins as another does, so that this
+# itself matches in linear time.
+_READ_ALIKE = re.compile(
+    r"""(?: [^\\\[\](){}]                   # any character but these; also . ^ $ | * + ?
+          | \\[dDwWsSb] | \\[^\w\s]          # a class, an escape
+          | \[\^? (?: \\[dDwWsS] | \\[^\w\s] | [\w.](?:-[\w.])? )+ \]
+          | \((?:\?:|(?!\?)) | \)            # a group
+          | \{\d+(?:,\d*)?\}                 # a number of times
+        )*""",
+    re.VERBOSE,
+)
+# Far beyond any lora_alpha, and no quotient of it overflows.
 _MAX_NUMBER = 1e30
 _WRAPPER = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(\.(?P<adapter>[^.]+))?\.weight")
@@ -38,49 +50,35 @@ _VARIANTS = {
 }
 
 
-Patterns = tuple[tuple[ModulePattern, float], ...]
-
-
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
     """What of adapter_config.json decides the numbers.
 
     Attributes
     ----------
-    rank, alpha
-        r and lora_alpha where no pattern says otherwise.
-    rank_pattern, alpha_pattern
-        Exceptions: what the end of a module's name matches, and the value. The first counts.
+    alpha
+        lora_alpha, for modules that no pattern names.
+    alpha_patterns
+        Exceptions: a pattern of modules' names, and their alpha. The first that matches counts.
+    ranks
+        Every rank that the config gives to some module.
     rslora
         Whether alpha is divided by sqrt(r) instead of r.
     base
-        The model that it was trained on, as its author named it.
-    fan_in_fan_out
-        Whether it was made for weights stored as [in, out].
+        The model that it was trained on, named by its author.
     """
 
-    rank: int
     alpha: float
-    rank_pattern: Patterns
-    alpha_pattern: Patterns
+    alpha_patterns: tuple[tuple[ModulePattern, float], ...]
+    ranks: frozenset[int]
     rslora: bool
     base: str | None
-    fan_in_fan_out: bool
 
-    def stated_rank(self, module: str) -> int:
-        """r of a module, named without PEFT's own prefix."""
-        return int(_by_pattern(self.rank_pattern, module, self.rank))
-
-    def scaling(self, module: str) -> float:
-        """What B A is multiplied by, as PEFT computes it."""
-        rank = self.stated_rank(module)
-        alpha = float(_by_pattern(self.alpha_pattern, module, self.alpha))
+    def scaling(self, module: str, rank: int) -> float:
+        """What PEFT multiplies B A of a module by, given the rank of its factors."""
+        stated = (alpha for pattern, alpha in self.alpha_patterns if pattern.match(module))
+        alpha = float(next(stated, self.alpha))
         return alpha / (math.sqrt(rank) if self.rslora else rank)
-
-
-def _by_pattern(patterns: Patterns, module: str, default: float) -> float:
-    """The value of the first pattern that matches the name's end, as PEFT looks it up."""
-    return next((value for pattern, value in patterns if pattern.matches(module)), default)
 
 
 def split_factor(name: str) -> tuple[str, str] | None:
@@ -147,15 +145,28 @@ def _config(file: Path, config: Mapping[str, Any]) -> AdapterConfig:
         raise fail(
             f"states r {shown(rank)} and lora_alpha {shown(alpha)}, which are no rank and no factor"
         )
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    for key, stated, fits in (
+        ("rank_pattern", ranks, _is_rank),
+        ("alpha_pattern", alphas, _is_positive),
+    ):
+        if not isinstance(stated, dict) or not all(map(fits, stated.values())):
+            raise fail(f"has a {key} that gives modules no positive numbers")
+    if len(alphas) > _MAX_PATTERNS:
+        raise fail(f"has an alpha_pattern of {len(alphas)} keys, more than {_MAX_PATTERNS}")
+    patterns = []
+    for each, value in alphas.items():
+        try:
+            patterns.append((module_pattern(each), value))
+        except ValueError as error:
+            raise fail(f"has the alpha_pattern {shown(each)}, which {error}") from error
     base = config.get("base_model_name_or_path")
     return AdapterConfig(
-        rank=int(rank),
         alpha=float(alpha),
-        rank_pattern=_patterns(config, "rank_pattern", _is_rank, fail),
-        alpha_pattern=_patterns(config, "alpha_pattern", _is_positive, fail),
+        alpha_patterns=tuple(patterns),
+        ranks=frozenset({rank, *ranks.values()}),
         rslora=bool(config.get("use_rslora")),
         base=base if isinstance(base, str) and base else None,
-        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
     )
 
 
@@ -171,22 +182,43 @@ def _is_rank(value: Any) -> bool:
     return type(value) is int and 1 <= value < 2**31
 
 
-def _patterns(
-    config: Mapping[str, Any],
-    key: str,
-    fits: Callable[[Any], bool],
-    fail: Callable[[str], CheckpointError],
-) -> Patterns:
-    """rank_pattern or alpha_pattern, with its keys read."""
-    stated = config.get(key) or {}
-    if not isinstance(stated, dict) or not all(map(fits, stated.values())):
-        raise fail(f"has a {key} that gives modules no positive numbers")
-    if len(stated) > _MAX_PATTERNS:
-        raise fail(f"has a {key} of {len(stated)} keys, more than {_MAX_PATTERNS}")
-    patterns = []
-    for each, value in stated.items():
-        try:
-            patterns.append((module_pattern(each), value))
-        except ValueError as error:
-            raise fail(f"has the {key} {shown(each)}, which {error}") from error
-    return tuple(patterns)
+class ModulePattern(Protocol):
+    """A compiled pattern of modules' names."""
+
+    def match(self, text: str, /) -> object:
+        """Something true if the name fits."""
+
+
+def module_pattern(key: str) -> ModulePattern:
+    """The pattern that PEFT makes of a key of alpha_pattern: it fits the end of a module's name.
+
+    A key without metacharacters but the dot repeats nothing, so `re` matches it in a time that is
+    bounded by both lengths. Other keys come from strangers too, and `re` can take years for them:
+    RE2 matches them in linear time, as far as it is sure to read them as `re` does.
+
+    Raises
+    ------
+    ValueError
+        The key cannot be matched as PEFT does; the message is a predicate with the mend.
+    """
+    if len(key) > _MAX_PATTERN:
+        raise ValueError(f"has {len(key)} characters, more than {_MAX_PATTERN}")
+    pattern = rf"(.*\.)?({key})$"
+    if _NAME.fullmatch(key):
+        return re.compile(pattern)
+    try:
+        import re2
+    except ImportError as error:
+        raise ValueError(
+            "is a regular expression, so google-re2 has to be installed "
+            "(pip install 'lean-merge[patterns]')"
+        ) from error
+    if not _READ_ALIKE.fullmatch(key):
+        raise ValueError("is more of a regular expression than modules' names need")
+    options = re2.Options()
+    options.log_errors = False
+    try:
+        compiled: ModulePattern = re2.compile(pattern, options)
+    except re2.error as error:
+        raise ValueError("is no regular expression that can be matched in linear time") from error
+    return compiled

@@ -100,8 +100,8 @@ def map_adapter(
                 theirs, ours = [part.shape[0], pair[1].shape[1]], list(weight.shape)
                 faults.add(role, key, f"changes a weight of shape {theirs}, the base has {ours}")
             else:
-                right = source(_whole(pair[1]))
-                factors[key] = LoraRows(source(part), right, config.scaling(module))
+                scaling = config.scaling(module, pair[1].shape[0])
+                factors[key] = LoraRows(source(part), source(_whole(pair[1])), scaling)
     warnings = _warnings(role, adapter, outside, base)
     return AdapterMap(prefix, factors, adapter.files[0], tuple(warnings))
 
@@ -211,16 +211,20 @@ def _check_pair(module: str, pair: Pair, config: AdapterConfig) -> None:
                 f"{spec.file}: tensor {shown(spec.name)} has the dtype {spec.dtype}, which "
                 "cannot be merged; save the adapter in float32, bfloat16 or float16."
             )
-    rank = config.stated_rank(module)
     if len(left.shape) != 2 or len(right.shape) != 2 or left.shape[1] != right.shape[0]:
         raise CheckpointError(
             f"{left.file}: the factors of {shown(module)} have shapes {list(left.shape)} and "
             f"{list(right.shape)}, which have no product; save the adapter again with PEFT."
         )
-    if right.shape[0] != rank:
+    if config.alpha_patterns and not module.isascii():
         raise CheckpointError(
-            f"{left.file}: the factors of {shown(module)} have rank {right.shape[0]}, but the "
-            f"config says {rank}, so their scaling is not known; pass the adapter's own config."
+            f"{left.file}: the name of {shown(module)} is not ASCII, so it is not sure which "
+            f"alpha_pattern fits it; {_MERGED}."
+        )
+    if right.shape[0] not in config.ranks:
+        raise CheckpointError(
+            f"{left.file}: the factors of {shown(module)} have rank {right.shape[0]}, which the "
+            "config does not state, so their scaling is not known; pass the adapter's own config."
         )
 
 
