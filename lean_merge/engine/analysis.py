@@ -131,7 +131,8 @@ class Analyst:
                 parallel=self._workers.map,
             )
             decision, looks = _analyze(method, vectors, context)
-            decision = _on_cpu(decision)
+            if decision.update is not None:
+                decision = replace(decision, update=decision.update.on_cpu())
             vectors.leave_device()
         return Found(vectors, decision, looks)
 
@@ -196,12 +197,6 @@ def _analyze(
     except StopIteration as end:
         decision: Decision = end.value
     return decision, tuple(looks)
-
-
-def _on_cpu(decision: Decision) -> Decision:
-    if decision.left is None or decision.right is None:
-        return decision
-    return replace(decision, left=decision.left.cpu(), right=decision.right.cpu())
 
 
 def tile_bytes(weight: LogicalWeight) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -308,7 +307,7 @@ class _Engine:
             name=task.tensor.name,
             canonical=weight.canonical,
             experts=_with_norms(decision, norms),
-            merged=decision.merges,
+            merged=decision.update is not None,
             squared_norms=tuple(norms),
             stored=stored(),
             passes=len(course.looks),
@@ -348,7 +347,8 @@ def _course(task: WeightTask, part: int, found: Found) -> Course:
     """What was decided of the reading of a part; of what is recalled, the plan knows."""
     method, shape = task.methods[part], task.weight.slices[part].shape
     recalled = 0 if method is None else method.cost(shape, item=4).recalled
-    added = tuple(coefficient != 0.0 for coefficient in found.decision.coefficients)
+    update = found.decision.update
+    added = () if update is None else update.reads
     return Course(found.looks, added, recalled)
 
 
@@ -376,11 +376,9 @@ def _explained(decision: Decision, weight: LogicalWeight) -> Decision:
 
 
 def _with_norms(decision: Decision, squared_norms: list[float]) -> tuple[ExpertRecord, ...]:
-    """The records, with the norms of updates that are multiples of a task vector filled in."""
-    if not decision.coefficients:
+    """The records, with the norms that the update knows from those of the task vectors."""
+    norms = () if decision.update is None else decision.update.norms(squared_norms)
+    if not norms:
         return decision.experts
-    factors = zip(decision.experts, decision.coefficients[1:], squared_norms[1:], strict=True)
-    return tuple(
-        replace(record, update_norm=abs(coefficient) * math.sqrt(square) if coefficient else 0.0)
-        for record, coefficient, square in factors
-    )
+    pairs = zip(decision.experts, norms, strict=True)
+    return tuple(replace(record, update_norm=norm) for record, norm in pairs)

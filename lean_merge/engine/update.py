@@ -16,7 +16,7 @@ from lean_merge.engine.tilestore import TileStore
 from lean_merge.engine.workers import Tools, Workers
 from lean_merge.errors import DataError
 from lean_merge.mapping import WeightSource
-from lean_merge.methods import Decision
+from lean_merge.methods import Decision, Update
 from lean_merge.outputs.base import WriteBytes
 from lean_merge.plan.budget import COPY_BUFFER
 from lean_merge.tasks import CopyTask, Written
@@ -143,7 +143,7 @@ def write_rows(
     """
     writer = _RowWriter(vectors, decision, output, reader, workers)
     tiles = range(len(vectors.tiles))
-    if any(decision.coefficients):
+    if writer.reads_task_vectors:
         batch = workers.start(writer.write_tile, tiles)
         batch.wait()
     else:
@@ -161,14 +161,18 @@ class _RowWriter:
         workers: Workers,
     ) -> None:
         self._vectors = vectors
-        self._decision = decision
+        self._update = decision.update
         self._output = output
         self._reader = reader
         self._workers = workers
-        wanted = tuple(bool(c) for c in decision.coefficients)
-        self._wanted = wanted or (False,) * len(vectors.weight.others)
+        self._wanted = () if self._update is None else self._update.reads
         # Rows that no pass has read have not been checked for NaN and Inf.
         self._seen = not math.isnan(vectors.squared_norms()[0])
+
+    @property
+    def reads_task_vectors(self) -> bool:
+        """Whether the task vectors must stay until all tiles are written."""
+        return any(self._wanted)
 
     def write_tile(self, index: int) -> Written:
         """Write one tile, strip by strip."""
@@ -181,12 +185,12 @@ class _RowWriter:
             reader=self._reader,
             workers=self._workers,
         )
-        if not self._decision.merges:
+        if self._update is None:
             for rows in strips(tile, self._vectors.shape[1], READ_ELEMENTS):
                 self._write_unchanged(rows, store)
             return Written(0.0, 0.0)
-        task_vectors: list[Tensor | None] = [None] * len(self._wanted)
-        if any(self._wanted):
+        task_vectors: list[Tensor | None] = []
+        if self.reads_task_vectors:
             task_vectors = self._vectors.tile(index, self._wanted)
         generator = None
         if self._output.rounding == "stochastic":
@@ -194,12 +198,13 @@ class _RowWriter:
         along = squared = 0.0
         for rows in strips(tile, self._vectors.shape[1], STRIP_ELEMENTS):
             of_strip = [None if t is None else t[store.within(rows)] for t in task_vectors]
-            part = self._write_strip(rows, store, of_strip, generator)
+            part = self._write_strip(self._update, rows, store, of_strip, generator)
             along, squared = along + part.along, squared + part.squared
         return Written(along, squared)
 
     def _write_strip(
         self,
+        of_weight: Update,
         rows: slice,
         store: TileStore,
         task_vectors: list[Tensor | None],
@@ -207,7 +212,8 @@ class _RowWriter:
     ) -> Written:
         shape = (rows.stop - rows.start, self._vectors.shape[1])
         update = self._workers.buffer("update", shape, torch.float32)
-        self._decision.update(rows, task_vectors, update)
+        scratch = self._workers.buffer("scratch", (of_weight.scratch, *shape), torch.float32)
+        of_weight.rows(rows, task_vectors, scratch, update)
         before = self._workers.buffer("before", shape, torch.float32).copy_(store.read(rows))
         after = self._workers.buffer("after", shape, torch.float32)
         torch.add(before, update, out=after)

@@ -28,11 +28,14 @@ from lean_merge.methods.facts import (
     RoleFacts,
 )
 from lean_merge.methods.registry import canonical_name, register, registered
+from lean_merge.methods.updates import Combined, Dense, LowRank, Update
 
 __all__ = [
     "AnalysisCost",
+    "Combined",
     "Compared",
     "Decision",
+    "Dense",
     "Evidence",
     "EvidenceMethod",
     "ExpertRecord",
@@ -41,11 +44,13 @@ __all__ = [
     "Facts",
     "Gathering",
     "Looks",
+    "LowRank",
     "Method",
     "Passes",
     "Portrait",
     "Recalling",
     "RoleFacts",
+    "Update",
     "Watching",
     "WeightContext",
     "all_methods",

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
-from torch import Tensor
 
 from lean_merge.linalg import Pass, Products
 from lean_merge.methods.facts import Evidence
+from lean_merge.methods.updates import Update
 
 Passes = Generator[Sequence[Pass | None], Sequence[Products | None], "Decision"]
 """An analysis in progress: it asks each task vector for a pass, and ends in a decision."""
@@ -60,47 +60,27 @@ class ExpertRecord:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The update of one weight, linear in its task vectors and at most one low-rank product.
-
-    update = sum_j coefficients[j] * task_vector_j + left @ right
+    """What becomes of one weight.
 
     Attributes
     ----------
     experts : tuple of ExpertRecord
-        One for each expert.
-    coefficients : tuple of float
-        One for each task vector, or empty.
-    left, right : Tensor [out, r], [r, in], float32, or None
+        What the report says of each expert.
+    update : Update or None
+        What is added to the MLLM's weight; with None its bytes are copied.
     squared_norms : tuple of float
-        Of the task vectors, where no pass over them tells.
+        Squared Frobenius norms of the task vectors, where no pass over them tells.
     evidence : Evidence, optional
-        What it was decided from, where that is of use to others.
+        What the decision was made from, for an analysis that keeps it.
     recalled : int
         Bytes of stored evidence that were read for it.
     """
 
     experts: tuple[ExpertRecord, ...]
-    coefficients: tuple[float, ...] = ()
-    left: Tensor | None = None
-    right: Tensor | None = None
+    update: Update | None = None
     squared_norms: tuple[float, ...] = ()
     evidence: Evidence | None = None
     recalled: int = 0
-
-    @property
-    def merges(self) -> bool:
-        """Whether there is any update; if not, the MLLM's bytes are copied."""
-        return self.left is not None or any(self.coefficients)
-
-    def update(self, rows: slice, task_vectors: Sequence[Tensor | None], out: Tensor) -> None:
-        """Write the update of `rows` to `out` [t, in] float32, given their task vectors [t, in]."""
-        if self.left is None or self.right is None:
-            out.zero_()
-        else:
-            torch.mm(self.left[rows], self.right, out=out)
-        for coefficient, task_vector in zip(self.coefficients, task_vectors, strict=False):
-            if coefficient and task_vector is not None:
-                out.add_(task_vector, alpha=coefficient)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +155,7 @@ class Method(abc.ABC, Generic[P]):
         """Memory and passes of `analyze` for a weight of `shape`, at `item` bytes a product."""
 
     def largest_rank(self, shape: tuple[int, int]) -> int:
-        """The most that the rank of `Decision.left @ right` can be for a weight of `shape`."""
+        """The most that the rank of an update's factors can be for a weight of `shape`."""
         return min(shape)
 
     def reads_task_vectors(self) -> tuple[bool, ...]:

@@ -48,6 +48,7 @@ from lean_merge.methods.spectra import (
     find_spectra,
     finish_spectra,
 )
+from lean_merge.methods.updates import Combined, LowRank
 
 START_RANK = 64
 """Directions computed at first, where the threshold and temperature ask for no more."""
@@ -349,7 +350,7 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
             norms = [abs(s) * math.sqrt(n) for s, n in zip(scales, squares, strict=True)]
             return Decision(
                 experts=records(self.parameters, facts, aligned, norms),
-                coefficients=(0.0, *scales),
+                update=Combined((0.0, *scales)) if any(scales) else None,
             )
         left = torch.zeros(facts.shape[0], kept.numel(), device=vectors.device)
         norms = []
@@ -362,8 +363,7 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
             left += part
         return Decision(
             experts=records(self.parameters, facts, aligned, norms),
-            left=left,
-            right=vectors.T.contiguous(),
+            update=LowRank(left, vectors.T.contiguous()),
         )
 
 

@@ -17,6 +17,7 @@ from lean_merge.methods.base import (
     per_expert,
 )
 from lean_merge.methods.registry import register
+from lean_merge.methods.updates import Combined
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,14 @@ class TaskArithmetic(Method[TaskArithmeticParameters]):
     ) -> Generator[Sequence[Pass | None], Sequence[Products | None], Decision]:
         """No passes: the coefficients are given."""
         scales = tuple(p.scale for p in self.parameters)
-        record = ExpertRecord(selected=True, reason="every in-scope weight is merged")
-        return Decision(experts=(record,) * len(scales), coefficients=(self._of_mllm(), *scales))
+        coefficients = self._of_mllm(), *scales
+        records = tuple(
+            ExpertRecord(
+                selected=True,
+                reason="every in-scope weight is merged",
+                update_norm=None if scale else 0.0,
+            )
+            for scale in scales
+        )
+        return Decision(records, Combined(coefficients) if any(coefficients) else None)
         yield  # makes this a generator, as the protocol wants

@@ -102,12 +102,13 @@ class CutUpdate:
 
 def cut_update(plan: Plan, decision: Decision) -> CutUpdate | None:
     """A decision's update, cut as the recipe wants; None if there is none."""
-    if decision.left is None or decision.right is None:
+    factors = None if decision.update is None else decision.update.factors()
+    if factors is None:
         return None
     wanted = plan.recipe.lora_rank
     rank = None if isinstance(wanted, str) else wanted
-    cut = truncate(decision.left, decision.right, error=ADAPTER_ERROR, rank=rank)
-    return CutUpdate(decision.left, decision.right, cut)
+    cut = truncate(*factors, error=ADAPTER_ERROR, rank=rank)
+    return CutUpdate(*factors, cut)
 
 
 def _strips(left: Tensor, right: Tensor) -> Iterator[Tensor]:

@@ -188,8 +188,9 @@ def test_odd_task_vectors_agree_with_the_oracle(
     assert record.similarity_first == pytest.approx(expected.similarity[0], abs=0.01)
     # Roundings to 16 bits make these matrices full rank; lambda then hangs on their noise too.
     assert record.lambda_ == pytest.approx(expected.ratio, rel=0.02)
-    assert decision.left is not None and decision.right is not None
-    update = as_matrix(decision.left.double() @ decision.right.double())
+    assert decision.update is not None
+    left, right = decision.update.factors()
+    update = as_matrix(left.double() @ right.double())
     assert relative_error(update, expected.update) < 0.03
     if dtype == torch.float32 and kind != "constant":
         assert record.rank == expected.subspace

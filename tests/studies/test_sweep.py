@@ -35,10 +35,8 @@ from lean_merge import (
     sweep,
     verify,
 )
-from lean_merge.methods import Decision, ExpertRecord
 from lean_merge.store import JOURNAL
 from lean_merge.studies.sweep import run as run_module
-from lean_merge.studies.sweep.decisions import decision_digest
 from lean_merge.studies.sweep.table import read_table
 
 CPU = Resources(device="cpu", threads=1)
@@ -204,26 +202,6 @@ def test_several_experts_are_swept_together(two_experts: Triple, tmp_path: Path)
     assert table["points"][0]["selected"] == 2
     report = json.loads((tmp_path / "out" / "threshold-0.4" / "lean_merge_report.json").read_text())
     assert [row["selected"] for row in report["weights"]] == [True, False, True, True]
-
-
-def test_digests_tell_updates_apart():
-    """By coefficients, by either factor, and by which of them a number is in."""
-    record = (ExpertRecord(True, ""),)
-    one, two = torch.ones(2, 3), torch.ones(3, 2)
-    updates = [
-        Decision(record),
-        Decision(record, coefficients=(0.0, 1.0)),
-        Decision(record, coefficients=(1.0, 0.0)),
-        Decision(record, left=one, right=two),
-        Decision(record, left=two, right=one),
-        Decision(record, left=2 * one, right=two),
-        Decision(record, left=one, right=2 * two),
-        Decision(record, coefficients=(0.0, 1.0), left=one, right=two),
-    ]
-    assert len({decision_digest(update) for update in updates}) == len(updates)
-    assert decision_digest(Decision((), coefficients=(0.0, 0.0))) == b""
-    again = Decision((), left=torch.ones(3, 2).T, right=two)
-    assert decision_digest(again) == decision_digest(updates[3])
 
 
 # --- one analysis ------------------------------------------------------------------------------

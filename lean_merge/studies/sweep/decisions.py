@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lean_merge.checkpoints import as_bytes
 from lean_merge.engine.run import RunResult
 from lean_merge.mapping import LogicalWeight
 from lean_merge.methods import Decision
@@ -31,19 +29,8 @@ class DigestSink(Sink):
         self, task: WeightTask, weight: LogicalWeight, decision: Decision, read: ReadRows
     ) -> None:
         """Note the digest."""
-        self.digests.setdefault(task.tensor.name, []).append(decision_digest(decision))
-
-
-def decision_digest(decision: Decision) -> bytes:
-    """SHA-256 of an update: equal for equal updates of one weight; b"" if there is none."""
-    if not decision.merges:
-        return b""
-    digest = hashlib.sha256(struct.pack(f"<{len(decision.coefficients)}d", *decision.coefficients))
-    for factor in (decision.left, decision.right):
-        if factor is not None:
-            digest.update(repr(tuple(factor.shape)).encode())
-            digest.update(as_bytes(factor.contiguous()))
-    return digest.digest()
+        digest = b"" if decision.update is None else decision.update.digest()
+        self.digests.setdefault(task.tensor.name, []).append(digest)
 
 
 @dataclass(frozen=True, slots=True)
