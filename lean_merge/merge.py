@@ -127,7 +127,7 @@ def merge(
             run=facts,
             resume=resume,
             equal=equal,
-            reserve=plan.reserve,
+            disk=plan.prediction.disk,
         ) as folder:
             reused = len(folder.finished) or len(folder.blocks.groups)
             if not plan.is_settled:
@@ -149,8 +149,6 @@ def _settled(plan: Plan, folder: OutputFolder) -> Plan:
     found = make_plan(plan.recipe, resources, analysis=replace(own.analysis, own=True))
     assert found.evidence is not None
     folder.note_analysis(found.evidence.identity)
-    # A threshold that is found may need more directions than seemed likely before.
-    folder.reserve(found.reserve)
     return found
 
 

@@ -104,7 +104,7 @@ def plan_command(
             overwrite=overwrite,
             run=run_facts(plan, out),
             resume=not no_resume,
-            reserve=plan.reserve,
+            disk=plan.prediction.disk,
         )
     if quiet:
         return

@@ -53,10 +53,6 @@ class EvidenceMethod(Method[P], abc.ABC):
         """The most directions that the evidence of a weight of `shape` has factors of."""
 
     @abc.abstractmethod
-    def most_computed(self, shape: tuple[int, int]) -> int:
-        """The most directions of a task vector that the facts of such a weight tell of."""
-
-    @abc.abstractmethod
     def lacks(self, facts: Facts) -> str | None:
         """Why these facts do not suffice for a decision; None where they do."""
 

@@ -206,10 +206,6 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
             return effort.largest
         return _likely_rank(self.common, GATHERED_FOR, shape)
 
-    def most_computed(self, shape: tuple[int, int]) -> int:
-        """All that are looked for."""
-        return self._effort(shape, GATHERED_FOR).largest
-
     def lacks(self, facts: Facts) -> str | None:
         """Where another look would tell more than these facts, and it matters."""
         effort = self._effort(facts.shape)

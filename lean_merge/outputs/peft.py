@@ -128,7 +128,6 @@ def write_adapter(
         The disk is full.
     """
     if not modules:
-        folder.release()
         raise OutputError(
             f"{folder.final}: no weight was selected, so the adapter would be empty and PEFT would "
             "refuse it; lower --threshold."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from lean_merge.mapping import (
 from lean_merge.methods import Method
 from lean_merge.outputs.peft import AdapterModule, StoredFactors
 from lean_merge.plan import budget
-from lean_merge.plan.disk import adapter_reserve, evidence_reserve, report_reserve, told_bytes
+from lean_merge.plan.disk import adapter_disk, evidence_disk
 from lean_merge.plan.footprint import Layout, Room, check_budget, share_room
 from lean_merge.plan.gathering import (
     Choice,
@@ -50,7 +50,6 @@ from lean_merge.recipe import MergeRecipe
 from lean_merge.sizes import format_size
 from lean_merge.store import (
     OutputTensor,
-    Reserve,
     Shard,
     missing_from_cache,
     plan_shards,
@@ -63,8 +62,6 @@ ANALYSIS = "analysis"
 """The output of a plan that only gathers evidence."""
 DECODED_DTYPE = torch.bfloat16
 """What weights that are stored with scales are written in unless the recipe says otherwise."""
-SMALL_RANK = 16
-"""Of an adapter: what is named to who lacks the disk for a larger one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +70,8 @@ class Prediction:
 
     `fewest_read` is less than `bytes_read`, the most that can be, where weights are read again for
     every pass of an analysis: how many it takes depends on the data. `exact_writes` is False for an
-    adapter, whose ranks depend on the data; `disk` is then the most that it takes while it is made.
+    adapter, whose ranks depend on the data. `disk` is the most that the output takes while it is
+    made, together with an analysis that it makes for itself.
     """
 
     peak_memory: int
@@ -118,8 +116,6 @@ class Plan:
     prediction: Prediction
     notes: tuple[str, ...]
     evidence: EvidencePlan | None = None
-    reserve: Reserve = field(default_factory=Reserve)
-    """What the output takes of the disk beside `shards`; where an analysis comes first, with it."""
 
     @property
     def inputs(self) -> tuple[Path, ...]:
@@ -317,12 +313,8 @@ def _plan(
         notes=tuple(notes),
         evidence=evidence,
     )
-    written, reserve = _written(unpredicted, output)
-    return dataclasses.replace(
-        unpredicted,
-        prediction=_predict(unpredicted, layout, written, reserve),
-        reserve=reserve,
-    )
+    written, disk = _written(unpredicted, output)
+    return dataclasses.replace(unpredicted, prediction=_predict(unpredicted, layout, written, disk))
 
 
 def _decoding_bytes(mllm: Checkpoint, workers: int) -> int:
@@ -450,7 +442,7 @@ def _check_low_rank(weights: Sequence[MappedWeight], methods: Mapping[str, Metho
                 )
 
 
-def _predict(plan: Plan, layout: Layout, written: int, reserve: Reserve) -> Prediction:
+def _predict(plan: Plan, layout: Layout, written: int, disk: int) -> Prediction:
     vram = 0
     fewest = most = sum(plan.reading.copied(task) for task in plan.copies)
     for task in plan.weights:
@@ -466,7 +458,7 @@ def _predict(plan: Plan, layout: Layout, written: int, reserve: Reserve) -> Pred
         bytes_read=most,
         fewest_read=fewest,
         bytes_written=written,
-        disk=sum(shard.size for shard in plan.shards) + reserve.nbytes,
+        disk=disk,
         exact_writes=layout.output not in ("lora", ANALYSIS),
     )
 
@@ -478,34 +470,20 @@ def row_runs(weight: LogicalWeight) -> tuple[tuple[int, int], ...]:
     return tuple((first // width, count // width) for first, count in spans)
 
 
-def _written(plan: Plan, output: str) -> tuple[int, Reserve]:
-    """Most bytes of the weight files, and what is taken of the disk beside `plan.shards`."""
+def _written(plan: Plan, output: str) -> tuple[int, int]:
+    """Most bytes of the weight files, and most bytes that all takes of the disk meanwhile."""
     if output == ANALYSIS:
-        return _evidence_reserve(plan)
-    written, reserve = sum(shard.size for shard in plan.shards), Reserve()
+        return evidence_disk(plan.weights)
+    written = disk = sum(shard.size for shard in plan.shards)
     if output == "lora":
-        written, reserve = _adapter_reserve(plan)
-    elif output == "none":
-        reserve = report_reserve(_told(plan))
+        written, disk = _adapter_disk(plan)
     if not plan.is_settled:
-        _, first = _evidence_reserve(plan)
-        smaller = reserve.smaller or first.smaller
-        reserve = dataclasses.replace(reserve, analysis=first.nbytes, smaller=smaller)
-    return written, reserve
+        disk += evidence_disk(plan.weights)[1]
+    return written, disk
 
 
-def _told(plan: Plan) -> int:
-    checkpoints = (plan.base, plan.mllm, *plan.experts)
-    files = sum(len(checkpoint.files) for checkpoint in checkpoints)
-    return told_bytes(plan.weights, recipe=len(plan.recipe.to_yaml().encode()), files=files)
-
-
-def _evidence_reserve(plan: Plan) -> tuple[int, Reserve]:
-    return evidence_reserve(plan.weights, told=_told(plan), smaller="give a smaller --rank")
-
-
-def _adapter_reserve(plan: Plan) -> tuple[int, Reserve]:
-    """Of an adapter whose ranks are the recipe's at most, if that is a number."""
+def _adapter_disk(plan: Plan) -> tuple[int, int]:
+    """The same for an adapter, whose ranks are the recipe's at most, if that is a number."""
     rank, modules = plan.recipe.lora_rank, []
     for task in plan.weights:
         parts = []
@@ -515,12 +493,4 @@ def _adapter_reserve(plan: Plan) -> tuple[int, Reserve]:
                 largest = min(largest, rank)
             parts.append(StoredFactors(row_runs(part), largest))
         modules.append(plan.adapter_module(task, tuple(parts)))
-    size, reserve = adapter_reserve(modules, plan.adapter_dtype, told=_told(plan))
-    if isinstance(rank, int) and rank <= SMALL_RANK:
-        return size, reserve
-    smaller = dataclasses.replace(plan.recipe, lora_rank=SMALL_RANK)
-    _, less = _adapter_reserve(dataclasses.replace(plan, recipe=smaller))
-    if less.blocks == reserve.blocks:
-        return size, reserve
-    fewer = f"give a smaller --lora-rank ({SMALL_RANK} needs {format_size(less.nbytes)})"
-    return size, dataclasses.replace(reserve, smaller=fewer)
+    return adapter_disk(modules, plan.adapter_dtype)

@@ -3,7 +3,7 @@
 Shards, side files and model card become a checkpoint by one last rename.
 """
 
-from lean_merge.store.blocks import Block, BlockStore, Group, Reserve
+from lean_merge.store.blocks import Block, BlockStore, Group
 from lean_merge.store.card import adapter_card, license_of, model_card
 from lean_merge.store.check import Difference, FolderCheck, check_folder
 from lean_merge.store.folder import OutputFolder
@@ -30,7 +30,6 @@ __all__ = [
     "Journal",
     "OutputFolder",
     "OutputTensor",
-    "Reserve",
     "Shard",
     "Sharing",
     "adapter_card",

@@ -2,8 +2,7 @@
 
 How large an adapter or an analysis becomes is known only once every weight was analysed, and a
 safetensors file begins with all shapes. So numbers wait in a file of their own, which goes when the
-output is sealed; until it is laid out, the file also holds the disk that this may take.
-docs/durability.md specifies it.
+output is sealed. docs/durability.md specifies it.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +21,9 @@ from lean_merge.errors import OutputError
 from lean_merge.store.digest import crc32, range_digest
 from lean_merge.store.journal import Record
 from lean_merge.store.storage import (
-    check_free_space,
     explain,
-    occupied,
     open_own,
     read_all,
-    reserve,
     shorten,
     sync_data,
     sync_folder,
@@ -39,34 +34,6 @@ BLOCKS = "lean_merge_blocks.partial"
 ITEM = 4
 """Bytes of a float32."""
 _STEP = 4 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Reserve:
-    """The most that an output takes of the disk, beside weight files that headers lay out.
-
-    Attributes
-    ----------
-    blocks, made
-        Bytes of all blocks; of the files that are made once all blocks are there.
-    journal
-        Bytes of the unfinished journal.
-    analysis
-        Bytes of the analysis that it makes for itself, which reserves them.
-    smaller
-        How to need less, in words; nothing if there is no way.
-    """
-
-    blocks: int = 0
-    made: int = 0
-    journal: int = 0
-    analysis: int = 0
-    smaller: str = ""
-
-    @property
-    def nbytes(self) -> int:
-        """All of it."""
-        return self.blocks + self.made + self.journal + self.analysis
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,43 +98,6 @@ class BlockStore:
         self.groups.update(groups)
         blocks = [block for group in groups.values() for block in group.blocks.values()]
         self._end = max((b.start + b.nbytes for b in blocks if b.start is not None), default=0)
-
-    def reserve(self, wanted: Reserve) -> None:
-        """Takes the disk for all blocks, those restored included, and for what is made of them.
-
-        Where that cannot be done without writing, it is only looked whether the disk has room.
-
-        Raises
-        ------
-        BudgetError
-            It has not.
-        OutputError
-            The file cannot be made.
-        """
-        blocks = [block for group in self.groups.values() for block in group.blocks.values()]
-        # Groups that were damaged are put again, behind the gaps that they leave.
-        gaps = self._end - sum(block.nbytes for block in blocks if block.start is not None)
-        size = max(0, gaps) + wanted.blocks + wanted.made
-        if size == 0:
-            return
-        free = occupied(self._file)
-        check_free_space(self._file.parent, size, freed=free, smaller=wanted.smaller)
-        try:
-            reserve(self._opened(size), size)
-        except OSError as error:
-            with suppress(OSError):
-                self.release()
-            raise explain(self._file, error) from error
-
-    @property
-    def spare(self) -> int:
-        """Bytes of the disk that `release` gives back. OSError."""
-        return max(0, occupied(self._file) - self._end)
-
-    def release(self) -> None:
-        """Gives back what is reserved and holds no block. OSError."""
-        if self.spare:
-            shorten(self._opened(), self._end)
 
     def put(self, name: str, shape: tuple[int, ...], parts: Iterable[Tensor]) -> Block:
         """Keeps a block of the group that `finish` will name.
@@ -244,11 +174,11 @@ class BlockStore:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def _opened(self, size: int = 0) -> int:
+    def _opened(self) -> int:
         if self._descriptor is None:
             self._descriptor = open_own(self._file)
-            # What is after the end belongs to no group, but may be reserved.
-            shorten(self._descriptor, max(size, self._end))
+            # What stands after the end belongs to no finished group.
+            shorten(self._descriptor, self._end)
             sync_folder(self._file.parent)
         return self._descriptor
 
@@ -299,4 +229,4 @@ def kept_groups(records: Mapping[str, Record], file: Path, *, needed: bool) -> d
         return {n: g for n, g in groups.items() if all(map(intact, g.blocks.values()))}
 
 
-__all__ = ["BLOCKS", "Block", "BlockStore", "Group", "Reserve", "kept_groups", "to_record"]
+__all__ = ["BLOCKS", "Block", "BlockStore", "Group", "kept_groups", "to_record"]

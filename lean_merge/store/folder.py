@@ -17,7 +17,7 @@ from typing import Any
 from lean_merge.checkpoints.checkpoint import INDEX, SINGLE
 from lean_merge.checkpoints.descriptors import DescriptorPool
 from lean_merge.errors import LeanMergeError, OutputError
-from lean_merge.store.blocks import BLOCKS, BlockStore, Reserve, kept_groups
+from lean_merge.store.blocks import BLOCKS, BlockStore, kept_groups
 from lean_merge.store.journal import (
     JOURNAL,
     JournalWriter,
@@ -29,7 +29,6 @@ from lean_merge.store.journal import (
 from lean_merge.store.layout import Shard, extents, index_json
 from lean_merge.store.ledger import Ledger
 from lean_merge.store.opening import (
-    NOTHING,
     Place,
     checked_place,
     discard_analysis,
@@ -41,10 +40,8 @@ from lean_merge.store.opening import (
 from lean_merge.store.sharing import EqualShard, Sharing, discard_links, linked_name, take_equal
 from lean_merge.store.state import OWN_ANALYSIS, PARTIAL
 from lean_merge.store.storage import (
-    check_free_space,
     explain,
     forget,
-    occupied,
     open_own,
     preallocate,
     shorten,
@@ -94,7 +91,6 @@ class OutputFolder:
         self._ledger = Ledger(start, shards)
         self._whole: Mapping[str, Mapping[str, Record]] = {}
         self.blocks = BlockStore(place.path / BLOCKS, self._ledger.finish_blocks)
-        self._laid_out = False
         self._closed = False
         self._failed = False
         self._counter = threading.Lock()
@@ -112,7 +108,7 @@ class OutputFolder:
         run: Mapping[str, Any] | None = None,
         resume: bool = True,
         equal: Sequence[EqualShard] = (),
-        reserve: Reserve = NOTHING,
+        disk: int = 0,
     ) -> OutputFolder:
         """Checks that the output may be written, then reserves its files or takes up its own.
 
@@ -134,8 +130,9 @@ class OutputFolder:
         equal
             Weight files that other outputs are known to hold byte for byte. What can be taken is
             `finished` from the start; the rest is to be written as all else.
-        reserve
-            The most that it takes of the disk beside `shards`.
+        disk
+            The most bytes that it takes of the disk, if that is more than `shards` do. Whether they
+            are free is looked at once, before anything is made.
 
         Raises
         ------
@@ -152,11 +149,11 @@ class OutputFolder:
                 shard.size for shard in shards if shard.file_name in {e.file_name for e in equal}
             )
             place = find_place(
-                final, start, overwrite=overwrite, resume=resume, lent=lent, reserve=reserve
+                final, start, overwrite=overwrite, resume=resume, lent=lent, disk=disk
             )
             folder = cls(final, tuple(shards), place, start)
             try:
-                folder._begin(equal, start, reserve)
+                folder._begin(equal, start)
             except BaseException:
                 folder._close()
                 if place.journal is None:
@@ -166,9 +163,7 @@ class OutputFolder:
             raise explain(final, error) from error
         return folder
 
-    def _begin(
-        self, equal: Sequence[EqualShard], start: Mapping[str, Any], reserve: Reserve
-    ) -> None:
+    def _begin(self, equal: Sequence[EqualShard], start: Mapping[str, Any]) -> None:
         path, journal = self._place.path, self._place.journal
         if journal is not None:
             unseal(path, journal)
@@ -195,35 +190,6 @@ class OutputFolder:
             self._whole = whole_shards(journal, path)
             needed = not journal.added or self._whole.keys() != journal.added.keys()
             self.blocks.restore(kept_groups(journal.groups, path / BLOCKS, needed=needed))
-            if journal.added and self.blocks.groups.keys() == journal.groups.keys():
-                # All is computed, and what was made of it, or is to be, has its length.
-                self._laid_out = True
-        self.reserve(reserve)
-
-    def reserve(self, wanted: Reserve) -> None:
-        """Takes the disk for what is not laid out yet, where that can be had without writing it.
-
-        Raises
-        ------
-        BudgetError
-            The disk lacks the space.
-        OutputError
-            It refuses otherwise.
-        """
-        if self._laid_out:
-            return
-        try:
-            self._ledger.reserve(wanted.journal)
-        except OSError as error:
-            raise explain(self._partial(JOURNAL), error) from error
-        self.blocks.reserve(wanted)
-
-    def release(self) -> None:
-        """Gives back what is reserved and no block takes. OutputError."""
-        try:
-            self.blocks.release()
-        except OSError as error:
-            raise explain(self.path / BLOCKS, error) from error
 
     def add(self, shard: Shard) -> None:
         """Reserves one more weight file, whose layout only the run could tell.
@@ -248,12 +214,8 @@ class OutputFolder:
         if journal is None or journal.added.get(shard.file_name) != shard_record(shard):
             records = None
         try:
-            if records is None:
-                freed = occupied(file) + self.blocks.spare
-                check_free_space(self.path, shard.size, freed=freed)
             self._ledger.add_shard(shard, known=records is not None)
             if records is None:
-                self.blocks.release()
                 self._reserve(shard)
                 sync_folder(self.path)
             else:
@@ -437,8 +399,6 @@ class OutputFolder:
         taken = {INDEX, SINGLE, JOURNAL, *(shard.file_name for shard in self.shards)}
         file = self.path / side_name(name, taken=taken)
         try:
-            # Space for it was reserved with that for blocks, all of which are there by now.
-            self.blocks.release()
             file.parent.mkdir(exist_ok=True)
             if file.parent != self.path and file.parent.is_symlink():
                 raise OutputError(f"{file.parent}: is a link to another folder; remove it.")

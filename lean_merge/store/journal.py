@@ -11,15 +11,14 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lean_merge.checkpoints.checkpoint import INDEX
 from lean_merge.store.layout import Shard
-from lean_merge.store.storage import open_own, reserve, sync_data, write_all
+from lean_merge.store.storage import open_own, sync_data, write_all
 
 JOURNAL = "lean_merge_journal.jsonl"
 FORMAT = 1
@@ -167,7 +166,7 @@ def read_journal(file: Path) -> Journal | None:
     if file.is_symlink() or not file.is_file():
         return None
     with open(file, "rb") as stream:
-        for line in _lines(stream):
+        while line := stream.readline(_MAX_LINE):
             record = decode(line)
             if record is None or sealed or (record["record"] == "start") != (count == 0):
                 sealed = False
@@ -200,12 +199,6 @@ def read_journal(file: Path) -> Journal | None:
     if start is None:
         return None
     return Journal(start, shards, tensors, groups, files, analysis, sealed, length)
-
-
-def _lines(stream: BufferedReader) -> Iterator[bytes]:
-    """Lines up to reserved space, which is zeros, and may be long."""
-    while stream.peek(1)[:1] != b"\0" and (line := stream.readline(_MAX_LINE)):
-        yield line
 
 
 def _is_shard(entry: Any) -> bool:
@@ -258,12 +251,6 @@ class JournalWriter:
         self._descriptor: int | None = open_own(file)
         self._length = length
         os.ftruncate(self._descriptor, length)
-
-    def reserve(self, nbytes: int) -> None:
-        """Takes the disk for all that it grows to, where it can; zeros are no line. OSError."""
-        if self._descriptor is None:
-            raise ValueError("The journal is closed.")
-        reserve(self._descriptor, nbytes)
 
     def append(self, records: Iterable[Record]) -> None:
         """Adds `records`; they are on the disk when this returns. OSError."""

@@ -39,12 +39,6 @@ class Ledger:
         if new:
             journal.append([self._start])
 
-    def reserve(self, nbytes: int) -> None:
-        """Takes the disk for a journal of so many bytes, where it can. OSError."""
-        if self._journal is None:
-            raise ValueError("The journal is not open.")
-        self._journal.reserve(nbytes)
-
     def restore(self, finished: Mapping[str, Record]) -> None:
         """These tensors are on the disk, and the journal tells of them."""
         self._tensors.update(finished)

@@ -14,7 +14,7 @@ from lean_merge.checkpoints.checkpoint import INDEX
 from lean_merge.checkpoints.header import read_header
 from lean_merge.checkpoints.identity import header_digest
 from lean_merge.errors import CheckpointError, OutputError
-from lean_merge.store.blocks import BLOCKS, Reserve
+from lean_merge.store.blocks import BLOCKS
 from lean_merge.store.digest import range_digest
 from lean_merge.store.journal import JOURNAL, Journal, start_record
 from lean_merge.store.layout import Shard, extents
@@ -24,7 +24,6 @@ from lean_merge.store.state import (
     DISCARDED,
     OWN_ANALYSIS,
     PARTIAL,
-    State,
     Step,
     choose,
     difference,
@@ -42,7 +41,6 @@ from lean_merge.store.storage import (
 )
 
 _STEP = 4 << 20
-NOTHING = Reserve()
 
 
 @dataclass(slots=True)
@@ -104,12 +102,12 @@ def find_place(
     overwrite: bool,
     resume: bool,
     lent: int = 0,
-    reserve: Reserve = NOTHING,
+    disk: int = 0,
 ) -> Place:
     """Where a run that begins with `start` writes, locked and cleared. OSError, LeanMergeError.
 
-    `lent` is how many of its bytes are on the disk in other outputs, to be linked; `reserve` what
-    it takes beside the weight files that `start` lists.
+    `lent` is how many of its bytes are on the disk in other outputs, to be linked; `disk` is the
+    most that it takes, where that is more than the weight files that `start` lists.
     """
     replacement = Replacement(final)
     replacement.recover()
@@ -123,10 +121,8 @@ def find_place(
             if replacement.new.exists():
                 place.lock(replacement.new)
             step = _step_beside(replacement.new, start, resume=resume)
-        freed = lent + _held(replacement.new)
-        if place.replacement is None:
-            freed += _held(final)
-        _check_disk(place.path, start, reserve, freed=freed, going_on=step is Step.GO_ON)
+        if step is not Step.GO_ON:
+            _check_disk(place, replacement, start, disk=disk, freed=lent)
         if place.replacement is None:
             replacement.discard_new()
         if step is Step.GO_ON:
@@ -146,23 +142,18 @@ def find_place(
 
 
 def _check_disk(
-    folder: Path, start: Mapping[str, Any], reserve: Reserve, *, freed: int, going_on: bool
+    place: Place, replacement: Replacement, start: Mapping[str, Any], *, disk: int, freed: int = 0
 ) -> None:
-    """Raises BudgetError where the disk lacks space. OSError."""
-    journal = look(folder).journal if going_on else None
-    needed = sum(each["size"] for each in start["shards"])
-    # What is laid out has its length by now, and is looked at again when its file is made.
-    if journal is None or not journal.added:
-        needed += reserve.nbytes - reserve.analysis
-    analysis = folder / OWN_ANALYSIS
-    whole = going_on and look(analysis).state is State.COMPLETE
-    needed += folder_bytes(analysis) if whole else reserve.analysis
-    check_free_space(folder, needed, freed=freed, smaller=reserve.smaller)
+    """Raises BudgetError where the disk lacks the space for a whole new output. OSError.
 
-
-def _held(folder: Path) -> int:
-    """Bytes of the disk that an output's folder occupies, that of its analysis included."""
-    return folder_bytes(folder) + folder_bytes(folder / OWN_ANALYSIS)
+    An output that goes on is not asked: its weight files have their space already, and how much of
+    the rest is still to be written is not known.
+    """
+    needed = max(disk, sum(each["size"] for each in start["shards"]))
+    freed += folder_bytes(replacement.new)
+    if place.replacement is None:
+        freed += folder_bytes(place.path)
+    check_free_space(place.path, needed, freed=freed)
 
 
 def _step_beside(folder: Path, start: Mapping[str, Any], *, resume: bool) -> Step:
@@ -287,7 +278,7 @@ def check_output(
     overwrite: bool,
     run: Mapping[str, Any] | None = None,
     resume: bool = True,
-    reserve: Reserve = NOTHING,
+    disk: int = 0,
 ) -> None:
     """Raises what `OutputFolder.create` would, and touches nothing; for plans."""
     final = checked_place(out, inputs)
@@ -296,8 +287,10 @@ def check_output(
         if is_complete(final, start):
             return
         step = choose(final, start, overwrite=overwrite, resume=resume)
-        freed = 0 if step is Step.REPLACE else _held(final)
-        _check_disk(final, start, reserve, freed=freed, going_on=step is Step.GO_ON)
+        replacement = Replacement(final)
+        place = Place(final, replacement if step is Step.REPLACE else None)
+        if step is not Step.GO_ON:
+            _check_disk(place, replacement, start, disk=disk)
     except OSError as error:
         raise explain(final, error) from error
 

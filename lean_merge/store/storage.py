@@ -43,29 +43,6 @@ def preallocate(descriptor: int, size: int) -> None:
     os.ftruncate(descriptor, size)
 
 
-def reserve(descriptor: int, size: int) -> None:
-    """Takes the disk for a file's first `size` bytes, where that can be had without writing them.
-
-    It is so long then, and else as it was. Nobody else may write to the descriptor meanwhile.
-    OSError.
-    """
-    if size == 0 or not hasattr(os, "posix_fallocate"):
-        return
-    import fcntl
-
-    # Where the file system cannot, glibc writes to every block instead: as slow as the disk, for
-    # bytes of which few may be used. To a descriptor that appends it refuses to (EBADF).
-    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_APPEND)
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        if error.errno not in _NO_FALLOCATE | {errno.EBADF}:
-            raise
-    finally:
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
-
-
 def shorten(descriptor: int, size: int) -> None:
     """Cuts off what a file has beyond `size` bytes. OSError."""
     if os.fstat(descriptor).st_size > size:
@@ -223,7 +200,7 @@ def _is_at(descriptor: int, folder: Path) -> bool:
         return False
 
 
-def check_free_space(folder: Path, needed: int, *, freed: int, smaller: str = "") -> None:
+def check_free_space(folder: Path, needed: int, *, freed: int) -> None:
     """Raises BudgetError unless `folder`'s disk has `needed` bytes free.
 
     Parameters
@@ -232,33 +209,27 @@ def check_free_space(folder: Path, needed: int, *, freed: int, smaller: str = ""
         Perhaps not there yet.
     needed, freed
         Bytes to be written, and bytes of leftovers that go before.
-    smaller
-        How less would be needed, in words, if there is a way.
     """
     there = next(each for each in (folder, *folder.parents) if each.exists())
     free = shutil.disk_usage(there).free + freed
     if needed > free:
-        way = f", or {smaller}" if smaller else ""
         raise BudgetError(
             f"{folder}: the output needs {format_size(needed)} and the disk has "
-            f"{format_size(free)} free; free some or choose a folder on another disk{way}."
+            f"{format_size(free)} free; free some or choose a folder on another disk."
         )
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of the disk that the files directly in `folder` occupy; 0 if there is none."""
-    if not folder.is_dir() or folder.is_symlink():
+    """Bytes of the disk that the files beneath `folder` occupy; 0 if there is none. OSError."""
+    if folder.is_symlink():
         return 0
-    return sum(map(occupied, folder.iterdir()))
+    files = (os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names)
+    return sum(map(_occupied, files))
 
 
-def occupied(file: Path) -> int:
-    """Bytes of the disk that a file occupies; 0 if there is none, or only a link. OSError."""
-    try:
-        status = file.lstat()
-    except FileNotFoundError:
-        return 0
-    if stat.S_ISLNK(status.st_mode):
+def _occupied(file: str) -> int:
+    status = os.lstat(file)
+    if stat.S_ISLNK(status.st_mode) or status.st_nlink > 1:
         return 0
     # A sparse file occupies less than its length, which others may have taken meanwhile.
     return min(status.st_size, getattr(status, "st_blocks", status.st_size) * 512)

@@ -88,7 +88,7 @@ def analyze(
             overwrite=overwrite,
             run=facts,
             resume=resume,
-            reserve=plan.reserve,
+            disk=plan.prediction.disk,
         ) as folder:
             reused = len(folder.blocks.groups)
             result = run(plan, EvidenceSink(folder), on_event or (lambda event: None))

@@ -444,8 +444,8 @@ def test_a_plan_predicts_the_disk_with_the_factors_before(small: Triple):
     plans = [plan(small.recipe(output="lora", lora_rank=rank), CPU) for rank in (2, 4)]
     some, more = (each.prediction for each in plans)
     numbers = sum(2 * sum(shape) for shape in SMALL.values())
-    assert [each.reserve.blocks for each in plans] == [4 * numbers, 2 * 4 * numbers]
-    assert some.disk == plans[0].reserve.nbytes > some.bytes_written + 4 * numbers
+    assert some.disk == some.bytes_written + 4 * numbers
+    assert more.disk == more.bytes_written + 2 * 4 * numbers
     assert more.bytes_written - some.bytes_written == pytest.approx(4 * numbers, abs=16)
     assert not some.exact_writes
 
@@ -499,7 +499,7 @@ def test_a_failure_leaves_no_adapter(
     with pytest.raises(OutputError, match="gone"):
         small.merge(tmp_path / "out", output="lora")
     names = [each.name for each in (tmp_path / "out").iterdir()]
-    assert {*names} == {"lean_merge_journal.jsonl.partial", "lean_merge_blocks.partial"}
+    assert names == ["lean_merge_journal.jsonl.partial"]
     monkeypatch.undo()
     small.merge(tmp_path / "out", output="lora")
     assert (tmp_path / "out" / WEIGHTS).exists()

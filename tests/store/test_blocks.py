@@ -28,7 +28,7 @@ from support.scenes import (
 )
 
 from lean_merge import OutputError
-from lean_merge.store import JOURNAL, BlockStore, Journal, OutputFolder, Reserve, read_journal
+from lean_merge.store import JOURNAL, BlockStore, Journal, OutputFolder, read_journal
 from lean_merge.store.blocks import BLOCKS, kept_groups, to_record
 from lean_merge.store.journal import decode, encode
 
@@ -222,7 +222,7 @@ def test_an_analysis_alone_goes_on(small: Triple, tmp_path: Path):
     out = tmp_path / "out"
     with pytest.raises(Stop):
         small.merge(out, output="none", on_event=stopping(1))
-    assert {each.name for each in out.iterdir()} == {PARTIAL, BLOCKS}
+    assert {each.name for each in out.iterdir()} == {PARTIAL}
     assert small.merge(out, output="none").reused == 1
     assert whole.path is not None
     assert_same(contents(out), contents(whole.path))
@@ -247,8 +247,6 @@ Groups = dict[str, dict[str, list[int]]]
     runs=st.integers(1, 3),
     flip=st.integers(0, 10**6),
     parts=st.integers(1, 4),
-    reserved=st.lists(st.integers(0, 3000), min_size=3, max_size=3),
-    released=st.booleans(),
 )
 def test_what_was_put_comes_back_or_is_said_to_be_gone(
     tmp_path: Path,
@@ -256,13 +254,8 @@ def test_what_was_put_comes_back_or_is_said_to_be_gone(
     runs: int,
     flip: int,
     parts: int,
-    reserved: list[int],
-    released: bool,
 ):
-    """Over any number of runs; a flipped bit takes the groups that hold it, and no other.
-
-    Whatever is reserved behind them, more or less than before or than is put.
-    """
+    """Over any number of runs; a flipped bit takes the groups that hold it, and no other."""
     file = tmp_path / f"{len(list(tmp_path.iterdir()))}"
     records: dict[str, Any] = {}
     numbers = {
@@ -279,13 +272,10 @@ def test_what_was_put_comes_back_or_is_said_to_be_gone(
     names = list(groups)
     for run in range(runs):
         store = opened()
-        store.reserve(Reserve(made=reserved[run]))
         for name in names[run::runs]:
             for key, shape in groups[name].items():
                 store.put(key, tuple(shape), numbers[name, key].reshape(-1).chunk(parts))
             store.finish(name, {"of": name})
-        if released:
-            store.release()
         store.sync()
         store.close()
     # As the journal has them, line by line.
