@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,6 @@ from lean_merge.plan.resources import Resources
 from lean_merge.recipe import MergeRecipe
 from lean_merge.report import RECIPE, REPORT, adapter_summary, build_report, summary, to_json
 from lean_merge.store import (
-    EqualShard,
     OutputFolder,
     adapter_card,
     copy_side_files,
@@ -62,7 +61,6 @@ def merge(
     resources: Resources | None = None,
     overwrite: bool = False,
     resume: bool = True,
-    equal: Sequence[EqualShard] = (),
     on_event: Callable[[Event], None] | None = None,
 ) -> MergeResult:
     """Merge, and write what the recipe's `output` says.
@@ -88,9 +86,6 @@ def merge(
         Replace what `out` holds, once the new is complete.
     resume
         Use what an interrupted run left; else it is removed, and all is written anew.
-    equal
-        Weight files that are known to be those of other complete outputs: hard links to them are
-        made, or copies where there are no links. `sweep` knows them.
     on_event
         Called after each tensor is written.
 
@@ -126,7 +121,6 @@ def merge(
             overwrite=overwrite,
             run=facts,
             resume=resume,
-            equal=equal,
             disk=plan.prediction.disk,
         ) as folder:
             reused = len(folder.finished) or len(folder.blocks.groups)
@@ -173,7 +167,6 @@ def _merge(
         plan,
         result,
         bytes_written=0 if folder is None else sum(shard.size for shard in folder.shards),
-        shared=None if folder is None else folder.sharing,
         peak=sampler.peak,
         baseline=baseline,
     )

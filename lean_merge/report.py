@@ -13,8 +13,7 @@ from lean_merge.engine.run import RunResult
 from lean_merge.memory import Usage
 from lean_merge.methods import ExpertRecord, Recalling
 from lean_merge.plan import Plan
-from lean_merge.sizes import format_size
-from lean_merge.store import Sharing, remote_code
+from lean_merge.store import remote_code
 from lean_merge.tasks import Truncated, WeightResult, Written
 from lean_merge.version import __version__
 
@@ -40,14 +39,12 @@ def build_report(
     bytes_written: int,
     peak: Usage,
     baseline: Usage,
-    shared: Sharing | None = None,
 ) -> dict[str, Any]:
     """The content of `lean_merge_report.json`; docs/formats.md explains every field."""
     rows = [row for weight in result.weights for row in weight_rows(plan, weight)]
     merged = {weight.name for weight in result.weights if weight.merged}
-    code, shared = remote_code(plan.mllm), shared or Sharing()
+    code = remote_code(plan.mllm)
     measured = measures(plan, result, bytes_written=bytes_written, peak=peak, baseline=baseline)
-    measured["bytes"] |= {"written": bytes_written - shared.linked, "shared": shared.linked}
     return {
         "version": REPORT_VERSION,
         "lean_merge": __version__,
@@ -77,7 +74,6 @@ def build_report(
             *code_warnings(code),
             *adapter_warnings(result),
             *fallback_warnings(result),
-            *sharing_warnings(shared),
         ],
         "fallbacks": [
             {"weight": weight.canonical, **asdict(weight.fallback)}
@@ -279,16 +275,6 @@ def fallback_warnings(result: RunResult) -> list[str]:
     return [
         f"the device ran out of memory: of {len(result.weights)} weights, {done}; a smaller --vram "
         "plans for less, and what else uses the device may be closed"
-    ]
-
-
-def sharing_warnings(shared: Sharing) -> list[str]:
-    """A warning where equal files take their space twice."""
-    if not shared.refusal:
-        return []
-    return [
-        f"{format_size(shared.copied)} that other outputs hold too were copied, because the file "
-        f"system made no hard link ({shared.refusal})"
     ]
 
 

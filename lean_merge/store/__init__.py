@@ -10,7 +10,6 @@ from lean_merge.store.folder import OutputFolder
 from lean_merge.store.journal import JOURNAL, Journal, read_journal
 from lean_merge.store.layout import OutputTensor, Shard, index_json, plan_shards
 from lean_merge.store.opening import check_output, find_complete
-from lean_merge.store.sharing import EqualShard, Sharing
 from lean_merge.store.sidefiles import (
     copy_side_files,
     missing_from_cache,
@@ -24,14 +23,12 @@ __all__ = [
     "Block",
     "BlockStore",
     "Difference",
-    "EqualShard",
     "FolderCheck",
     "Group",
     "Journal",
     "OutputFolder",
     "OutputTensor",
     "Shard",
-    "Sharing",
     "adapter_card",
     "changed_input",
     "check_folder",

@@ -37,7 +37,6 @@ from lean_merge.store.opening import (
     unseal,
     whole_shards,
 )
-from lean_merge.store.sharing import EqualShard, Sharing, discard_links, linked_name, take_equal
 from lean_merge.store.state import OWN_ANALYSIS, PARTIAL
 from lean_merge.store.storage import (
     explain,
@@ -73,8 +72,6 @@ class OutputFolder:
         Bytes of tensors so far, without those.
     sealed
         Whether it is whole.
-    sharing
-        What it has from other outputs.
     """
 
     def __init__(
@@ -85,8 +82,6 @@ class OutputFolder:
         self.finished: Mapping[str, Any] = {}
         self.bytes_written = 0
         self.sealed = False
-        self.sharing = Sharing()
-        self._linked: frozenset[str] = frozenset()
         self._place = place
         self._ledger = Ledger(start, shards)
         self._whole: Mapping[str, Mapping[str, Record]] = {}
@@ -107,7 +102,6 @@ class OutputFolder:
         overwrite: bool,
         run: Mapping[str, Any] | None = None,
         resume: bool = True,
-        equal: Sequence[EqualShard] = (),
         disk: int = 0,
     ) -> OutputFolder:
         """Checks that the output may be written, then reserves its files or takes up its own.
@@ -127,9 +121,6 @@ class OutputFolder:
             docs/durability.md lists its keys.
         resume
             Whether to use such bytes; else what an interrupted run left in `out` is removed.
-        equal
-            Weight files that other outputs are known to hold byte for byte. What can be taken is
-            `finished` from the start; the rest is to be written as all else.
         disk
             The most bytes that it takes of the disk, if that is more than `shards` do. Whether they
             are free is looked at once, before anything is made.
@@ -145,15 +136,10 @@ class OutputFolder:
         final = checked_place(out, inputs)
         start = start_record(run or {}, shards)
         try:
-            lent = sum(
-                shard.size for shard in shards if shard.file_name in {e.file_name for e in equal}
-            )
-            place = find_place(
-                final, start, overwrite=overwrite, resume=resume, lent=lent, disk=disk
-            )
+            place = find_place(final, start, overwrite=overwrite, resume=resume, disk=disk)
             folder = cls(final, tuple(shards), place, start)
             try:
-                folder._begin(equal, start)
+                folder._begin()
             except BaseException:
                 folder._close()
                 if place.journal is None:
@@ -163,7 +149,7 @@ class OutputFolder:
             raise explain(final, error) from error
         return folder
 
-    def _begin(self, equal: Sequence[EqualShard], start: Mapping[str, Any]) -> None:
+    def _begin(self) -> None:
         path, journal = self._place.path, self._place.journal
         if journal is not None:
             unseal(path, journal)
@@ -171,20 +157,11 @@ class OutputFolder:
         self._ledger.open(writer, new=journal is None)
         # No shard is there without a journal that tells whose it is.
         sync_folder(path)
-        discard_links(path, [shard.file_name for shard in self.shards])
-        taken = take_equal(path, self.shards, equal, start, self._reserve)
-        self.sharing, self._linked = taken.sharing(self.shards), frozenset(taken.linked)
-        own = [shard for shard in self.shards if shard.file_name not in self._linked]
-        for shard in own:
+        for shard in self.shards:
             self._reserve(shard)
         sync_folder(path)
-        found = {} if journal is None else finished_tensors(own, journal, path)
-        for records in taken.linked.values():
-            found |= records
+        found = {} if journal is None else finished_tensors(self.shards, journal, path)
         self._ledger.restore(found)
-        for records in taken.copied.values():
-            self._ledger.adopt(records)
-            found |= records
         self.finished = {name: record.get("result") for name, record in found.items()}
         if journal is not None:
             self._whole = whole_shards(journal, path)
@@ -238,7 +215,6 @@ class OutputFolder:
         """Leaves nothing of an output that was not even begun."""
         with suppress(OSError):
             names = [shard.file_name for shard in self.shards]
-            discard_links(self.path, names)
             for name in (*names, JOURNAL):
                 self._partial(name).unlink(missing_ok=True)
             (self.path / BLOCKS).unlink(missing_ok=True)
@@ -357,7 +333,7 @@ class OutputFolder:
             try:
                 if any(record["record"] == "blocks" for record in ready):
                     self.blocks.sync()
-                for name in due - self._linked:
+                for name in due:
                     with self._open(named[name]) as descriptor:
                         sync_data(descriptor)
                         forget(descriptor)
@@ -433,8 +409,7 @@ class OutputFolder:
                     self.finish_tensor(shard, name)
             self.flush(shard)
         for shard in self.shards:
-            if shard.file_name not in self._linked:
-                self._complete(shard)
+            self._complete(shard)
         path, names = self.path, [shard.file_name for shard in self.shards]
         mark = commit_mark(names)
         if mark is not None and mark not in names:
@@ -451,8 +426,7 @@ class OutputFolder:
         for name in names:
             if name == mark:
                 sync_folder(path)
-            linked = path / linked_name(name) if name in self._linked else None
-            os.replace(linked or self._partial(name), path / name)
+            os.replace(self._partial(name), path / name)
         sync_folder(path)
         if self._place.replacement is not None:
             self._place.replacement.switch()

@@ -43,12 +43,6 @@ class Ledger:
         """These tensors are on the disk, and the journal tells of them."""
         self._tensors.update(finished)
 
-    def adopt(self, copied: Mapping[str, Record]) -> None:
-        """These tensors were copied with their digests, and the journal does not tell of them."""
-        with self._lock:
-            self._tensors.update(copied)
-            self._unsaved.extend(copied.values())
-
     def add_shard(self, shard: Shard, *, known: bool) -> None:
         """One more weight file, which the journal may tell of already. OSError."""
         record = shard_record(shard)

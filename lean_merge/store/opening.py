@@ -19,7 +19,6 @@ from lean_merge.store.digest import range_digest
 from lean_merge.store.journal import JOURNAL, Journal, start_record
 from lean_merge.store.layout import Shard, extents
 from lean_merge.store.replace import Replacement
-from lean_merge.store.sharing import discard_links
 from lean_merge.store.state import (
     DISCARDED,
     OWN_ANALYSIS,
@@ -101,13 +100,11 @@ def find_place(
     *,
     overwrite: bool,
     resume: bool,
-    lent: int = 0,
     disk: int = 0,
 ) -> Place:
     """Where a run that begins with `start` writes, locked and cleared. OSError, LeanMergeError.
 
-    `lent` is how many of its bytes are on the disk in other outputs, to be linked; `disk` is the
-    most that it takes, where that is more than the weight files that `start` lists.
+    `disk` is the most that it takes, where that is more than the weight files that `start` lists.
     """
     replacement = Replacement(final)
     replacement.recover()
@@ -122,7 +119,7 @@ def find_place(
                 place.lock(replacement.new)
             step = _step_beside(replacement.new, start, resume=resume)
         if step is not Step.GO_ON:
-            _check_disk(place, replacement, start, disk=disk, freed=lent)
+            _check_disk(place, replacement, start, disk=disk)
         if place.replacement is None:
             replacement.discard_new()
         if step is Step.GO_ON:
@@ -142,7 +139,7 @@ def find_place(
 
 
 def _check_disk(
-    place: Place, replacement: Replacement, start: Mapping[str, Any], *, disk: int, freed: int = 0
+    place: Place, replacement: Replacement, start: Mapping[str, Any], *, disk: int
 ) -> None:
     """Raises BudgetError where the disk lacks the space for a whole new output. OSError.
 
@@ -150,7 +147,7 @@ def _check_disk(
     the rest is still to be written is not known.
     """
     needed = max(disk, sum(each["size"] for each in start["shards"]))
-    freed += folder_bytes(replacement.new)
+    freed = folder_bytes(replacement.new)
     if place.replacement is None:
         freed += folder_bytes(place.path)
     check_free_space(place.path, needed, freed=freed)
@@ -171,7 +168,6 @@ def _clear(folder: Path) -> None:
         return
     journal = look(folder).journal
     ours = {INDEX, *(journal.shards if journal else ())}
-    discard_links(folder, sorted(ours))
     for name in sorted(ours):
         for each in (folder / name, folder / f"{name}{PARTIAL}"):
             each.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ SECTOR = 512
 PATCHED = (
     *("open", "close", "write", "pwrite", "ftruncate", "truncate", "posix_fallocate"),
     *("fsync", "fdatasync", "mkdir", "rmdir", "unlink", "remove", "rename", "replace"),
-    *("link", "copy_file_range"),
+    "link",
 )
 _ACCESSOR = getattr(pathlib, "_normal_accessor", None)
 
@@ -244,17 +244,6 @@ class Recorder:
             if node is not None:
                 self._note("write", node, data=(offset, bytes(data)[:written]))
             return written
-
-    def call_copy_file_range(self, source: int, target: int, count: int, at: int, to: int) -> int:
-        """As a write of what is copied: what a power failure does to it is the same."""
-        with self._lock:
-            node = self._descriptors.get(target)
-            if node is not None:
-                self._may("write")
-            copied: int = self._real["copy_file_range"](source, target, count, at, to)
-            if node is not None:
-                self._note("write", node, data=(to, os.pread(source, copied, at)))
-            return copied
 
     def call_link(self, source: Any, target: Any) -> None:
         with self._lock:

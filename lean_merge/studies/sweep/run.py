@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lean_merge.engine.run import Event, run
+from lean_merge.engine.run import Event
 from lean_merge.errors import LeanMergeError
 from lean_merge.merge import merge
 from lean_merge.outputs.recorded import Analysis
@@ -19,9 +19,10 @@ from lean_merge.plan.identity import seen_from
 from lean_merge.plan.resources import Resources
 from lean_merge.recipe import MergeRecipe
 from lean_merge.store.opening import checked_place
-from lean_merge.studies.sweep.decisions import Decisions, DigestSink, Made, equal_shards
+from lean_merge.studies.sweep.decisions import Decisions, decide
 from lean_merge.studies.sweep.evaluation import Evaluation, measure
 from lean_merge.studies.sweep.grid import AXES, Grid, Point, written
+from lean_merge.studies.sweep.links import EqualFiles
 from lean_merge.studies.sweep.start import analysis_for, check, earlier_points, folders, held
 from lean_merge.studies.sweep.table import (
     TABLE_VERSION,
@@ -143,8 +144,7 @@ class _Sweep:
     resources: Resources | None
     overwrite: bool
     analysis: Analysis | None = None
-    made: list[Made] = field(default_factory=list)
-    """Complete outputs of this grid, in the order in which they were made."""
+    files: EqualFiles = field(default_factory=EqualFiles)
     first: dict[str, Record] = field(default_factory=dict)
     """The first point of every set of decisions, by their digest."""
 
@@ -199,9 +199,7 @@ class _Sweep:
     def _make(self, point: Point, record: Record) -> None:
         start = time.monotonic()
         recipe = point.recipe(self.recipe)
-        sink = DigestSink()
-        plan = self._plan(replace(recipe, output="none"))
-        decided = Decisions.of(sink, run(plan, sink, lambda event: None))
+        decided = decide(self._plan(replace(recipe, output="none")))
         record |= {
             "selected": decided.selected,
             "update_norm": decided.update_norm,
@@ -212,7 +210,7 @@ class _Sweep:
             record |= {"same_as": twin["name"], "bytes_own": 0, "bytes_shared": 0}
             record |= {key: twin[key] for key in ("path", "result", "evaluation", "error")}
             record["seconds"] = self._known(record).get("seconds")
-        elif recipe.output == "lora" and not any(map(any, decided.digests.values())):
+        elif recipe.output == "lora" and decided.changes_nothing:
             # An adapter without any update is none that PEFT would load.
             record |= {"bytes_own": 0, "bytes_shared": 0}
         else:
@@ -222,20 +220,13 @@ class _Sweep:
         self.first.setdefault(decided.digest, record)
 
     def _merge(self, point: Point, recipe: MergeRecipe, decided: Decisions, record: Record) -> None:
-        plan = self._plan(recipe)
         folder = self.place / point.name
-        equal = equal_shards(plan, decided, self.made)
-        result = merge(plan, folder, overwrite=self.overwrite, equal=equal)
+        result = merge(self._plan(recipe), folder, overwrite=self.overwrite)
         if result.was_complete and (known := self._known(record)):
             record |= {key: known[key] for key in ("seconds", "result", "evaluation")}
-        sizes = result.report["bytes"]
-        files = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        record |= {
-            "path": point.name,
-            "bytes_own": files - sizes["shared"],
-            "bytes_shared": sizes["shared"],
-        }
-        self.made.append(Made(folder, decided.digests))
+        shared = self.files.add(folder, decided.digests)
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        record |= {"path": point.name, "bytes_own": size - shared, "bytes_shared": shared}
 
     def _known(self, record: Record) -> Record:
         """What an earlier sweep noted of the point, if its decisions were these; else nothing."""
