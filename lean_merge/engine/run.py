@@ -23,7 +23,7 @@ from lean_merge.methods import Decision, ExpertRecord
 from lean_merge.outputs.base import Sink, Spans, WriteBytes
 from lean_merge.plan import Plan
 from lean_merge.plan.reading import Course
-from lean_merge.tasks import CopyTask, Note, Stored, WeightResult, WeightTask, note_of, to_note
+from lean_merge.tasks import CopyTask, Note, Stored, WeightResult, WeightTask, from_note, to_note
 
 READ_AHEAD = 256 << 20
 """Bytes that are brought into the page cache before they are used."""
@@ -102,7 +102,7 @@ def steps(plan: Plan, sink: Sink, result: RunResult) -> Generator[Event, None, N
         # Those that drive an analysis wait for the workers, and so end after them.
         drivers = stack.enter_context(worker_pool(plan.at_a_time))
         workers = stack.enter_context(worker_pool(plan.workers))
-        notes = [note_of(task, sink.finished(task)) for task in plan.tasks]
+        notes = [from_note(sink.finished(task)) for task in plan.tasks]
         sources = [
             [] if note else _sources(task, rows=sink.reads_rows)
             for task, note in zip(plan.tasks, notes, strict=True)

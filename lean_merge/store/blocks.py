@@ -198,7 +198,7 @@ def to_record(name: str, group: Group) -> dict[str, Any]:
 
 
 def from_record(record: Record) -> Group:
-    """The opposite, of a record that `read_journal` let through."""
+    """The group of a record that `to_record` made."""
     blocks = {
         each["name"]: Block(tuple(each["shape"]), each["crc32_data"], each.get("start"))
         for each in record["blocks"]

@@ -167,7 +167,8 @@ def _clear(folder: Path) -> None:
     if not folder.is_dir():
         return
     journal = look(folder).journal
-    ours = {INDEX, *(journal.shards if journal else ())}
+    # The journal may be a stranger's: nothing outside the folder is removed.
+    ours = {INDEX, *(Path(name).name for name in (journal.shards if journal else ()))}
     for name in sorted(ours):
         for each in (folder / name, folder / f"{name}{PARTIAL}"):
             each.unlink(missing_ok=True)

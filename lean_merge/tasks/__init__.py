@@ -8,7 +8,6 @@ from lean_merge.tasks.results import (
     WeightResult,
     Written,
     from_note,
-    note_of,
     to_note,
 )
 from lean_merge.tasks.task import CopyTask, WeightTask, formed_from, looks, needs_analysis
@@ -26,6 +25,5 @@ __all__ = [
     "from_note",
     "looks",
     "needs_analysis",
-    "note_of",
     "to_note",
 ]

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from types import MappingProxyType
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from lean_merge.methods import ExpertRecord
-from lean_merge.tasks.task import CopyTask, WeightTask
-
-_KINDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
-    {"bool": (bool,), "int": (int,), "float": (float, int), "str": (str,), "None": (type(None),)}
-)
-_PARTS = MappingProxyType({"experts": (), "squared_norms": (), "stored": None, "fallback": None})
-"""What of a weight's result is more than one value, and what stands for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,59 +93,24 @@ def to_note(note: Note) -> dict[str, Any]:
 
 
 def from_note(note: Any) -> Note | None:
-    """What `to_note` was given; None if `note` is not of its making."""
-    try:
-        weights = [_weight(each) for each in note["weights"]]
-        read, expected = int(note["bytes_read"]), int(note["expected"])
-        return Note(weights, read, expected, bool(note.get("non_finite")))
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+    """What `to_note` was given; None for None."""
+    if note is None:
         return None
-
-
-def note_of(task: CopyTask | WeightTask, note: Any) -> Note | None:
-    """`from_note`, if it is of `task`: of its weights and of as many experts."""
-    found = from_note(note)
-    if found is None or not found.weights:
-        return found
-    parts = task.weight.slices if isinstance(task, WeightTask) else ()
-    told = [(w.name, w.canonical, len(w.experts), len(w.squared_norms)) for w in found.weights]
-    wanted = [
-        (task.tensor.name, part.canonical, len(part.experts), len(part.experts) + 1)
-        for part in parts
-    ]
-    return found if told == wanted else None
+    plain = _restored(note)
+    weights = [_weight(each) for each in plain["weights"]]
+    return Note(weights, plain["bytes_read"], plain["expected"], plain.get("non_finite", False))
 
 
 def _weight(data: dict[str, Any]) -> WeightResult:
     stored, fallback = data["stored"], data["fallback"]
-    kind: type[Written] | type[Truncated] = Written
-    if stored is not None and "rank" in stored:
-        kind = Truncated
-    squares = tuple(_number(square) for square in data["squared_norms"])
-    if not all(type(square) is float and not square < 0.0 for square in squares):
-        raise ValueError("a squared norm is none")
-    return replace(
-        WeightResult(**_checked(WeightResult, {**data, **_PARTS})),
-        experts=tuple(ExpertRecord(**_checked(ExpertRecord, each)) for each in data["experts"]),
-        squared_norms=squares,
-        stored=None if stored is None else kind(**_checked(kind, stored)),
-        fallback=None if fallback is None else Fallback(**_checked(Fallback, fallback)),
-    )
-
-
-def _checked(kind: type[Any], data: dict[str, Any]) -> dict[str, Any]:
-    """Values for a dataclass, which a journal may not have from us. TypeError, ValueError."""
-    values = {name: _number(item) for name, item in data.items()}
-    for each in fields(kind):
-        if each.name in _PARTS:
-            continue
-        value = values.get(each.name, each.default)
-        allowed = [each_kind for word in str(each.type).split(" | ") for each_kind in _KINDS[word]]
-        if type(value) not in allowed:
-            raise TypeError(f"{each.name} is no {each.type}")
-        # Half of a surrogate pair fits no file, and some integers are no float.
-        value.encode() if isinstance(value, str) else float(value or 0)
-    return values
+    kind = Truncated if stored is not None and "rank" in stored else Written
+    parts = {
+        "experts": tuple(ExpertRecord(**each) for each in data["experts"]),
+        "squared_norms": tuple(data["squared_norms"]),
+        "stored": None if stored is None else kind(**stored),
+        "fallback": None if fallback is None else Fallback(**fallback),
+    }
+    return WeightResult(**(data | parts))
 
 
 def _plain(value: Any) -> Any:
@@ -167,5 +124,10 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _number(value: Any) -> Any:
-    return float(value["float"]) if isinstance(value, dict) else value
+def _restored(value: Any) -> Any:
+    """What `_plain` was given, with lists for tuples."""
+    if isinstance(value, dict):
+        if value.keys() == {"float"}:
+            return float(value["float"])
+        return {name: _restored(item) for name, item in value.items()}
+    return [_restored(item) for item in value] if isinstance(value, list) else value

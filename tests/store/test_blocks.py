@@ -29,7 +29,7 @@ from support.scenes import (
 
 from lean_merge import OutputError
 from lean_merge.store import JOURNAL, BlockStore, Journal, OutputFolder, read_journal
-from lean_merge.store.blocks import BLOCKS, kept_groups, to_record
+from lean_merge.store.blocks import BLOCKS, kept_groups
 from lean_merge.store.journal import decode, encode
 
 PARTIAL = f"{JOURNAL}.partial"
@@ -332,30 +332,3 @@ def test_blocks_that_are_gone_are_not_made_up(scene: Scene, out: Path):
         (gone,) = kept_groups({"g": record}, out / BLOCKS, needed=False)["g"].blocks.values()
         with pytest.raises(OutputError, match="--no-resume"):
             folder.blocks.read(gone, 0, torch.empty(4))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"shape": [2**41]},
-        {"shape": [-1]},
-        {"shape": [True]},
-        {"shape": "x"},
-        {"start": -4},
-        {"start": 0.5},
-        {"start": None},
-        {"crc32_data": "0"},
-        {"name": 3},
-    ],
-)
-def test_a_strangers_journal_leads_nowhere(tmp_path: Path, change: dict[str, Any]):
-    folder = OutputFolder.create(tmp_path / "out", (), inputs=(), overwrite=False)
-    folder.blocks.put("x", (1,), [torch.ones(1)])
-    folder.blocks.finish("g", None)
-    record = to_record("g", folder.blocks.groups["g"])
-    folder.abort()
-    file = tmp_path / "out" / PARTIAL
-    journal = read_journal(file)
-    assert journal is not None and journal.groups == {"g": record}
-    record["blocks"][0] |= change
-    assert decode(encode(record)) is None
