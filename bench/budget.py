@@ -153,7 +153,7 @@ def row(case: Case, given: str, run: Probed, planned: int) -> list[object]:
         f"{run.peak / MIB:.0f}",
         f"{run.predicted / MIB:.0f}",
         f"{run.share:.2f}",
-        f"{count['read'] / GB:.1f} of {count['read_predicted'] / GB:.1f}",
+        f"{count['read'] / GB:.1f} of {count['read_most'] / GB:.1f}",
     ]
 
 

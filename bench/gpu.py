@@ -96,7 +96,7 @@ def check(report: dict[str, Any], by_cpu: dict[str, Any], vram: int) -> None:
     assert memory["peak_vram_used"] <= memory["predicted_vram"] <= vram
     assert memory["peak_vram"] <= vram
     assert memory["peak_anonymous"] + memory["pinned"] <= memory["predicted_anonymous"]
-    assert count["read"] == count["read_predicted"] and count["read_predicted_exactly"]
+    assert count["read"] == count["read_predicted"] == count["read_most"]
 
 
 def main(arguments: argparse.Namespace, folder: Path) -> None:

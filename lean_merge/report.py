@@ -112,10 +112,8 @@ def measures(
         "seconds": {phase: round(s, 3) for phase, s in result.seconds.items()},
         "bytes": {
             "read": result.bytes_read,
-            "read_as_decided": result.bytes_expected,
-            "read_fewest": prediction.fewest_read,
             "read_predicted": prediction.bytes_read,
-            "read_predicted_exactly": prediction.exact_reads,
+            "read_most": prediction.most_read,
             "written": bytes_written,
             "written_predicted": prediction.bytes_written,
             "written_predicted_exactly": prediction.exact_writes,

@@ -49,10 +49,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "threads": plan.threads,
         "memory_limit": plan.memory,
         "vram_limit": plan.vram,
-        "predicted": {
-            **dataclasses.asdict(plan.prediction),
-            "exact_reads": plan.prediction.exact_reads,
-        },
+        "predicted": dataclasses.asdict(plan.prediction),
         "shards": [{"file": shard.file_name, "bytes": shard.size} for shard in plan.shards],
         "warnings": warnings_of(plan),
         "weights": [
@@ -78,8 +75,8 @@ def plan_text(plan: Plan) -> str:
     )
     copied = Counter(task.tensor.name.split(".", 1)[0] for task in plan.copies)
     reads = format_size(predicted.bytes_read)
-    if not predicted.exact_reads:
-        reads = f"{format_size(predicted.fewest_read)} to {reads}, as the data decide"
+    if predicted.most_read > predicted.bytes_read:
+        reads = f"about {reads}, at most {format_size(predicted.most_read)}"
     lines = [
         f"method    {plan.recipe.merge_method}",
         *(f"{role:<9} {prefix}*" for role, prefix in plan.coverage.prefixes.items()),

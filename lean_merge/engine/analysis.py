@@ -13,7 +13,7 @@ from lean_merge.engine.device import Accelerator, computing_on, is_out_of_memory
 from lean_merge.engine.taskvectors import TaskVectors
 from lean_merge.engine.workers import Tools, Workers
 from lean_merge.mapping import LogicalWeight
-from lean_merge.methods import Decision, ExpertRecord, Looks, Method, WeightContext
+from lean_merge.methods import Decision, ExpertRecord, Method, WeightContext
 from lean_merge.plan import Plan
 from lean_merge.plan.resources import arithmetic_dtype
 from lean_merge.tasks import Fallback, looks, needs_analysis
@@ -25,14 +25,14 @@ LONGEST_REASON = 160
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A weight's decision, and which task vectors each pass that it took asked for.
+    """A weight's decision, and how many passes over its rows that took.
 
     The factors are on the CPU, where `vectors` form their tiles from now on.
     """
 
     vectors: TaskVectors
     decision: Decision
-    looks: Looks = ()
+    passes: int = 0
     fallback: Fallback | None = None
 
 
@@ -130,11 +130,11 @@ class Analyst:
                 squared_norms=vectors.squared_norms,
                 parallel=self._workers.map,
             )
-            decision, looks = _analyze(method, vectors, context)
+            decision, passes = _analyze(method, vectors, context)
             if decision.update is not None:
                 decision = replace(decision, update=decision.update.on_cpu())
             vectors.leave_device()
-        return Found(vectors, decision, looks)
+        return Found(vectors, decision, passes)
 
     def _vectors(self, weight: LogicalWeight, place: _Place, tools: Tools) -> TaskVectors:
         task = common_dtype(source.dtype for source in weight.roles)
@@ -185,18 +185,18 @@ def _places(accelerator: Accelerator, resident: int) -> list[_Place]:
 
 def _analyze(
     method: Method[Any], vectors: TaskVectors, context: WeightContext
-) -> tuple[Decision, Looks]:
-    """Drive the method's analysis: each time it asks, one pass over the rows."""
+) -> tuple[Decision, int]:
+    """The method's decision, and how often it asked for a pass over the rows."""
     analysis = method.analyze(context)
-    looks = []
+    passes = 0
     try:
         wanted = next(analysis)
         while True:
-            looks.append(tuple(one is not None for one in wanted))
+            passes += 1
             wanted = analysis.send(vectors.run(wanted))
     except StopIteration as end:
         decision: Decision = end.value
-    return decision, tuple(looks)
+    return decision, passes
 
 
 def tile_bytes(weight: LogicalWeight) -> int:

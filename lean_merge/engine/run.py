@@ -22,7 +22,6 @@ from lean_merge.memory import release_free_memory, usage
 from lean_merge.methods import Decision, ExpertRecord
 from lean_merge.outputs.base import Sink, Spans, WriteBytes
 from lean_merge.plan import Plan
-from lean_merge.plan.reading import Course
 from lean_merge.tasks import CopyTask, Note, Stored, WeightResult, WeightTask, from_note, to_note
 
 READ_AHEAD = 256 << 20
@@ -58,8 +57,6 @@ class RunResult:
     """Tensors out of scope that hold NaN or Inf."""
     seconds: dict[str, float] = field(default_factory=dict)
     bytes_read: int = 0
-    bytes_expected: int = 0
-    """Those that the plan foresees for what was decided."""
     peak_vram: int = 0
     peak_vram_used: int = 0
     pinned: int = 0
@@ -137,8 +134,6 @@ class _Begun:
     task: CopyTask | WeightTask
     reader: TensorReader
     parts: tuple[Callable[[], WeightResult | None], ...] = ()
-    courses: tuple[Course, ...] = ()
-    """Of its logical weights."""
     reused: Note | None = None
     """Of a task that an interrupted run finished."""
 
@@ -197,7 +192,6 @@ class _Engine:
         self._plan = plan
         self._sink = sink
         self._flusher = flusher
-        self._reading = replace(plan.reading, rows=sink.reads_rows)
         self.tools = tools
         self._result = result
         self.analyst = Analyst(plan, tools.workers)
@@ -225,10 +219,9 @@ class _Engine:
             write = self._writer(task)
             copying = () if write is None else (begin_copy(task, write, tools),)
             return _Begun(index, task, tools.reader, copying)
-        courses: list[Course] = []
-        parts = tuple(self._parts(task, tools, courses))
+        parts = tuple(self._parts(task, tools))
         self._release()
-        return _Begun(index, task, tools.reader, parts, tuple(courses))
+        return _Begun(index, task, tools.reader, parts)
 
     def _release(self) -> None:
         """Give free memory back where it has grown: pages that come back cost the system time."""
@@ -236,17 +229,11 @@ class _Engine:
             release_free_memory()
             self._settled = usage().anonymous
 
-    def _parts(
-        self, task: WeightTask, tools: Tools, courses: list[Course]
-    ) -> Iterator[Callable[[], WeightResult]]:
-        """The logical weights one after another; the factors of one may wait to be stored.
-
-        The course of each is added to `courses`.
-        """
+    def _parts(self, task: WeightTask, tools: Tools) -> Iterator[Callable[[], WeightResult]]:
+        """The logical weights one after another; the factors of one may wait to be stored."""
         waiting: Callable[[], WeightResult] | None = None
         for part in range(len(task.weight.slices)):
-            course, begun = self._merge(task, part, tools)
-            courses.append(course)
+            begun = self._merge(task, part, tools)
             if waiting is not None:
                 yield partial(_same, waiting())
             waiting = begun
@@ -260,7 +247,7 @@ class _Engine:
         note = begun.reused
         if note is None:
             non_finite = _source_name(begun.task) in self.tools.non_finite
-            note = Note(weights, begun.reader.bytes_read, self._expected(begun), non_finite)
+            note = Note(weights, begun.reader.bytes_read, non_finite)
             self._sink.finish(begun.task, to_note(note))
             # Its line in the journal is to be written, even if it has no bytes.
             self._flusher.wrote(1)
@@ -268,7 +255,6 @@ class _Engine:
             self.tools.non_finite.add(_source_name(begun.task))
         self._result.weights.extend(note.weights)
         self._result.bytes_read += note.bytes_read
-        self._result.bytes_expected += note.expected
         return Event(
             name=begun.task.tensor.name,
             nbytes=begun.task.tensor.nbytes,
@@ -277,16 +263,8 @@ class _Engine:
             warnings=_warnings(note.weights),
         )
 
-    def _expected(self, begun: _Begun) -> int:
-        """Bytes that the plan foresees for what was decided."""
-        if isinstance(begun.task, CopyTask):
-            return self._reading.copied(begun.task)
-        return self._reading.merged(begun.task, begun.courses)
-
-    def _merge(
-        self, task: WeightTask, part: int, tools: Tools
-    ) -> tuple[Course, Callable[[], WeightResult]]:
-        """What was decided of a part, and what waits until that is stored."""
+    def _merge(self, task: WeightTask, part: int, tools: Tools) -> Callable[[], WeightResult]:
+        """Decide about a part, and give what waits until that is stored."""
         weight = task.weight.slices[part]
         with self._result.timed("analyze"):
             found = self._analyses.next()
@@ -296,21 +274,21 @@ class _Engine:
         with self._result.timed("write"):
             stored = self._store(task, replace(found, decision=decision), tools)
         norms = [*decision.squared_norms] or found.vectors.squared_norms()
-        course, fallback = _course(task, part, found), found.fallback
+        passes, fallback = found.passes, found.fallback
         tools.reader.count(decision.recalled)
         # What was gathered is stored; the next weight needs its memory.
         decision = replace(decision, evidence=None)
         del found
         if not self._done_early:
             self._analyses.done()
-        return course, lambda: WeightResult(
+        return lambda: WeightResult(
             name=task.tensor.name,
             canonical=weight.canonical,
             experts=_with_norms(decision, norms),
             merged=decision.update is not None,
             squared_norms=tuple(norms),
             stored=stored(),
-            passes=len(course.looks),
+            passes=passes,
             fallback=fallback,
         )
 
@@ -341,15 +319,6 @@ class _Engine:
             self._flusher.wrote(data.nbytes)
 
         return counted
-
-
-def _course(task: WeightTask, part: int, found: Found) -> Course:
-    """What was decided of the reading of a part; of what is recalled, the plan knows."""
-    method, shape = task.methods[part], task.weight.slices[part].shape
-    recalled = 0 if method is None else method.cost(shape, item=4).recalled
-    update = found.decision.update
-    added = () if update is None else update.reads
-    return Course(found.looks, added, recalled)
 
 
 def _same(result: WeightResult) -> WeightResult:

@@ -16,8 +16,6 @@ from lean_merge.methods.updates import Update
 
 Passes = Generator[Sequence[Pass | None], Sequence[Products | None], "Decision"]
 """An analysis in progress: it asks each task vector for a pass, and ends in a decision."""
-Looks = tuple[tuple[bool, ...], ...]
-"""For each pass over the rows, which task vectors it asks for: the MLLM's, then each expert's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,23 +91,20 @@ class AnalysisCost:
         Bytes of sketches, spectra and their temporaries, at most.
     widest : int
         Columns of the widest block whose products are summed over the rows, Pass.gram's.
-    fewest, most : Looks
-        The passes over the rows where the data ask for the fewest and for the most; none for a
-        method that decides without looking.
+    passes : int
+        Passes over the rows at most; 0 for a method that decides without looking.
+    usual_passes : int
+        Passes over a weight that is merged, where the data are as they usually are. What a merge
+        will read is estimated with this number, and bounded with `passes`.
     recalled : int
-        Bytes of stored evidence that are read, which are known before.
+        Bytes of stored evidence that are read.
     """
 
     workspace: int = 0
     widest: int = 0
-    fewest: Looks = ()
-    most: Looks = ()
+    passes: int = 0
+    usual_passes: int = 0
     recalled: int = 0
-
-    @property
-    def passes(self) -> int:
-        """Passes over the rows at most."""
-        return len(self.most)
 
 
 P = TypeVar("P")

@@ -117,8 +117,8 @@ class Gathering(Method[Any]):
         return AnalysisCost(
             workspace=max(first.workspace, again.workspace),
             widest=max(first.widest, again.widest),
-            fewest=first.fewest,
-            most=first.most + again.most,
+            passes=first.passes + again.passes,
+            usual_passes=first.usual_passes,
         )
 
     def largest_rank(self, shape: tuple[int, int]) -> int:

@@ -37,11 +37,9 @@ from lean_merge.methods.registry import register
 from lean_merge.methods.spectra import (
     ANGLE,
     EXACT_BELOW,
-    LOOK_DEPTH,
     MAX_DEPTH,
     MAX_SUBSPACE,
     MIN_DEPTH,
-    QUADRATURE_DEPTHS,
     Effort,
     Spectrum,
     Verdict,
@@ -107,21 +105,18 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
         return Effort.of(shape, roles=roles, start=start, forced=forced, whole=whole)
 
     def cost(self, shape: tuple[int, int], *, item: int) -> AnalysisCost:
-        """That of the deepest look that the parameters allow.
+        """The cost of the deepest look that the parameters allow."""
+        return self._effort(shape).cost(
+            item=item, images=self._projects, usual_depth=self._usual_depth
+        )
 
-        The fewest passes are those over a weight that is left as it is.
+    @property
+    def _usual_depth(self) -> int:
+        """Krylov blocks of a sketch of most of the weights that are merged.
+
+        Where the largest similarity is compared, any direction may still rise, up to the last one.
         """
-        effort = self._effort(shape)
-        fewest = effort.fewest(depth=self._first_depth(LOOK_DEPTH), images=False)
-        most = effort.most(images=self._projects)
-        return replace(effort.cost(item=item), fewest=fewest, most=most)
-
-    def _first_depth(self, depth: int) -> int:
-        """Krylov blocks at least, if `depth` are enough to compare first directions.
-
-        Any computed direction may still rise where the largest is compared.
-        """
-        return MAX_DEPTH if self.common.select_by == "max" else depth
+        return MAX_DEPTH if self.common.select_by == "max" else MIN_DEPTH
 
     def largest_rank(self, shape: tuple[int, int]) -> int:
         """As many as there are directions of the MLLM to project on."""
@@ -189,12 +184,7 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
     def gathering_cost(self, shape: tuple[int, int], *, item: int) -> AnalysisCost:
         """The same sketches, and images of all directions, which `cost` counts already."""
         effort = self._effort(shape, GATHERED_FOR)
-        depth = self._first_depth(max(LOOK_DEPTH, min(QUADRATURE_DEPTHS)))
-        return replace(
-            effort.cost(item=item),
-            fewest=effort.fewest(depth=depth, images=True),
-            most=effort.most(images=True),
-        )
+        return effort.cost(item=item, images=True, usual_depth=self._usual_depth)
 
     def most_stored(self, shape: tuple[int, int]) -> int:
         """Of whole spectra no more than of sketched ones.

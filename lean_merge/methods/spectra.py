@@ -24,7 +24,7 @@ from lean_merge.linalg import (
     exact_spectrum,
     numerical_rank,
 )
-from lean_merge.methods.base import AnalysisCost, Looks, WeightContext
+from lean_merge.methods.base import AnalysisCost, WeightContext
 
 MAX_SUBSPACE = 1024
 """The largest subspace size q that the paper uses."""
@@ -138,40 +138,28 @@ class Effort:
         """Quadrature nodes of each probe at most, where sketches are of `rank` directions."""
         return max(QUADRATURE_DEPTHS) if rank <= self.start else GROWN_QUADRATURE
 
-    def fewest(self, *, depth: int, images: bool) -> Looks:
-        """The passes where no sketch goes beyond `depth`, and `images` are all that follows."""
-        passes = self._one_by_one() if self.exact else self._together(self._sketch(depth))
-        return passes + (self._images() if images else ())
+    def _most_passes(self) -> int:
+        """Passes where every sketch goes as deep as it may, and the sums need one of their own.
 
-    def most(self, *, images: bool) -> Looks:
-        """The passes where every sketch goes as deep as it may, and the sums need one of their own.
-
-        That one brings the `images` along.
+        That one brings the images along.
         """
-        if self.exact:
-            return self._one_by_one() + (self._images() if images else ())
         count = self._sketch(MAX_DEPTH) + self._sketch(self.most_nodes(self.start))
         if self.largest > self.start:
             # The rank grows at the first look that may tell so, or never.
             grown = self._sketch(MIN_DEPTH) + self._sketch(self.depth_limit(self.largest))
             count = max(count, grown + self._sketch(self.most_nodes(self.largest)))
-        return self._together(count)
+        return count
 
     def _sketch(self, depth: int) -> int:
         """Passes of a sketch: that of a wide weight starts with a preliminary one."""
         return depth + (self.shape[1] > self.shape[0])
 
-    def _together(self, count: int) -> Looks:
-        return ((True,) * self.roles,) * count
+    def cost(self, *, item: int, images: bool, usual_depth: int) -> AnalysisCost:
+        """Bytes, which the comments name, and passes: at most, and usually.
 
-    def _one_by_one(self) -> Looks:
-        return tuple(tuple(r == role for r in range(self.roles)) for role in range(self.roles))
-
-    def _images(self) -> Looks:
-        return ((False, *(True,) * (self.roles - 1)),)
-
-    def cost(self, *, item: int) -> AnalysisCost:
-        """Bytes as the comments name them; the passes are the method's to add."""
+        A usual sketch has `usual_depth` Krylov blocks. `images` tells whether the experts' images
+        are wanted, which may take one more pass.
+        """
         out_features, in_features = self.shape
         if self.exact:
             smaller, larger = min(self.shape), max(self.shape)
@@ -179,8 +167,9 @@ class Effort:
             eigen = 5 * smaller**2 * 8  # Gram matrix, eigenvectors, LAPACK's workspace
             chunk = 3 * min(2048, larger) * smaller * 8
             vectors = (self.roles + 1) * in_features * self.start * 4
-            images = self.roles * out_features * self.start * 4
-            return AnalysisCost(dense + eigen + chunk + vectors + images)
+            carried = self.roles * out_features * self.start * 4
+            passes = self.roles + images
+            return AnalysisCost(dense + eigen + chunk + vectors + carried, 0, passes, passes)
         rank = self.largest
         block = max(_block(rank), QUADRATURE_BLOCK)
         columns = max(
@@ -194,10 +183,11 @@ class Effort:
         # that rounded
         temporary = 4 * max(self.shape) * block * 4
         vectors = 3 * in_features * rank * 4
-        images = out_features * 2 * rank * 4
+        carried = out_features * 2 * rank * 4
         small = 10 * columns**2 * 8
-        each = krylov + temporary + vectors + images + small
-        return AnalysisCost(self.roles * each, block)
+        each = krylov + temporary + vectors + carried + small
+        usual = self._sketch(usual_depth) + images
+        return AnalysisCost(self.roles * each, block, self._most_passes(), usual)
 
 
 def find_spectra(weight: WeightContext, effort: Effort, judge: Judge) -> PassesOf[list[Spectrum]]:

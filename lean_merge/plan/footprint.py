@@ -10,13 +10,12 @@ from typing import Any
 import torch
 
 from lean_merge.checkpoints import common_dtype, torch_dtype
-from lean_merge.mapping import LogicalWeight
+from lean_merge.mapping import LogicalWeight, WeightSource
 from lean_merge.methods import AnalysisCost, Method
 from lean_merge.plan import budget
-from lean_merge.plan.reading import Course, Reading
 from lean_merge.plan.resources import arithmetic_dtype
-from lean_merge.tasks import WeightTask, needs_analysis
-from lean_merge.tasks.tiles import READ_ELEMENTS, strip_rows, tile_rows
+from lean_merge.tasks import CopyTask, WeightTask, formed_from, needs_analysis
+from lean_merge.tasks.tiles import READ_ELEMENTS, sampled_rows, strip_rows, tile_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +55,7 @@ class Layout:
             scratch=scratch[0] + max(scratch[1:]) + scratch[1],
             held=sum(source.held for source in weight.roles),
             columns=any(source.in_columns for source in weight.roles),
-            written=budget.written_strips(self.rounding) if self.reading.rows else 0,
+            written=budget.written_strips(self.rounding) if self.writes_rows else 0,
         )
 
     @property
@@ -138,24 +137,43 @@ class Layout:
         return budget.second_bytes(self.shape(weight), widest=cost.widest, workspace=cost.workspace)
 
     @property
-    def reading(self) -> Reading:
-        """What of the files is read."""
-        return Reading(
-            rows=self.output in ("checkpoint", "stream"),
-            on_cpu=self.on_cpu,
-            samples=self.output == "analysis",
-        )
+    def writes_rows(self) -> bool:
+        """Whether the MLLM's rows are read once more, to be written, and other tensors copied."""
+        return self.output in ("checkpoint", "stream")
+
+    def bytes_copied(self, task: CopyTask) -> int:
+        """Bytes that a task out of scope reads."""
+        if not task.decoded:
+            return task.source.nbytes
+        return sum(each.loaded + each.nbytes(slice(0, each.shape[0])) for each in task.decoded)
 
     def bytes_read(self, task: WeightTask) -> tuple[int, int]:
-        """The fewest and the most bytes that the task reads."""
-        fewest, most = [], []
-        for weight, method in zip(task.weight.slices, task.methods, strict=True):
-            cost = self.cost(weight)
-            added = method.reads_task_vectors() if method else ()
-            # One that looks may find nothing to add.
-            fewest.append(Course(cost.fewest, () if cost.passes else added, cost.recalled))
-            most.append(Course(cost.most, added, cost.recalled))
-        return self.reading.merged(task, fewest), self.reading.merged(task, most)
+        """Bytes that an in-scope task reads: usually, and if the analysis takes all its passes.
+
+        Rows that stay resident are read once, and the others again in every pass, of every role.
+        """
+        usual = most = 0
+        parts = zip(task.weight.slices, task.methods, task.resident, strict=True)
+        for weight, method, resident in parts:
+            cost, height = self.cost(weight), weight.shape[0]
+            kept = min(height, resident * tile_rows(weight.shape[1]))
+            a_pass = _row_bytes(formed_from(weight, [True] * len(weight.others)))
+            once = cost.recalled + sum(source.loaded for source in weight.roles) + kept * a_pass
+            if self.output == "analysis" and cost.passes:
+                once += weight.base.nbytes(slice(0, sampled_rows(weight.shape)))
+            if self.writes_rows:
+                added = formed_from(weight, method.reads_task_vectors() if method else ())
+                # Tiles that stay on another device are not brought back.
+                formed_again = height - kept if self.on_cpu else height
+                once += height * _row_bytes([weight.mllm]) + formed_again * _row_bytes(added)
+            again = (height - kept) * a_pass
+            usual += once + cost.usual_passes * again
+            most += once + cost.passes * again
+        return usual, most
+
+
+def _row_bytes(sources: Sequence[WeightSource]) -> int:
+    return sum(source.nbytes(slice(0, 1)) for source in sources)
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,6 @@ from lean_merge.plan.gathering import (
     watching,
 )
 from lean_merge.plan.parameters import MethodTable, build_method
-from lean_merge.plan.reading import Reading
 from lean_merge.plan.resources import Resources, limits_of, processors, resolve_device
 from lean_merge.plan.scope import Scope, filter_weights, positions_of
 from lean_merge.recipe import MergeRecipe
@@ -68,24 +67,20 @@ DECODED_DTYPE = torch.bfloat16
 class Prediction:
     """Bytes that the run will read, write, and hold at most.
 
-    `fewest_read` is less than `bytes_read`, the most that can be, where weights are read again for
-    every pass of an analysis: how many it takes depends on the data. `exact_writes` is False for an
-    adapter, whose ranks depend on the data. `disk` is the most that the output takes while it is
-    made, together with an analysis that it makes for itself.
+    `bytes_read` is an estimate, and `most_read` the most that can be. They differ where rows do not
+    stay in memory, because they are then read again in every pass of an analysis, and how many
+    passes it takes depends on the data. `exact_writes` is False for an adapter, whose ranks depend
+    on the data. `disk` is the most that the output takes while it is made, together with an
+    analysis that it makes for itself.
     """
 
     peak_memory: int
     peak_vram: int = 0
     bytes_read: int = 0
-    fewest_read: int = 0
+    most_read: int = 0
     bytes_written: int = 0
     disk: int = 0
     exact_writes: bool = True
-
-    @property
-    def exact_reads(self) -> bool:
-        """Whether it is known to the byte what is read."""
-        return self.fewest_read == self.bytes_read
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +107,6 @@ class Plan:
     """How many weights may be analysed at a time."""
     eager: bool
     """Whether there is memory for updates that are stored while the next weight is analysed."""
-    reading: Reading
     prediction: Prediction
     notes: tuple[str, ...]
     evidence: EvidencePlan | None = None
@@ -308,7 +302,6 @@ def _plan(
         arena=room.arena,
         at_a_time=2 if room.beside else 1,
         eager=room.eager,
-        reading=layout.reading,
         prediction=Prediction(layout.held + room.peak),
         notes=tuple(notes),
         evidence=evidence,
@@ -408,7 +401,7 @@ def _tasks(
                     beside=tuple(part.canonical in room.beside for part in weight.slices),
                 )
             )
-        elif layout.reading.rows:
+        elif layout.writes_rows:
             spec = mllm.tensors[name]
             tasks.append(CopyTask(index, outputs[name], spec, decoded_matrices(mllm, spec)))
     return tuple(tasks)
@@ -444,19 +437,19 @@ def _check_low_rank(weights: Sequence[MappedWeight], methods: Mapping[str, Metho
 
 def _predict(plan: Plan, layout: Layout, written: int, disk: int) -> Prediction:
     vram = 0
-    fewest = most = sum(plan.reading.copied(task) for task in plan.copies)
+    usual = most = sum(layout.bytes_copied(task) for task in plan.copies)
     for task in plan.weights:
         for part, resident in zip(task.weight.slices, task.resident, strict=True):
             if not layout.on_cpu:
                 kept = resident * layout.shape(part).resident_tile
                 vram = max(vram, layout.fixed(part)[1] + kept)
-        least, largest = layout.bytes_read(task)
-        fewest, most = fewest + least, most + largest
+        read = layout.bytes_read(task)
+        usual, most = usual + read[0], most + read[1]
     return Prediction(
         peak_memory=plan.prediction.peak_memory,
         peak_vram=vram,
-        bytes_read=most,
-        fewest_read=fewest,
+        bytes_read=usual,
+        most_read=most,
         bytes_written=written,
         disk=disk,
         exact_writes=layout.output not in ("lora", ANALYSIS),

