@@ -13,7 +13,7 @@ from lean_merge.mapping import language_layout
 from lean_merge.methods import all_methods
 from lean_merge.outputs.document import ANALYSIS
 from lean_merge.plan import Plan
-from lean_merge.recipe.yamlfile import parse_yaml
+from lean_merge.recipe import parse_yaml
 from lean_merge.report import REPORT
 from lean_merge.sizes import format_size
 from lean_merge.studies.sweep import result_names, result_of

@@ -8,12 +8,10 @@ from lean_merge.recipe.recipe import (
     MergeRecipe,
     NameRules,
     Parameters,
-    load_recipe_file,
-    load_yaml,
     reject_unknown,
 )
 from lean_merge.recipe.values import ANY, Filtered
-from lean_merge.recipe.yamlfile import dump_yaml, parse_yaml
+from lean_merge.recipe.yamlfile import dump_yaml, load_recipe_file, load_yaml, parse_yaml
 
 __all__ = [
     "ANY",

@@ -7,12 +7,11 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lean_merge.errors import RecipeError, shown
 from lean_merge.recipe.values import ANY, Filtered
-from lean_merge.recipe.yamlfile import MAX_TEXT, dump_yaml, parse_yaml
+from lean_merge.recipe.yamlfile import dump_yaml, load_yaml
 from lean_merge.sizes import parse_size
 
 OUT_DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -191,26 +190,6 @@ class MergeRecipe:
         return cls.from_dict(load_yaml(text))
 
 
-def load_recipe_file(path: Path) -> dict[str, Any]:
-    """The plain data of a recipe file, for flags to override before it is checked."""
-    try:
-        # A pipe has no size to look at beforehand, and a device no end.
-        with open(path, "rb") as stream:
-            data = stream.read(MAX_TEXT + 1)
-        text = data.decode("utf-8")
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{path}: the recipe cannot be read ({error}).") from error
-    return load_yaml(text)
-
-
-def load_yaml(text: str) -> dict[str, Any]:
-    """A recipe's YAML mapping as plain data. Raises RecipeError."""
-    data = parse_yaml(text, what="recipe")
-    if not isinstance(data, dict):
-        raise RecipeError("The recipe must be a YAML mapping, starting with merge_method: ...")
-    return data
-
-
 def reject_unknown(given: Iterable[Any], known: Iterable[str], where: str) -> None:
     """Raise RecipeError for the first key of `given` that is not known, naming the nearest."""
     names = list(known)
@@ -304,7 +283,8 @@ def _filter(entry: Any, where: str) -> str:
     if isinstance(entry, Mapping) and set(entry) == {"layers"}:
         wanted = entry["layers"]
         parts = wanted if isinstance(wanted, (list, tuple)) else [wanted]
-        return f"layers: {','.join(map(str, parts))}"
+        if all(isinstance(part, (int, str)) for part in parts):
+            return f"layers: {','.join(map(str, parts))}"
     if not isinstance(entry, str) or not entry:
         raise RecipeError(
             f"{where}: a filter must be a regular expression or a range such as layers: 0-15, not "
