@@ -13,14 +13,14 @@ from lean_merge.cli import describe
 from lean_merge.cli.app import app, echo, progress
 from lean_merge.cli.options import Debug, Json, NoResume, Quiet, shares_options_of_work, work_of
 from lean_merge.errors import CoverageError, LeanMergeError, OutputError
-from lean_merge.page import MEND
+from lean_merge.page import INSTALL_PLOTLY
 from lean_merge.plan import plan_analysis
 from lean_merge.plan.resources import Resources
 from lean_merge.recipe import MergeRecipe
 from lean_merge.studies.analyze import analyze
 from lean_merge.studies.comparing import write_comparison
 from lean_merge.studies.comparison import COMPARISON, compare, differing
-from lean_merge.studies.rendering import render
+from lean_merge.studies.pages import render
 
 
 @app.command("analyze")
@@ -60,7 +60,7 @@ def analyze_command(
         if result.was_complete:
             echo(f"{result.path} is complete already; nothing to do.", err=True)
         echo(describe.analysis_text(result.path, document))
-        echo(f"report: {result.page or f'none, for it needs plotly; {MEND}'}")
+        echo(f"report: {result.page or f'none, for it needs plotly; {INSTALL_PLOTLY}'}")
 
 
 def _compare(

@@ -13,9 +13,8 @@ from lean_merge.cli import describe
 from lean_merge.cli.app import EXIT_FAILED, app, echo
 from lean_merge.cli.options import Debug, Json, Quiet, shares_options_of_work, work_of
 from lean_merge.engine.run import Event
-from lean_merge.studies.sweep import PAGE, Evaluation, Grid, PointEvent, sweep
-
-HOW_TO_PLOT = "pip install 'lean-merge[report]' and give the command again"
+from lean_merge.page import INSTALL_PLOTLY
+from lean_merge.studies.sweep import Evaluation, Grid, PointEvent, sweep
 
 
 @app.command("sweep")
@@ -93,6 +92,6 @@ def sweep_command(
         echo(json.dumps(result.table))
     elif not (quiet and result.ok):
         echo(describe.sweep_text(result.table))
-        page = result.path / PAGE
-        echo(f"plots in {page}" if page.exists() else f"for plots of it, {HOW_TO_PLOT}", err=True)
+        page = result.page
+        echo(f"plots in {page}" if page else f"for plots of it, {INSTALL_PLOTLY}", err=True)
     return 0 if result.ok else EXIT_FAILED

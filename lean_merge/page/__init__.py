@@ -1,21 +1,55 @@
-"""Pages that show what was found: one HTML file each, which opens offline and asks nobody.
+"""Pages that show what was found: one HTML file each, which opens offline and fetches nothing.
 
-They are made from the dictionaries that are stored as JSON, and from nothing else. Plotly draws;
-it comes with the extra `report`.
+A page is made from the document that is stored as JSON, and from nothing else. Plotly draws it,
+which comes with the extra `report`.
 """
 
-from lean_merge.page.comparison import comparison_page, write_comparison_page
-from lean_merge.page.document import MEND, report_available
-from lean_merge.page.report import report_page, write_report
-from lean_merge.page.sweep import sweep_page, write_sweep_page
+from __future__ import annotations
 
-__all__ = [
-    "MEND",
-    "comparison_page",
-    "report_available",
-    "report_page",
-    "sweep_page",
-    "write_comparison_page",
-    "write_report",
-    "write_sweep_page",
-]
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lean_merge.errors import OutputError, shown
+from lean_merge.page import analysis, comparison, sweep
+from lean_merge.page.frame import INSTALL_PLOTLY, PageContent, framed, plotly_installed
+
+CONTENTS: Mapping[str, Callable[[dict[str, Any]], PageContent]] = {
+    "analysis": analysis.content,
+    "sweep": sweep.content,
+    "comparison": comparison.content,
+}
+"""What makes the content of a page, by the kind of the document."""
+_VERSION = 1
+
+
+def make_page(kind: str, document: dict[str, Any]) -> bytes:
+    """One HTML file that shows a document and opens offline.
+
+    Parameters
+    ----------
+    kind
+        "analysis", "sweep" or "comparison".
+    document
+        What analysis.json, sweep.json or comparison.json holds. Equal documents give equal bytes.
+
+    Raises
+    ------
+    OutputError
+        Plotly is not installed, or the document is of another version or lacks something.
+    """
+    version = document.get("version")
+    if type(version) is not int or version != _VERSION:
+        raise OutputError(
+            f"The {kind} is of version {shown(version)}, and this program shows version "
+            f"{_VERSION}; use the lean-merge that wrote it, or make it again."
+        )
+    try:
+        return framed(kind, CONTENTS[kind](document))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise OutputError(
+            f"The {kind} cannot be shown, for it is damaged ({type(error).__name__}: "
+            f"{shown(str(error))}); make it again."
+        ) from error
+
+
+__all__ = ["INSTALL_PLOTLY", "make_page", "plotly_installed"]

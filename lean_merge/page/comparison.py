@@ -1,218 +1,147 @@
-"""The page of a comparison: what differs between models that are not of one foundation."""
+"""The page of a comparison: what differs between models of different foundations."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-from lean_merge.page.document import escaped, filled, page, write
-from lean_merge.page.values import (
-    check_version,
-    items,
-    mapping,
-    mappings,
-    number,
-    short,
-    text,
-    whole,
+from lean_merge.page.frame import (
+    PageContent,
+    escaped,
+    figure,
+    filled,
+    listed,
+    rounded,
+    size_text,
 )
 
-SCRIPTS = ("plots.js", "table.js", "comparison.js")
 _VERDICTS = {
     "one origin": "The weights of equal shape point the same way: the two are of one origin.",
-    "something in common": "More weights than chance allows point the same way, and the two lie "
-    "far apart all the same.",
+    "something in common": "More weights than chance allows point the same way, but the two lie "
+    "far apart.",
     "unrelated": "The weights are to each other as unrelated ones would be.",
     "not comparable": "No weight has the same shape in both, so that no distance can be told.",
 }
+_TOKENIZERS = (
+    ("tokens", "tokens"),
+    ("shared", "in common with the base"),
+    ("moved", "of these with another id"),
+)
 
 
-def comparison_page(comparison: dict[str, Any]) -> bytes:
-    """A comparison of models as one HTML file that opens offline.
-
-    Parameters
-    ----------
-    comparison
-        What comparison.json holds.
-
-    Raises
-    ------
-    OutputError
-        Plotly is missing, or the comparison is of another version.
-    """
-    check_version(comparison, "comparison")
-    body = filled(
-        "comparison.html",
-        roles=_roles(comparison),
-        reason=_reason(comparison),
-        facts=_facts(comparison),
-        pairs=_pairs(comparison),
-    )
-    data = _data(comparison)
-    return page(title="lean-merge comparison", body=body, data=data, scripts=SCRIPTS)
-
-
-def write_comparison_page(comparison: dict[str, Any], path: Path) -> None:
-    """Writes `comparison_page` to a file, replaced if it exists.
-
-    Raises
-    ------
-    OutputError
-        As `comparison_page`, or the file cannot be written.
-    """
-    write(path, comparison_page(comparison))
-
-
-def _name(role: str | None) -> str:
-    return "MLLM" if role == "mllm" else role or "role"
-
-
-def _roles(comparison: Mapping[str, Any]) -> str:
-    return "".join(
-        f"<div><dt>{escaped(_name(text(model.get('role'))))}</dt>"
-        f"<dd>{escaped(text(model.get('source')))}</dd></div>"
-        for model in mappings(comparison.get("models"))
+def content(comparison: dict[str, Any]) -> PageContent:
+    """What the page of comparison.json shows."""
+    models = comparison["models"]
+    table = filled("table.html", one="weight", filters="", hint="")
+    return PageContent(
+        heading="Models of different foundations",
+        lead=listed("roles", [(escaped(_name(m["role"])), m["source"]) for m in models]),
+        body=filled(
+            "comparison.html",
+            reason=_reason(comparison),
+            facts=_facts(comparison),
+            pairs="".join(map(_pair, comparison["pairs"])),
+            table=table,
+        ),
+        data=_data(comparison),
     )
 
 
-def _reason(comparison: Mapping[str, Any]) -> str:
-    reason = text(comparison.get("reason"))
-    faults = [
-        f"The {_name(text(model.get('role')))} {fault}."
-        for model in mappings(comparison.get("models"))
-        if (fault := text(model.get("fault")))
+def _name(role: str) -> str:
+    return "MLLM" if role == "mllm" else role
+
+
+def _reason(comparison: dict[str, Any]) -> str:
+    """Why the models cannot be merged, where something says so."""
+    faults = [f"The {_name(m['role'])} {m['fault']}." for m in comparison["models"] if m["fault"]]
+    said = "\n".join([*([comparison["reason"]] if comparison["reason"] else []), *faults])
+    title = "<h2>These models cannot be merged</h2>"
+    return f'<section class="note">{title}{escaped(said)}</section>' if said else ""
+
+
+def _facts(comparison: dict[str, Any]) -> str:
+    """The rows of all facts by kind, with a column for each role."""
+    models = comparison["models"]
+    head = "".join(f'<th scope="col">{escaped(_name(model["role"]))}</th>' for model in models)
+    facts: dict[str, dict[str, list[Any]]] = {}
+    for number, model in enumerate(models):
+        for kind, stated in model["facts"].items():
+            for words, value in stated.items():
+                row = facts.setdefault(kind, {}).setdefault(words, [None] * len(models))
+                row[number] = value
+    rows = "".join(_rows(kind, facts[kind].items(), len(models)) for kind in facts)
+    if comparison["tokenizers"]:
+        rows += _rows("tokenizer", _token_counts(comparison), len(models))
+    return f'<thead><tr><th scope="col">Fact</th>{head}</tr></thead><tbody>{rows}</tbody>'
+
+
+def _rows(kind: str, facts: Any, models: int) -> str:
+    """The facts of one kind; what a role states otherwise than the base, the first, is marked."""
+    rows = [f'<tr class="kind"><th colspan="{models + 1}">{escaped(kind)}</th></tr>']
+    for words, values in facts:
+        ours = values[0]
+        differs = [None not in (value, ours) and value != ours for value in values]
+        cells = "".join(map(_cell, values, differs))
+        rows.append(f'<tr><th scope="row">{_fact_name(words)}</th>{cells}</tr>')
+    return "".join(rows)
+
+
+def _fact_name(words: str) -> str:
+    return f'<span class="name" title="{escaped(words)}">{escaped(words)}</span>'
+
+
+def _cell(value: Any, differs: bool) -> str:
+    said = escaped(("no", "yes")[value] if isinstance(value, bool) else value)
+    return f'<td{" class=differs" if differs else ""} title="{said}">{said}</td>'
+
+
+def _token_counts(comparison: dict[str, Any]) -> Iterator[tuple[str, list[Any]]]:
+    """The counts of tokens by role; the base, which has no row, shares all with itself."""
+    rows = {row["role"]: row for row in comparison["tokenizers"]}
+    own = comparison["tokenizers"][0]["base_tokens"]
+    base = {"tokens": own, "shared": own, "moved": 0}
+    for key, words in _TOKENIZERS:
+        yield words, [rows.get(m["role"], base).get(key) for m in comparison["models"]]
+
+
+def _pair(pair: dict[str, Any]) -> str:
+    names = f"{_name(pair['one'])} and {_name(pair['other'])}"
+    title = escaped(names[:1].upper() + names[1:])
+    facts = [
+        ("of equal shape", pair["equal_shape"]),
+        ("of other shapes", pair["unequal_shape"]),
+        ("in one of them only", pair["only_in_one"]),
+        ("cosine", figure(pair["cosine"])),
+        ("if unrelated, below", figure(pair["cosine_unrelated"])),
+        ("relative distance", figure(pair["distance"])),
+        ("if unrelated, about", figure(pair["distance_unrelated"])),
     ]
-    if not reason and not faults:
-        return ""
-    inner = f"<p class='stated'>{escaped(reason)}</p>" if reason else ""
-    inner += "".join(f"<p>{escaped(fault)}</p>" for fault in faults)
-    return f'<section class="note warning"><h2>These models cannot be merged</h2>{inner}</section>'
+    verdict = escaped(_VERDICTS.get(pair["verdict"], pair["verdict"]))
+    return f"<h3>{title}</h3><p>{verdict}</p>{listed('tiles', facts)}"
 
 
-def _facts(comparison: Mapping[str, Any]) -> str:
-    """All facts by kind, a column for each role; what differs from the base stands out."""
-    models = mappings(comparison.get("models"))
-    base = mapping(models[0].get("facts")) if models else {}
-    head = "".join(
-        f'<th scope="col">{escaped(_name(text(model.get("role"))))}</th>' for model in models
-    )
-    rows = []
-    kinds = dict.fromkeys(kind for model in models for kind in mapping(model.get("facts")))
-    for kind in kinds:
-        stated = [mapping(mapping(model.get("facts")).get(kind)) for model in models]
-        ours = mapping(base.get(kind))
-        rows.append(
-            f'<tr class="kind"><th scope="rowgroup" colspan="{len(models) + 1}">'
-            f"{escaped(kind)}</th></tr>"
-        )
-        for words in dict.fromkeys(word for each in stated for word in each):
-            cells = "".join(_cell(each.get(words), ours.get(words)) for each in stated)
-            name = f'<span class="name" title="{escaped(words)}">{escaped(words)}</span>'
-            rows.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
-    rows += _tokenizers(comparison, models)
-    return f'<thead><tr><th scope="col">Fact</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody>'
-
-
-def _cell(value: Any, ours: Any) -> str:
-    differs = value is not None and ours is not None and value != ours
-    mark = ' class="differs"' if differs else ""
-    said = ("no", "yes")[value] if isinstance(value, bool) else value
-    return f'<td{mark} title="{escaped(said)}">{escaped(said)}</td>'
-
-
-def _tokenizers(
-    comparison: Mapping[str, Any], models: Sequence[Mapping[str, Any]]
-) -> Iterator[str]:
-    """Counts of tokens, a row each; the base is counted with the others."""
-    rows = mappings(comparison.get("tokenizers"))
-    by_role = {text(row.get("role")): row for row in rows}
-    own = [by_role.get(text(model.get("role")), {}) for model in models]
-    if not rows:
-        return
-    yield (f'<tr class="kind"><th scope="rowgroup" colspan="{len(models) + 1}">tokenizer</th></tr>')
-    base = whole(rows[0].get("base_tokens"))
-    for key, words in (
-        ("tokens", "tokens"),
-        ("shared", "in common with the base"),
-        ("moved", "of these with another id"),
-    ):
-        wanted = 0 if key == "moved" else base
-        found = [
-            base if n == 0 and key == "tokens" else whole(row.get(key)) for n, row in enumerate(own)
-        ]
-        cells = "".join(_cell(each, wanted) for each in found)
-        yield f'<tr><th scope="row">{words}</th>{cells}</tr>'
-
-
-def _pairs(comparison: Mapping[str, Any]) -> str:
-    """A card for each pair of roles."""
-    cards = []
-    for pair in mappings(comparison.get("pairs")):
-        one, other = (_name(text(pair.get(key))) for key in ("one", "other"))
-        verdict = text(pair.get("verdict")) or ""
-        facts = [
-            ("of equal shape", _count(pair.get("equal_shape"))),
-            ("of other shapes", _count(pair.get("unequal_shape"))),
-            ("in one of them only", _count(pair.get("only_in_one"))),
-            ("cosine", _brief(pair.get("cosine"))),
-            ("if unrelated, below", _brief(pair.get("cosine_unrelated"))),
-            ("relative distance", _brief(pair.get("distance"))),
-            ("if unrelated, about", _brief(pair.get("distance_unrelated"))),
-        ]
-        inner = "".join(f"<div><dt>{k}</dt><dd>{escaped(v)}</dd></div>" for k, v in facts)
-        cards.append(
-            f"<article><h3>{escaped(one)} and {escaped(other)}</h3>"
-            f"<p>{escaped(_VERDICTS.get(verdict, verdict))}</p>"
-            f'<dl class="cards">{inner}</dl></article>'
-        )
-    return "".join(cards)
-
-
-def _count(value: Any) -> str:
-    found = whole(value)
-    return "—" if found is None else str(found)
-
-
-def _brief(value: Any) -> str:
-    found = number(value)
-    return "—" if found is None else f"{found:.3g}"
-
-
-def _data(comparison: Mapping[str, Any]) -> dict[str, Any]:
-    rows = mappings(comparison.get("weights"))
-    roles = [text(model.get("role")) or "" for model in mappings(comparison.get("models"))]
-    pairs = mappings(comparison.get("pairs"))
-    modules = list(dict.fromkeys(_module(row) for row in rows))
+def _data(comparison: dict[str, Any]) -> dict[str, Any]:
+    weights = comparison["weights"]
+    roles = [model["role"] for model in comparison["models"]]
+    modules = list(dict.fromkeys(row["module"] for row in weights))
+    measured = [[row["pairs"][n] or {} for row in weights] for n in range(len(comparison["pairs"]))]
+    distances = [each.get("distance") or 0.0 for pair in measured for each in pair]
     return {
-        "roles": [_name(role) for role in roles],
-        "pairs": [
-            f"{_name(text(pair.get('one')))} and {_name(text(pair.get('other')))}" for pair in pairs
-        ],
+        "roles": list(map(_name, roles)),
         "modules": modules,
-        "weights": [
-            [
-                text(row.get("weight")) or "",
-                whole(row.get("layer")),
-                modules.index(_module(row)),
-                [_shape(mapping(row.get("shapes")).get(role)) for role in roles],
-                [_measures(row, place) for place in range(len(pairs))],
-            ]
-            for row in rows
+        "farthest": max([0.01, *distances]),
+        "weights": {
+            "name": [row["weight"] for row in weights],
+            "layer": [row["layer"] for row in weights],
+            "module": [modules.index(row["module"]) for row in weights],
+            "shapes": [[size_text(row["shapes"].get(role)) for row in weights] for role in roles],
+        },
+        "pairs": [
+            {
+                "name": f"{_name(pair['one'])} and {_name(pair['other'])}",
+                "cosine": [rounded(each.get("cosine")) for each in found],
+                "distance": [rounded(each.get("distance")) for each in found],
+            }
+            for pair, found in zip(comparison["pairs"], measured, strict=True)
         ],
     }
-
-
-def _module(row: Mapping[str, Any]) -> str:
-    return text(row.get("module")) or "other"
-
-
-def _shape(value: Any) -> str | None:
-    sizes: Sequence[int] = [n for each in items(value) if (n := whole(each)) is not None]
-    return "x".join(map(str, sizes)) or None
-
-
-def _measures(row: Mapping[str, Any], place: int) -> list[float | None]:
-    found = mappings(row.get("pairs"))
-    pair = found[place] if place < len(found) else {}
-    return [short(pair.get(key)) for key in ("cosine", "cosine_unrelated", "distance")]

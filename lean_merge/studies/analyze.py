@@ -18,7 +18,7 @@ from lean_merge.plan.resources import Resources
 from lean_merge.recipe import MergeRecipe
 from lean_merge.report import RECIPE, to_json
 from lean_merge.store import OutputFolder, find_complete
-from lean_merge.studies.rendering import REPORT, add_page
+from lean_merge.studies.pages import add_page
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ def _opened(
 ) -> AnalysisResult:
     """A complete analysis; its report may be missing, or of another version's making."""
     analysis = open_analysis(folder)
-    report = add_page(REPORT, folder, analysis.document) if page else None
+    report = add_page("analysis", folder, analysis.document) if page else None
     return AnalysisResult(folder, analysis, reused, was_complete, report)
 
 

@@ -13,7 +13,7 @@ from lean_merge.recipe import MergeRecipe
 from lean_merge.report import to_json
 from lean_merge.store import JOURNAL, OutputFolder, check_output
 from lean_merge.studies.comparison import COMPARISON, compare, open_roles
-from lean_merge.studies.rendering import DIFFERENCE, add_page
+from lean_merge.studies.pages import PAGES, add_page
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +67,12 @@ def write_comparison(
     with OutputFolder.create(final, (), **place) as folder:
         folder.write_file(COMPARISON, to_json(found))
         folder.seal()
-    return ComparisonResult(folder.final, add_page(DIFFERENCE, folder.final, found), found)
+    return ComparisonResult(folder.final, add_page("comparison", folder.final, found), found)
 
 
 def is_comparison(folder: Path) -> bool:
     """Whether a folder holds a comparison of ours, and nothing that anyone else put there."""
-    ours = {COMPARISON, DIFFERENCE.page, JOURNAL}
+    ours = {COMPARISON, PAGES["comparison"], JOURNAL}
     try:
         names = {each.name for each in folder.expanduser().iterdir()}
     except OSError:

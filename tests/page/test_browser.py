@@ -22,7 +22,7 @@ import pytest
 from support.analyses import analysis, dense, mixture
 from support.pages import HOSTILE, LONG, comparison, renamed_comparison, renamed_sweep, sweep
 
-from lean_merge.page import write_comparison_page, write_report, write_sweep_page
+from lean_merge.page import make_page
 
 pytestmark = pytest.mark.browser
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
@@ -69,23 +69,25 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
         yield browser
 
 
-MADE: dict[str, Callable[[Path], None]] = {
-    "dense": lambda file: write_report(analysis(dense(32)), file),
-    "experts": lambda file: write_report(
-        analysis(dense(4), hidden=128, experts=["a/one", "b/two", "c/three"]), file
+MADE: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
+    "dense": ("analysis", lambda: analysis(dense(32))),
+    "experts": (
+        "analysis",
+        lambda: analysis(dense(4), hidden=128, experts=["a/one", "b/two", "c/three"]),
     ),
-    "many": lambda file: write_report(
-        analysis(dense(2), experts=[f"org/expert-{n}" for n in range(7)]), file
+    "many": (
+        "analysis",
+        lambda: analysis(dense(2), experts=[f"org/expert-{n}" for n in range(7)]),
     ),
-    "mixture": lambda file: write_report(analysis(mixture(48, 140), sigmas=8), file),
-    "hostile": lambda file: write_report(renamed(HOSTILE), file),
-    "long": lambda file: write_report(renamed(LONG), file),
-    "sweep": lambda file: write_sweep_page(sweep(), file),
-    "hostile sweep": lambda file: write_sweep_page(renamed_sweep(HOSTILE), file),
-    "long sweep": lambda file: write_sweep_page(renamed_sweep(LONG), file),
-    "comparison": lambda file: write_comparison_page(comparison(), file),
-    "hostile comparison": lambda file: write_comparison_page(renamed_comparison(HOSTILE), file),
-    "long comparison": lambda file: write_comparison_page(renamed_comparison(LONG), file),
+    "mixture": ("analysis", lambda: analysis(mixture(48, 140), sigmas=8)),
+    "hostile": ("analysis", lambda: renamed(HOSTILE)),
+    "long": ("analysis", lambda: renamed(LONG)),
+    "sweep": ("sweep", sweep),
+    "hostile sweep": ("sweep", lambda: renamed_sweep(HOSTILE)),
+    "long sweep": ("sweep", lambda: renamed_sweep(LONG)),
+    "comparison": ("comparison", comparison),
+    "hostile comparison": ("comparison", lambda: renamed_comparison(HOSTILE)),
+    "long comparison": ("comparison", lambda: renamed_comparison(LONG)),
 }
 
 
@@ -108,7 +110,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def get(name: str) -> Path:
         if name not in made:
             made[name] = tmp_path_factory.mktemp("pages") / f"{name}.html"
-            MADE[name](made[name])
+            kind, document = MADE[name]
+            made[name].write_bytes(make_page(kind, document()))
         return made[name]
 
     return get
@@ -181,6 +184,16 @@ def cells(driver: Driver, column: int) -> list[str]:
     """The texts of one column of the rows that are in the document."""
     rows = "[...document.querySelectorAll('#table tbody tr:not(.gap)')]"
     return driver.execute_script(f"return {rows}.map((r) => r.children[{column}].textContent)")
+
+
+def choose(driver: Driver, field: str, value: str) -> None:
+    """Sets a field, as a user would."""
+    driver.execute_script(
+        "const field = document.getElementById(arguments[0]); field.value = arguments[1];"
+        "field.dispatchEvent(new Event('input'));",
+        field,
+        value,
+    )
 
 
 def settled(driver: Driver) -> None:
@@ -304,18 +317,14 @@ def test_the_measure_of_the_map_and_the_layer_of_the_spectra_change_what_is_draw
     open_page(driver, page("dense"))
     image = "return document.querySelector('#heat .heatmaplayer image').getAttribute('href')"
     seen = {driver.execute_script(image)}
-    for value in ("update", "relative", "lambda"):
-        driver.execute_script(f"document.querySelector('[name=measure][value={value}]').click()")
+    for value in ("1", "2", "3"):
+        choose(driver, "measure", value)
         wait(driver, f"return !{json.dumps(sorted(seen))}.includes((() => {{ {image} }})())")
         seen.add(driver.execute_script(image))
     assert len(seen) == 4
+    choose(driver, "spectrum-layer", "3")
+    choose(driver, "spectrum-module", "1")
     script = """
-        const layer = document.getElementById('spectrum-layer');
-        layer.value = '3';
-        layer.dispatchEvent(new Event('change'));
-        const module = document.getElementById('spectrum-module');
-        module.value = '1';
-        module.dispatchEvent(new Event('change'));
         const titles = document.querySelectorAll('#spectrum-plots figcaption');
         return [...titles].map((title) => title.textContent);
     """
@@ -328,20 +337,13 @@ def test_the_slider_selects_what_the_counts_say(driver: Driver, page: Callable[[
     open_page(driver, page("dense"))
     counts = analysis(dense(32))["thresholds"][0]["counts"]
     for threshold in (0.2, 0.55, 1.0):
-        driver.execute_script(
-            "const s = document.getElementById('slider'); s.value = arguments[0];"
-            "s.dispatchEvent(new Event('input'));",
-            threshold,
-        )
+        choose(driver, "slider", str(threshold))
         settled(driver)
         wanted = next(c["selected"] for c in counts if c["threshold"] == threshold)
         said = driver.execute_script("return document.getElementById('slider-count').textContent")
         assert said == f"{wanted} of 224 weights would be selected"
-        driver.execute_script(
-            "const s = document.getElementById('only-state'); s.value = 'selected';"
-            "s.dispatchEvent(new Event('input'));"
-        )
-        total = driver.execute_script("return document.getElementById('table-count').textContent")
+        choose(driver, "only", "selected")
+        total = driver.execute_script("return document.getElementById('count').textContent")
         assert total == f"{wanted} of 224 weights"
     driver.execute_script("document.getElementById('reset').click()")
     settled(driver)
@@ -386,9 +388,10 @@ def test_the_table_sorts_by_click_and_by_keyboard(driver: Driver, page: Callable
 
 
 STOPS = {
-    "dense": "a, #slider, [name=measure]:checked, select, #find, .scroll, #table button, summary",
+    "dense": "a, #slider, select:not(#expert), #find, .scroll, #table button, summary",
+    "experts": "a, #slider, select, #find, .scroll, #table button, summary",
     "sweep": "select, #find, .scroll, #table button",
-    "comparison": ".scroll, #table button, select, [name=measure]:checked, #find",
+    "comparison": ".scroll, #table button, select, #find",
 }
 
 
@@ -404,7 +407,7 @@ def test_everything_that_can_be_set_is_reached_by_keyboard(
         const now = document.activeElement;
         if (now === document.body || window.met.includes(now)) return false;
         window.met.push(now);
-        const style = getComputedStyle(now.matches('.segments input') ? now.nextSibling : now);
+        const style = getComputedStyle(now);
         return style.outlineStyle === 'none' || style.outlineWidth === '0px' ? now.outerHTML : true;
     """
     unseen = []
@@ -434,10 +437,10 @@ def test_arrows_move_the_threshold_and_choose_the_measure(
     assert cells(driver, 1).count("yes") < before
     image = "return document.querySelector('#heat .heatmaplayer image').getAttribute('href')"
     first = driver.execute_script(image)
-    driver.find_element(By.CSS_SELECTOR, "[name=measure]:checked").send_keys(Keys.ARROW_RIGHT)
+    measure = driver.find_element(By.ID, "measure")
+    measure.send_keys(Keys.ARROW_DOWN)
     settled(driver)
-    chosen = driver.find_element(By.CSS_SELECTOR, "[name=measure]:checked")
-    assert chosen.get_attribute("value") == "update" and driver.execute_script(image) != first
+    assert measure.get_attribute("value") == "1" and driver.execute_script(image) != first
 
 
 def test_the_table_filters(driver: Driver, page: Callable[[str], Path]):
@@ -447,14 +450,10 @@ def test_the_table_filters(driver: Driver, page: Callable[[str], Path]):
     find = driver.find_element(By.ID, "find")
     find.send_keys("layers.3. GATE")
     assert cells(driver, 0) == ["layers.3.mlp.gate_proj"]
-    status = driver.find_element(By.ID, "table-count")
+    status = driver.find_element(By.ID, "count")
     assert status.text == "1 of 224 weights"
     find.clear()
-    find.send_keys("layers.")
-    driver.execute_script(
-        "const m = document.getElementById('only-module'); m.value = '4';"
-        "m.dispatchEvent(new Event('input'));"
-    )
+    find.send_keys("layers. gate")
     assert status.text == "32 of 224 weights"
     assert all(name.endswith("gate_proj") for name in cells(driver, 0))
     find.send_keys("nothing at all")
@@ -472,18 +471,10 @@ def test_the_choice_of_an_expert_changes_all_parts(
         return [text('slider-count'), text('table'), text('spectrum-expert'), line];
     """
     before = driver.execute_script(texts)
-    driver.execute_script(
-        """
-        const select = document.getElementById('expert');
-        if (select) { select.value = '1'; select.dispatchEvent(new Event('change')); }
-        else document.querySelectorAll('[name=expert]')[1].click();
-        """
-    )
+    choose(driver, "expert", "1")
     settled(driver)
     after = driver.execute_script(texts)
     assert all(one != other for one, other in zip(before, after, strict=True))
-    shown = "return [...document.querySelectorAll('.explanation')].map((p) => p.hidden)"
-    assert driver.execute_script(shown)[:2] == [True, False]
 
 
 def test_twenty_thousand_rows_do_not_freeze(driver: Driver, page: Callable[[str], Path]):
@@ -504,7 +495,7 @@ def test_twenty_thousand_rows_do_not_freeze(driver: Driver, page: Callable[[str]
     found = numbers(cells(driver, 2))
     assert found == sorted(found, reverse=True)
     assert driver.execute_script(timed, "find") < 2000
-    status = "return document.getElementById('table-count').textContent"
+    status = "return document.getElementById('count').textContent"
     assert driver.execute_script(status) == "48 of 20352 weights"
     driver.execute_script(
         "const find = document.getElementById('find'); find.value = '';"
@@ -546,16 +537,10 @@ def test_print_shows_rows_and_light_paper(driver: Driver, page: Callable[[str], 
 def test_a_sweep_is_drawn_along_any_axis(driver: Driver, page: Callable[[str], Path]):
     open_page(driver, page("sweep"))
     assert marks(driver, "lines")["lines"] == 2 and marks(driver, "lines")["dots"] == 17
-    driver.execute_script(
-        "const m = document.getElementById('measure'); m.value = '2';"
-        "m.dispatchEvent(new Event('change'));"
-    )
+    choose(driver, "measure", "2")
     settled(driver)
     assert marks(driver, "lines")["dots"] == 18
-    driver.execute_script(
-        "const a = document.getElementById('axis'); a.value = 'stages';"
-        "a.dispatchEvent(new Event('change'));"
-    )
+    choose(driver, "axis", "stages")
     settled(driver)
     assert marks(driver, "lines")["lines"] == 9
     driver.execute_script("document.querySelectorAll('#table thead button')[3].click()")
@@ -570,9 +555,6 @@ def test_a_comparison_marks_what_differs_and_maps_what_can_be_compared(
     marked = "return [...document.querySelectorAll('.differs')].map((c) => c.textContent)"
     assert driver.execute_script(marked)[:2] == ["14336", "500000"]
     assert marks(driver, "heat")["images"] == 1
-    driver.execute_script(
-        "const p = document.getElementById('pair'); p.value = '2';"
-        "p.dispatchEvent(new Event('change'));"
-    )
+    choose(driver, "pair", "2")
     assert driver.execute_script("return document.getElementById('heat').hidden")
     assert cells(driver, 1)[0] == "4096x4096"

@@ -19,7 +19,7 @@ from support.families import contents
 from lean_merge import BudgetError, CoverageError, MergeRecipe, OutputError, Resources, memory
 from lean_merge.plan import budget, plan
 from lean_merge.store import JOURNAL
-from lean_merge.studies import rendering
+from lean_merge.studies import pages
 from lean_merge.studies.comparing import write_comparison
 from lean_merge.studies.comparison import compare, differing
 from lean_merge.tasks import tiles
@@ -357,7 +357,7 @@ def test_a_comparison_that_fails_leaves_nothing(make: Make, tmp_path: Path):
 def test_without_plotly_a_comparison_is_kept_without_its_page(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(rendering, "report_available", lambda: False)
+    monkeypatch.setattr(pages, "plotly_installed", lambda: False)
     base = make("base")
     result = write_comparison(recipe(base, base, base), tmp_path / "out", resources=CPU)
     assert result.page is None and (tmp_path / "out" / "comparison.json").exists()

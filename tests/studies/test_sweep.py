@@ -36,6 +36,7 @@ from lean_merge import (
     verify,
 )
 from lean_merge.store import JOURNAL
+from lean_merge.studies import pages
 from lean_merge.studies.sweep import run as run_module
 from lean_merge.studies.sweep.table import read_table
 
@@ -58,7 +59,7 @@ def triple(tmp_path_factory: pytest.TempPathFactory) -> Triple:
 @pytest.fixture(autouse=True)
 def _without_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each would hold all of plotly; one test looks at one."""
-    monkeypatch.setattr(run_module, "report_available", lambda: False)
+    monkeypatch.setattr(pages, "plotly_installed", lambda: False)
 
 
 def run(triple: Triple, out: Path, grid: Grid, *, evaluate: Any = None, **options: Any) -> Any:
@@ -419,7 +420,7 @@ def test_where_plotly_is_installed_there_is_a_page(
 ):
     if drawn:
         pytest.importorskip("plotly")
-        monkeypatch.setattr(run_module, "report_available", lambda: True)
+        monkeypatch.setattr(pages, "plotly_installed", lambda: True)
     run(triple, tmp_path / "out", Grid(thresholds=[0.99]), output="none")
     page = tmp_path / "out" / "sweep.html"
     assert page.exists() is drawn

@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Sequence
 from html.parser import HTMLParser
-from pathlib import Path
 from typing import Any
 
 HOSTILE = (
@@ -30,13 +29,14 @@ LONG = (
 class Page(HTMLParser):
     """The elements of a page."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, page: str) -> None:
         super().__init__(convert_charrefs=True)
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.scripts: list[str] = []
         self.texts: list[str] = []
         self._open: list[str] = []
-        self.feed(path.read_text(encoding="utf-8"))
+        self.styles = ""
+        self.feed(page)
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -55,7 +55,9 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self._open and self._open[-1] == "script":
             self.scripts[-1] += data
-        elif "style" not in self._open:
+        elif "style" in self._open:
+            self.styles += data
+        else:
             self.texts.append(data)
 
     @property
@@ -97,11 +99,9 @@ class Page(HTMLParser):
         ]
         return [each for each in found if not each.startswith("data:")]
 
-
-def style_addresses(path: Path) -> list[str]:
-    """What the style sheet would fetch."""
-    style = path.read_text(encoding="utf-8").split("<style>")[1].split("</style>")[0]
-    return re.findall(r"url\(|@import", style)
+    def style_addresses(self) -> list[str]:
+        """What the style sheet would fetch."""
+        return re.findall(r"url\(|@import", self.styles)
 
 
 def sweep(points: int = 9) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def sweep(points: int = 9) -> dict[str, Any]:
                     "error": "the command ended with exit code 1" if failed else None,
                 }
             )
-    axes = {"threshold": thresholds, "stages": stages, "scale": [1.0], "temperature": [32]}
+    axes = {"threshold": thresholds, "stages": stages, "scale": [], "temperature": []}
     return {"version": 1, "analysis": "analysis", "axes": axes, "points": rows}
 
 

@@ -1,20 +1,18 @@
-// What all pages share: colours of the theme, numbers as text, and drawing with Plotly.
+// What all pages share: the theme's colours, numbers as text, and drawing with Plotly.
 
 const byId = (id) => document.getElementById(id);
 const data = JSON.parse(byId('data').textContent);
-
-/** The value of a colour of style.css in the theme in force. */
-function colour(name) {
-  return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
-}
-
-/** Text for Plotly, which reads some tags in labels: a stranger's name is not markup. */
-function label(text) {
-  return String(text).replace(/&/g, '&amp;').replace(/</g, '&lt;').replace(/>/g, '&gt;');
-}
-
 const FONT = 'system-ui, -apple-system, "Segoe UI", sans-serif';
 const ruler = document.createElement('canvas').getContext('2d');
+
+/** The value of a colour of style.css in the theme in force: six hexadecimal digits after a #. */
+const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+
+/** Text for Plotly, which reads some tags in labels: a stranger's name is not markup. */
+const label = (text) => String(text).replace(/&/g, '&amp;').replace(/</g, '&lt;').replace(/>/g, '&gt;');
+
+/** A whole name for a label under the pointer, in lines that fit a phone. */
+const inLines = (text) => (text.match(/.{1,36}/gsu) || ['']).map(label).join('<br>');
 
 /** The width of a text in a plot, in pixels. */
 function widthOf(text) {
@@ -22,233 +20,191 @@ function widthOf(text) {
   return ruler.measureText(text).width;
 }
 
-/** A text of at most so many pixels; what is cut out of a longer one is its middle. */
+/** A text of at most so many pixels: what does not fit is cut out of its middle. */
 function fitted(text, most) {
   const letters = [...text];
-  if (widthOf(text) <= most) return text;
-  const cut = (kept) => `${letters.slice(0, Math.ceil(kept / 2)).join('')}…${letters.slice(letters.length - Math.floor(kept / 2)).join('')}`;
-  let [low, high] = [1, letters.length];
-  while (high - low > 1) {
-    const kept = (low + high) >> 1;
-    if (widthOf(cut(kept)) <= most) low = kept;
-    else high = kept;
+  let kept = letters.length;
+  let cut = text;
+  while (kept > 2 && widthOf(cut) > most) {
+    kept = Math.floor(0.95 * kept);
+    cut = `${letters.slice(0, kept >> 1).join('')}…${letters.slice((kept >> 1) - kept).join('')}`;
   }
-  return cut(low);
+  return cut;
 }
 
-/** A whole name for a label under the pointer, in lines that fit a phone. */
-function inLines(text) {
-  return (text.match(/.{1,36}/gsu) || ['']).map(label).join('<br>');
-}
-
-/** A number with three significant digits; a dash for none. */
+/** A number with three significant digits; a dash where there is none. */
 function brief(value) {
   if (value === null || value === undefined) return '—';
   if (value === 0) return '0';
   const size = Math.abs(value);
   if (size >= 1e5 || size < 1e-3) return value.toExponential(1);
-  if (size >= 100) return value.toFixed(0);
-  return value.toPrecision(3);
+  return size >= 100 ? value.toFixed(0) : value.toPrecision(3);
+}
+
+function median(values) {
+  const known = values.filter((value) => value !== null).sort((a, b) => a - b);
+  const half = known.length >> 1;
+  if (!known.length) return null;
+  return known.length % 2 ? known[half] : (known[half - 1] + known[half]) / 2;
 }
 
 /** A new element with text and attributes. */
 function element(tag, text, attributes) {
   const made = document.createElement(tag);
-  if (text !== undefined && text !== null) made.textContent = text;
+  made.textContent = text ?? '';
   for (const [name, value] of Object.entries(attributes || {})) made.setAttribute(name, value);
   return made;
 }
 
-/** Fills a <select> with [value, text] pairs. */
-function fill(select, pairs) {
-  for (const [value, text] of pairs) select.append(element('option', text, { value }));
+/** Fills a <select> with [value, text] pairs and calls `changed` whenever another is chosen. */
+function fill(id, pairs, changed) {
+  for (const [value, text] of pairs) byId(id).append(element('option', text, { value }));
+  byId(id).addEventListener('input', changed);
 }
 
 const drawings = new Map();
 
 /**
- * Draws into an element, again whenever the theme or the element's width changes.
+ * Draws into an element what `figure(width)` makes, again whenever the theme or the width changes.
  *
- * `figure(width)` makes traces and a layout. Plotly is told the width and does not look for it: what
- * it keeps from a drawing of another width, such as the room for a scale that stood elsewhere, can
- * leave no room for the plot, so that another width is drawn from nothing.
+ * Another width is drawn from nothing: what Plotly keeps from a drawing of the old width, such as the
+ * room for a scale that stood elsewhere, can leave no room for the plot.
  */
-function draw(id, figure) {
-  const target = typeof id === 'string' ? byId(id) : id;
-  const before = drawings.get(target);
+function draw(target, figure) {
   const width = target.clientWidth;
+  const way = drawings.get(target)?.width === width ? Plotly.react : Plotly.newPlot;
   drawings.set(target, { figure, width });
   widths.observe(target);
   if (!width) return;
   const { traces, layout } = figure(width);
-  const way = before && before.width === width ? Plotly.react : Plotly.newPlot;
-  way(target, traces, { ...themed(layout || {}), width }, {
+  way(target, traces, { ...themed(layout), width }, {
     displaylogo: false,
-    scrollZoom: false,
-    // Shown by style.css under a pointer; nothing that leaves this page is among them.
-    displayModeBar: true,
-    doubleClick: 'reset',
     modeBarButtons: [['toImage', 'resetScale2d']],
     toImageButtonOptions: { format: 'svg', filename: target.id || 'lean-merge' },
   });
 }
 
-const widths = new ResizeObserver(() => requestAnimationFrame(() => redraw(false)));
-
-/** Forgets the drawings of an element's children, which are then removed. */
-function clear(parent) {
-  for (const child of [...parent.children]) {
-    if (drawings.delete(child)) {
-      widths.unobserve(child);
-      Plotly.purge(child);
-    }
-    child.remove();
+/** Draws again what has another width than it was drawn for, or everything. */
+function redraw(everything) {
+  for (const [target, { figure, width }] of drawings) {
+    if (!target.isConnected) drawings.delete(target);
+    else if (everything || target.clientWidth !== width) draw(target, figure);
   }
 }
 
+const widths = new ResizeObserver(() => requestAnimationFrame(() => redraw(false)));
+// Paper is white whatever the screen was.
+for (const query of ['(prefers-color-scheme: dark)', 'print']) {
+  matchMedia(query).addEventListener('change', () => redraw(true));
+}
+
+/** A layout in the colours of the theme. */
 function themed(layout) {
-  const axis = {
-    gridcolor: colour('grid'),
-    linecolor: colour('line'),
-    zeroline: false,
-    tickcolor: colour('line'),
-    ticks: 'outside',
-    ticklen: 4,
-    automargin: true,
-    fixedrange: matchMedia('(pointer: coarse)').matches,
-  };
-  const whole = {
+  const touched = matchMedia('(pointer: coarse)').matches;
+  const lines = { gridcolor: colour('grid'), linecolor: colour('line'), tickcolor: colour('line') };
+  const axis = { ...lines, zeroline: false, ticks: 'outside', automargin: true, fixedrange: touched };
+  return {
     height: 300,
     margin: { l: 48, r: 16, t: 26, b: 44 },
-    paper_bgcolor: 'rgba(0,0,0,0)',
-    plot_bgcolor: 'rgba(0,0,0,0)',
+    paper_bgcolor: 'transparent', plot_bgcolor: 'transparent',
     font: { family: FONT, size: 12, color: colour('soft') },
-    hoverlabel: {
-      bgcolor: colour('panel'),
-      bordercolor: colour('line'),
-      font: { color: colour('text'), size: 12 },
-    },
-    modebar: { bgcolor: 'rgba(0,0,0,0)', color: colour('faint'), activecolor: colour('text') },
+    hoverlabel: { bgcolor: colour('panel'), font: { color: colour('text') } },
+    modebar: { bgcolor: 'transparent', color: colour('soft'), activecolor: colour('text') },
     showlegend: false,
     ...layout,
+    xaxis: { ...axis, ...layout.xaxis },
+    yaxis: { ...axis, ...layout.yaxis },
   };
-  for (const name of Object.keys(layout).filter((key) => /^[xy]axis/.test(key))) {
-    whole[name] = { ...axis, ...layout[name] };
-  }
-  whole.xaxis = whole.xaxis || axis;
-  whole.yaxis = whole.yaxis || axis;
-  return whole;
 }
 
-/** Upright lines with words at their tops: [{at, text, name, dash}], from left to right. */
+/** Upright lines with words at their tops, as a part of a layout: [{ at, text, name, dash }]. */
 function markers(list) {
-  const known = list.filter((each) => each.at !== null && each.at !== undefined);
-  known.sort((one, other) => one.at - other.at);
+  const known = list.filter((each) => each.at !== null).sort((one, other) => one.at - other.at);
   return {
-    shapes: known.map((each) => ({
-      type: 'line',
-      x0: each.at,
-      x1: each.at,
-      y0: 0,
-      y1: 1,
-      yref: 'paper',
-      line: { color: colour(each.name), width: 1.5, dash: each.dash || 'solid' },
+    margin: { l: 48, r: 16, t: 26 + 15 * Math.max(0, known.length - 1), b: 44 },
+    shapes: known.map(({ at, name, dash }) => ({
+      type: 'line', x0: at, x1: at, y0: 0, y1: 1, yref: 'paper',
+      line: { color: colour(name), width: 1.5, dash: dash || 'solid' },
     })),
-    annotations: known.map((each, place) => ({
-      x: each.at,
-      y: 1,
-      yref: 'paper',
-      yshift: 9 + 15 * ((known.length - 1 - place) % 3),
-      xanchor: each.at > 0.6 ? 'right' : 'left',
-      yanchor: 'middle',
-      text: label(each.text),
-      showarrow: false,
-      font: { color: colour(each.name), size: 11 },
+    annotations: known.map(({ at, text, name }, place) => ({
+      text, x: at, xanchor: at > 0.6 ? 'right' : 'left', showarrow: false,
+      y: 1, yref: 'paper', yanchor: 'middle', yshift: 9 + 15 * (known.length - 1 - place),
+      font: { color: colour(name), size: 11 },
     })),
-    top: 26 + 15 * Math.max(0, Math.min(known.length, 3) - 1),
   };
 }
-
-const DECADES = 6;
 
 /**
- * A logarithmic axis over the positive of these values, at most so many powers of ten below the
- * largest: what rounding left beyond a matrix's rank would press the rest together. Ticks are 1, 2, 5,
- * or powers of ten where those do.
+ * A logarithmic axis over the positive of these values. It ends six powers of ten below the largest: what
+ * rounding left beyond a matrix's rank would press the rest together.
  */
 function logAxis(values) {
   const known = values.filter((value) => value > 0);
   if (!known.length) return {};
   const top = Math.log10(Math.max(...known));
-  const bottom = Math.max(top - DECADES, Math.log10(Math.min(...known)));
+  const bottom = Math.max(top - 6, Math.log10(Math.min(...known)));
   const room = Math.max(0.02, 0.05 * (top - bottom));
-  const [low, high] = [Math.floor(bottom - room), Math.ceil(top + room)];
-  const step = Math.ceil((high - low) / 6);
-  const digits = top - bottom > 2 ? [1] : top - bottom > 1 ? [1, 3] : [1, 2, 5];
+  const digits = top - bottom > 2 ? [1] : [1, 2, 5];
   const tickvals = [];
-  for (let power = low; power <= high; power += Math.max(1, step)) {
+  for (let power = Math.floor(bottom - room); power <= top + room; power += 1) {
     tickvals.push(...digits.map((digit) => digit * 10 ** power));
   }
-  const ticktext = tickvals.map((value) => (value < 1e-3 ? value.toExponential(0) : String(Number(value.toPrecision(1)))));
+  const ticktext = tickvals.map((value) => String(Number(value.toPrecision(1))));
   return { range: [bottom - room, top + room], tickvals, ticktext };
 }
 
-/** From low to high, in the theme in force. */
-function scale() {
-  return ['0', '0.25', '0.5', '0.75', '1'].map((at, step) => [Number(at), colour(`scale-${step}`)]);
-}
+/** The rows of `data.weights` that have a layer, by module and layer. */
+const cells = new Map();
+(data.weights?.layer || []).forEach((layer, row) => {
+  const key = `${data.weights.module[row]} ${layer}`;
+  if (layer !== null) cells.set(key, [...(cells.get(key) || []), row]);
+});
+const layers = [...new Set((data.weights?.layer || []).filter((layer) => layer !== null))].sort((a, b) => a - b);
 
 /**
- * A map of modules by layers: traces, and a layout in which the cells keep their height and, whatever
- * the names, half of the width.
+ * A map of modules by layers, whose cells keep their height and, whatever the names, half of the width.
+ *
+ * `value(row)` is what is shown, the median where a cell has several rows; `said(rows)` is more text for
+ * the label under the pointer.
  */
-function heatMap({ width, names, layers, z, text, title, range }) {
+function layerMap(width, { title, range, value, said }) {
   const narrow = width < 520;
-  const labels = names.map((name) => fitted(name, width * (narrow ? 0.36 : 0.3)));
-  const left = 14 + Math.max(34, ...labels.map(widthOf));
-  const tall = Math.max(3, names.length) * 34;
-  const place = (pixels) => -pixels / tall;
-  const below = { orientation: 'h', x: 0, xanchor: 'left', y: place(62), yanchor: 'top', len: 1 };
-  const rows = names.map((_, row) => String(row));
-  return {
-    traces: [
-      {
-        type: 'heatmap',
-        x: layers.map(String),
-        y: rows,
-        z,
-        text,
-        hovertemplate: '%{text}<extra></extra>',
-        hoverongaps: false,
-        xgap: layers.length > 40 ? 0.5 : 1.5,
-        ygap: 1.5,
-        colorscale: scale(),
-        ...(range ? { zmin: range[0], zmax: range[1] } : {}),
-        colorbar: {
-          title: { text: title, side: narrow ? 'top' : 'right' },
-          thickness: 12,
-          outlinewidth: 0,
-          xpad: narrow ? 0 : 10,
-          ...(narrow ? below : { len: 1 }),
-        },
-      },
-    ],
-    layout: {
-      height: tall + (narrow ? 154 : 66),
-      margin: { l: left, r: 10, t: 18, b: narrow ? 136 : 48 },
-      xaxis: { type: 'category', range: [-0.5, layers.length - 0.5], showgrid: false, title: { text: 'layer' }, nticks: narrow ? 9 : 24, tickangle: 0 },
-      yaxis: { type: 'category', range: [names.length - 0.5, -0.5], showgrid: false, ticks: '', automargin: false, tickvals: rows, ticktext: labels.map(label) },
+  const shown = [...data.modules.keys()].filter((module) => layers.some((layer) => cells.has(`${module} ${layer}`)));
+  const names = shown.map((module) => fitted(data.modules[module], 0.3 * width));
+  const places = shown.map(String);
+  const tall = Math.max(3, shown.length) * 34;
+  const below = { orientation: 'h', x: 0, xanchor: 'left', y: -62 / tall, yanchor: 'top', xpad: 0 };
+  const eachCell = (make) =>
+    shown.map((module) => layers.map((layer) => make(cells.get(`${module} ${layer}`) || [], module, layer)));
+  const middle = (rows) => median(rows.map(value));
+  const words = (rows, module, layer) => {
+    const many = rows.length > 1 ? ` (median of ${rows.length})` : '';
+    return `layer ${layer}, ${inLines(data.modules[module])}<br>${title} ${brief(middle(rows))}${many}${said(rows)}`;
+  };
+  const heat = {
+    type: 'heatmap',
+    x: layers.map(String),
+    y: places,
+    z: eachCell(middle),
+    text: eachCell(words),
+    hovertemplate: '%{text}<extra></extra>',
+    hoverongaps: false,
+    xgap: layers.length > 40 ? 0.5 : 1.5, ygap: 1.5,
+    colorscale: [[0, colour('low')], [0.7, colour('accent')], [1, colour('high')]],
+    ...(range ? { zmin: range[0], zmax: range[1] } : {}),
+    colorbar: {
+      title: { text: title, side: narrow ? 'top' : 'right' },
+      thickness: 12, outlinewidth: 0, len: 1, ...(narrow ? below : {}),
     },
   };
+  const axis = { type: 'category', showgrid: false };
+  const across = { range: [-0.5, layers.length - 0.5], nticks: narrow ? 9 : 24, tickangle: 0 };
+  const down = { range: [shown.length - 0.5, -0.5], tickvals: places, ticktext: names.map(label) };
+  const layout = {
+    height: tall + (narrow ? 154 : 66),
+    margin: { l: 14 + Math.max(34, ...names.map(widthOf)), r: 10, t: 18, b: narrow ? 136 : 48 },
+    xaxis: { ...axis, ...across, title: { text: 'layer' } },
+    yaxis: { ...axis, ...down, ticks: '', automargin: false },
+  };
+  return { traces: [heat], layout };
 }
-
-/** Draws again what has another width than it was drawn for, or everything. */
-function redraw(everything) {
-  for (const [target, { figure, width }] of drawings) {
-    if (target.isConnected && (everything || target.clientWidth !== width)) draw(target, figure);
-  }
-}
-
-matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => redraw(true));
-// Paper is white whatever the screen was.
-matchMedia('print').addEventListener('change', () => redraw(true));

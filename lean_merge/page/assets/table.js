@@ -1,152 +1,110 @@
-// A table of any length: only the rows that can be seen are in the document.
+// A table of any length, of which only the rows that can be seen are in the document.
 
-const ROW = 34;
+const ROW = 34; // The height of a row in pixels, as style.css has it.
 const BEYOND = 12;
 const PRINTED = 600;
+const collator = new Intl.Collator('en', { numeric: true });
 
 /**
- * columns: [{ key, title, text(row), value(row), number, header }]; value sorts, null comes last.
- * Rows are numbers; `note(row)` may give the class of one.
+ * The table of assets/table.html, with the field that finds words in it.
+ *
+ * what: the plural of a row. rows: numbers, in their order. searched(row): the text in which words are
+ * found. keep(row): whether other filters keep a row. mark(row): its class. columns, of which the first
+ * names the row: [{ title, hint, number, value(row), text(row) }], where `value` sorts, and `text` is
+ * what is shown, by default the value.
  */
 class BigTable {
-  constructor(box, columns, note) {
-    this.box = box;
-    this.columns = columns;
-    this.note = note || (() => '');
-    this.rows = [];
-    this.shown = [];
-    this.sorted = null;
-    this.build();
-    box.addEventListener('scroll', () => this.later(), { passive: true });
-    new ResizeObserver(() => this.later()).observe(box);
-    addEventListener('beforeprint', () => this.paint(true));
-    addEventListener('afterprint', () => this.paint());
-  }
-
-  build() {
+  constructor(options) {
+    Object.assign(this, { keep: () => true, mark: () => '', shown: [], sorted: null }, options);
+    this.box = byId('table');
+    this.heads = this.columns.map((column, place) => this.head(column, place));
     this.table = element('table');
-    this.heads = this.columns.map((column, place) => {
-      const cell = element('th', null, { scope: 'col', 'aria-sort': 'none' });
-      if (column.number) cell.className = 'number';
-      const button = element('button', null, { type: 'button' });
-      button.title = column.hint || column.title;
-      button.append(element('span', column.title), element('i', '', { 'aria-hidden': 'true' }));
-      button.addEventListener('click', () => this.sortBy(place));
-      cell.append(button);
-      return cell;
-    });
-    const head = element('thead');
-    const line = element('tr', null, { 'aria-rowindex': '1' });
-    line.append(...this.heads);
-    head.append(line);
     this.body = element('tbody');
+    const head = element('thead');
+    head.append(element('tr', null, { 'aria-rowindex': 1 }));
+    head.firstChild.append(...this.heads);
     this.table.append(head, this.body);
     this.box.append(this.table);
+    const later = () => requestAnimationFrame(() => this.paint());
+    this.box.addEventListener('scroll', later, { passive: true });
+    new ResizeObserver(later).observe(this.box);
+    byId('find').addEventListener('input', () => this.show());
+    addEventListener('beforeprint', () => this.paint(true));
+    addEventListener('afterprint', () => this.paint());
+    this.show();
   }
 
-  /** Shows these rows in their order, or in that of the sorted column. */
-  show(rows) {
-    this.rows = rows;
-    this.order();
+  head(column, place) {
+    const cell = element('th', null, { scope: 'col', 'aria-sort': 'none', class: column.number ? 'number' : '' });
+    const button = element('button', column.title, { type: 'button', title: column.hint || column.title });
+    button.addEventListener('click', () => {
+      // A click sorts numbers from the largest and words from A, and another turns the order round.
+      const way = this.sorted?.place === place ? -this.sorted.way : column.number ? -1 : 1;
+      this.sorted = { place, way };
+      this.heads.forEach((each) => each.setAttribute('aria-sort', 'none'));
+      cell.setAttribute('aria-sort', way > 0 ? 'ascending' : 'descending');
+      this.show();
+    });
+    cell.append(button);
+    return cell;
+  }
+
+  /** Finds, filters and sorts anew. */
+  show() {
+    const words = byId('find').value.toLowerCase().split(/\s+/).filter(Boolean);
+    const found = (row) => words.every((word) => this.searched(row).toLowerCase().includes(word));
+    this.shown = this.rows.filter((row) => this.keep(row) && found(row));
+    if (this.sorted) this.sort(this.columns[this.sorted.place], this.sorted.way);
+    byId('count').textContent = `${this.shown.length} of ${this.rows.length} ${this.what}`;
     this.box.scrollTop = 0;
     this.paint();
   }
 
-  /** A click sorts numbers from the largest, words from A; another turns it round. */
-  sortBy(place) {
-    const first = this.columns[place].number ? -1 : 1;
-    const same = this.sorted && this.sorted.place === place;
-    this.sorted = { place, way: same ? -this.sorted.way : first };
-    this.heads.forEach((cell, at) => {
-      const word = this.sorted.way > 0 ? 'ascending' : 'descending';
-      cell.setAttribute('aria-sort', at === place ? word : 'none');
-    });
-    this.order();
-    this.box.scrollTop = 0;
-    this.paint();
-  }
-
-  order() {
-    this.shown = this.rows.slice();
-    if (!this.sorted) return;
-    const { place, way } = this.sorted;
-    const values = new Map(this.rows.map((row) => [row, this.columns[place].value(row)]));
-    const compare = (one, other) => {
-      const [a, b] = [values.get(one), values.get(other)];
-      if (a === b) return 0;
-      if (a === null) return 1;
-      if (b === null) return -1;
-      if (typeof a === 'string') return way * collator.compare(a, b);
-      return way * (a - b);
-    };
-    this.shown.sort(compare);
-  }
-
-  later() {
-    if (this.waiting) return;
-    this.waiting = true;
-    requestAnimationFrame(() => {
-      this.waiting = false;
-      this.paint();
+  sort(column, way) {
+    this.shown.sort((one, other) => {
+      const [a, b] = [column.value(one) ?? null, column.value(other) ?? null];
+      if (a === null || b === null) return (a === null) - (b === null);
+      return way * (typeof a === 'string' ? collator.compare(a, b) : a - b);
     });
   }
 
-  paint(everything) {
+  paint(printing) {
     const total = this.shown.length;
-    let start = Math.max(0, Math.floor(this.box.scrollTop / ROW) - BEYOND);
-    let stop = Math.min(total, start + Math.ceil(this.box.clientHeight / ROW) + 2 * BEYOND);
-    if (everything) [start, stop] = [0, Math.min(total, PRINTED)];
-    start = Math.min(start, Math.max(0, stop - 1));
-    this.table.setAttribute('aria-rowcount', String(total + 1));
-    const lines = [this.gap(start)];
-    for (let at = start; at < stop; at += 1) lines.push(this.line(this.shown[at], at));
-    if (everything && total > stop) {
-      const line = element('tr');
-      const words = `The first ${stop} of ${total} rows; analysis.json has them all.`;
-      line.append(element('td', words, { colspan: String(this.columns.length) }));
-      lines.push(line);
-    } else {
-      lines.push(this.gap(total - stop));
-    }
-    this.body.replaceChildren(...lines.filter(Boolean));
+    const first = printing ? 0 : Math.max(0, Math.floor(this.box.scrollTop / ROW) - BEYOND);
+    const many = printing ? PRINTED : Math.ceil(this.box.clientHeight / ROW) + 2 * BEYOND;
+    const start = Math.min(first, Math.max(0, total - 1));
+    const stop = Math.min(total, start + many);
+    const lines = this.shown.slice(start, stop).map((row, place) => this.line(row, start + place));
+    this.table.setAttribute('aria-rowcount', total + 1);
+    this.body.replaceChildren(this.gap(start), ...lines, this.gap(printing ? 0 : total - stop));
+    if (printing && total > stop) this.body.append(element('tr', `${total - stop} more rows are not printed.`));
   }
 
+  /** An empty row as high as so many. */
   gap(count) {
-    if (count <= 0) return null;
-    const line = element('tr', null, { 'aria-hidden': 'true', class: 'gap' });
-    const cell = element('td', null, { colspan: String(this.columns.length) });
-    cell.style.height = `${count * ROW}px`;
-    line.append(cell);
+    const line = element('tr', null, { 'aria-hidden': true, class: 'gap' });
+    line.hidden = !count;
+    line.style.height = `${count * ROW}px`;
     return line;
   }
 
-  line(row, at) {
-    const line = element('tr', null, { 'aria-rowindex': String(at + 2) });
-    line.className = this.note(row);
-    for (const column of this.columns) {
-      const text = column.text(row);
-      const cell = element(column.header ? 'th' : 'td', column.header ? null : text);
-      if (column.header) {
-        cell.scope = 'row';
-        cell.append(breakable(text));
-      }
-      if (column.number) cell.className = 'number';
-      if (column.wide) cell.title = text;
-      if (column.mark) cell.dataset.mark = column.mark(row);
+  line(row, place) {
+    const line = element('tr', null, { 'aria-rowindex': place + 2, class: this.mark(row) });
+    this.columns.forEach(({ number, value, text }, column) => {
+      const words = (text || value)(row) ?? '';
+      const cell = column ? element('td', words) : element('th', null, { scope: 'row' });
+      if (!column) cell.append(breakable(words));
+      if (number) cell.className = 'number';
+      cell.title = words;
       line.append(cell);
-    }
+    });
     return line;
   }
 }
 
-/** A name that may be cut into lines after its dots; more than two would not fit a row. */
+/** A name that breaks into lines after its dots and underscores. */
 function breakable(name) {
   const whole = element('span', null, { class: 'name' });
-  name.split(/(?<=[._])/).forEach((part, at) => {
-    if (at) whole.append(element('wbr'));
-    whole.append(part);
-  });
+  whole.append(...name.split(/(?<=[._])/).flatMap((part) => [part, element('wbr')]));
   return whole;
 }
-
-const collator = new Intl.Collator('en', { numeric: true });

@@ -2,12 +2,11 @@
 
 from lean_merge.studies.sweep.evaluation import Evaluation
 from lean_merge.studies.sweep.grid import Grid
-from lean_merge.studies.sweep.run import PAGE, PointEvent, SweepResult, sweep
+from lean_merge.studies.sweep.run import PointEvent, SweepResult, sweep
 from lean_merge.studies.sweep.table import CSV, TABLE, result_names, result_of
 
 __all__ = [
     "CSV",
-    "PAGE",
     "TABLE",
     "Evaluation",
     "Grid",

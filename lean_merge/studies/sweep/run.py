@@ -12,13 +12,13 @@ from lean_merge.engine.run import Event
 from lean_merge.errors import LeanMergeError
 from lean_merge.merge import merge
 from lean_merge.outputs.recorded import Analysis
-from lean_merge.page import report_available, write_sweep_page
 from lean_merge.plan import Plan
 from lean_merge.plan import plan as make_plan
 from lean_merge.plan.identity import seen_from
 from lean_merge.plan.resources import Resources
 from lean_merge.recipe import MergeRecipe
 from lean_merge.store.opening import checked_place
+from lean_merge.studies.pages import add_page
 from lean_merge.studies.sweep.decisions import Decisions, decide
 from lean_merge.studies.sweep.evaluation import Evaluation, measure
 from lean_merge.studies.sweep.grid import AXES, Grid, Point, written
@@ -34,7 +34,6 @@ from lean_merge.studies.sweep.table import (
 from lean_merge.version import __version__
 
 LOGS = "evaluations"
-PAGE = "sweep.html"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +47,14 @@ class PointEvent:
 
 @dataclass(frozen=True, slots=True)
 class SweepResult:
-    """A finished sweep: its folder, and the table, which docs/sweep.md explains."""
+    """A finished sweep: its folder, its table, which docs/sweep.md explains, and its page.
+
+    `page` is None where plotly is not installed.
+    """
 
     path: Path
     table: dict[str, Any]
+    page: Path | None = None
 
     @property
     def ok(self) -> bool:
@@ -130,9 +133,8 @@ def sweep(
             write_table(place, table)
             if on_event is not None:
                 on_event(PointEvent(number + 1, len(points), record))
-        if report_available():
-            write_sweep_page(table, place / PAGE)
-    return SweepResult(place, table)
+        page = add_page("sweep", place, table)
+    return SweepResult(place, table, page)
 
 
 @dataclass

@@ -13,8 +13,8 @@ from support.pages import Page, sweep
 
 from lean_merge import cli
 from lean_merge.errors import CheckpointError
-from lean_merge.studies import rendering
-from lean_merge.studies.rendering import render
+from lean_merge.studies import pages
+from lean_merge.studies.pages import render
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -64,7 +64,7 @@ def test_an_analysis_brings_its_report_and_report_makes_it_again(
     page = out / "report.html"
     assert code == 0 and f"report: {page}" in printed
     document = json.loads((out / "analysis.json").read_text())
-    data = Page(page).data
+    data = Page(page.read_text()).data
     assert data["weights"]["name"] == [row["weight"] for row in document["weights"]]
     for number, columns in enumerate(data["columns"]):
         rows = [row["experts"][number] for row in document["weights"]]
@@ -85,7 +85,7 @@ def test_a_complete_analysis_gets_the_report_that_it_lacks(
     run: Run, small: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     out = tmp_path / "out"
-    monkeypatch.setattr(rendering, "report_available", lambda: False)
+    monkeypatch.setattr(pages, "plotly_installed", lambda: False)
     code, printed, _ = run("analyze", *roles(small), "--out", out)
     assert code == 0 and "pip install 'lean-merge[report]'" in printed
     assert not (out / "report.html").exists()
@@ -145,7 +145,7 @@ def test_models_that_cannot_be_compared_fail_with_the_first_reason(
 def test_the_page_of_a_sweep_is_made_from_its_document(run: Run, tmp_path: Path):
     (tmp_path / "sweep.json").write_text(json.dumps(sweep()))
     assert run("report", tmp_path, "--quiet") == (0, "", "")
-    assert len(Page(tmp_path / "sweep.html").data["points"]) == 18
+    assert len(Page((tmp_path / "sweep.html").read_text()).data["points"]) == 18
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,159 @@
+"""The frame of every page: head, policy, style, data and scripts in one file."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import importlib.util
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import resources
+from string import Template
+from typing import Any
+
+from lean_merge.errors import OutputError, plain
+from lean_merge.version import __version__
+
+INSTALL_PLOTLY = "pip install 'lean-merge[report]'"
+"""The command that installs what draws the pages."""
+_FORBIDDEN = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
+
+
+@dataclass(frozen=True, slots=True)
+class PageContent:
+    """What a kind of page puts into the frame.
+
+    Attributes
+    ----------
+    heading
+        The title, as plain text.
+    lead, body
+        HTML that is escaped already: what stands below the heading, and the sections.
+    data
+        What the scripts read, as plain data with finite numbers only.
+    """
+
+    heading: str
+    lead: str
+    body: str
+    data: Any
+
+
+def plotly_installed() -> bool:
+    """Whether plotly, which draws the pages, is installed."""
+    return importlib.util.find_spec("plotly") is not None
+
+
+def framed(kind: str, content: PageContent) -> bytes:
+    """One self-contained page; equal arguments give equal bytes.
+
+    Parameters
+    ----------
+    kind
+        "analysis", "sweep" or "comparison", which names the script in `assets/` too.
+    content
+        What the page shows.
+
+    Raises
+    ------
+    OutputError
+        Plotly is not installed.
+    """
+    scripts = ("plots.js", "table.js", f"{kind}.js")
+    own = "".join(["(() => {\n'use strict';\n", *map(_asset, scripts), "})();\n"])
+    plotly = _plotly()
+    policy = [
+        "default-src 'none'",
+        f"script-src {_digest(plotly)} {_digest(own)}",
+        # Plotly sets styles on what it draws.
+        "style-src 'unsafe-inline'",
+        "img-src data: blob:",
+        "base-uri 'none'",
+        "form-action 'none'",
+    ]
+    data = json.dumps(_plain_texts(content.data), allow_nan=False, separators=(",", ":"))
+    page = filled(
+        "page.html",
+        policy="; ".join(policy),
+        style=_asset("style.css"),
+        version=__version__,
+        kind=kind,
+        heading=escaped(content.heading),
+        lead=content.lead,
+        body=content.body,
+        data=data.translate(_FORBIDDEN),
+        plotly=plotly,
+        own=own,
+    )
+    return page.encode("utf-8", "backslashreplace")
+
+
+def escaped(value: Any) -> str:
+    """A value as text between tags or inside quotes; None becomes a dash.
+
+    Names come from strangers' checkpoints, so that what steers a browser or turns the reading
+    direction is written out.
+    """
+    return html.escape(plain("—" if value is None else str(value)), quote=True)
+
+
+def filled(asset: str, **parts: str) -> str:
+    """A file of `assets/` with HTML in the place of its $names."""
+    return Template(_asset(asset)).substitute(parts)
+
+
+def listed(style: str, pairs: Iterable[tuple[str, Any]]) -> str:
+    """A list of terms, which are HTML, and what is said of each, as "roles" or as "tiles"."""
+    rows = "".join(f"<div><dt>{k}</dt><dd>{escaped(v)}</dd></div>" for k, v in pairs)
+    return f'<dl class="{style}">{rows}</dl>'
+
+
+def figure(value: float | None, otherwise: str = "—") -> str:
+    """A number with three significant digits, as text."""
+    return otherwise if value is None else f"{value:.3g}"
+
+
+def rounded(value: float | None, digits: int = 5) -> float | None:
+    """A number with as many digits as a page shows, which keeps the page small."""
+    return None if value is None else float(f"{value:.{digits}g}")
+
+
+def size_text(shape: Iterable[int] | None) -> str | None:
+    """A matrix's shape as 4096x11008; None stays None."""
+    return None if shape is None else "x".join(map(str, shape))
+
+
+def _plain_texts(value: Any) -> Any:
+    """The same data with nothing in its texts that steers a browser."""
+    if isinstance(value, str):
+        return plain(value)
+    if isinstance(value, list | tuple):
+        return [_plain_texts(each) for each in value]
+    if isinstance(value, dict):
+        return {plain(str(name)): _plain_texts(each) for name, each in value.items()}
+    return value
+
+
+def _asset(name: str) -> str:
+    file = resources.files("lean_merge.page") / "assets" / name
+    return file.read_text(encoding="utf-8")
+
+
+def _plotly() -> str:
+    """Plotly's own script, for use inside a page."""
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise OutputError(
+            f"A page needs plotly, which is not installed; {INSTALL_PLOTLY}."
+        ) from error
+    # A browser reads the ends of lines as one character before it takes the digest.
+    code = str(get_plotlyjs()).replace("\r\n", "\n").replace("\r", "\n")
+    return code.replace("</script", "<\\/script").replace("<!--", "<\\!--")
+
+
+def _digest(code: str) -> str:
+    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    return f"'sha256-{digest}'"
