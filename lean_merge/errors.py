@@ -8,7 +8,7 @@
     |-- OutputError        the output folder cannot be written           exit 1
     `-- BudgetError        does not fit memory, device memory or disk    exit 4
 
-A message is one or two sentences: the fact, naming file and tensor, then the mend.
+A message is one or two sentences. It tells what is wrong, naming file and tensor, and what to do.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class BudgetError(LeanMergeError):
 def shown(value: Any) -> str:
     """`value` as a literal that is safe and short enough for a message.
 
-    What is said of bad input is bad input too: control characters are escaped, and neither a long
-    text nor a huge number or nested list can swell the message.
+    Control characters are escaped, so that bad input cannot disturb a terminal, and long texts,
+    huge numbers and nested lists are cut short.
     """
     if isinstance(value, str):
         literal = repr(value[:120])
@@ -75,8 +75,8 @@ def shown(value: Any) -> str:
 def is_plain(text: str) -> bool:
     """Whether a terminal, JSON and YAML show `text` as what it is.
 
-    Control characters, lone surrogates, line separators and what turns the reading direction are
-    not plain; joiners that scripts and emoji need are.
+    Control characters, lone surrogates, line separators and characters that turn the reading
+    direction are not plain. Joiners, which some scripts and emoji need, are.
     """
     if text.isascii():
         return text.isprintable()
@@ -84,7 +84,7 @@ def is_plain(text: str) -> bool:
 
 
 def plain(text: str) -> str:
-    """`text` with all that is not plain escaped, but for the ends of its lines."""
+    """`text` with everything escaped that is not plain, except the ends of lines."""
     if is_plain(text):
         return text
     return "".join(

@@ -1,4 +1,4 @@
-"""What memory the machine has and what this process uses of it."""
+"""How much memory the machine has free, and how much this process uses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CGROUP = "/sys/fs/cgroup"
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Bytes: `anonymous` is what the program allocated, `file_backed` what it has mapped."""
+    """Resident memory in bytes: `anonymous` is allocated, `file_backed` are mapped files."""
 
     anonymous: int
     file_backed: int
@@ -29,10 +29,10 @@ class Usage:
 def usage() -> Usage:
     """The process's resident memory now.
 
-    Where the system does not split it (not Linux), all of it counts as anonymous.
+    Only Linux tells both kinds apart. Elsewhere all of it counts as anonymous.
     """
     try:
-        # In pages; a quarter of the time of /proc/self/status.
+        # The file counts in pages. Reading it takes a quarter of the time of /proc/self/status.
         statm = os.open(_STATM, os.O_RDONLY)
         try:
             _, resident, shared = os.read(statm, 256).split()[:3]
@@ -47,7 +47,7 @@ def usage() -> Usage:
 
 
 def available() -> int:
-    """Bytes that can be allocated without swapping, or without passing a container's limit."""
+    """Bytes that can be allocated without swapping and without exceeding a container's limit."""
     free = int(psutil.virtual_memory().available)
     try:
         limit = Path(_CGROUP, "memory.max").read_text(encoding="ascii").strip()
@@ -60,9 +60,9 @@ def available() -> int:
 
 
 def release_free_memory() -> None:
-    """Give what the allocator holds but nobody uses back to the system, where glibc can.
+    """Give memory that the allocator keeps but nobody uses back to the system, where glibc can.
 
-    Threads allocate from heaps of their own, whose fragments would otherwise add up over weights.
+    Each thread allocates from a heap of its own, and their fragments would add up over weights.
     """
     trim = getattr(_libc(), "malloc_trim", None)
     if trim is not None:
@@ -75,7 +75,7 @@ def _libc() -> ctypes.CDLL | None:
 
 
 class PeakSampler:
-    """Samples the process's memory from a thread while the context is open."""
+    """Samples the process's memory from a thread while the context is open, and keeps the peak."""
 
     def __init__(self, interval: float = 0.01) -> None:
         self._interval = interval

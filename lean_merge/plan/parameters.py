@@ -1,8 +1,8 @@
-"""From a recipe's parameters to a method for each weight.
+"""Each weight gets the recipe's method, with the parameters that hold at this weight.
 
-A value may differ between weights, in the words that users of the field know: a list of numbers is
-interpolated over the layers from first to last; a list of `filter` and `value` gives the value of
-the first filter that a weight's name matches, and an entry without filter is for all others.
+A value may differ between weights. A list of numbers is interpolated over the layers, from the
+first to the last. In a list of entries with `filter` and `value`, the first entry counts whose
+filter matches the weight's name, and an entry without a filter matches all.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from lean_merge.recipe.values import ANY, Filtered
 def build_method(recipe: MergeRecipe, place: Position | None = None) -> Method[Any]:
     """The recipe's method with its parameters at one weight, checked.
 
-    Without a place, a value that differs between weights is the one for all others, or that of the
-    first layer.
+    Without a place, of a value that differs between weights the entry without a filter counts, or
+    the value at the first layer.
 
     Raises
     ------
@@ -65,7 +65,7 @@ def _all_parameters(recipe: MergeRecipe) -> list[Parameters]:
 
 
 def _resolved(recipe: MergeRecipe, place: Position | None) -> list[dict[str, Any]]:
-    """The values at one weight for each expert; a name that no filter gives one is left out."""
+    """Each expert's values at one weight, but for parameters of which no filter matches it."""
     resolved = []
     for expert in recipe.experts:
         values = {**dict(recipe.parameters), **dict(expert.parameters)}
@@ -75,7 +75,7 @@ def _resolved(recipe: MergeRecipe, place: Position | None) -> list[dict[str, Any
 
 
 def _at(value: Any, place: Position | None) -> Any:
-    """What a value is at one weight; `_DEFAULT` where none of its filters matches."""
+    """The value at one weight, or `_DEFAULT` where none of its filters matches."""
     if _is_filtered(value):
         for entry in value:
             if entry.filter == ANY or (place is not None and place.matches(entry.filter)):
@@ -99,7 +99,7 @@ def _is_gradient(value: Any) -> bool:
 
 
 def _interpolated(points: tuple[float, ...], depth: float) -> float:
-    """Linear between equidistant points, of which the first is at depth 0 and the last at 1."""
+    """The value at `depth` between equidistant points: the first is at depth 0, the last at 1."""
     position = depth * (len(points) - 1)
     before = min(math.floor(position), len(points) - 1)
     after = min(before + 1, len(points) - 1)
@@ -117,7 +117,7 @@ def _build(kind: type[Method[Any]], values: list[dict[str, Any]]) -> Method[Any]
 def _typed(
     values: Mapping[str, Any], fields: Mapping[str, dataclasses.Field[Any]]
 ) -> dict[str, Any]:
-    """YAML's and the command line's looser types made those of the parameters' defaults."""
+    """Convert what YAML and the command line give to the types of the parameters' defaults."""
     typed = {}
     for name, value in values.items():
         default = fields[name].default
@@ -137,12 +137,17 @@ def _typed(
 
 @dataclass
 class MethodTable:
-    """The method of every weight; weights with equal parameters share one.
+    """The methods of all weights. Weights with equal parameters share one object.
 
     Parameters
     ----------
     recipe
-        Whose names of parameters are checked here, and values where they are used.
+        Its parameters' names are checked here, and their values where they are used.
+
+    Raises
+    ------
+    RecipeError
+        The method or a parameter is unknown.
     """
 
     recipe: MergeRecipe
@@ -152,7 +157,7 @@ class MethodTable:
         self._kind, self._fields = _checked_names(self.recipe)
 
     def at(self, place: Position) -> Method[Any]:
-        """The method for one weight. Raises RecipeError naming the weight where a value differs."""
+        """The method for one weight. Raises RecipeError where a value makes no sense."""
         values = _resolved(self.recipe, place)
         key = repr(values)
         if key not in self._made:
@@ -161,7 +166,7 @@ class MethodTable:
         return self._made[key]
 
     def check_filters(self, places: list[Position]) -> None:
-        """Raises RecipeError for a filter of a value that matches none of the weights."""
+        """Raise RecipeError for a value's filter that matches none of the weights."""
         for values in _all_parameters(self.recipe):
             for name, value in values:
                 for entry in value if _is_filtered(value) else ():

@@ -1,4 +1,4 @@
-"""What of the machine a merge may use: device, memory, threads, and the fast dtype of products."""
+"""The part of the machine that a merge may use: device, memory, threads, and the fast dtype."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from lean_merge.errors import RecipeError
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What the merge may use; decides speed, never the numbers.
+    """What a merge may use of the machine. This decides its speed, never its numbers.
 
     Parameters
     ----------
     device : str
         `auto`, `cpu`, `cuda`, `cuda:N`, or another torch device.
     memory, vram : int, optional
-        Ceilings in bytes; by default half of what is available.
+        Ceilings in bytes on the process's anonymous memory and on device memory. By default half of
+        what is available.
     threads : int, optional
-        By default the processors this process may use.
+        By default as many as the processors that this process may use.
     """
 
     device: str = "auto"
@@ -52,7 +53,7 @@ def resolve_device(wanted: str) -> tuple[str, list[str]]:
 
 
 def processors(wanted: int | None) -> int:
-    """How many threads: as `wanted`, else the processors that this process may use."""
+    """The number of threads: `wanted`, or else of the processors that this process may use."""
     if wanted is not None:
         if wanted < 1:
             raise RecipeError(f"threads must be 1 or more, not {wanted}.")
@@ -63,14 +64,19 @@ def processors(wanted: int | None) -> int:
 
 
 def limits_of(resources: Resources, device: str) -> tuple[str, tuple[int, int], list[str]]:
-    """The device, what may be used of the CPU's memory and of its, and a note if it is not usable.
+    """The device, the ceilings in bytes on the CPU's memory and the device's, and notes.
 
-    Raises RecipeError if that device was asked for by name.
+    Where the device cannot be used, the CPU takes its place and a note says so.
+
+    Raises
+    ------
+    RecipeError
+        A device that was asked for by name cannot be used.
     """
     notes, vram = [], resources.vram or 0
     if torch.device(device).type == "cuda":
         try:
-            # The first call that takes memory there, and a good deal on the host.
+            # This is the first call that takes memory there, and a good deal of the host's.
             free = torch.cuda.mem_get_info(torch.device(device))[0]
             vram = vram or free // 2
         except RuntimeError as error:
@@ -86,7 +92,10 @@ def limits_of(resources: Resources, device: str) -> tuple[str, tuple[int, int], 
 
 
 def arithmetic_dtype(task: torch.dtype, device: str) -> torch.dtype:
-    """Dtype of products: bfloat16 where the task vectors are and the machine is fast at it."""
+    """The dtype of products on `device` with task vectors of dtype `task`.
+
+    It is bfloat16 where the task vectors are and the machine is fast at it, and float32 elsewhere.
+    """
     if task is not torch.bfloat16:
         return torch.float32
     if torch.device(device).type == "cuda":

@@ -1,7 +1,7 @@
-"""Which of the weights that could be merged are: `include` and `exclude` of a recipe.
+"""The recipe's `include` and `exclude` decide which weights are merged.
 
-An entry is a regular expression that is searched for in a weight's name, canonical or the MLLM's
-own, or a range of layers such as `layers: 0-15`.
+An entry is a regular expression that is searched for in a weight's canonical name and in the
+MLLM's, or a range of layers such as `layers: 0-15`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,15 @@ def layer_of(canonical: str) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a logical weight stands in the model, for filters and values to go by.
+    """Where a logical weight stands in the model. Filters and interpolated values need this.
 
     Attributes
     ----------
-    canonical, mllm
-        Its names: "layers.3.self_attn.q_proj", and that of the tensor in the MLLM. A part of a
-        fused tensor goes by its own last word there too, so that "up_proj" is not gate_up_proj.
+    canonical
+        Its canonical name, such as "layers.3.self_attn.q_proj".
+    mllm
+        The name of its tensor in the MLLM. For a part of a fused tensor the last word is the
+        part's own, so that a filter "up_proj" does not match all of gate_up_proj.
     layers
         How many layers the language model has.
     """
@@ -46,16 +48,16 @@ class Position:
 
     @property
     def layer(self) -> int:
-        """The number of its layer, from 0."""
+        """The number of its layer, from 0; 0 too for a weight outside of layers."""
         return layer_of(self.canonical) or 0
 
     @property
     def depth(self) -> float:
-        """0 in the first layer, 1 in the last."""
+        """Its layer's place between the first, 0.0, and the last, 1.0."""
         return self.layer / (self.layers - 1) if self.layers > 1 else 0.0
 
     def matches(self, entry: str) -> bool:
-        """Whether an entry of a filter takes this weight. Raises RecipeError if it is none."""
+        """Whether a filter matches this weight. Raises RecipeError where it makes no sense."""
         found = _RANGES.fullmatch(entry.strip())
         if found:
             return any(self.layer in layers for layers in _ranges(entry, found["ranges"]))
@@ -67,7 +69,6 @@ class Position:
 
 @cache
 def _pattern(entry: str) -> re.Pattern[str]:
-    """An entry as a regular expression. Raises RecipeError."""
     try:
         return re.compile(entry)
     except (re.error, OverflowError, RecursionError) as error:
@@ -85,7 +86,7 @@ def _ranges(entry: str, text: str) -> tuple[range, ...]:
         first = int(match["first"]) if match else 0
         last = first
         if match and match["dash"]:
-            # Open ended up to more layers than any model has.
+            # A range without an end reaches beyond the layers of any model.
             last = int(match["last"]) if match["last"] else 10**6
         if match is None or last < first:
             raise RecipeError(
@@ -97,7 +98,7 @@ def _ranges(entry: str, text: str) -> tuple[range, ...]:
 
 
 def positions_of(coverage: Coverage) -> dict[str, Position]:
-    """The place of every logical weight, by canonical name."""
+    """The positions of all logical weights, by canonical name."""
     places = [
         Position(part.canonical, _mllm_name(weight, part), 0)
         for weight in coverage.weights
@@ -116,24 +117,24 @@ def _mllm_name(weight: MappedWeight, part: LogicalWeight) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """Why each weight that is filtered out is, by canonical name."""
+    """The weights that filters leave out, with the reason, by canonical name."""
 
     filtered: dict[str, str]
 
     def reason(self, weight: LogicalWeight) -> str:
-        """Empty for a weight that is merged."""
+        """Why a weight is left out; empty for a weight that is merged."""
         return self.filtered.get(weight.canonical, "")
 
 
 def filter_weights(
     places: Sequence[Position], *, include: Sequence[str], exclude: Sequence[str]
 ) -> Scope:
-    """What `include` leaves out and `exclude` takes out.
+    """Find the weights that `include` leaves out or `exclude` takes out.
 
     Raises
     ------
     RecipeError
-        An entry makes no sense or matches no weight, or nothing is left.
+        An entry makes no sense or matches no weight, or no weight is left.
     """
     for name, entries in (("include", include), ("exclude", exclude)):
         for entry in entries:
@@ -154,7 +155,7 @@ def filter_weights(
 
 
 def nearest(entry: str, places: Sequence[Position]) -> str:
-    """What a filter that matches nothing may have meant."""
+    """A hint at what a filter that matches nothing may have meant."""
     layers = max((place.layers for place in places), default=0)
     if _RANGES.fullmatch(entry.strip()):
         return f"the layers are 0-{layers - 1}."

@@ -1,4 +1,4 @@
-"""What the user asks for: the recipe, values that differ between weights, and their YAML."""
+"""The recipe: what the user asks for, and its YAML."""
 
 from lean_merge.recipe.recipe import (
     OUT_DTYPES,

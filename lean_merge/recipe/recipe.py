@@ -1,4 +1,4 @@
-"""What the user asked for: a frozen, hashable recipe, to and from YAML."""
+"""A recipe says what to merge and how. It is frozen and hashable, and goes to YAML and back."""
 
 from __future__ import annotations
 
@@ -32,7 +32,15 @@ NameRules = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True, slots=True)
 class Expert:
-    """One expert: a folder or hub id, and the parameters that are its own."""
+    """An expert model.
+
+    Attributes
+    ----------
+    model : str
+        A folder or hub id.
+    parameters : tuple of (name, value)
+        The parameters that hold for this expert alone.
+    """
 
     model: str
     parameters: Parameters = ()
@@ -40,45 +48,50 @@ class Expert:
 
 @dataclass(frozen=True, slots=True)
 class MergeRecipe:
-    """Everything that decides the numbers of a merge; memory, device and threads do not.
+    """Everything that decides the numbers of a merge. Memory, device and threads do not.
+
+    Lists, mappings and sizes such as "5GB" are taken as well, and turned into hashable values.
 
     Parameters
     ----------
     base_model, mllm_model : str
         Folder, `.safetensors` file or hub id `org/name@revision`.
     experts : tuple of Expert
-        One or more.
+        At least one.
     merge_method : str
         Name of a registered method.
     parameters : tuple of (name, value)
-        The method's parameters, common to all experts. A value that differs between weights is a
-        list of numbers, interpolated over the layers, or of `filter` and `value`.
+        The method's parameters for all experts. A value may differ between weights: it is then a
+        list of numbers, which are interpolated over the layers, or of entries with `filter` and
+        `value`.
     include, exclude : tuple of str
-        Regular expressions on the weights' names, or `layers: 0-15`. A weight is merged if it is
-        in `include`, where that is given, and not in `exclude`; the others are copied.
+        Regular expressions on the weights' names, or `layers: 0-15`. A weight is merged if
+        `include` is empty or matches it, and `exclude` does not. The others are copied.
     output : str
-        `checkpoint`, a whole model; `lora`, an adapter for the MLLM; or `none`, analysis alone.
+        `checkpoint` writes a whole model, `lora` an adapter for the MLLM, and `none` a report only.
     lora_rank : int or str
-        Rank of each weight in an adapter: `auto`, the smallest that keeps the update, or a number.
+        Rank of each weight in an adapter: a number, or `auto` for the smallest rank that keeps the
+        update.
     out_dtype : str
-        `auto` keeps each MLLM weight's dtype; else the dtype of the in-scope weights. An adapter's
-        factors are float32 with `auto`.
+        The dtype of the in-scope weights. With `auto`, each keeps the dtype that it has in the
+        MLLM, and an adapter's factors are float32.
     rounding : str
-        `nearest`, or `stochastic` for out dtypes below float32.
+        `nearest`, or `stochastic`, which differs from it for dtypes below float32.
     seed : int
-        Seed of the random starts and of stochastic rounding.
+        Seed of the random starts and of stochastic rounding, from 0 to 2^64 - 1.
     shard_size : int
         Largest shard in bytes.
     allow_partial : bool
-        Go on where in-scope weights do not map to every role, leaving them as the MLLM has them.
+        Whether to go on where in-scope weights do not map to every role. They stay as they are in
+        the MLLM.
     names : tuple of (pattern, template), or of (role, such a tuple)
-        How tensors' names become the base's, where structure does not tell: by regular expression,
-        with groups in the template. Of the MLLM, or of the named roles.
+        Regular expressions and templates that turn tensors' names into those of the base, where
+        structure does not tell. They are for the MLLM's names unless they are given by role.
 
     Raises
     ------
     RecipeError
-        For a value that makes no sense.
+        A value makes no sense.
     """
 
     base_model: str
@@ -98,48 +111,39 @@ class MergeRecipe:
     names: Parameters = ()
 
     def __post_init__(self) -> None:
-        # Lists, mappings and sizes in words are taken too, and made hashable.
         experts = tuple(_expert(entry) for entry in _list(self.experts, "experts"))
         object.__setattr__(self, "experts", experts)
         object.__setattr__(self, "parameters", _frozen(self.parameters, "parameters"))
         object.__setattr__(self, "names", _names(self.names, len(experts)))
-        for name in ("include", "exclude"):
-            object.__setattr__(self, name, _filters(getattr(self, name), name))
+        object.__setattr__(self, "include", _filters(self.include, "include"))
+        object.__setattr__(self, "exclude", _filters(self.exclude, "exclude"))
         object.__setattr__(self, "shard_size", parse_size(self.shard_size))
-        if not self.experts:
+        if not experts:
             raise RecipeError("A merge needs at least one expert; name it with --expert.")
-        for role, model in [
-            ("base_model", self.base_model),
-            ("mllm_model", self.mllm_model),
-            *(("experts[].model", expert.model) for expert in self.experts),
-        ]:
-            if not isinstance(model, str) or not model:
-                raise RecipeError(f"{role} must name a folder or hub id, not {shown(model)}.")
-            if not _is_storable(model):
-                raise RecipeError(
-                    f"{role} {shown(model)} is not valid Unicode, so that no report could name it; "
-                    "rename the folder."
-                )
+        _check_model("base_model", self.base_model)
+        _check_model("mllm_model", self.mllm_model)
+        for expert in experts:
+            _check_model("experts[].model", expert.model)
         if not isinstance(self.merge_method, str) or not self.merge_method:
             raise RecipeError(f"merge_method must name a method, not {shown(self.merge_method)}.")
         if not isinstance(self.allow_partial, bool):
             raise RecipeError(
                 f"allow_partial must be true or false, not {shown(self.allow_partial)}."
             )
-        _one_of("output", self.output, OUTPUTS)
+        _check_choice("output", self.output, OUTPUTS)
+        _check_choice("out_dtype", self.out_dtype, OUT_DTYPES)
+        _check_choice("rounding", self.rounding, ROUNDINGS)
         if self.lora_rank != "auto" and not (type(self.lora_rank) is int and self.lora_rank >= 1):
             raise RecipeError(
                 f"lora_rank must be 'auto' or a whole number from 1, not {shown(self.lora_rank)}."
             )
-        _one_of("out_dtype", self.out_dtype, OUT_DTYPES)
-        _one_of("rounding", self.rounding, ROUNDINGS)
         if type(self.seed) is not int or not 0 <= self.seed < 2**64:
             raise RecipeError(
                 f"seed must be a whole number from 0 to 2^64 - 1, not {shown(self.seed)}."
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe in the words of the field, plain types only."""
+        """The recipe under the field's usual keys, in plain types only."""
         experts = []
         for expert in self.experts:
             entry: dict[str, Any] = {"model": expert.model}
@@ -166,17 +170,26 @@ class MergeRecipe:
         return recipe
 
     def name_rules(self) -> dict[str, NameRules]:
-        """The rules of `names` by role."""
+        """The rules of `names` for each role. Rules without a role are for the MLLM."""
         by_role = any(not isinstance(rules, str) for _, rules in self.names)
-        return dict(self.names if by_role else [("mllm", self.names)] if self.names else [])
+        if by_role or not self.names:
+            return dict(self.names)
+        return {"mllm": self.names}
 
     def to_yaml(self) -> str:
-        """The recipe as YAML that `from_yaml` reads back."""
+        """The recipe as YAML, which `from_yaml` reads back."""
         return dump_yaml(self.to_dict())
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MergeRecipe:
-        """Build a recipe from plain data; unknown keys are errors that name the nearest."""
+        """Build a recipe from plain data.
+
+        Raises
+        ------
+        RecipeError
+            A key is unknown, and the message names the nearest one; a required key is missing; or
+            a value makes no sense.
+        """
         known = [field.name for field in dataclasses.fields(cls)]
         reject_unknown(data, known, "recipe")
         for required in ("base_model", "mllm_model", "experts"):
@@ -186,12 +199,12 @@ class MergeRecipe:
 
     @classmethod
     def from_yaml(cls, text: str) -> MergeRecipe:
-        """Read a recipe from YAML text, loaded safely."""
+        """Read a recipe from YAML text. Raises RecipeError."""
         return cls.from_dict(load_yaml(text))
 
 
 def reject_unknown(given: Iterable[Any], known: Iterable[str], where: str) -> None:
-    """Raise RecipeError for the first key of `given` that is not known, naming the nearest."""
+    """Raise RecipeError for the first key of `given` that is unknown, and name the nearest one."""
     names = list(known)
     for key in given:
         if key not in names:
@@ -200,9 +213,19 @@ def reject_unknown(given: Iterable[Any], known: Iterable[str], where: str) -> No
             raise RecipeError(f"Unknown key {shown(key)} in {where}{hint}.")
 
 
-def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise RecipeError(f"{name} must be one of {', '.join(choices)}, not {shown(value)}.")
+
+
+def _check_model(role: str, model: object) -> None:
+    if not isinstance(model, str) or not model:
+        raise RecipeError(f"{role} must name a folder or hub id, not {shown(model)}.")
+    if not _is_storable(model):
+        raise RecipeError(
+            f"{role} {shown(model)} is not valid Unicode, so that no report could name it; rename "
+            "the folder."
+        )
 
 
 def _list(value: Any, name: str) -> list[Any]:
@@ -246,7 +269,7 @@ def _frozen_value(value: Any, where: str) -> Any:
 
 
 def _scalar(value: Any, where: str) -> Any:
-    """`value`, a word, a number or a truth value; anything else could not be hashed or written."""
+    """Return `value` if it is a word, a number, a truth value or None; raise RecipeError if not."""
     if isinstance(value, str) and _is_storable(value):
         return value
     if isinstance(value, int) and abs(value) >= 2**64:
@@ -279,7 +302,7 @@ def _filters(entries: Any, name: str) -> tuple[str, ...]:
 
 
 def _filter(entry: Any, where: str) -> str:
-    """A filter's text; YAML reads `layers: 0-15` in a list as a mapping."""
+    """Return a filter as text. In a list, YAML reads `layers: 0-15` as a mapping."""
     if isinstance(entry, Mapping) and set(entry) == {"layers"}:
         wanted = entry["layers"]
         parts = wanted if isinstance(wanted, (list, tuple)) else [wanted]
@@ -300,7 +323,7 @@ def _tuple(value: Any, where: str) -> Any:
 
 
 def _is_storable(text: str) -> bool:
-    """Whether UTF-8 can hold `text`; names of files that it cannot hold come as surrogates."""
+    """Whether UTF-8 can hold `text`. Python spells other bytes of a file's name as surrogates."""
     return "\0" not in text and text.encode("utf-8", "ignore").decode("utf-8") == text
 
 
@@ -316,7 +339,7 @@ def _plain_value(value: Any) -> Any:
 
 
 def _names(names: Any, experts: int) -> Parameters:
-    """The rules of `names`, checked, with roles only where they were given by role."""
+    """Check the rules of `names`, and return them by role if that is how they were given."""
     rules = _pairs(names, "names")
     if all(isinstance(value, str) for _, value in rules):
         return _rules(rules, "names")
@@ -336,7 +359,7 @@ def _pairs(value: Any, where: str) -> Parameters:
 
 
 def _rules(rules: Parameters, where: str) -> NameRules:
-    """Regular expressions and templates that fit each other. Raises RecipeError."""
+    """Return `rules` if each template fits its regular expression; raise RecipeError if not."""
     for pattern, template in rules:
         if not isinstance(template, str):
             raise RecipeError(

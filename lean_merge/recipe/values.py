@@ -1,4 +1,4 @@
-"""Values that differ between weights, as a recipe holds them."""
+"""A recipe's values that differ between weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ANY = "*"
 
 @dataclass(frozen=True, slots=True)
 class Filtered:
-    """A parameter's value for the weights whose name `filter` matches."""
+    """A parameter's value for the weights whose names match `filter`."""
 
     filter: str
     value: Any
