@@ -18,8 +18,7 @@ from lean_merge.plan import plan_analysis
 from lean_merge.plan.resources import Resources
 from lean_merge.recipe import MergeRecipe
 from lean_merge.studies.analyze import analyze
-from lean_merge.studies.comparing import write_comparison
-from lean_merge.studies.comparison import COMPARISON, compare, differing
+from lean_merge.studies.compare import COMPARISON, compare, differing, write_comparison
 from lean_merge.studies.pages import render
 
 

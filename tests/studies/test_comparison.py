@@ -20,8 +20,7 @@ from lean_merge import BudgetError, CoverageError, MergeRecipe, OutputError, Res
 from lean_merge.plan import budget, plan
 from lean_merge.store import JOURNAL
 from lean_merge.studies import pages
-from lean_merge.studies.comparing import write_comparison
-from lean_merge.studies.comparison import compare, differing
+from lean_merge.studies.compare import compare, differing, write_comparison
 from lean_merge.tasks import tiles
 
 WORDS = ("one", "plus", "two", "is", "three", "minus")
@@ -181,7 +180,7 @@ def test_distances_are_those_of_whole_matrices(make: Make, tmp_path: Path):
 
 @pytest.mark.parametrize("shape", [(32, 24), (7, 100)])
 def test_unrelated_weights_stay_below_the_stated_cosine_as_often_as_stated(shape: tuple[int, int]):
-    from lean_merge.studies.comparison.distances import unrelated_cosine
+    from lean_merge.studies.compare.distances import unrelated_cosine
 
     generator = np.random.default_rng(3)
     bound, trials = unrelated_cosine(shape), 4000
@@ -239,7 +238,7 @@ def test_products_of_any_shape_and_strip_are_exact(
     from lean_merge.checkpoints import TensorReader, open_checkpoint
     from lean_merge.engine.workers import worker_pool
     from lean_merge.mapping.rows import PlainRows
-    from lean_merge.studies.comparison.distances import products
+    from lean_merge.studies.compare.distances import products
 
     folder = tmp_path_factory.mktemp("weights")
     generator = torch.Generator().manual_seed(seed)

@@ -70,9 +70,9 @@ def test_words_are_put_in_whole(path: str):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"command": ""}, "no command"),
-        ({"command": " "}, "no command"),
-        ({"command": "a\0b"}, "no command"),
+        ({"command": ""}, "not a command"),
+        ({"command": " "}, "not a command"),
+        ({"command": "a\0b"}, "not a command"),
         ({"command": "a 'b"}, "split into words"),
         ({"command": "a", "timeout": 0}, "time in seconds"),
         ({"command": "a", "timeout": float("nan")}, "time in seconds"),

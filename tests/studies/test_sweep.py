@@ -410,7 +410,7 @@ def test_a_table_with_odd_points_is_refused(triple: Triple, tmp_path: Path, chan
     assert read_table(tmp_path / "out") == table
     table["points"][0] |= change
     file.write_text(json.dumps(table))
-    with pytest.raises(CheckpointError, match="a point that is none"):
+    with pytest.raises(CheckpointError, match="a point that lacks something"):
         run(triple, tmp_path / "out", Grid(thresholds=[0.99]), output="none")
 
 

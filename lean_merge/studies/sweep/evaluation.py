@@ -1,4 +1,4 @@
-"""Measuring a result by a command of the user's, and the number that it prints."""
+"""How a result is measured: by a command of the user, and the number that it prints."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from lean_merge.errors import OutputError, RecipeError, plain, shown
 from lean_merge.studies.sweep.grid import AXES
 
 FACTS = ("path", "name", "output", "mllm", "base")
-"""Placeholders beside the swept parameters."""
+"""The placeholders that a command may name besides the swept parameters."""
 GRACE = 5.0
-"""Seconds that a command has to end by itself once it is asked to."""
+"""How many seconds a command has to end by itself once it is asked to."""
 MAX_NUMBERS = 200
 _TAIL = 256 << 10
-"""Bytes at the end of its output in which the result is looked for."""
+"""How many bytes at the end of the output the result is looked for in."""
 _MAX_LINES = 1000
-"""The same in lines: where nothing closes, every line that opens something is read to the end."""
+"""How many of the last lines a value may begin in; each that opens one is read to the end."""
 _LONGEST_LINE = 200
 _PLACEHOLDER = re.compile(r"\{([a-z]+)\}")
 _LINE_START = re.compile(r"(?:^|(?<=[\r\n]))[ \t]*")
@@ -44,18 +44,19 @@ class Evaluation:
     Parameters
     ----------
     command
-        Split into words as a shell would, then run without one. `{path}`, `{name}`, `{output}`,
-        `{mllm}`, `{base}` and the swept parameters are put into the words; other braces stay. The
-        same are in its environment: LEAN_MERGE_PATH, LEAN_MERGE_THRESHOLD and so on.
+        The command line, which is split into words as a shell would, and run without one. In the
+        words, `{path}`, `{name}`, `{output}`, `{mllm}`, `{base}` and the swept parameters are
+        replaced; other braces stay. The same values are in the command's environment, as
+        LEAN_MERGE_PATH, LEAN_MERGE_THRESHOLD and so on.
     shell
-        Run it by the system's shell; what is put in is quoted.
+        Whether the system's shell runs the command; the values are quoted then.
     timeout
-        Seconds after which it is ended, with all that it started.
+        Seconds after which the command is ended, with all that it started.
 
     Raises
     ------
     RecipeError
-        The command is none, or its quotes do not match.
+        The command is empty, or its quotes do not match, or the timeout is not a time.
     """
 
     command: str
@@ -66,7 +67,7 @@ class Evaluation:
         if self.timeout is not None and not 0 < self.timeout < 1e9:
             raise RecipeError(f"The timeout must be a time in seconds, not {shown(self.timeout)}.")
         if not isinstance(self.command, str) or not self.command.strip() or "\0" in self.command:
-            raise RecipeError(f"{shown(self.command)} is no command that could evaluate anything.")
+            raise RecipeError(f"{shown(self.command)} is not a command.")
         try:
             shlex.split(self.command)
         except ValueError as error:
@@ -77,7 +78,7 @@ class Evaluation:
                 ) from error
 
     def check(self, swept: Mapping[str, Any]) -> None:
-        """Raises RecipeError if it names a parameter that is not `swept`."""
+        """Refuse a command that names a parameter that is not `swept`, with a RecipeError."""
         for name in _PLACEHOLDER.findall(self.command):
             if name in AXES and name not in swept:
                 raise RecipeError(
@@ -86,7 +87,7 @@ class Evaluation:
                 )
 
     def arguments(self, facts: Mapping[str, str]) -> list[str] | str:
-        """What is run, for a result with these facts."""
+        """What is run for a result of which the placeholders say these facts."""
 
         def put(text: str, quote: bool) -> str:
             def value(match: re.Match[str]) -> str:
@@ -102,7 +103,7 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a command said: its result, or why there is none."""
+    """What came of a command: its result, or why there is none, and the seconds it took."""
 
     result: Result | None
     error: str | None
@@ -117,15 +118,15 @@ def measure(evaluation: Evaluation, facts: Mapping[str, str], *, logs: Path) -> 
     evaluation
         The command.
     facts
-        What its placeholders and its environment say.
+        The values of the placeholders, which are in the command's environment too.
     logs
-        Folder for NAME.stdout.txt and NAME.stderr.txt; those of an earlier run are replaced.
+        The folder for NAME.stdout.txt and NAME.stderr.txt; those of an earlier run are replaced.
 
     Returns
     -------
     Measured
-        A command that fails is an answer too. Whatever it started is ended when this returns, also
-        by an exception.
+        The result, or the error of a command that fails. Whatever the command started is ended
+        when this function returns or raises.
 
     Raises
     ------
@@ -137,7 +138,7 @@ def measure(evaluation: Evaluation, facts: Mapping[str, str], *, logs: Path) -> 
     try:
         logs.mkdir(exist_ok=True)
         for file in files:
-            # Never through a link.
+            # The log is never written through a link.
             file.unlink(missing_ok=True)
         with open(files[0], "xb") as out, open(files[1], "xb") as err:
             fault = _run(evaluation, facts, out.fileno(), err.fileno())
@@ -156,7 +157,7 @@ def measure(evaluation: Evaluation, facts: Mapping[str, str], *, logs: Path) -> 
 
 
 def _run(evaluation: Evaluation, facts: Mapping[str, str], out: int, err: int) -> str | None:
-    """Run the command to its end; what went wrong, if anything did."""
+    """Run the command to its end; return what went wrong, or None."""
     environment = {f"LEAN_MERGE_{name.upper()}": value for name, value in facts.items()}
     arguments = evaluation.arguments(facts)
     try:
@@ -186,7 +187,7 @@ def _run(evaluation: Evaluation, facts: Mapping[str, str], out: int, err: int) -
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a command and all that it started in its process group, gently at first."""
+    """End a command and all that it started in its process group, gently at first."""
     try:
         if not _signal(process, "SIGTERM"):
             return
@@ -202,7 +203,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _signal(process: subprocess.Popen[bytes], name: str | None) -> bool:
-    """Sends a signal to the group of a process; whether there was anyone to get it."""
+    """Send a signal to the group of a process; return whether there was anyone to get it."""
     if sys.platform == "win32":
         if process.poll() is None and name is not None:
             process.kill()
@@ -227,10 +228,10 @@ def _last_line(text: str) -> str:
 
 
 def read_result(text: str) -> tuple[Result | None, str | None]:
-    """The number, or the numbers by name, in the last JSON value of `text`; else why not.
+    """The number, or the numbers by name, in the last JSON value of `text`, or what is wrong.
 
-    A value begins where a line does and ends where one does. Of an object the numbers are taken,
-    those of objects inside it under dotted names; what is no number is left out.
+    A value begins where a line does and ends where one does. From an object its numbers are taken,
+    and those of objects inside it under dotted names; anything else in it is left out.
     """
     found = None
     for value in _values(text):
@@ -256,7 +257,7 @@ def read_result(text: str) -> tuple[Result | None, str | None]:
 
 
 def _values(text: str) -> Iterator[Any]:
-    """The JSON values that stand on lines of their own, in order."""
+    """The JSON values that stand on lines of their own, in their order."""
     decoder, end = json.JSONDecoder(), 0
     for line in deque(_LINE_START.finditer(text), maxlen=_MAX_LINES):
         if line.start() < end:
@@ -279,7 +280,6 @@ def _numbers(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, or None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:

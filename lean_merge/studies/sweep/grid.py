@@ -18,7 +18,7 @@ AXES: Mapping[str, str] = {
     "scale": "scales",
     "temperature": "temperatures",
 }
-"""Parameter of the method, and the field of `Grid` with its values; in the order of names."""
+"""The parameters that can be swept, and the field of `Grid` that has the values of each."""
 AUTO = "auto"
 MAX_POINTS = 1000
 _NUMBER = re.compile(r"[+-]?(?:\d{1,9}(?:\.\d{0,12})?|\.\d{1,12})", re.ASCII)
@@ -35,10 +35,10 @@ class Point:
     Attributes
     ----------
     name
-        Its folder: lower-case letters, digits, dots and hyphens, as threshold-0.3_scale-0.5. It
-        depends on the point's values alone.
+        The name of its folder, such as threshold-0.3_scale-0.5, which has lower-case letters,
+        digits, dots and hyphens, and depends on the point's values alone.
     values
-        What each swept parameter is here, in the order of `AXES`.
+        Each swept parameter and its value here, in the order of `AXES`.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Point:
         return dict(self.values)
 
     def recipe(self, recipe: MergeRecipe) -> MergeRecipe:
-        """`recipe` with this point's values, which hold for every expert and weight."""
+        """The recipe with this point's values, which hold for every expert and weight."""
         swept = self.parameters
         experts = tuple(
             Expert(each.model, tuple((n, v) for n, v in each.parameters if n not in swept))
@@ -62,7 +62,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True, init=False)
 class Grid:
-    """Values of parameters, of which a sweep tries every combination.
+    """The values of parameters, of which a sweep tries every combination.
 
     Each may be given as text, as on the command line, or as a sequence of values. A value that is
     named twice counts once.
@@ -75,7 +75,7 @@ class Grid:
     stages : text or texts
         Sets of stages, with semicolons between them: "select;select,rescale".
     scales, temperatures : text or numbers
-        As thresholds, without "auto".
+        Numbers as for thresholds, without "auto".
 
     Raises
     ------
@@ -142,12 +142,12 @@ class Grid:
 
 
 def written(value: Value) -> str:
-    """A value in plain decimals, as it could be given."""
+    """A value in plain decimals, in which it could be given too."""
     return value if isinstance(value, str) else format(Decimal(repr(value)).normalize(), "f")
 
 
 def _word(value: Value) -> str:
-    """A value as part of a file name."""
+    """A value as a part of a file name."""
     if isinstance(value, str):
         return value.replace(",", "-")
     return f"minus-{written(-value)}" if value < 0 else written(value)
@@ -170,14 +170,14 @@ def _sequence(given: Any, field: str) -> Sequence[Any]:
 
 
 def _text(value: Any, field: str) -> str:
-    """A Python number as it would be written."""
+    """A Python number in plain decimals."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9:
         return format(Decimal(repr(value)), "f")
-    raise RecipeError(f"{field}: {shown(value)} is no value of a grid; {_HOW}.")
+    raise RecipeError(f"{field}: {shown(value)} cannot be a value of a grid; {_HOW}.")
 
 
 def _items(item: str, field: str) -> list[Value]:
-    """What one item of a list stands for: a number, a range, or auto."""
+    """The values that one item of a list stands for: a number, a range, or auto."""
     if item == AUTO:
         return [AUTO]
     parts = [part.strip() for part in item.split(":")]
@@ -213,12 +213,14 @@ def _stage_sets(given: Any, field: str) -> list[str]:
         if isinstance(text, (list, tuple)) and all(isinstance(each, str) for each in text):
             text = ",".join(text)
         if not isinstance(text, str):
-            raise RecipeError(f"{field}: {shown(text)} is no set of stages; write select,rescale.")
+            raise RecipeError(
+                f"{field}: {shown(text)} is not a set of stages; write select,rescale."
+            )
         for part in text.split(";"):
             words = ",".join(word.strip() for word in part.split(","))
             if not _STAGE_SET.fullmatch(words):
                 raise RecipeError(
-                    f"{field}: {shown(part)} is no set of stages; write select,rescale, with "
+                    f"{field}: {shown(part)} is not a set of stages; write select,rescale, with "
                     "semicolons between sets."
                 )
             found.append(words)

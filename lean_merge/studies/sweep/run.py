@@ -38,7 +38,7 @@ LOGS = "evaluations"
 
 @dataclass(frozen=True, slots=True)
 class PointEvent:
-    """Point `number` of `total` is done; `record` is its row of the table."""
+    """Tells that point `number` of `total` is done; `record` is its row of the table."""
 
     number: int
     total: int
@@ -75,36 +75,38 @@ def sweep(
 ) -> SweepResult:
     """Merge at every point of a grid, from one analysis.
 
-    Each point has a folder of its own in `out`, named after its values, with what the recipe's
-    `output` says. Points with equal decisions are made once; weight files that are equal are hard
-    links. A point that fails does not keep the others from being made. Run again, a sweep goes on
-    where it stopped, and points of the same recipe that another grid had stay in the table. Where
-    plotly is installed, the table is a page with plots too.
+    Each point has a folder of its own in `out`, which is named after its values and holds what the
+    recipe's `output` says. Points with equal decisions are made once, and weight files that are
+    equal become hard links. A point that fails does not keep the others from being made. A sweep
+    that is run again goes on where it stopped, and points of the same recipe that another grid had
+    stay in the table. Where plotly is installed, the table is a page with plots too.
 
     Parameters
     ----------
     recipe
-        What all points share; the grid's values go over its own, and over those of single experts.
+        What all points share. The grid's values replace its own, and those of single experts.
     grid
         The values.
     out
-        Folder of the table and of the points.
+        The folder of the table and of the points.
     analysis
-        Of the same inputs, or its folder; by default the one in `out`, made if it is not there.
+        An analysis of the same inputs, or its folder. By default it is the one in `out`, which is
+        made where it is missing.
     evaluate
         A command that measures each result; see `Evaluation`.
     resources
         Device, memory and threads.
     overwrite
-        Replace what the points' folders and the sweep's own analysis hold, if it is not the same,
-        each once the new is complete.
+        Replace what the points' folders and the sweep's own analysis hold, where it is something
+        else, each once the new one is complete.
     on_event
-        Called after each weight of an analysis that is made, and after each point.
+        A function that is called after each weight of an analysis that is made, and after each
+        point.
 
     Raises
     ------
     LeanMergeError
-        For what concerns all points; what concerns one is in the table, under `error`.
+        Something is wrong with all points; what is wrong with one is in the table, under `error`.
     """
     evaluation = Evaluation(evaluate) if isinstance(evaluate, str) else evaluate
     points = list(grid.points())
@@ -148,7 +150,7 @@ class _Sweep:
     analysis: Analysis | None = None
     files: EqualFiles = field(default_factory=EqualFiles)
     first: dict[str, Record] = field(default_factory=dict)
-    """The first point of every set of decisions, by their digest."""
+    """The record of the first point with a set of decisions, by their digest."""
 
     def table(self, grid: Grid, points: list[Point]) -> dict[str, Any]:
         """The whole table, with what is known of this grid's points, and then of others."""
@@ -213,7 +215,7 @@ class _Sweep:
             record |= {key: twin[key] for key in ("path", "result", "evaluation", "error")}
             record["seconds"] = self._known(record).get("seconds")
         elif recipe.output == "lora" and decided.changes_nothing:
-            # An adapter without any update is none that PEFT would load.
+            # PEFT would not load an adapter without any update.
             record |= {"bytes_own": 0, "bytes_shared": 0}
         else:
             self._merge(point, recipe, decided, record)
@@ -231,7 +233,7 @@ class _Sweep:
         record |= {"path": point.name, "bytes_own": size - shared, "bytes_shared": shared}
 
     def _known(self, record: Record) -> Record:
-        """What an earlier sweep noted of the point, if its decisions were these; else nothing."""
+        """What an earlier sweep noted of the point, if it had the same decisions; else nothing."""
         before = self.earlier.get(record["name"], {})
         return before if before.get("digest") == record["digest"] else {}
 
@@ -248,7 +250,7 @@ class _Sweep:
             record["error"] = f"evaluation: {measured.error}"
 
     def _facts(self, point: Point, path: str) -> dict[str, str]:
-        """What the command is told of a point, as text."""
+        """What the evaluation is told of a point, as text."""
         return {
             "path": str(self.place / path),
             "name": point.name,
@@ -260,5 +262,5 @@ class _Sweep:
 
 
 def _absolute(model: str) -> str:
-    """A folder's whole path; a hub id as it is."""
+    """The whole path of a folder; a hub id stays what it is."""
     return str(Path(model).resolve()) if Path(model).exists() else model

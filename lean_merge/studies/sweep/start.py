@@ -1,4 +1,4 @@
-"""What a sweep begins with: its grid checked, its folder held, its analysis, an earlier table."""
+"""How a sweep begins: it checks its grid, locks its folder, and finds its analysis and table."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from lean_merge.studies.sweep.evaluation import Evaluation
 from lean_merge.studies.sweep.grid import Grid, Point
 from lean_merge.studies.sweep.table import CSV, TABLE, Record, check_same_recipe, read_table
 
-ANALYSIS = "analysis"
-"""The folder of a sweep's own analysis, in its own."""
+OWN_ANALYSIS = "analysis"
+"""The folder, inside that of the sweep, of the analysis that a sweep makes for itself."""
 
 
 def check(
@@ -34,7 +34,7 @@ def check(
     evaluation: Evaluation | None,
     resources: Resources | None,
 ) -> Plan:
-    """Raise for what would go wrong at every point, or is a slip in the grid; one point's plan."""
+    """Refuse what would go wrong at every point, or is a slip; return the plan of one point."""
     if evaluation is not None:
         evaluation.check(grid.axes)
         if recipe.output == "none":
@@ -60,16 +60,16 @@ def analysis_for(
     overwrite: bool,
     on_event: Callable[[Event], None] | None,
 ) -> Analysis | None:
-    """What all points are decided from; None for a method that looks at nothing.
+    """The analysis that all points are decided from; None for a method that looks at nothing.
 
-    It is the one that is `given`, else that in the sweep's folder, which is made if it is not
-    there, for the lowest temperature of the grid: the lower it is, the more directions matter.
-    `plan` is that of any point.
+    It is the one that is `given`, or else the one in the sweep's folder, which is made where it is
+    missing. It is made for the lowest temperature of the grid, for which most directions matter.
+    `plan` is the plan of any point.
 
     Raises
     ------
     LeanMergeError
-        The analysis is none, or of other models; or the models cannot be analysed.
+        The analysis is not whole or is of other models, or the models cannot be analysed.
     """
     try:
         evidence_method(recipe)
@@ -81,7 +81,7 @@ def analysis_for(
         analysis = open_analysis(given) if isinstance(given, (str, Path)) else given
         analysis.check_inputs(plan.base, plan.mllm, plan.experts)
         return analysis
-    folder = place / ANALYSIS
+    folder = place / OWN_ANALYSIS
     if not overwrite and (found := _opened(folder)) is not None:
         try:
             found.check_inputs(plan.base, plan.mllm, plan.experts)
@@ -91,12 +91,12 @@ def analysis_for(
             ) from error
         return found
     lowest = tuple(("temperature", value) for value in sorted(grid.temperatures)[:1])
-    wanted = replace(Point(ANALYSIS, lowest).recipe(recipe), output="none")
+    wanted = replace(Point(OWN_ANALYSIS, lowest).recipe(recipe), output="none")
     return analyze(wanted, folder, resources=resources, overwrite=True, on_event=on_event).analysis
 
 
 def _opened(folder: Path) -> Analysis | None:
-    """An analysis, if it is complete; else it is absent, unfinished, or of use to nobody."""
+    """The analysis in a folder; None where it is missing, unfinished or damaged."""
     try:
         return open_analysis(folder)
     except CheckpointError:
@@ -104,14 +104,14 @@ def _opened(folder: Path) -> Analysis | None:
 
 
 def folders(recipe: MergeRecipe) -> list[Path]:
-    """Where the inputs are, as far as they are no hub ids."""
+    """The folders of the inputs; an input that is a hub id has none."""
     models = [recipe.base_model, recipe.mllm_model, *(each.model for each in recipe.experts)]
     return [path for path in map(Path, models) if path.exists()]
 
 
 @contextmanager
 def held(place: Path) -> Iterator[None]:
-    """The sweep's folder, made and held. Raises OutputError, BudgetError."""
+    """Make the sweep's folder and lock it; where that fails, an OutputError or a BudgetError."""
     lock = None
     try:
         try:
@@ -129,7 +129,10 @@ def held(place: Path) -> Iterator[None]:
 def earlier_points(place: Path, recipe: MergeRecipe) -> dict[str, Record]:
     """The points of an earlier sweep into the same folder, by name.
 
-    Raises OutputError if it was of another recipe, or the folder is another's.
+    Raises
+    ------
+    OutputError
+        The earlier sweep had another recipe, or the folder holds something else.
     """
     table = read_table(place)
     if table is None:

@@ -1,4 +1,4 @@
-"""The table of a sweep, sweep.json and sweep.csv: written after every point, read on resuming."""
+"""The table of a sweep, which is written after every point and read when the sweep goes on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Record = dict[str, Any]
 
 
 def new_record(name: str, parameters: Mapping[str, Any]) -> Record:
-    """A point of which nothing is known yet; docs/sweep.md explains every field."""
+    """The record of a point of which nothing is known yet; docs/sweep.md explains every field."""
     return {
         "name": name,
         "path": None,
@@ -44,7 +44,7 @@ def new_record(name: str, parameters: Mapping[str, Any]) -> Record:
 
 
 def common_recipe(recipe: MergeRecipe) -> dict[str, Any]:
-    """A recipe without the parameters that sweeps vary: what all points of a folder share."""
+    """What all points of a folder share: a recipe without the parameters that sweeps vary."""
     plain = recipe.to_dict()
     for owner in (plain, *plain["experts"]):
         own = {n: v for n, v in owner.pop("parameters", {}).items() if n not in AXES}
@@ -59,7 +59,7 @@ def read_table(out: Path) -> dict[str, Any] | None:
     Raises
     ------
     CheckpointError
-        It is damaged.
+        The table is damaged.
     """
     file = out / TABLE
     if not file.exists():
@@ -71,7 +71,7 @@ def read_table(out: Path) -> dict[str, Any] | None:
         raise CheckpointError(f"{file}: is not a table of this version; {mend}.")
     for point in points:
         if not _is_record(point):
-            raise CheckpointError(f"{file}: has a point that is none; {mend}.")
+            raise CheckpointError(f"{file}: has a point that lacks something; {mend}.")
     return table
 
 
@@ -93,7 +93,13 @@ def _is_record(point: Any) -> bool:
 
 
 def write_table(out: Path, table: Mapping[str, Any]) -> None:
-    """Replace sweep.json and sweep.csv, each by one rename. Raises OutputError, BudgetError."""
+    """Replace sweep.json and sweep.csv, each by one rename.
+
+    Raises
+    ------
+    OutputError, BudgetError
+        A file cannot be written, or the disk is full.
+    """
     for name, data in ((TABLE, to_json(dict(table))), (CSV, to_csv(table))):
         file = out / name
         try:
@@ -105,7 +111,7 @@ def write_table(out: Path, table: Mapping[str, Any]) -> None:
 
 
 def result_names(table: Mapping[str, Any]) -> list[str]:
-    """The names of all results, in the order in which they occur; "" for that of a bare number."""
+    """The names of all results, in the order in which they occur; a bare number has the name ""."""
     names: dict[str, None] = {}
     for point in table["points"]:
         result = point["result"]
@@ -115,7 +121,7 @@ def result_names(table: Mapping[str, Any]) -> list[str]:
 
 
 def result_of(point: Record, name: str) -> Any:
-    """One result of a point; None if it has none of that name."""
+    """The result of a point under a name; None where it has none."""
     result = point["result"]
     if isinstance(result, dict):
         return result.get(name)
@@ -123,7 +129,7 @@ def result_of(point: Record, name: str) -> Any:
 
 
 def to_csv(table: Mapping[str, Any]) -> bytes:
-    """The table for spreadsheets: one row a point, one column a parameter and a result."""
+    """The table for spreadsheets: a row for each point, a column for each parameter and result."""
     axes = [axis for axis, values in table["axes"].items() if values]
     names = result_names(table)
     plain = ("selected", "update_norm", "bytes_own", "bytes_shared", "seconds", "same_as", "error")
@@ -143,7 +149,7 @@ def to_csv(table: Mapping[str, Any]) -> bytes:
 
 
 def check_same_recipe(out: Path, table: Mapping[str, Any], recipe: MergeRecipe) -> None:
-    """Raises OutputError if the table is of another recipe, but for swept parameters."""
+    """Refuse a table of another recipe with an OutputError; swept parameters may differ."""
     then, now = table.get("recipe"), common_recipe(recipe)
     if then == now:
         return

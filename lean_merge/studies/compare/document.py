@@ -1,4 +1,4 @@
-"""The comparison of all roles of a recipe, as plain data."""
+"""The content of comparison.json, and a comparison in sentences."""
 
 from __future__ import annotations
 
@@ -19,31 +19,36 @@ from lean_merge.mapping.structure import Key
 from lean_merge.plan import budget
 from lean_merge.plan.resources import Resources, limits_of, processors
 from lean_merge.recipe import MergeRecipe
-from lean_merge.studies.comparison.distances import (
-    Products,
+from lean_merge.studies.compare.distances import (
+    InnerProducts,
     products,
     strip_bytes,
     unrelated_cosine,
 )
-from lean_merge.studies.comparison.portrait import Portrait, differences, portraits, tokenizer_facts
+from lean_merge.studies.compare.roles import (
+    RoleDescription,
+    described_roles,
+    differences,
+    tokenizer_facts,
+)
 from lean_merge.version import __version__
 
 COMPARISON = "comparison.json"
 RELATED = 0.5
-"""A median cosine from which two models are said to be of one origin."""
+"""The median cosine from which two models are said to be of one origin."""
 _MOST_WORKERS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Shared:
-    """One logical weight, its shape in every role that has it, and what can be read of it."""
+class SharedWeight:
+    """A logical weight, its shape in every role that has it, and the sources that can be read."""
 
     key: Key
     shapes: Mapping[str, tuple[int, int]]
     sources: Mapping[str, WeightSource]
 
     def comparable(self) -> list[dict[str, WeightSource]]:
-        """The roles by equal shape, where there are at least two of one shape."""
+        """The groups of roles in which the weight has one shape, where there are at least two."""
         groups: dict[tuple[int, int], dict[str, WeightSource]] = {}
         for role, source in self.sources.items():
             groups.setdefault(source.shape, {})[role] = source
@@ -57,7 +62,7 @@ def compare(
     reason: str | None = None,
     checkpoints: Mapping[str, Checkpoint] | None = None,
 ) -> dict[str, Any]:
-    """What differs between the models of a recipe, and how far apart their weights are.
+    """Say what differs between the models of a recipe, and how far apart their weights are.
 
     Layers correspond by number. Every weight that has an equal shape in two roles is read once, by
     strips of rows.
@@ -65,30 +70,31 @@ def compare(
     Parameters
     ----------
     recipe
-        Whose models are compared; what it says of the merge does not matter.
+        The recipe that names the models; what it says of the merge does not matter.
     resources
         Memory and threads; a device is not used.
     reason
-        Why they cannot be merged, to be kept with the rest.
+        Why the models cannot be merged, which is kept with the rest.
     checkpoints
-        From `open_roles`, if they are open already.
+        What `open_roles` gave, if the checkpoints are open already.
 
     Returns
     -------
-    The content of comparison.json, which docs/analysis.md documents.
+    dict
+        The content of comparison.json, which docs/analysis.md documents.
 
     Raises
     ------
     CheckpointError, DataError, RecipeError
         A checkpoint, or the recipe's names, cannot be read.
     BudgetError
-        The memory given does not hold two strips.
+        The given memory does not hold two strips.
     """
     started = time.perf_counter()
     checkpoints = open_roles(recipe) if checkpoints is None else checkpoints
     rules = recipe.name_rules()
     named = {role: renamed(checkpoints[role], role, rules[role]) for role in rules}
-    found = portraits(checkpoints, named)
+    found = described_roles(checkpoints, named)
     shared = _weights(checkpoints, found)
     with TensorReader() as reader:
         measured = _measure(shared, reader, resources or Resources())
@@ -112,7 +118,7 @@ def compare(
 
 
 def open_roles(recipe: MergeRecipe) -> dict[str, Checkpoint]:
-    """The models of a recipe by role. Raises CheckpointError."""
+    """Open the models of a recipe, by role; a model that cannot be read is a CheckpointError."""
     roles = {
         "base": open_checkpoint(recipe.base_model),
         "mllm": open_checkpoint(recipe.mllm_model),
@@ -122,21 +128,23 @@ def open_roles(recipe: MergeRecipe) -> dict[str, Checkpoint]:
     return roles
 
 
-def _model(portrait: Portrait) -> dict[str, Any]:
+def _model(role: RoleDescription) -> dict[str, Any]:
     facts: dict[str, dict[str, Any]] = {}
-    for (kind, words), value in portrait.facts.items():
+    for (kind, words), value in role.facts.items():
         facts.setdefault(kind, {})[words] = value
     return {
-        "role": portrait.role,
-        "source": portrait.source,
-        "prefix": portrait.prefix,
-        "fault": portrait.fault,
+        "role": role.role,
+        "source": role.source,
+        "prefix": role.prefix,
+        "fault": role.fault,
         "facts": facts,
     }
 
 
-def _weights(checkpoints: Mapping[str, Checkpoint], found: Sequence[Portrait]) -> list[Shared]:
-    """Every logical weight of any role, in the order of layers."""
+def _weights(
+    checkpoints: Mapping[str, Checkpoint], found: Sequence[RoleDescription]
+) -> list[SharedWeight]:
+    """Every logical weight that any role has, in the order of layers."""
     places = {each.role: each.decoder.weights for each in found if each.decoder is not None}
     keys = dict.fromkeys(key for weights in places.values() for key in weights)
     result = []
@@ -152,14 +160,14 @@ def _weights(checkpoints: Mapping[str, Checkpoint], found: Sequence[Portrait]) -
                 source = stored_source(checkpoint, place)
                 if source.dtype in FLOATING:
                     sources[role] = source
-        result.append(Shared(key, shapes, sources))
+        result.append(SharedWeight(key, shapes, sources))
     return result
 
 
 def _measure(
-    shared: Sequence[Shared], reader: TensorReader, resources: Resources
-) -> list[list[Products]]:
-    """The products of every weight's groups, in order."""
+    shared: Sequence[SharedWeight], reader: TensorReader, resources: Resources
+) -> list[list[InnerProducts]]:
+    """The inner products of every weight's groups, in the order of the weights."""
     groups = [(weight, group) for weight in shared for group in weight.comparable()]
     largest: dict[str, int] = {}
     for _, group in groups:
@@ -169,14 +177,14 @@ def _measure(
         found = workers.map(
             lambda sources: products(sources, reader, workers), [group for _, group in groups]
         )
-    by_weight: dict[int, list[Products]] = {}
+    by_weight: dict[int, list[InnerProducts]] = {}
     for (weight, _), each in zip(groups, found, strict=True):
         by_weight.setdefault(id(weight), []).append(each)
     return [by_weight.get(id(weight), []) for weight in shared]
 
 
 def _workers(largest: int, resources: Resources) -> int:
-    """As many threads as the memory holds the strips of. Raises BudgetError."""
+    """How many threads the memory holds strips for; a BudgetError where it holds none."""
     limit = limits_of(resources, "cpu")[1][0]
     fixed = memory.usage().anonymous + budget.SLACK
     budget.check_fits(
@@ -187,13 +195,13 @@ def _workers(largest: int, resources: Resources) -> int:
 
 
 def _pairs(roles: Sequence[str]) -> list[tuple[str, str]]:
-    """Every role against the base, and every expert against the MLLM."""
+    """The pairs that are compared: every role with the base, and every expert with the MLLM."""
     base, mllm, *experts = roles
     return [(mllm, base), *((e, base) for e in experts), *((e, mllm) for e in experts)]
 
 
 def _row(
-    weight: Shared, measured: Sequence[Products], pairs: Sequence[tuple[str, str]]
+    weight: SharedWeight, measured: Sequence[InnerProducts], pairs: Sequence[tuple[str, str]]
 ) -> dict[str, Any]:
     layer, rest = weight.key
     return {
@@ -206,7 +214,7 @@ def _row(
 
 
 def _pair(
-    weight: Shared, measured: Sequence[Products], pair: tuple[str, str]
+    weight: SharedWeight, measured: Sequence[InnerProducts], pair: tuple[str, str]
 ) -> dict[str, Any] | None:
     """The measures of one pair of roles; None where their weights cannot be compared."""
     for each in measured:
@@ -223,7 +231,7 @@ def _pair(
 def _summary(
     pair: tuple[str, str], place: int, rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Counts and medians of one pair of roles, and what they mean."""
+    """The counts and medians of one pair of roles, and what they mean."""
     found = [
         row["pairs"][place]
         for row in rows
@@ -255,7 +263,6 @@ def _median(values: Sequence[float | None]) -> float | None:
 
 
 def _verdict(compared: int, beyond: int, cosine: float | None) -> str:
-    """`not comparable`, `one origin`, `something in common` or `unrelated`."""
     if not compared or cosine is None:
         return "not comparable"
     if cosine >= RELATED:
@@ -264,7 +271,7 @@ def _verdict(compared: int, beyond: int, cosine: float | None) -> str:
 
 
 def differing(comparison: Mapping[str, Any]) -> list[str]:
-    """A comparison in sentences, for people."""
+    """What a comparison says, as lines for people."""
     lines = []
     for each in comparison["differences"]:
         stated = ", ".join(
@@ -298,6 +305,3 @@ def _sentence(pair: Mapping[str, Any]) -> str:
 
 def _brief(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.3g}"
-
-
-__all__ = ["COMPARISON", "RELATED", "compare", "differing", "open_roles"]

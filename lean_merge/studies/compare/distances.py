@@ -1,4 +1,4 @@
-"""How far apart weights of equal shape are, read by strips of rows."""
+"""How far apart weights of equal shape are, which are read by strips of rows."""
 
 from __future__ import annotations
 
@@ -16,27 +16,30 @@ from lean_merge.mapping import WeightSource
 from lean_merge.tasks import tiles
 
 UNRELATED_QUANTILE = 2.5758
-"""Standard deviations that 99 % of a normal law stay within."""
+"""How many standard deviations 99 % of a normal law stay within."""
 
 
 @dataclass(frozen=True, slots=True)
-class Products:
-    """Inner products of the roles' weights as vectors, in float64, and each role's with itself."""
+class InnerProducts:
+    """The inner products of one weight between roles, taken as vectors in float64.
+
+    `squares` has the product of each role's weight with itself.
+    """
 
     squares: Mapping[str, float]
     inner: Mapping[tuple[str, str], float]
 
     def distance(self, one: str, other: str) -> float | None:
-        """||one - other|| / ||other||, None where `other` is zero or a number is none.
+        """||one - other|| / ||other||; None where `other` is zero or a product is not finite.
 
-        From the products: of weights closer than about 1e-7 nothing is left but rounding.
+        It is computed from the products, so that it is rounding alone below about 1e-7.
         """
         square = self.squares[one] + self.squares[other] - 2 * self._inner(one, other)
         # Rounding may leave it below zero; NaN stays what it is.
         return _ratio(math.sqrt(0.0 if square < 0 else square), math.sqrt(self.squares[other]))
 
     def cosine(self, one: str, other: str) -> float | None:
-        """Of the angle between the two as vectors."""
+        """The cosine of the angle between the two weights as vectors."""
         norms = math.sqrt(self.squares[one]) * math.sqrt(self.squares[other])
         return _ratio(self._inner(one, other), norms)
 
@@ -55,17 +58,17 @@ def _ratio(above: float, below: float) -> float | None:
 
 
 def unrelated_cosine(shape: tuple[int, int]) -> float:
-    """What |cos| of 99 % of pairs of unrelated weights [out, in] stays below.
+    """The bound below which |cos| of 99 % of pairs of unrelated weights [out, in] stays.
 
-    Of entries that are independent and around zero the cosine is normal with variance 1/(out * in).
+    Where entries are independent and around zero, the cosine is normal with variance 1/(out * in).
     """
     return UNRELATED_QUANTILE / math.sqrt(math.prod(shape))
 
 
 def strip_bytes(source: WeightSource) -> int:
-    """Bytes that one thread holds of a role: a strip as it is read and in float64, and the rest.
+    """How many bytes one thread holds of a role.
 
-    The rest is what loading keeps, and what reading takes beside.
+    They are a strip as it is read and in float64, what loading keeps, and what reading takes.
     """
     shape = source.shape
     rows = min(shape[0], tiles.strip_rows(shape[1], tiles.READ_ELEMENTS))
@@ -75,13 +78,13 @@ def strip_bytes(source: WeightSource) -> int:
 
 def products(
     sources: Mapping[str, WeightSource], reader: TensorReader, workers: Workers
-) -> Products:
-    """Reads all roles' rows once and adds up their products, strip by strip in order.
+) -> InnerProducts:
+    """Read all roles' rows once and add up their products, strip by strip in order.
 
     Raises
     ------
     CheckpointError, DataError
-        As reading does.
+        A row cannot be read.
     """
     loaded = {role: source.load(reader) for role, source in sources.items()}
     shape = next(iter(loaded.values())).shape
@@ -96,7 +99,7 @@ def products(
             squares[role] += float(torch.dot(strip, strip))
         for one, other in inner:
             inner[one, other] += float(torch.dot(strips[one], strips[other]))
-    return Products(squares, inner)
+    return InnerProducts(squares, inner)
 
 
 def _numbers(
@@ -106,7 +109,7 @@ def _numbers(
     buffer: Callable[[str, tuple[int, ...], torch.dtype], Tensor],
     role: str,
 ) -> Tensor:
-    """Rows of a weight in float64, as one vector in this thread's buffer of the role."""
+    """Rows of a weight in float64, as one vector in this thread's buffer for the role."""
     stored = source.read(rows, reader, buffer, f"{role} stored")
     numbers = buffer(f"{role} numbers", tuple(stored.shape), torch.float64)
     return numbers.copy_(stored).view(-1)

@@ -1,4 +1,4 @@
-"""A comparison from recipe to sealed folder: what is left to do where no merge is possible."""
+"""The folder of a comparison: what is left to do where no merge is possible."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lean_merge.plan.resources import Resources
 from lean_merge.recipe import MergeRecipe
 from lean_merge.report import to_json
 from lean_merge.store import JOURNAL, OutputFolder, check_output
-from lean_merge.studies.comparison import COMPARISON, compare, open_roles
+from lean_merge.studies.compare.document import COMPARISON, compare, open_roles
 from lean_merge.studies.pages import PAGES, add_page
 
 
 @dataclass(frozen=True, slots=True)
 class ComparisonResult:
-    """A finished comparison: its folder, its page if there is one, and its content."""
+    """A finished comparison: its folder, its page where plotly is installed, and its content."""
 
     path: Path
     page: Path | None
@@ -38,20 +38,21 @@ def write_comparison(
     Parameters
     ----------
     recipe
-        Whose models are compared.
+        The recipe that names the models.
     out
-        Folder, visibly unfinished until the last rename. An earlier comparison there is replaced.
+        The folder, which is visibly unfinished until the last rename. An earlier comparison in it
+        is replaced.
     resources
         Memory and threads; a device is not used.
     reason
-        Why they cannot be merged.
+        Why the models cannot be merged.
     overwrite
-        Replace what `out` holds, once the new is complete.
+        Replace what `out` holds, once the comparison is complete.
 
     Raises
     ------
     LeanMergeError
-        As `compare`, and OutputError; nothing that existed is lost.
+        What `compare` raises, or an OutputError; nothing that existed is lost.
     """
     checkpoints = open_roles(recipe)
     final = Path(out)
@@ -61,7 +62,7 @@ def write_comparison(
         "run": _facts(recipe, checkpoints),
         "resume": False,
     }
-    # Said before the weights are read, which takes a while.
+    # A fault is reported before the weights are read, which takes a while.
     check_output(final, (), **place)
     found = compare(recipe, resources, reason=reason, checkpoints=checkpoints)
     with OutputFolder.create(final, (), **place) as folder:
@@ -71,7 +72,7 @@ def write_comparison(
 
 
 def is_comparison(folder: Path) -> bool:
-    """Whether a folder holds a comparison of ours, and nothing that anyone else put there."""
+    """Whether a folder holds a comparison, and nothing that anyone else put there."""
     ours = {COMPARISON, PAGES["comparison"], JOURNAL}
     try:
         names = {each.name for each in folder.expanduser().iterdir()}
@@ -81,7 +82,7 @@ def is_comparison(folder: Path) -> bool:
 
 
 def _facts(recipe: MergeRecipe, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Any]:
-    """The `run` of a comparison's journal: no merge is mistaken for it."""
+    """The facts in a comparison's journal, by which no merge is mistaken for it."""
     return {
         "kind": "comparison",
         "recipe": recipe.to_dict(),

@@ -29,8 +29,8 @@ _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "tok_embeddings.weight", "em
 
 
 @dataclass(frozen=True, slots=True)
-class Portrait:
-    """One role: where its language model is, and its facts by (kind, words).
+class RoleDescription:
+    """Where the language model of one role is, and its facts by (kind, words).
 
     `fault` says why no language model was found, or what else keeps its weights from being read.
     """
@@ -44,26 +44,26 @@ class Portrait:
     fault: str | None
 
 
-def portraits(
+def described_roles(
     checkpoints: Mapping[str, Checkpoint], named: Mapping[str, Mapping[str, TensorSpec]]
-) -> list[Portrait]:
-    """All roles, the base first.
+) -> list[RoleDescription]:
+    """Describe all roles, the base first.
 
     Parameters
     ----------
     checkpoints
-        By role: "base", "mllm", "expert 1", ...
+        The checkpoints by role: "base", "mllm", "expert 1", ...
     named
-        Tensors by the names to go by, of roles that the recipe renames.
+        For roles that the recipe renames, the tensors by their new names.
     """
-    return [_portrait(role, checkpoints, named) for role in checkpoints]
+    return [_described(role, checkpoints, named) for role in checkpoints]
 
 
-def _portrait(
+def _described(
     role: str,
     checkpoints: Mapping[str, Checkpoint],
     named: Mapping[str, Mapping[str, TensorSpec]],
-) -> Portrait:
+) -> RoleDescription:
     checkpoint = checkpoints[role]
     decoder, fault = None, None
     if checkpoint.adapter is not None:
@@ -72,7 +72,7 @@ def _portrait(
     else:
         decoder = _language_model(role, checkpoints, named)
         fault = None if decoder else "has no layers that look like a language model's"
-    return Portrait(
+    return RoleDescription(
         role=role,
         source=checkpoint.source,
         prefix=decoder.prefix if decoder else None,
@@ -88,7 +88,7 @@ def _language_model(
     checkpoints: Mapping[str, Checkpoint],
     named: Mapping[str, Mapping[str, TensorSpec]],
 ) -> Decoder | None:
-    """Where it would be merged; else the fullest layers that there are."""
+    """The layers that would be merged, or else the fullest layers that there are."""
     checkpoint = checkpoints[role]
     others = {} if role == "base" else {role: checkpoint}
     names = {each: named[each] for each in ("base", role) if each in named}
@@ -105,7 +105,7 @@ def _language_model(
 
 
 def _facts(checkpoint: Checkpoint, decoder: Decoder | None) -> dict[tuple[str, str], Any]:
-    """What can be told; what cannot is absent."""
+    """The facts that can be told; one that cannot is absent."""
     config = text_config(checkpoint)
     found: dict[tuple[str, str], Any] = {}
     if decoder is not None:
@@ -136,7 +136,7 @@ def _facts(checkpoint: Checkpoint, decoder: Decoder | None) -> dict[tuple[str, s
 
 
 def _scaling(config: Mapping[str, Any]) -> str | None:
-    """The kind of rope and its factor, from old and new configurations."""
+    """The kind of rope scaling and its factor, from old and new configurations."""
     for key in ("rope_parameters", "rope_scaling"):
         found = config.get(key)
         if isinstance(found, dict):
@@ -155,11 +155,11 @@ def _vocabulary_rows(checkpoint: Checkpoint) -> int | None:
     return None
 
 
-def tokenizer_facts(portraits: list[Portrait]) -> list[dict[str, Any]]:
-    """Of each role but the base: tokens, those shared with the base, those with another id."""
-    base = portraits[0].tokens
+def tokenizer_facts(roles: list[RoleDescription]) -> list[dict[str, Any]]:
+    """For each role but the base: its tokens, those that the base has, those with another id."""
+    base = roles[0].tokens
     rows = []
-    for each in portraits[1:]:
+    for each in roles[1:]:
         common = base.keys() & each.tokens.keys()
         rows.append(
             {
@@ -176,20 +176,20 @@ def tokenizer_facts(portraits: list[Portrait]) -> list[dict[str, Any]]:
 
 
 def differences(
-    portraits: list[Portrait], tokenizers: list[dict[str, Any]]
+    roles: list[RoleDescription], tokenizers: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The facts that some role states otherwise than the base, sizes first."""
-    base = portraits[0]
+    """The facts that differ between some role and the base, sizes first."""
+    base = roles[0]
     order = {kind: n for n, kind in enumerate((SIZES, POSITIONS, TOKENIZER, FORMAT))}
-    keys = dict.fromkeys(key for each in portraits for key in each.facts)
+    keys = dict.fromkeys(key for each in roles for key in each.facts)
     found = [
         {
             "kind": kind,
             "what": words,
-            "values": {each.role: each.facts.get((kind, words)) for each in portraits},
+            "values": {each.role: each.facts.get((kind, words)) for each in roles},
         }
         for kind, words in keys
-        if any(_differ(kind, base.facts, each.facts, words) for each in portraits[1:])
+        if any(_differ(kind, base.facts, each.facts, words) for each in roles[1:])
     ]
     for row in tokenizers:
         changed = row["moved"] or (row["tokens"] or 0) != row["shared"]
@@ -215,7 +215,7 @@ def _differ(
     words: str,
 ) -> bool:
     one, other = ours.get((kind, words)), theirs.get((kind, words))
-    # A missing rope scaling is a statement; other things a config may leave to a default.
+    # A missing rope scaling is a statement; a config may leave other things to a default.
     if words == "rope scaling":
         return one != other
     return one is not None and other is not None and one != other
