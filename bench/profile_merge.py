@@ -29,7 +29,7 @@ from synthetic import add_size, shapes_of
 
 import lean_merge
 from lean_merge.checkpoints import reader
-from lean_merge.engine import run, taskvectors, update
+from lean_merge.engine import scheduler, taskvectors, update
 from lean_merge.linalg import krylov, sketch
 from lean_merge.methods import ip_merging, spectra
 from lean_merge.store import folder as output
@@ -50,13 +50,13 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
         (ip_merging.IPMerging, "_judge"),
         (ip_merging.IPMerging, "_decision"),
     ],
-    "adding and rounding": [(update._RowWriter, "write_tile")],
+    "adding and rounding": [(update.RowWriter, "write_tile")],
     "writing": [(output.OutputFolder, "write_at")],
     "digests": [(ledger.Ledger, "add_bytes")],
     "flushing to the disk": [(output.OutputFolder, "flush")],
     "asking ahead": [(reader.TensorReader, "prefetch"), (reader.TensorReader, "is_cached")],
     "leaving the cache": [(reader.TensorReader, "drop")],
-    "trimming the heap": [(run, "release_free_memory")],
+    "trimming the heap": [(scheduler, "release_free_memory")],
     "sealing": [(output.OutputFolder, "seal")],
 }
 """Functions by what they are for; names that a module imports are wrapped where they are used."""

@@ -1,4 +1,4 @@
-"""A device beside the CPU: its queues, memory that it lends to one weight, and how it runs out."""
+"""A device beside the CPU: its queues, and the memory that it lends to one weight at a time."""
 
 from __future__ import annotations
 
@@ -10,43 +10,66 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lean_merge.engine.transfer import Done, Event, Queues, Uploader
+from lean_merge.engine.transfer import Done, Mark, Queues, Uploader
 from lean_merge.engine.workers import Workers
 from lean_merge.plan import budget
 
 
+class BlockingQueues:
+    """The queues of a device of which no more is known than that `Tensor.copy_` works.
+
+    Copies are made at once and products are ordered by the device itself, so nothing overlaps and
+    there is nothing to wait for.
+    """
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        target.copy_(source)
+
+    def copied(self) -> Mark:
+        return Done()
+
+    def computed(self) -> Mark:
+        return Done()
+
+    def copy_after(self, mark: Mark) -> None:
+        pass
+
+    def compute_after(self, mark: Mark) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
 class CudaQueues:
-    """A copy stream beside the default stream, which is that of the products in every thread."""
+    """A copy stream beside the default stream, on which every thread makes its products.
+
+    Copies are asynchronous, because the memory that they come from is pinned.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._products = torch.cuda.default_stream(device)
         self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def copy(self, source: Tensor, target: Tensor) -> None:
-        """Asynchronous, for `source` is pinned."""
         with torch.cuda.stream(self._copies):
             target.copy_(source, non_blocking=True)
 
-    def copied(self) -> Event:
-        """As `Queues` has it."""
+    def copied(self) -> Mark:
         return _recorded(self._copies)
 
-    def computed(self) -> Event:
-        """As `Queues` has it."""
+    def computed(self) -> Mark:
         return _recorded(self._products)
 
-    def copy_after(self, event: Event) -> None:
-        """As `Queues` has it."""
-        assert isinstance(event, torch.cuda.Event)
-        self._copies.wait_event(event)
+    def copy_after(self, mark: Mark) -> None:
+        assert isinstance(mark, torch.cuda.Event)
+        self._copies.wait_event(mark)
 
-    def compute_after(self, event: Event) -> None:
-        """As `Queues` has it."""
-        assert isinstance(event, torch.cuda.Event)
-        self._products.wait_event(event)
+    def compute_after(self, mark: Mark) -> None:
+        assert isinstance(mark, torch.cuda.Event)
+        self._products.wait_event(mark)
 
     def synchronize(self) -> None:
-        """As `Queues` has it."""
         self._copies.synchronize()
         self._products.synchronize()
 
@@ -58,33 +81,8 @@ def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
     return event
 
 
-class BlockingQueues:
-    """A device of which no more is known than that `Tensor.copy_` works: nothing overlaps."""
-
-    def copy(self, source: Tensor, target: Tensor) -> None:
-        """Done on return."""
-        target.copy_(source)
-
-    def copied(self) -> Event:
-        """Always past."""
-        return Done()
-
-    def computed(self) -> Event:
-        """Always past, or ordered by the device itself."""
-        return Done()
-
-    def copy_after(self, event: Event) -> None:
-        """There is nothing to wait for."""
-
-    def compute_after(self, event: Event) -> None:
-        """There is nothing to wait for."""
-
-    def synchronize(self) -> None:
-        """There is nothing to wait for."""
-
-
 def queues_of(device: torch.device) -> Queues | None:
-    """The queues of a device; None for the CPU, to which nothing needs to be brought."""
+    """Return the queues of a device; None for the CPU, to which nothing needs to be brought."""
     if device.type == "cpu":
         return None
     return CudaQueues(device) if device.type == "cuda" else BlockingQueues()
@@ -92,9 +90,9 @@ def queues_of(device: torch.device) -> Queues | None:
 
 @contextmanager
 def computing_on(device: torch.device) -> Iterator[None]:
-    """Products of the calling thread go to the stream that all other threads use too.
+    """Let the calling thread make its products on the stream that all other threads use too.
 
-    The caller's own stream would not wait for theirs.
+    A stream of the caller's own would not wait for theirs.
     """
     on_cuda = device.type == "cuda"
     with torch.cuda.stream(torch.cuda.default_stream(device)) if on_cuda else nullcontext():
@@ -102,7 +100,7 @@ def computing_on(device: torch.device) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device had no memory left: torch's own error, or that of a library below it."""
+    """Tell whether an error, of torch or of a library below it, says that a device is full."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     text = str(error)
@@ -113,7 +111,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Lent:
-    """Device memory for one weight: uint8 for tiles that stay, and places where others land."""
+    """Device memory for one weight.
+
+    Attributes
+    ----------
+    resident : Tensor, uint8, 1-D
+        Memory for the tiles that stay.
+    landing : tuple of Tensor, uint8, 1-D
+        The places where other tiles land.
+    uploader
+        What brings tiles to either.
+    """
 
     resident: Tensor
     landing: tuple[Tensor, ...]
@@ -121,20 +129,22 @@ class Lent:
 
 
 class Accelerator:
-    """A device other than the CPU.
+    """A device other than the CPU, which lends memory to one weight after another.
 
-    Nothing is allocated there, and no host memory is pinned, before the first `lend`.
+    Before the first `lend` nothing is allocated there, and no host memory is pinned.
 
     Parameters
     ----------
     device, queues
         The device and its queues.
     workers
-        Who forms the tiles that go there.
+        The threads that form the tiles that go there.
     largest_tile : int
-        Bytes of the largest tile of all task vectors of a weight.
-    peak, limit : int
-        Bytes that a weight's analysis takes there at most, and that are allowed; 0 for no limit.
+        Bytes that one tile of all task vectors takes, in the weight where it takes most.
+    peak : int
+        Bytes that the analysis of a weight takes there at most.
+    limit : int
+        Bytes that may be taken there; 0 for no limit.
     """
 
     def __init__(
@@ -157,20 +167,20 @@ class Accelerator:
 
     @property
     def pinned(self) -> int:
-        """Bytes of host memory that copies go from."""
+        """Bytes of pinned host memory, from which copies go."""
         return 0 if self._uploader is None else self._ring_bytes
 
     def lend(self, tile: int, resident: int) -> Lent:
-        """Memory for a weight whose tiles have at most `tile` bytes, `resident` of which stay.
+        """Lend memory to a weight whose tiles have at most `tile` bytes, `resident` of which stay.
 
         Raises
         ------
         RuntimeError
-            One for which `is_out_of_memory` holds, if there is not enough.
+            The device has not enough; `is_out_of_memory` holds for the error.
         """
         self._make_room()
         if self._uploader is None:
-            # Pinned memory comes in powers of two; so that is what is asked for, once.
+            # Torch pins memory in powers of two, so as much is asked for, once.
             host = torch.empty(
                 self._ring_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda"
             )
@@ -187,7 +197,8 @@ class Accelerator:
     def _make_room(self) -> None:
         """Give back what torch keeps of earlier weights if this one may not fit beside it.
 
-        Weights of other shapes leave pieces that do not fit; but giving them back takes time.
+        Weights of other shapes leave pieces that do not fit. Where there is room for both, giving
+        the pieces back would only take time.
         """
         if self.device.type == "cuda" and self._limit:
             reserved = torch.cuda.memory_reserved(self.device)
@@ -195,7 +206,7 @@ class Accelerator:
                 torch.cuda.empty_cache()
 
     def release(self) -> None:
-        """Give back all that nobody uses, after an error too."""
+        """Give back all memory that nobody uses; after an error too."""
         self._queues.synchronize()
         gc.collect()
         if self.device.type == "cuda":

@@ -1,27 +1,29 @@
-"""Bringing tiles to a device: host slots and landing places used in turn, copies beside products.
+"""Bringing tiles to a device, where one is copied while another is used.
 
-A device works off two queues, of copies and of products, and both run behind the program. So a
-place may be written again only after an `Event` says that what was asked of it is done.
+A device works off two queues, one of copies and one of products, and both run behind the program.
+The memory that they use is written in turn: a few slots on the host, from which copies go, and a
+few landing places on the device. Each may be written again only when a `Mark` in a queue says that
+what was asked of it is done.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from contextlib import suppress
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lean_merge.engine.workers import Batch, Workers
+from lean_merge.engine.workers import Workers, settle
 
 ALIGNMENT = 256
-"""Bytes to which slots are aligned, as copies like it."""
+"""Bytes to which slots are aligned: copies from aligned memory are faster."""
 
 
-class Event(Protocol):
+class Mark(Protocol):
     """A point in one of the device's queues."""
 
     def synchronize(self) -> None:
@@ -32,26 +34,26 @@ class Queues(Protocol):
     """A device's queue of copies and its queue of products; each does its work in order."""
 
     def copy(self, source: Tensor, target: Tensor) -> None:
-        """Ask for a copy from the host to the device; the call need not wait for it."""
+        """Ask for a copy from the host to the device; the call may return before it is made."""
 
-    def copied(self) -> Event:
-        """The end, so far, of the queue of copies."""
+    def copied(self) -> Mark:
+        """Mark the present end of the queue of copies."""
 
-    def computed(self) -> Event:
-        """The end, so far, of the queue of products."""
+    def computed(self) -> Mark:
+        """Mark the present end of the queue of products."""
 
-    def copy_after(self, event: Event) -> None:
-        """Later copies wait for the event."""
+    def copy_after(self, mark: Mark) -> None:
+        """Let copies that are asked for later wait for the mark."""
 
-    def compute_after(self, event: Event) -> None:
-        """Later products wait for the event."""
+    def compute_after(self, mark: Mark) -> None:
+        """Let products that are asked for later wait for the mark."""
 
     def synchronize(self) -> None:
         """Block until both queues are empty."""
 
 
 class Done:
-    """The event of what is done before the call returns."""
+    """The mark of work that is done before the call returns."""
 
     def synchronize(self) -> None:
         return
@@ -59,16 +61,16 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """What goes over at once: tensors of one shape and dtype.
+    """Tensors of one shape and dtype that go over together.
 
     Attributes
     ----------
     fill
-        Writes all of them on the host, in a worker thread.
+        A function that writes the given tensors on the host, in a worker thread.
     count, shape, dtype
-        How many, and of what kind.
+        How many tensors there are, and of what kind.
     targets
-        Where they stay on the device; empty for a landing place that is used again.
+        The tensors on the device where they stay; empty if they only pass through a landing place.
     """
 
     fill: Callable[[Sequence[Tensor]], None]
@@ -79,11 +81,11 @@ class Parcel:
 
 
 class _Slot:
-    """A place on the host, and when the copy of what it holds is done."""
+    """Memory on the host, and the mark after which what it holds is copied."""
 
     def __init__(self, memory: Tensor) -> None:
         self.memory = memory
-        self.copied: Event = Done()
+        self.copied: Mark = Done()
 
     def fill(self, parcel: Parcel) -> list[Tensor]:
         views = _cut(self.memory, parcel)
@@ -97,11 +99,13 @@ class Uploader:
     Parameters
     ----------
     queues
-        Of the device.
+        The device's queues.
     workers
-        Who fills the slots.
+        The threads that fill the slots.
     host : Tensor, uint8, 1-D
-        Pinned memory that is cut into `slots` equal ones, two at least.
+        Pinned memory, which is cut into `slots` equal slots.
+    slots : int
+        How many slots there are, two at least.
     """
 
     def __init__(self, queues: Queues, workers: Workers, host: Tensor, *, slots: int) -> None:
@@ -113,33 +117,33 @@ class Uploader:
     def send(
         self, parcels: Sequence[Parcel], landing: Sequence[Tensor]
     ) -> Generator[Sequence[Tensor], None, None]:
-        """The parcels' tensors on the device, one parcel after the other.
+        """Yield the tensors of each parcel on the device, one parcel after the other.
 
-        They are to be used by products that are asked for before the next parcel is: after that,
-        one that has no targets of its own may be overwritten. While one parcel is used, the next
-        is copied and those after it are filled.
+        The caller asks for the products that use a parcel before it asks for the next parcel; after
+        that, a parcel without targets of its own may be overwritten. While one parcel is used, the
+        next one is copied and those after it are filled.
 
         Parameters
         ----------
         parcels
-            In the order in which they are wanted.
+            The parcels in the order in which they are wanted.
         landing : sequence of Tensor, uint8, 1-D
-            Places on the device for parcels without targets, used in turn.
+            The places on the device that parcels without targets use in turn.
         """
         queues, slots = self._queues, self._slots
         # What lies in the landing places and targets may still be in use by earlier products.
         used = [queues.computed()] * max(1, len(landing))
         queues.copy_after(used[0])
-        filling: deque[Batch[list[Tensor]]] = deque()
+        filling: deque[Future[list[Tensor]]] = deque()
         asked = landed = 0
         try:
             for position, parcel in enumerate(parcels):
                 while asked < min(len(parcels), position + len(slots)):
                     slot = slots[asked % len(slots)]
                     slot.copied.synchronize()
-                    filling.append(self._workers.start(slot.fill, [parcels[asked]]))
+                    filling.extend(self._workers.submit(slot.fill, [parcels[asked]]))
                     asked += 1
-                filled = filling[0].results()[0]
+                filled = filling[0].result()
                 filling.popleft()
                 targets, place = parcel.targets, landed % len(used)
                 if not targets:
@@ -158,19 +162,12 @@ class Uploader:
                         used[place] = queues.computed()
                         landed += 1
         finally:
-            self._settle(filling)
-
-    @staticmethod
-    def _settle(filling: Sequence[Batch[list[Tensor]]]) -> None:
-        """Let no thread write into a slot any more; why was told by the first that failed."""
-        for batch in filling:
-            batch.cancel()
-        for batch in filling:
-            with suppress(Exception):
-                batch.wait()
+            # No thread may write into a slot any more; the first error has told why.
+            settle(filling)
+            filling.clear()
 
     def close(self) -> None:
-        """Wait until nothing is on its way."""
+        """Wait until nothing is on its way to the device."""
         self._queues.synchronize()
 
 

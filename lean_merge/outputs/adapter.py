@@ -34,8 +34,6 @@ class AdapterSink(BlockSink):
         Where the factors wait.
     """
 
-    stores_decisions = True
-
     def __init__(self, plan: Plan, folder: OutputFolder) -> None:
         super().__init__(folder)
         self._plan = plan

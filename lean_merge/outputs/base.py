@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -32,14 +32,6 @@ class Sink:
     Where it gives none, no row is read again, and the sink keeps of the update itself what it
     wants. This class stores nothing at all.
     """
-
-    ahead: ClassVar[bool] = False
-    """Whether a task may be given before the one before it is finished."""
-    reads_rows: ClassVar[bool] = False
-    """Whether the MLLM's rows are read once more, to be stored with their update."""
-    stores_decisions: ClassVar[bool] = False
-    """Whether `keep` takes its time over the update alone: the task vectors' memory may serve the
-    next weight meanwhile."""
 
     def writer(self, task: CopyTask | WeightTask) -> WriteBytes | None:
         """Give what writes the bytes of a tensor; None where they are not wanted.

@@ -76,9 +76,6 @@ class CheckpointComparison(Comparison):
         Names of the tensors in scope to merge again.
     """
 
-    ahead = True
-    reads_rows = True
-
     def __init__(
         self,
         plan: Plan,

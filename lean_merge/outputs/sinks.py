@@ -25,9 +25,6 @@ class CheckpointSink(Sink):
         Open; it stays unsealed.
     """
 
-    ahead = True
-    reads_rows = True
-
     def __init__(self, shards: Sequence[Shard], folder: OutputFolder) -> None:
         self._shards = shards
         self._folder = folder
@@ -93,8 +90,6 @@ class BlockSink(Sink):
 
 class TensorSink(Sink):
     """Whole tensors in fresh memory, one at a time: each must be taken before the next is made."""
-
-    reads_rows = True
 
     def __init__(self) -> None:
         self._tensor: Tensor | None = None

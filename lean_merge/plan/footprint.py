@@ -104,6 +104,11 @@ class Layout:
             return budget.factor_bytes(shape, rank) + budget.truncation_bytes(rank)
         return 0
 
+    @property
+    def most_waiting(self) -> int:
+        """How many updates may wait to be stored, given memory, while the next is found."""
+        return {"checkpoint": 2, "lora": 1}.get(self.output, 0)
+
     def feeding(self, weights: Sequence[LogicalWeight]) -> int:
         """Bytes on the host for bringing tiles to the device: pinned ones, and its libraries'."""
         if self.on_cpu or not any(self.cost(weight).passes for weight in weights):
@@ -188,23 +193,25 @@ class Room:
         Most bytes that weights hold, the arena included.
     beside : frozenset of str
         Canonical names of the weights of which two may be analysed at a time.
-    eager : bool
-        Whether the next weight is analysed while updates are stored.
+    waiting : int
+        How many updates may wait to be stored while another weight is analysed.
     """
 
     arena: int
     peak: int
     beside: frozenset[str] = frozenset()
-    eager: bool = False
+    waiting: int = 0
 
 
 def share_room(weights: Sequence[LogicalWeight], layout: Layout) -> Room:
     """One weight after another, or two at a time of those that are small enough for it."""
     waiting = max((layout.waiting(weight) for weight in weights), default=0)
-    room = _room(weights, layout, waiting)
+    room, fewer = _room(weights, layout, waiting), 0
     if layout.held + room.peak + waiting > layout.memory:
-        return _room(weights, layout, 0)
-    return dataclasses.replace(room, peak=room.peak + waiting, eager=True)
+        room, waiting, fewer = _room(weights, layout, 0), 0, 1
+    return dataclasses.replace(
+        room, peak=room.peak + waiting, waiting=max(0, layout.most_waiting - fewer)
+    )
 
 
 def _room(weights: Sequence[LogicalWeight], layout: Layout, waiting: int) -> Room:

@@ -103,10 +103,10 @@ class Plan:
     workers: int
     arena: int
     """Bytes on the host for tiles that stay, of all weights that are analysed at a time."""
-    at_a_time: int
-    """How many weights may be analysed at a time."""
-    eager: bool
-    """Whether there is memory for updates that are stored while the next weight is analysed."""
+    waiting: int
+    """How many updates may wait to be stored while another weight is analysed."""
+    writes_rows: bool
+    """Whether the MLLM's rows are read once more, to be written, and other tensors copied."""
     prediction: Prediction
     notes: tuple[str, ...]
     evidence: EvidencePlan | None = None
@@ -300,8 +300,8 @@ def _plan(
         threads=threads,
         workers=layout.workers,
         arena=room.arena,
-        at_a_time=2 if room.beside else 1,
-        eager=room.eager,
+        waiting=room.waiting,
+        writes_rows=layout.writes_rows,
         prediction=Prediction(layout.held + room.peak),
         notes=tuple(notes),
         evidence=evidence,
@@ -398,7 +398,9 @@ def _tasks(
                     resident=tuple(layout.resident(part) for part in weight.slices),
                     methods=tuple(layout.methods.get(part.canonical) for part in weight.slices),
                     filtered=tuple(scope.reason(part) for part in weight.slices),
-                    beside=tuple(part.canonical in room.beside for part in weight.slices),
+                    halves=tuple(
+                        1 if part.canonical in room.beside else 2 for part in weight.slices
+                    ),
                 )
             )
         elif layout.writes_rows:

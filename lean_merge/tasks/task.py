@@ -37,7 +37,7 @@ class WeightTask:
 
     For each of its logical weights, `resident` tells how many tiles are kept, `methods` how it is
     merged, and `filtered` why not: a part of a fused tensor that a filter takes has no method.
-    `beside` tells whether it may be analysed beside another such.
+    `halves` tells whether its analysis takes one half of the arena, beside another, or both.
     """
 
     shard: int
@@ -46,7 +46,7 @@ class WeightTask:
     resident: tuple[int, ...]
     methods: tuple[Method[Any] | None, ...]
     filtered: tuple[str, ...]
-    beside: tuple[bool, ...]
+    halves: tuple[int, ...]
 
     def read(self, *, rows: bool) -> tuple[TensorSpec, ...]:
         """The parts of stored tensors that are read; those of the MLLM anyway where `rows` are."""

@@ -120,14 +120,14 @@ def test_memory_changes_no_byte(sketched: Callable[..., Triple], tmp_path: Path,
     triple, options = sketched(torch.bfloat16), METHODS[method]
     least = exact_smallest_memory(triple, **options)
     task_vectors = 2 * 528 * 560 * 2
-    outputs, reads, resident, eager = [], [], [], []
+    outputs, reads, resident, waiting = [], [], [], []
     for number, given_bytes in enumerate(
         [least, least + task_vectors // 3, least + 4 * task_vectors, None]
     ):
         resources = Resources(device="cpu", threads=2, memory=given_bytes)
         plan = make_plan(triple.recipe(**options), resources)
         resident.append(residency(plan))
-        eager.append(plan.eager)
+        waiting.append(plan.waiting)
         result = triple.merge(tmp_path / str(number), memory=given_bytes, threads=2, **options)
         outputs.append(identity(result))
         counted = result.report["bytes"]
@@ -140,7 +140,7 @@ def test_memory_changes_no_byte(sketched: Callable[..., Triple], tmp_path: Path,
     if method == "task-arithmetic":
         assert len(set(reads)) == 1
         return
-    assert eager[-1] and not eager[0]
+    assert waiting[-1] == waiting[0] + 1
     assert min(resident[0]) == 0
     assert 0 < sum(resident[1]) < sum(resident[2])
     assert resident[2] == resident[3]

@@ -12,6 +12,7 @@ import re
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import wait
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,10 @@ from lean_merge import (
     verify,
 )
 from lean_merge import plan as make_plan
-from lean_merge.engine import analysis, device, taskvectors
+from lean_merge.engine import deciding, device, taskvectors
 from lean_merge.engine.device import BlockingQueues, is_out_of_memory
 from lean_merge.engine.transfer import Done, Parcel, Uploader
-from lean_merge.engine.workers import Workers, full_float32, worker_pool
+from lean_merge.engine.workers import OURS, Workers, worker_pool
 from lean_merge.methods import spectra
 from lean_merge.outputs.recompute import CheckpointComparison
 from lean_merge.plan import budget
@@ -233,11 +234,11 @@ def test_tiles_are_formed_and_copied_while_one_is_used():
     class Inline(Workers):
         """Forms a tile as soon as it is asked for, in the calling thread."""
 
-        def start(self, function: Any, items: Any) -> Any:
-            batch = super().start(function, items)
-            batch.wait()
+        def submit(self, function: Any, items: Any, *, can_wait: bool = False) -> Any:
+            jobs = super().submit(function, items, can_wait=can_wait)
+            wait(jobs)
             log.append(f"form {len([line for line in log if 'form' in line])}")
-            return batch
+            return jobs
 
     workers = Inline(1)
     try:
@@ -311,7 +312,7 @@ def through_the_ring(monkeypatch: pytest.MonkeyPatch) -> list[LateQueues]:
         made.append(LateQueues(lambda: draw.random() < 0.5, eager=True))
         return made[-1]
 
-    monkeypatch.setattr(analysis, "queues_of", queues_of)
+    monkeypatch.setattr(deciding, "queues_of", queues_of)
     # A device takes one weight at a time, which the plan cannot know of this one.
     monkeypatch.setattr(budget, "FULL_SPEED", 0)
     return made
@@ -343,7 +344,7 @@ def test_the_ring_changes_no_byte(
 ):
     triple, options = sketched(dtype), METHODS[method]
     ring = merge(triple.recipe(**options), tmp_path / "ring", resources=resources(threads))
-    monkeypatch.setattr(analysis, "queues_of", lambda device: None)
+    monkeypatch.setattr(deciding, "queues_of", lambda device: None)
     plain = merge(triple.recipe(**options), tmp_path / "plain", resources=resources(threads))
     assert identity(ring) == identity(plain)
     assert len(through_the_ring) == 1
@@ -398,7 +399,7 @@ def test_running_out_of_memory_is_told_from_other_errors():
 def test_full_precision_ends_with_the_context():
     products = torch.backends.cuda.matmul
     before = products.allow_bf16_reduced_precision_reduction, torch.get_float32_matmul_precision()
-    with full_float32():
+    with OURS.in_force():
         assert products.allow_bf16_reduced_precision_reduction is False
         assert torch.get_float32_matmul_precision() == "highest"
     after = products.allow_bf16_reduced_precision_reduction, torch.get_float32_matmul_precision()

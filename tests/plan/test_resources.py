@@ -143,17 +143,16 @@ SLOW = """
 import sys, time
 from pathlib import Path
 from lean_merge import cli
-from lean_merge.engine import run as engine
+from lean_merge.engine.scheduler import Scheduler
 
-finish = engine._Engine.finish
-def slow(self, begun):
-    result = finish(self, begun)
+finish = Scheduler._finish
+def slow(self):
+    yield from finish(self)
     Path(sys.argv[1]).touch()
     if sys.argv[2] == "raise":
         raise RuntimeError("an error that nobody foresaw")
     time.sleep(0.05)
-    return result
-engine._Engine.finish = slow
+Scheduler._finish = slow
 cli.main(sys.argv[3:])
 """
 

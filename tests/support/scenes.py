@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from lean_merge import Event, MergeResult, analyze, open_checkpoint
 from lean_merge.checkpoints import open_expert
-from lean_merge.engine import prefetch
+from lean_merge.engine import background
 from lean_merge.errors import CheckpointError
 from lean_merge.outputs.factors import FACTORS
 from lean_merge.store import JOURNAL, check_folder
@@ -202,7 +202,7 @@ def often() -> Any:
 
     class Often:
         def __enter__(self) -> None:
-            context.__enter__().setattr(prefetch, "FLUSH_EVERY", 1)
+            context.__enter__().setattr(background, "FLUSH_EVERY", 1)
 
         def __exit__(self, *error: Any) -> None:
             context.__exit__(*error)

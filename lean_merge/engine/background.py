@@ -1,4 +1,4 @@
-"""Read-ahead and write-behind through the system's page cache, from two quiet threads."""
+"""Two quiet threads beside a merge: one brings bytes into the page cache, one sends them on."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Background(abc.ABC):
 
     def __init__(self, name: str) -> None:
         self._closed = False
-        self._moved = threading.Condition()
+        self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     @abc.abstractmethod
@@ -43,32 +43,33 @@ class _Background(abc.ABC):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with self._moved:
+        with self._changed:
             self._closed = True
-            self._moved.notify_all()
+            self._changed.notify_all()
         self._thread.join()
 
 
-class Prefetcher(_Background):
-    """Brings the bytes of coming tasks into the page cache, at most `ahead` before they are used.
+class ReadAhead(_Background):
+    """Brings the bytes of coming tasks into the page cache before they are used.
 
-    There they are not this program's memory, and are given up under pressure; what does not arrive
-    in time costs nothing but the overlap.
+    There they are not this program's memory, and the system takes them back under pressure. If
+    bytes do not arrive in time, nothing is lost but the overlap.
 
     Parameters
     ----------
     reader
-        Of this thread alone: the system knows a sequence of reads by the open file.
+        A reader of this thread's own, because the system knows a sequence of reads by the open
+        file.
     tasks
         The tensors that each task reads, in the order of their use.
-    ahead
-        Bytes.
+    ahead : int
+        How many bytes may wait in the cache before their task is begun.
     """
 
     def __init__(
         self, reader: TensorReader, tasks: Sequence[Sequence[TensorSpec]], *, ahead: int
     ) -> None:
-        super().__init__("prefetch")
+        super().__init__("read-ahead")
         self._reader = reader
         self._tasks = tasks
         self._ahead = ahead
@@ -80,15 +81,28 @@ class Prefetcher(_Background):
         self._to_drop: deque[tuple[TensorSpec, int, int]] = deque()
         self._past = 0
 
+    def begin(self, index: int) -> None:
+        """Take note that task `index` is begun, so that its bytes no longer count as ahead."""
+        with self._changed:
+            self._used += self._sizes[index]
+            self._changed.notify_all()
+
+    def done(self, index: int) -> None:
+        """Take note that task `index` needs its bytes no longer; what was fetched is dropped."""
+        with self._changed:
+            self._done.append(index)
+            self._past = index + 1
+            self._changed.notify_all()
+
     def _run(self) -> None:
-        # What others have in the cache stays there. Later it could not be told from what the
-        # system itself reads beyond the bytes that it is asked for.
+        # Bytes that are in the cache before us are others', and stay. Later they could not be told
+        # from those that the system itself reads beyond what it is asked for.
         cached = bytearray(
             self._reader.is_cached(spec, start, length)
             for _, spec, start, length in self._steps()
             if not self._closed
         )
-        # These are fewer if the context was closed meanwhile.
+        # There is one byte for each step, or fewer if the context was closed meanwhile.
         for (index, spec, start, length), was_cached in zip(self._steps(), cached, strict=False):
             if not self._wait_for_room():
                 break
@@ -102,29 +116,30 @@ class Prefetcher(_Background):
         self._drop(self._asked)
 
     def _steps(self) -> Iterator[tuple[int, TensorSpec, int, int]]:
-        """Each task, each tensor that it reads, and the next bytes of that."""
+        """Yield each task, each tensor that it reads, and its next bytes by start and length."""
         for index, specs in enumerate(self._tasks):
             for spec in specs:
                 for start in range(0, spec.nbytes, _STEP):
                     yield index, spec, start, min(_STEP, spec.nbytes - start)
 
     def _wait_for_room(self) -> bool:
-        """Waits until more may be fetched; False if the context is closed before."""
-        with self._moved:
-            self._moved.wait_for(lambda: self._closed or self._asked - self._used < self._ahead)
+        """Wait until more may be fetched; return False if the context is closed before."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._asked - self._used < self._ahead)
             return not self._closed
 
     def _wait_until_closed(self) -> None:
-        with self._moved:
-            self._moved.wait_for(lambda: self._closed)
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed)
 
     def _drop(self, nbytes: int) -> None:
-        """Drops so many of the bytes that were fetched and are done, or all there are.
+        """Drop so many of the bytes that were fetched and are done, or all that there are.
 
-        Just before as many are fetched, so that the same pages serve again at once: memory that is
-        free for long goes back to the host of a virtual machine, and is slow to come again.
+        This is done just before as many are fetched, so that the same pages serve again at once:
+        memory that is free for long goes back to the host of a virtual machine, and is slow to
+        come again.
         """
-        with self._moved:
+        with self._changed:
             while self._done:
                 fetched = self._fetched[self._done.popleft()]
                 self._to_drop.extend(fetched)
@@ -133,19 +148,6 @@ class Prefetcher(_Background):
             spec, start, length = self._to_drop.popleft()
             self._reader.drop(spec, start, length)
             nbytes -= length
-
-    def begin(self, index: int) -> None:
-        """Task `index` is begun: its bytes no longer count as ahead."""
-        with self._moved:
-            self._used += self._sizes[index]
-            self._moved.notify_all()
-
-    def done(self, index: int) -> None:
-        """Task `index` needs its bytes no longer: they leave the page cache for others'."""
-        with self._moved:
-            self._done.append(index)
-            self._past = index + 1
-            self._moved.notify_all()
 
 
 class Flusher(_Background):
@@ -167,17 +169,17 @@ class Flusher(_Background):
 
     def wrote(self, count: int) -> None:
         """Take note that `count` bytes more were written."""
-        with self._moved:
+        with self._changed:
             if self._error is not None:
                 raise self._error
             self._pending += count
             if self._pending >= FLUSH_EVERY:
-                self._moved.notify_all()
+                self._changed.notify_all()
 
     def _run(self) -> None:
         while True:
-            with self._moved:
-                self._moved.wait_for(
+            with self._changed:
+                self._changed.wait_for(
                     lambda: self._closed or self._pending >= FLUSH_EVERY, timeout=FLUSH_SECONDS
                 )
                 if self._closed:
@@ -188,7 +190,7 @@ class Flusher(_Background):
             try:
                 self._flush()
             except Exception as error:
-                with self._moved:
+                with self._changed:
                     self._error = error
                 return
 

@@ -1,0 +1,257 @@
+"""From task vectors to decisions: on the plan's device, or the CPU if that runs out of memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lean_merge.checkpoints import TensorReader, common_dtype
+from lean_merge.engine.device import Accelerator, computing_on, is_out_of_memory, queues_of
+from lean_merge.engine.taskvectors import TaskVectors
+from lean_merge.engine.workers import Workers
+from lean_merge.mapping import LogicalWeight
+from lean_merge.methods import Decision, ExpertRecord, Method, WeightContext
+from lean_merge.plan import Plan
+from lean_merge.plan.resources import arithmetic_dtype
+from lean_merge.tasks import Fallback, Stored, WeightResult, WeightTask, looks, needs_analysis
+from lean_merge.tasks.tiles import tile_rows
+
+LONGEST_REASON = 160
+"""Characters of a device's message that are kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """What was decided of a weight, with `passes` passes over its rows.
+
+    The update is on the CPU, where `vectors` form their tiles from now on. `fallback` is None where
+    the device had the memory that was planned.
+    """
+
+    vectors: TaskVectors
+    decision: Decision
+    passes: int = 0
+    fallback: Fallback | None = None
+
+    def without_evidence(self) -> Decided:
+        """Let go of what was gathered, once it is stored: the next weight needs its memory."""
+        return replace(self, decision=replace(self.decision, evidence=None))
+
+    def result(self, name: str, stored: Stored) -> WeightResult:
+        """Tell what happened to the weight, a part of tensor `name`, when it is `stored`."""
+        decision = self.decision
+        norms = [*decision.squared_norms] or self.vectors.squared_norms()
+        return WeightResult(
+            name=name,
+            canonical=self.vectors.weight.canonical,
+            experts=_with_norms(decision, norms),
+            merged=decision.update is not None,
+            squared_norms=tuple(norms),
+            stored=stored,
+            passes=self.passes,
+            fallback=self.fallback,
+        )
+
+
+def _with_norms(decision: Decision, squared_norms: list[float]) -> tuple[ExpertRecord, ...]:
+    """The records, with the norms that the update knows from those of the task vectors."""
+    norms = () if decision.update is None else decision.update.norms(squared_norms)
+    if not norms:
+        return decision.experts
+    pairs = zip(decision.experts, norms, strict=True)
+    return tuple(replace(record, update_norm=norm) for record, norm in pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Site:
+    """Where a weight is analysed, in words too, and how many of its tiles stay there."""
+
+    accelerator: Accelerator | None
+    resident: int
+    arena: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    name: str = "cpu"
+
+
+class Decider:
+    """Decides what becomes of logical weights.
+
+    A weight for which the device has too little memory is analysed there with no tile resident; if
+    that is still too much, on the CPU, with none either. Which tiles are resident changes no
+    number. The CPU's sums are in another order than the device's, and may be of another dtype.
+
+    Parameters
+    ----------
+    plan
+        The methods, the seed, and the device with its memory.
+    workers
+        The threads that compute passes.
+    """
+
+    def __init__(self, plan: Plan, workers: Workers) -> None:
+        self._plan = plan
+        self._workers = workers
+        self._accelerator = _accelerator(plan, workers)
+        self._fallen: dict[tuple[tuple[int, int], int], tuple[int, str]] = {}
+
+    @property
+    def pinned(self) -> int:
+        """Bytes of host memory that are pinned for copies to the device."""
+        return 0 if self._accelerator is None else self._accelerator.pinned
+
+    def close(self) -> None:
+        """Wait until nothing is on its way to the device."""
+        if self._accelerator is not None:
+            self._accelerator.close()
+
+    def decide(self, task: WeightTask, number: int, reader: TensorReader, arena: Tensor) -> Decided:
+        """Decide about the `number`-th logical weight of a task.
+
+        Parameters
+        ----------
+        reader
+            Who reads the rows.
+        arena : Tensor, uint8, 1-D
+            Memory on the CPU for the tiles that the plan lets stay there.
+        """
+        weight, resident = task.weight.slices[number], task.resident[number]
+        method = task.methods[number]
+        if method is None:
+            record = ExpertRecord(selected=False, reason=task.filtered[number])
+            return Decided(self._vectors(weight, _Site(None, 0), reader), _nothing(weight, record))
+        if self._accelerator is None:
+            return self._attempt(method, weight, _Site(None, resident, arena), reader)
+        if not looks(method, weight):
+            return self._attempt(method, weight, _Site(None, 0), reader)
+        sites = _sites(self._accelerator, resident)
+        # What failed for one weight would fail for its equals: they begin where that one ended.
+        first, reason = self._fallen.get((weight.shape, resident), (0, ""))
+        for rank, site in enumerate(sites[first:], first):
+            try:
+                decided = self._attempt(method, weight, site, reader)
+            except RuntimeError as error:
+                if site.accelerator is None or not is_out_of_memory(error):
+                    raise
+                reason = _shortened(str(error))
+            else:
+                if rank == 0:
+                    return decided
+                self._fallen[weight.shape, resident] = rank, reason
+                return replace(decided, fallback=Fallback(site.name, reason))
+            # Only here are the error, and the frames that it came through, gone.
+            self._accelerator.release()
+        raise AssertionError("the last site is the CPU, which returns or raises")
+
+    def _attempt(
+        self, method: Method[Any], weight: LogicalWeight, site: _Site, reader: TensorReader
+    ) -> Decided:
+        device = torch.device("cpu") if site.accelerator is None else site.accelerator.device
+        with computing_on(device):
+            vectors = self._vectors(weight, site, reader)
+            if method.cost(weight.shape, item=4).passes and not needs_analysis(weight):
+                record = ExpertRecord(False, "", rank=0, update_norm=0.0)
+                return Decided(vectors, _nothing(weight, record))
+            context = WeightContext(
+                name=weight.canonical,
+                shape=vectors.shape,
+                seed=self._plan.recipe.seed,
+                dtype=vectors.dtype,
+                device=device,
+                squared_norms=vectors.squared_norms,
+                parallel=self._workers.map,
+            )
+            decision, passes = _analyze(method, vectors, context)
+            if decision.update is not None:
+                decision = replace(decision, update=decision.update.on_cpu())
+            vectors.leave_device()
+        reader.count(decision.recalled)
+        return Decided(vectors, _explained(decision, weight), passes)
+
+    def _vectors(self, weight: LogicalWeight, site: _Site, reader: TensorReader) -> TaskVectors:
+        task = common_dtype(source.dtype for source in weight.roles)
+        device = "cpu" if site.accelerator is None else self._plan.device
+        lent = None
+        if site.accelerator is not None:
+            lent = site.accelerator.lend(tile_bytes(weight), site.resident)
+        return TaskVectors(
+            weight,
+            reader=reader,
+            workers=self._workers,
+            arena=site.arena if lent is None else lent.resident,
+            resident=site.resident,
+            dtype=arithmetic_dtype(task, device),
+            uploader=None if lent is None else lent.uploader,
+            landing=() if lent is None else lent.landing,
+        )
+
+
+def _nothing(weight: LogicalWeight, record: ExpertRecord) -> Decision:
+    """No update, for the same reason with every expert."""
+    return _explained(Decision((record,) * len(weight.experts)), weight)
+
+
+def _explained(decision: Decision, weight: LogicalWeight) -> Decision:
+    """The decision with the reason of every expert that is known to change nothing."""
+    records = tuple(
+        replace(record, selected=False, reason=source.zero_because)
+        if source.zero_because
+        else record
+        for record, source in zip(decision.experts, weight.experts, strict=True)
+    )
+    return replace(decision, experts=records)
+
+
+def _accelerator(plan: Plan, workers: Workers) -> Accelerator | None:
+    """The plan's device; None if that is the CPU, to which nothing needs to be brought."""
+    device = torch.device(plan.device)
+    queues = queues_of(device)
+    if queues is None:
+        return None
+    weights = [weight for task in plan.weights for weight in task.weight.slices]
+    return Accelerator(
+        device,
+        queues,
+        workers,
+        largest_tile=max(map(tile_bytes, weights), default=0),
+        peak=plan.prediction.peak_vram,
+        limit=plan.vram,
+    )
+
+
+def _sites(accelerator: Accelerator, resident: int) -> list[_Site]:
+    """From what the plan wants to what always works, each once."""
+    device = str(accelerator.device)
+    planned = [_Site(accelerator, resident, name=device)] if resident else []
+    streamed = _Site(accelerator, 0, name=f"{device}, no tile resident")
+    return [*planned, streamed, _Site(None, 0)]
+
+
+def _analyze(
+    method: Method[Any], vectors: TaskVectors, context: WeightContext
+) -> tuple[Decision, int]:
+    """The method's decision, and how often it asked for a pass over the rows."""
+    analysis = method.analyze(context)
+    passes = 0
+    try:
+        wanted = next(analysis)
+        while True:
+            passes += 1
+            wanted = analysis.send(vectors.run(wanted))
+    except StopIteration as end:
+        decision: Decision = end.value
+    return decision, passes
+
+
+def tile_bytes(weight: LogicalWeight) -> int:
+    """Bytes of the largest tile of all task vectors of a weight."""
+    out_features, in_features = weight.shape
+    item = common_dtype(source.dtype for source in weight.roles).itemsize
+    height = min(out_features, tile_rows(in_features))
+    return height * in_features * item * len(weight.others)
+
+
+def _shortened(message: str) -> str:
+    first = message.strip().splitlines()[0] if message.strip() else "out of memory"
+    return first if len(first) <= LONGEST_REASON else first[:LONGEST_REASON].rstrip() + "..."

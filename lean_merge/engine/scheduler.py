@@ -1,0 +1,316 @@
+"""Who runs when: the one place that decides what is done beside what.
+
+The calling thread takes the plan's tensors in their order. It has those out of scope copied. For
+each logical weight of the others it waits for the decision, and then has the result stored. When
+all of a tensor is stored it says so, again in order. Beside it are at work
+
+- one or two **analysis threads**, each of which brings one logical weight to its decision;
+- the **worker threads**, which compute the passes that analyses ask for and, while none asks,
+  write rows and copy tensors, in order;
+- the **read-ahead**, a thread that brings the bytes of coming tensors into the page cache;
+- the **flusher**, a thread that sends written bytes to the disk.
+
+Four rules say what may overlap:
+
+1. Analyses begin in order. The arena, where tiles stay in memory, has two halves; an analysis takes
+   one of them or both, and begins once they are free.
+2. None begins while more updates wait to be stored than `Plan.waiting`, for which there is memory.
+3. An analysis leaves the arena when it has decided or, where rows of task vectors are added to the
+   MLLM's, when these are written.
+4. A few tensors may be on their way to the output, but one weight at most when the next decision is
+   waited for. Where no update may wait, a tensor is finished, and the caller has taken it, before
+   anything is done for the next.
+
+An error in any thread is raised in the calling thread when it comes to the part that failed. After
+that, as at the end, every thread finishes the job in hand and no other.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
+from contextlib import AbstractContextManager, ExitStack, closing
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lean_merge.checkpoints import TensorReader, TensorSpec, torch_dtype
+from lean_merge.engine.background import Flusher, ReadAhead
+from lean_merge.engine.copying import copy_pieces
+from lean_merge.engine.deciding import Decided, Decider
+from lean_merge.engine.update import OutputRows, RowWriter
+from lean_merge.engine.workers import worker_pool
+from lean_merge.memory import release_free_memory, usage
+from lean_merge.outputs.base import Sink
+from lean_merge.plan import Plan
+from lean_merge.plan.budget import ALIGNMENT
+from lean_merge.tasks import CopyTask, Note, Stored, WeightResult, WeightTask, Written, to_note
+
+READ_AHEAD = 256 << 20
+"""Bytes that are brought into the page cache before they are used."""
+PREFETCHED_FILES = 8
+"""Files that the read-ahead holds open, of which a tensor needs few."""
+MOST_UNDER_WAY = 8
+"""Parts that may be on their way to the output at a time."""
+RELEASE_ABOVE = 16 << 20
+"""Bytes that free memory may grow by before it is given back; they are part of the slack."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Analysis:
+    """An analysis that is begun, and which halves of the arena it takes."""
+
+    halves: Sequence[int]
+    job: Future[Decided]
+
+
+@dataclass(frozen=True, slots=True)
+class _UnderWay:
+    """A weight or a copy on its way to the output.
+
+    Attributes
+    ----------
+    index
+        The place of its task in the plan.
+    is_last
+        Whether the task is complete with it.
+    jobs
+        The jobs of workers that store it.
+    decided, kept
+        What was decided of a weight, and what the output kept of it at once.
+    """
+
+    index: int
+    is_last: bool = True
+    jobs: Sequence[Future[Any]] = ()
+    decided: Decided | None = None
+    kept: Stored = None
+
+    @property
+    def is_stored(self) -> bool:
+        return all(job.done() for job in self.jobs)
+
+
+class Scheduler:
+    """Carries out a plan; a context, whose threads end with it.
+
+    Parameters
+    ----------
+    plan, sink
+        What is done, and where its results go.
+    reused : mapping of int to Note
+        What is noted of the tasks, by their place in the plan, that an interrupted run finished.
+        Nothing is done for them.
+    timed
+        Gives a context that counts the calling thread's time as that of "analyze", "write" or
+        "copy".
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        sink: Sink,
+        *,
+        reused: Mapping[int, Note],
+        timed: Callable[[str], AbstractContextManager[None]],
+    ) -> None:
+        self._plan = plan
+        self._sink = sink
+        self._reused = reused
+        self._timed = timed
+        self._reader = TensorReader()
+        self._readers = [self._reader.counting() for _ in plan.tasks]
+        # In order: weights whose analysis is not begun, those in the arena, and what is not stored.
+        self._to_analyse = deque(self._weights())
+        self._analyses: deque[_Analysis] = deque()
+        self._under_way: deque[_UnderWay] = deque()
+        # Memory of the CPU is reused for all weights: new pages cost more than the arithmetic.
+        self._arena = torch.empty(plan.arena, dtype=torch.uint8)
+        self._results: list[WeightResult] = []
+        self._unstored = 0
+        self._settled = 0
+
+    def _weights(self) -> Iterator[tuple[WeightTask, int, TensorReader]]:
+        """Every logical weight that is to be analysed: its task, its number there, its reader."""
+        for index, task in enumerate(self._plan.tasks):
+            if isinstance(task, WeightTask) and index not in self._reused:
+                for number in range(len(task.weight.slices)):
+                    yield task, number, self._readers[index]
+
+    def __enter__(self) -> Scheduler:
+        small = any(task.halves[number] == 1 for task, number, _ in self._to_analyse)
+        with ExitStack() as stack:
+            stack.enter_context(self._reader)
+            # The workers write, so they end before what sends to the disk what they wrote.
+            self._flusher = stack.enter_context(Flusher(self._sink.flush))
+            # Analyses wait for the workers, and so end after them.
+            self._analysts = stack.enter_context(worker_pool(2 if small else 1, "analysis"))
+            self._workers = stack.enter_context(worker_pool(self._plan.workers))
+            apart = stack.enter_context(TensorReader(max_files=PREFETCHED_FILES))
+            self._read_ahead = stack.enter_context(
+                ReadAhead(apart, list(self._sources()), ahead=READ_AHEAD)
+            )
+            self._decider = stack.enter_context(closing(Decider(self._plan, self._workers)))
+            self._threads = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._threads.__exit__(kind, error, trace)
+
+    def _sources(self) -> Iterator[Sequence[TensorSpec]]:
+        """The tensors that each task reads."""
+        for index, task in enumerate(self._plan.tasks):
+            if index in self._reused:
+                yield ()
+            elif isinstance(task, CopyTask):
+                yield task.stored
+            else:
+                yield task.read(rows=self._plan.writes_rows)
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether anything is analysed, or on its way to the output."""
+        return bool(self._analyses or self._under_way)
+
+    @property
+    def pinned(self) -> int:
+        """Bytes of host memory that are pinned for copies to a device."""
+        return self._decider.pinned
+
+    def finished(self) -> Iterator[tuple[int, Note]]:
+        """Carry out the tasks, and give the index and note of each, in order, when it is stored."""
+        for index, task in enumerate(self._plan.tasks):
+            self._read_ahead.begin(index)
+            for begin in self._parts(index, task):
+                self._under_way.append(begin())
+                while self._under_way and self._is_full():
+                    yield from self._finish()
+        while self._under_way:
+            yield from self._finish()
+
+    def _is_full(self) -> bool:
+        """Whether the first part under way is finished before another is begun."""
+        return (
+            not self._plan.waiting
+            or self._under_way[0].is_stored
+            or self._unstored > 1
+            or len(self._under_way) >= MOST_UNDER_WAY
+        )
+
+    def _parts(self, index: int, task: CopyTask | WeightTask) -> list[Callable[[], _UnderWay]]:
+        """What begins each part of a task."""
+        if index in self._reused:
+            return [partial(_UnderWay, index)]
+        if isinstance(task, CopyTask):
+            return [partial(self._copy, index, task)]
+        return [partial(self._merge, index, task, n) for n in range(len(task.weight.slices))]
+
+    def _copy(self, index: int, task: CopyTask) -> _UnderWay:
+        """Begin to copy a tensor, if the output wants it."""
+        write = self._sink.writer(task)
+        if write is None:
+            return _UnderWay(index)
+        copy, pieces = copy_pieces(task, write, self._readers[index], self._workers)
+        return _UnderWay(index, jobs=self._workers.submit(copy, pieces, can_wait=True))
+
+    def _merge(self, index: int, task: WeightTask, number: int) -> _UnderWay:
+        """Wait until a weight is decided, and begin to store it."""
+        with self._timed("analyze"):
+            self._begin_analyses()
+            decided = self._analyses[0].job.result()
+        with self._timed("write"):
+            self._unstored += 1
+            begun = self._store(index, task, number, decided)
+        del decided
+        self._release_memory()
+        return begun
+
+    def _begin_analyses(self) -> None:
+        """Begin the analyses for which there is room now."""
+        while self._to_analyse and self._unstored <= self._plan.waiting:
+            task, number, reader = self._to_analyse[0]
+            taken = {half for each in self._analyses for half in each.halves}
+            halves = [half for half in (0, 1) if half not in taken][: task.halves[number]]
+            if len(halves) < task.halves[number]:
+                return
+            self._to_analyse.popleft()
+            decide = partial(self._decider.decide, task, number, reader)
+            [job] = self._analysts.submit(decide, [self._room(halves)])
+            self._analyses.append(_Analysis(halves, job))
+
+    def _room(self, halves: Sequence[int]) -> Tensor:
+        """The arena, or one half of it."""
+        if len(halves) == 2:
+            return self._arena
+        size = self._arena.numel() // 2 // ALIGNMENT * ALIGNMENT
+        return self._arena[halves[0] * size : (halves[0] + 1) * size]
+
+    def _leave_arena(self) -> None:
+        """Let others have the room of the weight that was decided first."""
+        self._analyses.popleft()
+        self._begin_analyses()
+
+    def _store(self, index: int, task: WeightTask, number: int, decided: Decided) -> _UnderWay:
+        """Begin to store a weight; its room in the arena is left."""
+        is_last = number == len(task.weight.slices) - 1
+        reader, write = self._readers[index], self._sink.writer(task)
+        if write is None:
+            self._leave_arena()
+            kept = self._sink.keep(
+                task,
+                decided.vectors.weight,
+                decided.decision,
+                lambda source, rows: source.read(rows, reader, self._workers.buffer, "base"),
+            )
+            return _UnderWay(index, is_last, decided=decided.without_evidence(), kept=kept)
+        recipe, dtype = self._plan.recipe, torch_dtype(task.tensor.dtype)
+        output = OutputRows(dtype, recipe.rounding, recipe.seed, write)
+        rows = RowWriter(decided.vectors, decided.decision.update, output, reader, self._workers)
+        stays = rows.reads_task_vectors
+        jobs = self._workers.submit(rows.write_tile, rows.tiles, can_wait=not stays)
+        if stays:
+            wait(jobs)
+        self._leave_arena()
+        return _UnderWay(index, is_last, jobs, decided.without_evidence())
+
+    def _finish(self) -> Iterator[tuple[int, Note]]:
+        """Wait until the first part under way is stored; give its task if it is the last part."""
+        first = self._under_way[0]
+        task = self._plan.tasks[first.index]
+        with self._timed("copy" if isinstance(task, CopyTask) else "write"):
+            results = [job.result() for job in first.jobs]
+        self._under_way.popleft()
+        if first.decided is not None:
+            self._unstored -= 1
+            stored = Written.of(results) if results else first.kept
+            self._results.append(first.decided.result(task.tensor.name, stored))
+        if self._plan.waiting:
+            self._begin_analyses()
+        if not first.is_last:
+            return
+        self._read_ahead.done(first.index)
+        note = self._reused.get(first.index)
+        if note is None:
+            non_finite = isinstance(task, CopyTask) and not all(results)
+            note = Note(self._results, self._readers[first.index].bytes_read, non_finite=non_finite)
+            self._results = []
+            self._sink.finish(task, to_note(note))
+            # A line in the journal is to be written, even where there are no bytes.
+            self._flusher.wrote(task.tensor.nbytes if first.jobs else 1)
+        yield first.index, note
+
+    def _release_memory(self) -> None:
+        """Give free memory back where it has grown: pages that come back cost the system time."""
+        if usage().anonymous > self._settled + RELEASE_ABOVE:
+            release_free_memory()
+            self._settled = usage().anonymous
