@@ -171,7 +171,8 @@ def follow(owner, name, position):
 for owner, name, position in json.loads(sys.argv[2]):
     module, _, kind = owner.rpartition(".")
     __import__(module)
-    follow(getattr(sys.modules[module], kind), name, position)
+    if hasattr(getattr(sys.modules[module], kind), name):
+        follow(getattr(sys.modules[module], kind), name, position)
 
 def note(key, size):
     chain = whole()
@@ -202,8 +203,12 @@ except SystemExit as end:
     assert not end.code, end.code
 (folder / "chains.json").write_text(json.dumps(chains))
 """
-HANDED = [("lean_merge.engine.workers.Workers", "_submit", 1)]
-"""Where the package hands a function to a thread: class, method, and position of the function."""
+HANDED = [
+    ("lean_merge.engine.workers.Workers", "submit", 0),
+    ("lean_merge.engine.workers.Workers", "_submit", 1),
+]
+"""Where the package, now or before, hands a function to a thread: class, method, and position of
+the function."""
 
 
 def chains(root: Path) -> dict[str, list[str]]:
