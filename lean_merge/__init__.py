@@ -1,7 +1,7 @@
 """Streaming IP-Merging: give a multimodal model the abilities of a text model, without training."""
 
 from lean_merge.checkpoints import Checkpoint, open_checkpoint
-from lean_merge.engine.run import Event
+from lean_merge.engine import Event
 from lean_merge.errors import (
     BudgetError,
     CheckpointError,

@@ -13,7 +13,7 @@ from torch import Tensor
 from lean_merge import memory
 from lean_merge.checkpoints import safetensors_dtype
 from lean_merge.checkpoints.jsonfile import read_object
-from lean_merge.engine.run import Event, RunResult, run, steps
+from lean_merge.engine import Event, RunResult, run, steps
 from lean_merge.errors import RecipeError
 from lean_merge.outputs.adapter import AdapterSink
 from lean_merge.outputs.base import Sink

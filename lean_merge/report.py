@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from lean_merge.engine.run import RunResult
+from lean_merge.engine import RunResult
 from lean_merge.memory import Usage
 from lean_merge.methods import ExpertRecord, Recalling
 from lean_merge.plan import Plan

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lean_merge.checkpoints import TensorReader, identify
-from lean_merge.engine.run import Event, run
+from lean_merge.engine import Event, run
 from lean_merge.errors import CheckpointError, LeanMergeError
 from lean_merge.outputs.recompute import AdapterComparison, CheckpointComparison
 from lean_merge.plan import Plan, plan_again

@@ -133,6 +133,13 @@ def test_a_plan_opens_no_tensor_data():
         assert "engine" not in rooms(name), name
 
 
+def test_nothing_reaches_behind_the_face_of_the_engine():
+    face = f"{PACKAGE}.engine"
+    for name in set(MODULES) - set(of_room("engine")):
+        behind = {module for module, _ in imported(name) if module.startswith(f"{face}.")}
+        assert not behind, f"{name} imports {behind}; {face} says what others may use"
+
+
 @pytest.mark.parametrize(
     ("package", "homes"),
     [

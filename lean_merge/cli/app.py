@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from lean_merge.engine.run import Event
+from lean_merge.engine import Event
 from lean_merge.errors import plain
 from lean_merge.plan import Plan
 from lean_merge.version import __version__

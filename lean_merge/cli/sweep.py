@@ -12,7 +12,7 @@ from lean_merge.checkpoints import downloads_shown
 from lean_merge.cli import describe
 from lean_merge.cli.app import EXIT_FAILED, app, echo
 from lean_merge.cli.options import Debug, Json, Quiet, shares_options_of_work, work_of
-from lean_merge.engine.run import Event
+from lean_merge.engine import Event
 from lean_merge.page import INSTALL_PLOTLY
 from lean_merge.studies.sweep import Evaluation, Grid, PointEvent, sweep
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lean_merge.engine.run import RunResult
+from lean_merge.engine import RunResult
 from lean_merge.linalg import null_quantile
 from lean_merge.memory import Usage
 from lean_merge.methods import Compared, EvidenceMethod, ExpertRecord, Watching

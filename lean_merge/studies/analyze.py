@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lean_merge import memory
-from lean_merge.engine.run import Event, run
+from lean_merge.engine import Event, run
 from lean_merge.outputs.document import ANALYSIS, build_analysis
 from lean_merge.outputs.evidence import EvidenceSink, gathered_evidence, gathered_factors
 from lean_merge.outputs.factors import write_factors

@@ -236,7 +236,7 @@ def test_products_of_any_shape_and_strip_are_exact(
     seed: int,
 ):
     from lean_merge.checkpoints import TensorReader, open_checkpoint
-    from lean_merge.engine.workers import worker_pool
+    from lean_merge.engine import worker_pool
     from lean_merge.mapping.rows import PlainRows
     from lean_merge.studies.compare.distances import products
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lean_merge.checkpoints import TensorReader, torch_dtype
-from lean_merge.engine.workers import Workers
+from lean_merge.engine import Workers
 from lean_merge.mapping import WeightSource
 from lean_merge.tasks import tiles
 

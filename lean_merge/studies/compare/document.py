@@ -10,7 +10,7 @@ from typing import Any
 
 from lean_merge import memory
 from lean_merge.checkpoints import FLOATING, Checkpoint, TensorReader, open_checkpoint, open_expert
-from lean_merge.engine.workers import worker_pool
+from lean_merge.engine import worker_pool
 from lean_merge.mapping import WeightSource
 from lean_merge.mapping.gate import storage_fault, title
 from lean_merge.mapping.renaming import renamed

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lean_merge.engine.run import run
+from lean_merge.engine import run
 from lean_merge.mapping import LogicalWeight
 from lean_merge.methods import Decision
 from lean_merge.outputs.base import ReadRows, Sink

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lean_merge.engine.run import Event
+from lean_merge.engine import Event
 from lean_merge.errors import LeanMergeError
 from lean_merge.merge import merge
 from lean_merge.outputs.recorded import Analysis

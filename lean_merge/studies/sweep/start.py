@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from lean_merge.engine.run import Event
+from lean_merge.engine import Event
 from lean_merge.errors import CheckpointError, OutputError, RecipeError
 from lean_merge.outputs.recorded import Analysis, open_analysis
 from lean_merge.plan import Plan
