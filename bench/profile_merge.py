@@ -33,7 +33,6 @@ from lean_merge.engine import scheduler, taskvectors, update
 from lean_merge.linalg import krylov, sketch
 from lean_merge.methods import ip_merging, spectra
 from lean_merge.store import folder as output
-from lean_merge.store import ledger
 
 PARTS: dict[str, list[tuple[Any, str]]] = {
     "reading rows": [(reader.TensorReader, "read_into")],
@@ -51,8 +50,8 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
         (ip_merging.IPMerging, "_decision"),
     ],
     "adding and rounding": [(update.RowWriter, "write_tile")],
-    "writing": [(output.OutputFolder, "write_at")],
-    "digests": [(ledger.Ledger, "add_bytes")],
+    "writing": [(output, "write_all")],
+    "digests": [(output.RangeDigests, "add")],
     "flushing to the disk": [(output.OutputFolder, "flush")],
     "asking ahead": [(reader.TensorReader, "prefetch"), (reader.TensorReader, "is_cached")],
     "leaving the cache": [(reader.TensorReader, "drop")],

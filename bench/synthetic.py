@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lean_merge.checkpoints import as_bytes, safetensors_dtype
-from lean_merge.store import OutputFolder, OutputTensor, Shard, plan_shards
+from lean_merge.store import OutputFolder, OutputTensor, plan_shards
 
 BLOCK = 1 << 24
 """Numbers of a block of rows."""
@@ -258,17 +258,15 @@ class _Writer:
             for name, shape in tensors
         ]
         shards = plan_shards(outputs, shard_size=5 * 10**9)
-        self._places: dict[str, tuple[Shard, int]] = {
-            name: (shard, offset) for shard in shards for name, offset in shard.offsets.items()
-        }
+        self._shards = {name: shard for shard in shards for name in shard.offsets}
         self._folder = OutputFolder.create(path, shards, inputs=[], overwrite=True)
         self.seal = self._folder.seal
 
     def write(self, name: str, start: int, block: Tensor) -> None:
         """The rows of a tensor from `start` on, rounded."""
-        shard, offset = self._places[name]
         row = math.prod(block.shape[1:]) * self._dtype.itemsize
-        self._folder.write_at(shard, offset + start * row, as_bytes(block.to(self._dtype)))
+        write = self._folder.writer(self._shards[name], name)
+        write(start * row, as_bytes(block.to(self._dtype)))
 
     def __enter__(self) -> _Writer:
         return self

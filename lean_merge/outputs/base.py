@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
 from lean_merge.mapping import LogicalWeight, WeightSource
 from lean_merge.methods import Decision
+from lean_merge.store import Spans, WriteBytes
 from lean_merge.tasks import CopyTask, Stored, WeightTask
 
-Spans = Sequence[tuple[int, int]]
-"""(start, length) in bytes of each part of what is written."""
 ReadRows = Callable[[WeightSource, slice], Tensor]
 """Reads rows of a weight as one role stores it; they are valid until the next call."""
 
 
-class WriteBytes(Protocol):
-    """Writes bytes of one tensor, from any thread."""
-
-    def __call__(self, offset: int, data: memoryview, spans: Spans | None = None) -> None:
-        """Write `data` at `offset` from the tensor's start, or in parts at `spans` from there."""
+__all__ = ["ReadRows", "Sink", "Spans", "WriteBytes"]
 
 
 class Sink:

@@ -41,11 +41,9 @@ def write_factors(folder: OutputFolder, blocks: Mapping[str, Block]) -> Shard:
     folder.add(shard)
     chunk = torch.empty(_CHUNK)
     for name, block in blocks.items():
-        if folder.is_finished(name):
-            continue
-        count = block.nbytes // ITEM
+        write, count = folder.writer(shard, name), block.nbytes // ITEM
         for first in range(0, count, _CHUNK):
             numbers = chunk[: min(_CHUNK, count - first)]
             folder.blocks.read(block, first, numbers)
-            folder.write_at(shard, shard.offsets[name] + first * ITEM, as_bytes(numbers))
+            write(first * ITEM, as_bytes(numbers))
     return shard

@@ -136,10 +136,8 @@ def write_adapter(
     folder.add(shard)
     chunk = torch.empty(_CHUNK)
     for module in modules:
-        if not folder.is_finished(module.key_a):
-            _write_a(folder, shard, module, dtype, chunk)
-        if not folder.is_finished(module.key_b):
-            _write_b(folder, shard, module, dtype, chunk)
+        _write_a(folder, shard, module, dtype, chunk)
+        _write_b(folder, shard, module, dtype, chunk)
     config = adapter_config(modules, base_model=base_model)
     folder.write_file(ADAPTER_CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
@@ -151,7 +149,7 @@ def _write_a(
     dtype: torch.dtype,
     chunk: Tensor,
 ) -> None:
-    position = shard.offsets[module.key_a]
+    write, position = folder.writer(shard, module.key_a), 0
     for part in module.parts:
         if part.a is None:
             continue
@@ -160,7 +158,7 @@ def _write_a(
             numbers = chunk[: min(_CHUNK, count - start)]
             folder.blocks.read(part.a, start, numbers)
             data = as_bytes(cast_factors(numbers, dtype, module.name))
-            folder.write_at(shard, position, data)
+            write(position, data)
             position += data.nbytes
 
 
@@ -171,7 +169,7 @@ def _write_b(
     dtype: torch.dtype,
     chunk: Tensor,
 ) -> None:
-    width = module.rank * dtype.itemsize
+    write, width = folder.writer(shard, module.key_b), module.rank * dtype.itemsize
     height = max(1, _CHUNK // module.rank)
     left = 0
     for part in module.parts:
@@ -184,8 +182,7 @@ def _write_b(
                     numbers = chunk[: rows * part.rank].view(rows, part.rank)
                     folder.blocks.read(part.b, done * part.rank, numbers)
                     block[:, left : left + part.rank] = numbers
-                position = shard.offsets[module.key_b] + (first + start) * width
-                folder.write_at(shard, position, as_bytes(cast_factors(block, dtype, module.name)))
+                write((first + start) * width, as_bytes(cast_factors(block, dtype, module.name)))
                 done += rows
         left += part.rank
 

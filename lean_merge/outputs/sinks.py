@@ -28,18 +28,10 @@ class CheckpointSink(Sink):
     def __init__(self, shards: Sequence[Shard], folder: OutputFolder) -> None:
         self._shards = shards
         self._folder = folder
-        self._latest: Shard | None = None
 
     def writer(self, task: CopyTask | WeightTask) -> WriteBytes:
         """Write at the tensor's place in its shard."""
-        shard = self._shards[task.shard]
-        start = shard.offsets[task.tensor.name]
-
-        def write(offset: int, data: memoryview, spans: Spans | None = None) -> None:
-            self._folder.write_at(shard, start + offset, data, spans)
-            self._latest = shard
-
-        return write
+        return self._folder.writer(self._shards[task.shard], task.tensor.name)
 
     def finished(self, task: CopyTask | WeightTask) -> Any:
         """Look it up in the folder's journal."""
@@ -50,9 +42,8 @@ class CheckpointSink(Sink):
         self._folder.finish_tensor(self._shards[task.shard], task.tensor.name, note)
 
     def flush(self) -> None:
-        """Send finished tensors to the disk, and all of the shard that was written to last."""
-        shard, self._latest = self._latest, None
-        self._folder.flush(shard)
+        """Send what was written to the disk."""
+        self._folder.flush()
 
 
 class BlockSink(Sink):

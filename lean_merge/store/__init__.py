@@ -6,10 +6,9 @@ Shards, side files and model card become a checkpoint by one last rename.
 from lean_merge.store.blocks import Block, BlockStore, Group
 from lean_merge.store.card import adapter_card, license_of, model_card
 from lean_merge.store.check import Difference, FolderCheck, check_folder
-from lean_merge.store.folder import OutputFolder
+from lean_merge.store.folder import OutputFolder, Spans, WriteBytes
 from lean_merge.store.journal import JOURNAL, Journal, read_journal
 from lean_merge.store.layout import OutputTensor, Shard, index_json, plan_shards
-from lean_merge.store.opening import check_output, find_complete
 from lean_merge.store.sidefiles import (
     copy_side_files,
     missing_from_cache,
@@ -17,6 +16,7 @@ from lean_merge.store.sidefiles import (
     side_files,
 )
 from lean_merge.store.state import changed_input
+from lean_merge.store.workplace import check_output, checked_place, find_complete
 
 __all__ = [
     "JOURNAL",
@@ -29,10 +29,13 @@ __all__ = [
     "OutputFolder",
     "OutputTensor",
     "Shard",
+    "Spans",
+    "WriteBytes",
     "adapter_card",
     "changed_input",
     "check_folder",
     "check_output",
+    "checked_place",
     "copy_side_files",
     "find_complete",
     "index_json",

@@ -24,7 +24,6 @@ from lean_merge.store.storage import (
     explain,
     open_own,
     read_all,
-    shorten,
     sync_data,
     sync_folder,
     write_all,
@@ -45,15 +44,14 @@ class Block:
     shape
         Their lengths.
     crc32
-        Of their bytes.
+        The CRC-32 of their bytes.
     start
-        Of their first byte in the store's file; None if they are there no more, because the file
-        that they ended up in is whole.
+        Where their first byte lies in the store's file.
     """
 
     shape: tuple[int, ...]
     crc32: int
-    start: int | None
+    start: int
 
     @property
     def nbytes(self) -> int:
@@ -94,13 +92,13 @@ class BlockStore:
         self._open_group: dict[str, Block] = {}
 
     def restore(self, groups: Mapping[str, Group]) -> None:
-        """These are finished already. To be called before anything else."""
+        """Take groups as finished; to be called before anything else."""
         self.groups.update(groups)
         blocks = [block for group in groups.values() for block in group.blocks.values()]
-        self._end = max((b.start + b.nbytes for b in blocks if b.start is not None), default=0)
+        self._end = max((block.start + block.nbytes for block in blocks), default=0)
 
     def put(self, name: str, shape: tuple[int, ...], parts: Iterable[Tensor]) -> Block:
-        """Keeps a block of the group that `finish` will name.
+        """Keep a block of the group that `finish` will name.
 
         Parameters
         ----------
@@ -134,9 +132,9 @@ class BlockStore:
         return block
 
     def finish(self, name: str, result: Any) -> None:
-        """All blocks of a group were put, if any, so that an interrupted run need not again.
+        """Finish a group, all of whose blocks were put, so that no later run need put them again.
 
-        `result` is what `groups` tells of it then, as JSON has it.
+        `result` is what `groups` tells of it then, as JSON has it. A group may have no block.
         """
         group = Group(self._open_group, result)
         self._open_group = {}
@@ -144,14 +142,12 @@ class BlockStore:
         self._finished(to_record(name, group))
 
     def read(self, block: Block, first: int, out: Tensor) -> None:
-        """Fills a contiguous float32 CPU tensor with a block's numbers from `first` on.
+        """Fill a contiguous float32 CPU tensor with a block's numbers from `first` on.
 
-        Raises OutputError, BudgetError where the disk refuses, or the block is not there.
+        Raises OutputError or BudgetError where the disk refuses.
         """
-        count = -1
         try:
-            if block.start is not None:
-                count = read_all(self._opened(), as_bytes(out), block.start + first * ITEM)
+            count = read_all(self._opened(), as_bytes(out), block.start + first * ITEM)
         except OSError as error:
             raise explain(self._file, error) from error
         if count != out.nbytes:
@@ -160,16 +156,16 @@ class BlockStore:
             )
 
     def sync(self) -> None:
-        """Waits until the blocks are on the disk. OSError."""
+        """Wait until the blocks are on the disk. OSError."""
         if self._descriptor is not None:
             sync_data(self._descriptor)
 
     def sealed(self) -> list[Record]:
-        """The records of all groups for a sealed journal, by name, for their blocks are to go."""
-        return [to_record(name, _without_blocks(self.groups[name])) for name in sorted(self.groups)]
+        """Return the records of all groups, by name, as a sealed journal has them."""
+        return [to_record(name, self.groups[name], sealed=True) for name in sorted(self.groups)]
 
     def close(self) -> None:
-        """May be called twice."""
+        """Close the file; may be called twice."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -178,55 +174,36 @@ class BlockStore:
         if self._descriptor is None:
             self._descriptor = open_own(self._file)
             # What stands after the end belongs to no finished group.
-            shorten(self._descriptor, self._end)
+            os.ftruncate(self._descriptor, self._end)
             sync_folder(self._file.parent)
         return self._descriptor
 
 
-def _without_blocks(group: Group) -> Group:
-    blocks = {name: Block(b.shape, b.crc32, None) for name, b in group.blocks.items()}
-    return Group(blocks, group.result)
-
-
-def to_record(name: str, group: Group) -> dict[str, Any]:
-    """A group as the journal has it, with its blocks' places as long as they have some."""
+def to_record(name: str, group: Group, *, sealed: bool = False) -> dict[str, Any]:
+    """Return a group as the journal has it; a sealed one does not say where blocks were."""
     blocks = []
     for key, block in group.blocks.items():
         entry = {"name": key, "shape": list(block.shape), "crc32_data": block.crc32}
-        blocks.append(entry if block.start is None else {**entry, "start": block.start})
+        blocks.append(entry if sealed else {**entry, "start": block.start})
     return {"record": "blocks", "name": name, "blocks": blocks, "result": group.result}
 
 
-def from_record(record: Record) -> Group:
-    """The group of a record that `to_record` made."""
-    blocks = {
-        each["name"]: Block(tuple(each["shape"]), each["crc32_data"], each.get("start"))
-        for each in record["blocks"]
-    }
-    return Group(blocks, record.get("result"))
-
-
-def kept_groups(records: Mapping[str, Record], file: Path, *, needed: bool) -> dict[str, Group]:
-    """The groups whose blocks, read again from `file`, are those that were put there.
-
-    Without `needed` all of them count: what they ended up in is whole. OSError.
-    """
-    groups = {name: from_record(record) for name, record in records.items()}
-    if not needed:
-        return {name: _without_blocks(group) for name, group in groups.items()}
-    empty = {name: group for name, group in groups.items() if not group.blocks}
+def intact_groups(records: Mapping[str, Record], file: Path) -> dict[str, Group]:
+    """Return the groups whose blocks, read again from `file`, are those that were put. OSError."""
+    groups = {}
+    for name, record in records.items():
+        blocks = {
+            each["name"]: Block(tuple(each["shape"]), each["crc32_data"], each["start"])
+            for each in record["blocks"]
+        }
+        groups[name] = Group(blocks, record["result"])
     if file.is_symlink() or not file.is_file():
-        return empty
+        return {name: group for name, group in groups.items() if not group.blocks}
     buffer = memoryview(bytearray(_STEP))
     with open(file, "rb", buffering=0) as stream:
 
         def intact(block: Block) -> bool:
-            if block.start is None:
-                return False
             digest = range_digest(stream.fileno(), block.start, block.nbytes, buffer)
             return digest == block.crc32
 
         return {n: g for n, g in groups.items() if all(map(intact, g.blocks.values()))}
-
-
-__all__ = ["BLOCKS", "Block", "BlockStore", "Group", "kept_groups", "to_record"]

@@ -14,8 +14,8 @@ from lean_merge.checkpoints.identity import header_digest
 from lean_merge.checkpoints.weightfiles import read_index
 from lean_merge.errors import CheckpointError
 from lean_merge.store.digest import range_digest
-from lean_merge.store.journal import JOURNAL, Journal, read_journal
-from lean_merge.store.state import PARTIAL
+from lean_merge.store.journal import JOURNAL, Journal, commit_mark, read_journal
+from lean_merge.store.state import PARTIAL, UNSEALED
 
 _STEP = 4 << 20
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", PARTIAL)
@@ -79,7 +79,7 @@ def check_folder(folder: Path, on_bytes: Callable[[int], None]) -> FolderCheck:
         names = {each.name for each in folder.iterdir()} if folder.is_dir() else None
         if names is None:
             raise CheckpointError(f"{folder}: is no folder; {_MEND}.")
-        if f"{JOURNAL}{PARTIAL}" in names:
+        if UNSEALED in names:
             raise CheckpointError(
                 f"{folder}: is an unfinished lean-merge output; run the merge again to finish it."
             )
@@ -162,7 +162,7 @@ def _sha256(file: Path) -> tuple[int, str]:
 def _check_index(folder: Path, check: FolderCheck) -> None:
     """The index against the shards' own headers, of those that are as they were."""
     assert check.journal is not None
-    if check.journal.mark != INDEX or not (folder / INDEX).is_file():
+    if commit_mark(list(check.journal.shards)) != INDEX or not (folder / INDEX).is_file():
         return
     try:
         named = read_index(folder / INDEX)

@@ -10,46 +10,57 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from lean_merge.checkpoints.checkpoint import INDEX, SINGLE
 from lean_merge.checkpoints.descriptors import DescriptorPool
 from lean_merge.errors import LeanMergeError, OutputError
-from lean_merge.store.blocks import BLOCKS, BlockStore, kept_groups
+from lean_merge.store.blocks import BLOCKS, BlockStore, intact_groups
+from lean_merge.store.digest import RangeDigests, range_digest
 from lean_merge.store.journal import (
     JOURNAL,
+    Journal,
     JournalWriter,
     Record,
     commit_mark,
-    shard_record,
     start_record,
 )
 from lean_merge.store.layout import Shard, extents, index_json
-from lean_merge.store.ledger import Ledger
-from lean_merge.store.opening import (
-    Place,
-    checked_place,
-    discard_analysis,
-    find_place,
-    finished_tensors,
-    unseal,
-    whole_shards,
-)
-from lean_merge.store.state import OWN_ANALYSIS, PARTIAL
+from lean_merge.store.state import OWN_ANALYSIS, PARTIAL, UNSEALED
 from lean_merge.store.storage import (
     explain,
     forget,
     open_own,
-    preallocate,
-    shorten,
-    side_name,
+    set_length,
     sync_data,
     sync_folder,
     write_all,
     write_new,
 )
+from lean_merge.store.workplace import (
+    Workplace,
+    checked_place,
+    discard_analysis,
+    find_workplace,
+    publish,
+    switch,
+)
+
+_STEP = 4 << 20
+_SIDE_FOLDERS = frozenset({"", "additional_chat_templates"})
+
+
+Spans = Sequence[tuple[int, int]]
+"""(start, length) in bytes of each part of what is written."""
+
+
+class WriteBytes(Protocol):
+    """Writes bytes of one tensor, from any thread."""
+
+    def __call__(self, offset: int, data: memoryview, spans: Spans | None = None) -> None:
+        """Write `data` at `offset` from the tensor's start, or in parts at `spans` from there."""
 
 
 class OutputFolder:
@@ -68,29 +79,26 @@ class OutputFolder:
         they are on the disk, were read again, and need not be written.
     blocks
         Numbers that wait until a file's layout is known; an interrupted run's are among them.
-    bytes_written
-        Bytes of tensors so far, without those.
     sealed
         Whether it is whole.
     """
 
-    def __init__(
-        self, final: Path, shards: tuple[Shard, ...], place: Place, start: Mapping[str, Any]
-    ) -> None:
-        self.final = final
-        self.shards = shards
+    def __init__(self, place: Workplace, shards: Sequence[Shard], start: Record) -> None:
+        self.final = place.final
+        self.shards = tuple(shards)
         self.finished: Mapping[str, Any] = {}
-        self.bytes_written = 0
         self.sealed = False
         self._place = place
-        self._ledger = Ledger(start, shards)
-        self._whole: Mapping[str, Mapping[str, Record]] = {}
-        self.blocks = BlockStore(place.path / BLOCKS, self._ledger.finish_blocks)
         self._closed = False
         self._failed = False
-        self._counter = threading.Lock()
+        self._lock = threading.Lock()
         self._flushing = threading.Lock()
         self._files = DescriptorPool(os.O_RDWR, sync=True)
+        self._extents: dict[str, dict[str, tuple[int, int]]] = {}
+        self._digests: dict[str, RangeDigests] = {}
+        self._unsynced: set[Path] = set()
+        self._journal = JournalWriter(place.path / UNSEALED, start)
+        self.blocks = BlockStore(place.path / BLOCKS, self._journal.finish)
 
     @classmethod
     def create(
@@ -104,7 +112,7 @@ class OutputFolder:
         resume: bool = True,
         disk: int = 0,
     ) -> OutputFolder:
-        """Checks that the output may be written, then reserves its files or takes up its own.
+        """Check that the output may be written, then make its files or take up its own.
 
         Parameters
         ----------
@@ -136,10 +144,10 @@ class OutputFolder:
         final = checked_place(out, inputs)
         start = start_record(run or {}, shards)
         try:
-            place = find_place(final, start, overwrite=overwrite, resume=resume, disk=disk)
-            folder = cls(final, tuple(shards), place, start)
+            place = find_workplace(final, start, overwrite=overwrite, resume=resume, disk=disk)
+            folder = cls(place, shards, start)
             try:
-                folder._begin()
+                folder._begin(place.journal)
             except BaseException:
                 folder._close()
                 if place.journal is None:
@@ -149,75 +157,54 @@ class OutputFolder:
             raise explain(final, error) from error
         return folder
 
-    def _begin(self) -> None:
-        path, journal = self._place.path, self._place.journal
-        if journal is not None:
-            unseal(path, journal)
-        writer = JournalWriter(self._partial(JOURNAL), journal.length if journal else 0)
-        self._ledger.open(writer, new=journal is None)
-        # No shard is there without a journal that tells whose it is.
-        sync_folder(path)
+    def _begin(self, journal: Journal | None) -> None:
+        self._journal.open(0 if journal is None else journal.length)
+        # No shard is there without a journal that tells whose it is, or beside a sealed one, which
+        # an interrupted run may have written.
+        (self.path / JOURNAL).unlink(missing_ok=True)
+        sync_folder(self.path)
         for shard in self.shards:
-            self._reserve(shard)
-        sync_folder(path)
-        found = {} if journal is None else finished_tensors(self.shards, journal, path)
-        self._ledger.restore(found)
-        self.finished = {name: record.get("result") for name, record in found.items()}
+            self._make(shard)
+        sync_folder(self.path)
         if journal is not None:
-            self._whole = whole_shards(journal, path)
-            needed = not journal.added or self._whole.keys() != journal.added.keys()
-            self.blocks.restore(kept_groups(journal.groups, path / BLOCKS, needed=needed))
+            found = self._intact_tensors(journal)
+            self._journal.tensors.update(found)
+            self.finished = {name: record["result"] for name, record in found.items()}
+            self.blocks.restore(intact_groups(journal.groups, self.path / BLOCKS))
 
-    def add(self, shard: Shard) -> None:
-        """Reserves one more weight file, whose layout only the run could tell.
-
-        All that is finished is on the disk before. Where an interrupted run has written the very
-        same, all of it, its tensors are finished.
-
-        Raises
-        ------
-        BudgetError
-            The disk lacks the space.
-        OutputError
-            The file cannot be made.
-        """
-        if self._closed:
-            raise ValueError("The output folder is closed.")
-        # What it is laid out from must not be lost with it.
-        self.flush()
+    def _make(self, shard: Shard) -> None:
+        """Make a weight file in its whole length, with a header whose length is 0. OSError."""
         file = self._partial(shard.file_name)
-        records = self._whole.get(shard.file_name)
-        journal = self._place.journal
-        if journal is None or journal.added.get(shard.file_name) != shard_record(shard):
-            records = None
+        descriptor = open_own(file)
         try:
-            self._ledger.add_shard(shard, known=records is not None)
-            if records is None:
-                self._reserve(shard)
-                sync_folder(self.path)
-            else:
-                self._ledger.restore(records)
-        except OSError as error:
-            raise explain(file, error) from error
-        self.shards = (*self.shards, shard)
-
-    def _reserve(self, shard: Shard) -> None:
-        descriptor = open_own(self._partial(shard.file_name))
-        try:
-            shorten(descriptor, shard.size)
-            preallocate(descriptor, shard.size)
-            # The length before it stays 0 until all data is on the disk.
+            set_length(descriptor, shard.size)
             write_all(descriptor, memoryview(bytes(8) + shard.header[8:]), 0)
         finally:
             os.close(descriptor)
+        self._unsynced.add(file)
+        self._extents[shard.file_name] = extents(shard)
+        self._digests[shard.file_name] = RangeDigests(shard.offsets.values())
+
+    def _intact_tensors(self, journal: Journal) -> dict[str, Record]:
+        """The records of tensors whose bytes, read again, are those that were written. OSError."""
+        found: dict[str, Record] = {}
+        buffer = memoryview(bytearray(_STEP))
+        for shard in self.shards:
+            with open(self._partial(shard.file_name), "rb", buffering=0) as stream:
+                for name, (start, length) in self._extents[shard.file_name].items():
+                    record = journal.tensors.get(name)
+                    if record is None or record["shard"] != shard.file_name:
+                        continue
+                    digest = range_digest(stream.fileno(), start, length, buffer)
+                    if digest == record["crc32_data"]:
+                        found[name] = record
+        return found
 
     def _remove(self) -> None:
-        """Leaves nothing of an output that was not even begun."""
+        """Leave nothing of an output that was not even begun."""
         with suppress(OSError):
-            names = [shard.file_name for shard in self.shards]
-            for name in (*names, JOURNAL):
+            for name in (*(shard.file_name for shard in self.shards), JOURNAL):
                 self._partial(name).unlink(missing_ok=True)
-            (self.path / BLOCKS).unlink(missing_ok=True)
         self._place.undo()
 
     @property
@@ -225,8 +212,11 @@ class OutputFolder:
         """Where the files are now: beside `final` while that still holds what is replaced."""
         return self.final if self.sealed else self._place.path
 
+    def _partial(self, name: str) -> Path:
+        return self.path / f"{name}{PARTIAL}"
+
     def own_analysis(self) -> Path:
-        """The folder in which this output may keep an analysis of its own until it is sealed.
+        """Return the folder in which this output may keep an analysis until it is sealed.
 
         Raises OutputError if a link is in its place: what that leads to is not to be written.
         """
@@ -236,8 +226,8 @@ class OutputFolder:
         return folder
 
     def note_analysis(self, found: Mapping[str, Any]) -> None:
-        """What that found, as JSON has it; the sealed journal will tell."""
-        self._ledger.add_analysis(found)
+        """Note for the sealed journal what that analysis found, as JSON has it."""
+        self._journal.add_analysis(found)
 
     def __enter__(self) -> OutputFolder:
         return self
@@ -251,110 +241,107 @@ class OutputFolder:
         if not self.sealed:
             self.abort()
 
-    def _partial(self, name: str) -> Path:
-        return self.path / f"{name}{PARTIAL}"
+    def add(self, shard: Shard) -> None:
+        """Make one more weight file, whose layout only the run could tell.
 
-    def write_at(
-        self,
-        shard: Shard,
-        offset: int,
-        data: memoryview,
-        spans: Sequence[tuple[int, int]] | None = None,
-    ) -> None:
-        """Writes bytes of tensors; returns before they are on the disk.
+        All that is finished is on the disk before. Raises OutputError or BudgetError where the disk
+        refuses.
+        """
+        self._check_open()
+        # What it is laid out from must not be lost with it.
+        self.flush()
+        with self._explained(self._partial(shard.file_name)):
+            self._journal.add_shard(shard)
+            self._make(shard)
+            sync_folder(self.path)
+        self.shards = (*self.shards, shard)
+
+    def writer(self, shard: Shard, name: str) -> WriteBytes:
+        """Return what writes the bytes of a tensor, each of them once.
+
+        It returns before they are on the disk, and raises BudgetError where the disk is full,
+        OutputError where it refuses otherwise, and ValueError for bytes outside the tensor.
 
         Parameters
         ----------
         shard
             One of `shards`.
-        offset
-            Counted from the start of the file, as in `Shard.offsets`.
-        data
-            Contiguous bytes.
-        spans
-            Where they go, as (start, length) of each part counted from `offset`; by default all
-            together. They lie inside the shard's data.
-
-        Raises
-        ------
-        BudgetError
-            The disk is full.
-        OutputError
-            The disk refuses otherwise.
-        ValueError
-            The range is not in the shard's data.
+        name
+            One of its tensors.
         """
-        spans = [(0, data.nbytes)] if spans is None else spans
-        for start, length in spans:
-            if offset + start < len(shard.header) or offset + start + length > shard.size:
-                raise ValueError(
-                    f"{shard.file_name} has no data at {offset + start}, {length} bytes."
-                )
-        if data.nbytes == 0:
-            return
-        data, done = data.cast("B"), 0
-        with self._open(shard) as descriptor:
-            for start, length in spans:
-                part = data[done : done + length]
-                self._ledger.add_bytes(shard, offset + start, part)
-                write_all(descriptor, part, offset + start)
-                done += length
-        with self._counter:
-            self.bytes_written += data.nbytes
+        file = self._partial(shard.file_name)
+        begin, size = self._extents[shard.file_name][name]
+        digests = self._digests[shard.file_name]
 
-    def is_finished(self, name: str) -> bool:
-        """Whether all of a tensor is written."""
-        return self._ledger.is_finished(name)
+        def write(offset: int, data: memoryview, spans: Spans | None = None) -> None:
+            if data.nbytes == 0:
+                return
+            data, done = data.cast("B"), 0
+            with self._explained(file), self._files.use(file) as descriptor:
+                for start, length in [(0, data.nbytes)] if spans is None else spans:
+                    first = offset + start
+                    if first < 0 or first + length > size:
+                        raise ValueError(f"{name} has no data at {first}, {length} bytes.")
+                    part = data[done : done + length]
+                    digests.add(begin + first, part)
+                    write_all(descriptor, part, begin + first)
+                    done += length
+            with self._lock:
+                self._unsynced.add(file)
+
+        return write
 
     def finish_tensor(self, shard: Shard, name: str, result: Any = None) -> None:
-        """A tensor's bytes were all written, so that an interrupted run need not write them again.
+        """Note that a tensor's bytes were all written, so that no later run need write them again.
 
-        Parameters
-        ----------
-        shard, name
-            Which tensor.
-        result
-            What `finished` tells of it then, as JSON has it.
-
-        Raises ValueError if not every byte of it was written, or some were twice.
+        `result` is what `finished` tells of it then, as JSON has it. Raises ValueError if not every
+        byte of it was written, or some were twice.
         """
-        self._ledger.finish_tensor(shard, name, result)
+        start, length = self._extents[shard.file_name][name]
+        self._journal.finish(
+            {
+                "record": "tensor",
+                "name": name,
+                "shard": shard.file_name,
+                "crc32_data": self._digests[shard.file_name].take(start, length),
+                "result": result,
+            }
+        )
 
-    def flush(self, shard: Shard | None = None) -> None:
-        """Waits until what was written is on the disk: that of `shard`, and all that is finished.
+    def flush(self) -> None:
+        """Wait until what was written is on the disk, and the journal tells what is finished.
 
-        Raises as `write_at`.
+        Raises OutputError or BudgetError where the disk refuses.
         """
         with self._flushing:
-            ready = self._ledger.take_unsaved()
-            named = {each.file_name: each for each in self.shards}
-            due = {str(record["shard"]) for record in ready if record["record"] == "tensor"}
-            due |= {shard.file_name} if shard is not None else set()
+            ready = self._journal.take_waiting()
+            with self._lock:
+                unsynced, self._unsynced = self._unsynced, set()
             try:
-                if any(record["record"] == "blocks" for record in ready):
+                with self._explained(self._partial(JOURNAL)):
                     self.blocks.sync()
-                for name in due:
-                    with self._open(named[name]) as descriptor:
-                        sync_data(descriptor)
-                        forget(descriptor)
-                self._ledger.save(ready)
-            except BaseException as error:
+                    for file in unsynced:
+                        with self._explained(file), self._files.use(file) as descriptor:
+                            sync_data(descriptor)
+                            forget(descriptor)
+                    self._journal.save(ready)
+            except BaseException:
                 self._failed = True
-                if isinstance(error, OSError):
-                    raise explain(self._partial(JOURNAL), error) from error
                 raise
 
     @contextmanager
-    def _open(self, shard: Shard) -> Iterator[int]:
-        file = self._partial(shard.file_name)
+    def _explained(self, file: Path) -> Iterator[None]:
         try:
-            with self._files.use(file) as descriptor:
-                yield descriptor
+            yield
         except OSError as error:
             raise explain(file, error) from error
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("The output folder is closed.")
+
     def write_file(self, name: str, data: bytes | Iterable[bytes]) -> None:
-        """Writes a side file, replacing one of the same name.
+        """Write a side file, replacing one of the same name.
 
         Parameters
         ----------
@@ -370,24 +357,24 @@ class OutputFolder:
         BudgetError
             The disk is full.
         """
-        if self._closed:
-            raise ValueError("The output folder is closed.")
-        taken = {INDEX, SINGLE, JOURNAL, *(shard.file_name for shard in self.shards)}
-        file = self.path / side_name(name, taken=taken)
-        try:
+        self._check_open()
+        parent, _, last = name.replace("\\", "/").rpartition("/")
+        taken = {"", ".", "..", INDEX, SINGLE, JOURNAL, *(shard.file_name for shard in self.shards)}
+        if parent not in _SIDE_FOLDERS or last in taken:
+            raise OutputError(f"{name!r} cannot be the name of a side file; rename it in the MLLM.")
+        file = self.path / PurePosixPath(parent, last)
+        with self._explained(file):
             file.parent.mkdir(exist_ok=True)
             if file.parent != self.path and file.parent.is_symlink():
                 raise OutputError(f"{file.parent}: is a link to another folder; remove it.")
             self._write_new(file, name, data)
-        except OSError as error:
-            raise explain(file, error) from error
 
     def _write_new(self, file: Path, name: str, data: bytes | Iterable[bytes]) -> None:
         size, digest = write_new(file, [data] if isinstance(data, bytes) else data)
-        self._ledger.add_file(name, size, digest)
+        self._journal.add_file(name, size, digest)
 
     def seal(self) -> None:
-        """Makes the output whole; everything must have been written.
+        """Make the output whole; everything must have been written.
 
         Raises
         ------
@@ -395,63 +382,57 @@ class OutputFolder:
             The disk refuses; the output stays visibly unfinished, and what was to be replaced
             stays whole.
         """
-        if self._closed:
-            raise ValueError("The output folder is closed.")
-        try:
+        self._check_open()
+        with self._explained(self.final):
             self._seal()
-        except OSError as error:
-            raise explain(self.final, error) from error
 
     def _seal(self) -> None:
         for shard in self.shards:
-            for name in extents(shard):
-                if not self._ledger.is_finished(name):
+            for name in shard.offsets:
+                if name not in self._journal.tensors:
                     self.finish_tensor(shard, name)
-            self.flush(shard)
+        self.flush()
         for shard in self.shards:
             self._complete(shard)
         path, names = self.path, [shard.file_name for shard in self.shards]
         mark = commit_mark(names)
         if mark is not None and mark not in names:
             self._write_new(self._partial(mark), mark, index_json(self.shards))
-            names.append(mark)
-        write_new(path / JOURNAL, [self._ledger.sealed(self.shards, self.blocks.sealed())])
+        write_new(path / JOURNAL, [self._journal.sealed(self.shards, self.blocks.sealed())])
         # Windows renames no open file.
         self._close_files()
         discard_analysis(path)
-        for folder in {(path / name).parent for name in self._ledger.files} | {path}:
+        for folder in {(path / name).parent for name in self._journal.files} | {path}:
             sync_folder(folder)
+        # From here on the output is sealed, and whoever comes next ends what is cut.
         self._partial(JOURNAL).unlink()
-        (path / BLOCKS).unlink(missing_ok=True)
-        for name in names:
-            if name == mark:
-                sync_folder(path)
-            os.replace(self._partial(name), path / name)
         sync_folder(path)
-        if self._place.replacement is not None:
-            self._place.replacement.switch()
+        publish(path, names)
+        if path != self.final:
+            switch(self.final)
         self.sealed = True
         self._close()
 
     def _complete(self, shard: Shard) -> None:
-        """Gives a shard, whose data is on the disk, its header length."""
-        with self._open(shard) as descriptor:
+        """Give a shard, whose data is on the disk, its header length. OSError."""
+        file = self._partial(shard.file_name)
+        with self._files.use(file) as descriptor:
             write_all(descriptor, memoryview(shard.header)[:8], 0)
             os.fsync(descriptor)
             size = os.fstat(descriptor).st_size
         if size != shard.size:
             raise OutputError(
-                f"{self._partial(shard.file_name)}: has {size} bytes instead of {shard.size}, so "
-                "something else wrote to it; run the merge again."
+                f"{file}: has {size} bytes instead of {shard.size}, so something else wrote to it; "
+                "run the merge again."
             )
 
     def abort(self) -> None:
-        """Closes the files and leaves the output visibly unfinished; may be called twice.
+        """Close the files and leave the output visibly unfinished; may be called twice.
 
         What is finished of it is noted, so that the next run goes on from there.
         """
         try:
-            if self._ledger.has_unsaved and not (self._failed or self._closed):
+            if self._journal.has_waiting and not (self._failed or self._closed):
                 with suppress(LeanMergeError):
                     self.flush()
         finally:
@@ -464,5 +445,5 @@ class OutputFolder:
 
     def _close_files(self) -> None:
         self._files.close()
-        self._ledger.close()
+        self._journal.close()
         self.blocks.close()

@@ -10,9 +10,10 @@ import hashlib
 import json
 import os
 import re
+import threading
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,17 @@ _SEAL_LENGTH = len(b',"crc32":"00000000"}\n')
 _SEALED_ONLY = frozenset({"analysis", "file", "end"})
 
 Record = Mapping[str, Any]
+"""One line of a journal."""
 
 
 def encode(record: Record) -> bytes:
-    """A record as a line with its own digest."""
+    """Return a record as a line with its own digest."""
     body = json.dumps(record, separators=(",", ":"), allow_nan=False).encode()[:-1]
     return b'%s,"crc32":"%08x"}\n' % (body, zlib.crc32(body))
 
 
 def decode(line: bytes) -> dict[str, Any] | None:
-    """The record of a line; None if the line is torn or changed."""
+    """Return the record of a line; None if the line is torn or changed."""
     body, seal = line[:-_SEAL_LENGTH], _SEAL.fullmatch(line[-_SEAL_LENGTH:])
     if seal is None or int(seal[1], 16) != zlib.crc32(body):
         return None
@@ -46,18 +48,9 @@ def decode(line: bytes) -> dict[str, Any] | None:
 
 
 def start_record(run: Mapping[str, Any], shards: Sequence[Shard]) -> dict[str, Any]:
-    """The first record: what must be the same for bytes to be reused."""
-    return {
-        "record": "start",
-        "format": FORMAT,
-        "run": dict(run),
-        "shards": [_described(shard) for shard in shards],
-    }
-
-
-def shard_record(shard: Shard) -> dict[str, Any]:
-    """A record of a weight file whose layout was not known at the start."""
-    return {"record": "shard", **_described(shard)}
+    """Return the first record: what must be the same for bytes to be reused."""
+    described = [_described(shard) for shard in shards]
+    return {"record": "start", "format": FORMAT, "run": dict(run), "shards": described}
 
 
 def _described(shard: Shard) -> dict[str, Any]:
@@ -77,10 +70,10 @@ class Journal:
     start
         The first record.
     shards, tensors, groups, files
-        Weight files, tensors, groups of blocks, and other files, by name; the last record of each
-        counts.
+        The records of weight files, tensors, groups of blocks, and other files, by name; the last
+        record of each counts.
     analysis
-        What a merge that made its analysis itself found by it; sealed journals only.
+        What a merge that made its analysis itself found by it; only sealed journals have it.
     sealed
         Whether it ends in a matching `end` record, as that of a complete output does.
     length
@@ -89,27 +82,16 @@ class Journal:
 
     start: dict[str, Any]
     shards: dict[str, dict[str, Any]]
-    tensors: dict[str, dict[str, Any]]
-    groups: dict[str, dict[str, Any]]
-    files: dict[str, dict[str, Any]]
-    analysis: dict[str, Any] | None
-    sealed: bool
-    length: int
-
-    @property
-    def added(self) -> dict[str, dict[str, Any]]:
-        """The weight files whose layout only the run could tell."""
-        known = {each["file"] for each in self.start["shards"]}
-        return {name: record for name, record in self.shards.items() if name not in known}
-
-    @property
-    def mark(self) -> str | None:
-        """The file whose name makes the output complete."""
-        return commit_mark(list(self.shards))
+    tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
+    groups: dict[str, dict[str, Any]] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    analysis: dict[str, Any] | None = None
+    sealed: bool = False
+    length: int = 0
 
 
 def commit_mark(names: Sequence[str]) -> str | None:
-    """The weight file that is renamed last: the only one, or the index of several.
+    """Return the file that is renamed last: the only weight file, or the index of several.
 
     Without weights it is the removal of the unsealed journal that makes an output complete.
     """
@@ -119,74 +101,98 @@ def commit_mark(names: Sequence[str]) -> str | None:
 
 
 def read_journal(file: Path) -> Journal | None:
-    """What `file` says; None if there is none, or its first line does not count. OSError."""
-    shards: dict[str, dict[str, Any]] = {}
-    tensors: dict[str, dict[str, Any]] = {}
-    groups: dict[str, dict[str, Any]] = {}
-    files: dict[str, dict[str, Any]] = {}
-    start: dict[str, Any] | None = None
-    analysis: dict[str, Any] | None = None
-    sealed, length, count = False, 0, 0
-    whole = hashlib.sha256()
+    """Return what `file` says; None if there is none, or its first line does not count. OSError."""
     if file.is_symlink() or not file.is_file():
         return None
+    records: list[dict[str, Any]] = []
+    sealed, length, whole = False, 0, hashlib.sha256()
     with open(file, "rb") as stream:
-        while line := stream.readline(_MAX_LINE):
+        while not sealed and (line := stream.readline(_MAX_LINE)):
             record = decode(line)
-            if record is None or sealed or (record["record"] == "start") != (count == 0):
-                sealed = False
+            if record is None or (record["record"] == "start") != (not records):
                 break
-            if record["record"] == "start":
-                if record["format"] != FORMAT:
-                    return None
-                start, shards = record, {each["file"]: each for each in record["shards"]}
-            elif record["record"] == "shard":
-                shards[record["file"]] = record
-            elif record["record"] == "tensor":
-                tensors[record["name"]] = record
-            elif record["record"] == "blocks":
-                groups[record["name"]] = record
-            elif record["record"] == "analysis":
-                analysis = record["found"]
-            elif record["record"] == "file":
-                files[record["name"]] = record
-            else:
-                sealed = record["records"] == count and record["sha256"] == whole.hexdigest()
-                if not sealed:
+            if record["record"] == "end":
+                if (record["records"], record["sha256"]) != (len(records), whole.hexdigest()):
                     break
+                sealed = not stream.read(1)
             whole.update(line)
             length += len(line) if record["record"] not in _SEALED_ONLY else 0
-            count += 1
-    if start is None:
+            records.append(record)
+    if not records or records[0]["format"] != FORMAT:
         return None
-    return Journal(start, shards, tensors, groups, files, analysis, sealed, length)
+    return _journal(records, sealed, length)
+
+
+def _journal(records: Sequence[dict[str, Any]], sealed: bool, length: int) -> Journal:
+    start, analysis = records[0], None
+    shards = {each["file"]: each for each in start["shards"]}
+    named: dict[str, dict[str, dict[str, Any]]] = {"tensor": {}, "blocks": {}, "file": {}}
+    for record in records[1:]:
+        if record["record"] == "shard":
+            shards[record["file"]] = record
+        elif record["record"] == "analysis":
+            analysis = record["found"]
+        elif record["record"] in named:
+            named[record["record"]][record["name"]] = record
+    return Journal(
+        start=start,
+        shards=shards,
+        tensors=named["tensor"],
+        groups=named["blocks"],
+        files=named["file"],
+        analysis=analysis,
+        sealed=sealed,
+        length=length,
+    )
 
 
 def sealed_lines(records: Iterable[Record]) -> bytes:
-    """A sealed journal of `records`, the end added."""
+    """Return a sealed journal of `records`, the end added."""
     lines = [encode(record) for record in records]
     digest = hashlib.sha256(b"".join(lines)).hexdigest()
     return b"".join([*lines, encode({"record": "end", "records": len(lines), "sha256": digest})])
 
 
 class JournalWriter:
-    """Appends to a journal, each time until it is on the disk.
+    """The journal of an unfinished output, and what its sealed form will say.
+
+    Several threads may share one.
 
     Parameters
     ----------
     file
-        Made if absent.
-    length
-        Where to go on; what stands after it is cut off.
+        The journal of an interrupted run, or a file to be made.
+    start
+        The first record.
+
+    Attributes
+    ----------
+    tensors, files
+        The records of finished tensors and of written files, by name.
     """
 
-    def __init__(self, file: Path, length: int) -> None:
-        self._descriptor: int | None = open_own(file)
+    def __init__(self, file: Path, start: Record) -> None:
+        self.tensors: dict[str, Record] = {}
+        self.files: dict[str, Record] = {}
+        self._start = start
+        self._added: list[Record] = []
+        self._analysis: list[Record] = []
+        self._waiting: list[Record] = []
+        self._lock = threading.Lock()
+        self._file = file
+        self._descriptor: int | None = None
+        self._length = 0
+
+    def open(self, length: int) -> None:
+        """Go on after `length` bytes of an interrupted run's journal, or begin at 0. OSError."""
+        self._descriptor = open_own(self._file)
         self._length = length
         os.ftruncate(self._descriptor, length)
+        if length == 0:
+            self._append([self._start])
 
-    def append(self, records: Iterable[Record]) -> None:
-        """Adds `records`; they are on the disk when this returns. OSError."""
+    def _append(self, records: Sequence[Record]) -> None:
+        """Add lines, which are on the disk when this returns. OSError."""
         if self._descriptor is None:
             raise ValueError("The journal is closed.")
         data = b"".join(map(encode, records))
@@ -194,8 +200,55 @@ class JournalWriter:
         sync_data(self._descriptor)
         self._length += len(data)
 
+    def add_shard(self, shard: Shard) -> None:
+        """Add a weight file whose layout was not known at the start. OSError."""
+        record = {"record": "shard", **_described(shard)}
+        self._append([record])
+        self._added.append(record)
+
+    def finish(self, record: Record) -> None:
+        """Add a tensor or a group of blocks whose bytes were all written, by the next `save`."""
+        with self._lock:
+            if record["record"] == "tensor":
+                self.tensors[record["name"]] = record
+            self._waiting.append(record)
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether something is finished that the file does not tell of."""
+        return bool(self._waiting)
+
+    def take_waiting(self) -> list[Record]:
+        """Take what is finished and the file does not tell of, to be saved once it is synced.
+
+        Whoever fails to sync them must not try again: some systems report a failure once only.
+        """
+        with self._lock:
+            taken, self._waiting = self._waiting, []
+        return taken
+
+    def save(self, records: Sequence[Record]) -> None:
+        """Add the lines of `records`, whose bytes are on the disk. OSError."""
+        if records:
+            self._append(records)
+
+    def add_file(self, name: str, size: int, sha256: str) -> None:
+        """Note for the sealed journal that a file other than a shard was written."""
+        self.files[name] = {"record": "file", "name": name, "size": size, "sha256": sha256}
+
+    def add_analysis(self, found: Mapping[str, Any]) -> None:
+        """Note for the sealed journal what the output's own analysis found."""
+        self._analysis = [{"record": "analysis", "found": dict(found)}]
+
+    def sealed(self, shards: Sequence[Shard], groups: Sequence[Record]) -> bytes:
+        """Return the sealed journal, in the order of the output."""
+        tensors = [self.tensors[name] for shard in shards for name in shard.offsets]
+        files = [self.files[name] for name in sorted(self.files)]
+        records = [self._start, *self._added, *groups, *tensors, *self._analysis, *files]
+        return sealed_lines(records)
+
     def close(self) -> None:
-        """May be called twice."""
+        """Close the file; may be called twice."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,22 @@ from lean_merge.errors import OutputError
 from lean_merge.store.journal import JOURNAL, Journal, read_journal
 
 PARTIAL = ".partial"
+UNSEALED = f"{JOURNAL}{PARTIAL}"
+"""The journal of an unfinished output."""
 OWN_ANALYSIS = f"lean_merge_analysis{PARTIAL}"
-"""Folder of the analysis that an unfinished output makes for itself."""
+"""The folder of the analysis that an unfinished output makes for itself."""
 DISCARDED = f"lean_merge_discarded{PARTIAL}"
-"""What that is called while it is deleted."""
+"""What that folder is called while it is deleted."""
 _OURS = frozenset({"additional_chat_templates", ".cache", OWN_ANALYSIS, DISCARDED})
 _START_OVER = "start over with --no-resume, or choose another folder"
 
 
 class State(enum.Enum):
-    """What a folder is."""
+    """What a folder is.
+
+    An output is complete once its journal is sealed and the unsealed one is gone, and its files are
+    there in their lengths. A crash may leave some of them with the names that they had before.
+    """
 
     EMPTY = "empty"
     UNFINISHED = "unfinished"
@@ -31,7 +36,7 @@ class State(enum.Enum):
 
 
 class Step(enum.Enum):
-    """What may be done with it."""
+    """What may be done with a folder."""
 
     BEGIN = "begin"
     GO_ON = "go on"
@@ -39,68 +44,69 @@ class Step(enum.Enum):
     REPLACE = "replace"
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A folder's state, and its journal where that is readable."""
-
-    state: State
-    journal: Journal | None = None
-
-
-def look(folder: Path) -> Found:
-    """What `folder` holds, by names and journal alone. Raises OSError."""
+def look(folder: Path) -> tuple[State, Journal | None]:
+    """Return what `folder` holds, and its journal where that can be read. Raises OSError."""
     if not folder.is_dir():
-        return Found(State.EMPTY)
+        return State.EMPTY, None
     names = {each.name for each in folder.iterdir()}
+    journal = read_journal(folder / UNSEALED)
     # A journal without a first line is all that a run cut at its very beginning leaves.
-    journal = read_journal(folder / f"{JOURNAL}{PARTIAL}")
-    if not names or (journal is None and names == {f"{JOURNAL}{PARTIAL}"}):
-        return Found(State.EMPTY)
-    journal = journal or read_journal(folder / JOURNAL)
-    if journal is not None:
-        whole = journal.sealed and (journal.mark or JOURNAL) in names
-        return Found(State.COMPLETE if whole else State.UNFINISHED, journal)
+    if not names or (journal is None and names == {UNSEALED}):
+        return State.EMPTY, None
+    if UNSEALED in names:
+        return State.UNFINISHED, journal
+    journal = read_journal(folder / JOURNAL)
+    if journal is not None and journal.sealed and _has_all(folder, journal):
+        return State.COMPLETE, journal
     if any(name.endswith((".safetensors" + PARTIAL, INDEX + PARTIAL)) for name in names):
-        return Found(State.UNFINISHED)
-    return Found(State.OTHER)
+        return State.UNFINISHED, None
+    return State.OTHER, journal
+
+
+def _has_all(folder: Path, journal: Journal) -> bool:
+    """Whether every file is there in its length, under its name or the one that it had before."""
+    sizes = {name: record["size"] for name, record in (journal.shards | journal.files).items()}
+    return all(
+        size in (_size(folder / name), _size(folder / f"{name}{PARTIAL}"))
+        for name, size in sizes.items()
+    )
+
+
+def _size(file: Path) -> int | None:
+    return file.stat().st_size if file.is_file() else None
 
 
 def choose(folder: Path, start: Mapping[str, Any], *, overwrite: bool, resume: bool) -> Step:
-    """What a run that begins with `start` may do with `folder`.
+    """Return what a run whose journal begins with `start` may do with `folder`.
 
-    Raises
-    ------
-    OutputError
-        Nothing, for the reason given. OSError if it cannot be read.
+    Raises OutputError if that is nothing, and OSError if the folder cannot be read.
     """
-    found = look(folder)
-    if found.state is State.EMPTY:
+    state, journal = look(folder)
+    if state is State.EMPTY:
         return Step.BEGIN
-    if found.state is State.UNFINISHED and found.journal is not None:
-        reason = difference(found.journal.start, start)
+    if state is State.UNFINISHED and journal is not None:
+        reason = difference(journal.start, start)
         if reason is None and resume:
             return Step.GO_ON
         if not resume:
             return Step.START_OVER
         if not overwrite:
             raise OutputError(f"{folder}: cannot be resumed, because {reason}; {_START_OVER}.")
-    elif found.state is State.UNFINISHED and not overwrite:
+    elif state is State.UNFINISHED and not overwrite:
         raise OutputError(
             f"{folder}: holds an unfinished lean-merge output without a journal, which cannot be "
             "resumed; allow replacing it with --overwrite, or choose another folder."
         )
     known = ""
-    if found.state is State.COMPLETE and found.journal is not None:
-        reason = difference(found.journal.start, start, machine=False) or "files are missing"
+    if journal is not None and journal.sealed:
+        reason = difference(journal.start, start, machine=False) or "files are missing"
         known = f" (it holds a complete lean-merge output, but {reason})"
-    refuse_to_lose(folder, overwrite=overwrite, known=known)
+    _refuse_to_lose(folder, overwrite=overwrite, known=known)
     return Step.REPLACE
 
 
-def refuse_to_lose(folder: Path, *, overwrite: bool, known: str = "") -> None:
-    """Raises OutputError unless the content of `folder`, which is not empty, may be replaced.
-
-    `known` is what else is to be said of it.
+def _refuse_to_lose(folder: Path, *, overwrite: bool, known: str) -> None:
+    """Raise OutputError unless the content of `folder`, which is not empty, may be replaced.
 
     Only a model, or part of one, with nothing else beneath, may be: overwriting deletes the old
     folder, and a home folder passed by mistake must survive that.
@@ -110,17 +116,16 @@ def refuse_to_lose(folder: Path, *, overwrite: bool, known: str = "") -> None:
             f"{folder}: is not empty{known}; allow replacing it with --overwrite, or choose "
             "another folder."
         )
-    names = {each.name for each in folder.iterdir()}
-    model = any(name.endswith((".safetensors", ".safetensors.partial")) for name in names)
+    entries = sorted(folder.iterdir())
+    names = {each.name for each in entries}
+    model = any(name.endswith((".safetensors", ".safetensors" + PARTIAL)) for name in names)
     # A folder with a journal is an output too: that of an analysis holds no weights.
-    if not model and not names & {JOURNAL, f"{JOURNAL}{PARTIAL}"}:
+    if not model and not names & {JOURNAL, UNSEALED}:
         raise OutputError(
             f"{folder}: is not empty and holds no model that could be overwritten; choose another "
             "folder, or empty it yourself."
         )
-    deep = sorted(
-        each.name for each in folder.iterdir() if each.is_dir() and each.name not in _OURS
-    )
+    deep = [each.name for each in entries if each.is_dir() and each.name not in _OURS]
     if deep:
         raise OutputError(
             f"{folder}: holds the folder {deep[0]}, which overwriting would delete; move it "
@@ -129,30 +134,22 @@ def refuse_to_lose(folder: Path, *, overwrite: bool, known: str = "") -> None:
 
 
 def is_complete(folder: Path, start: Mapping[str, Any]) -> bool:
-    """Whether `folder` holds the complete output of a run that begins with `start`.
+    """Whether `folder` holds the complete output of a run whose journal begins with `start`.
 
-    The machine may be another; every file must be there in its length. Raises OSError.
+    The machine may be another. Raises OSError.
     """
-    found = look(folder)
-    if found.state is not State.COMPLETE or found.journal is None:
+    state, journal = look(folder)
+    if state is not State.COMPLETE or journal is None:
         return False
-    if difference(found.journal.start, start, machine=False) is not None:
-        return False
-    records = {**found.journal.shards, **found.journal.files}
-    sizes = {name: record["size"] for name, record in records.items()}
-    return all(_size(folder / name) == size for name, size in sizes.items())
-
-
-def _size(file: Path) -> int | None:
-    return file.stat().st_size if file.is_file() else None
+    return difference(journal.start, start, machine=False) is None
 
 
 def difference(
     old: Mapping[str, Any], new: Mapping[str, Any], *, machine: bool = True
 ) -> str | None:
-    """Why bytes of a run that began with `old` are of no use to one with `new`; None if they are.
+    """Return why the bytes of a run that began with `old` are of no use to one with `new`.
 
-    `machine` tells whether library versions and machine matter too.
+    None means that they are of use. `machine` tells whether library versions and machine matter.
     """
     if old["format"] != new["format"]:
         return "its journal has another format"
@@ -174,7 +171,7 @@ def difference(
 
 
 def _changed(old: Any, new: Any) -> str:
-    """The first key in which two mappings differ, and how."""
+    """Return the first key in which two mappings differ, and how."""
     old, new = old if isinstance(old, dict) else {}, new if isinstance(new, dict) else {}
     for key in [*old, *(each for each in new if each not in old)]:
         if old.get(key) != new.get(key):
@@ -183,7 +180,7 @@ def _changed(old: Any, new: Any) -> str:
 
 
 def changed_input(old: Any, new: Any) -> str:
-    """Which input differs, and in what."""
+    """Return which input differs, and in what."""
     then = {each["role"]: each for each in old or ()}
     for each in new or ():
         before = then.get(each["role"], {})

@@ -28,15 +28,15 @@ from lean_merge.errors import BudgetError, CheckpointError, OutputError
 from lean_merge.store import (
     OutputFolder,
     OutputTensor,
-    Shard,
     copy_side_files,
+    find_complete,
     index_json,
     license_of,
     model_card,
     plan_shards,
     side_files,
 )
-from lean_merge.store.replace import Replacement
+from lean_merge.store.workplace import recover
 
 DTYPES = [torch_dtype(name) for name in ITEM_BITS if name not in {"F4", "F6_E2M3", "F6_E3M2"}]
 TENSORS = st.dictionaries(
@@ -59,8 +59,8 @@ def some_tensors(count: int = 5) -> dict[str, torch.Tensor]:
 
 def fill(folder: OutputFolder, values: dict[str, torch.Tensor]) -> None:
     for shard in folder.shards:
-        for name, offset in shard.offsets.items():
-            folder.write_at(shard, offset, as_bytes(values[name]))
+        for name in shard.offsets:
+            folder.writer(shard, name)(0, as_bytes(values[name]))
 
 
 def create(out: Path, values: dict[str, torch.Tensor], **options: Any) -> OutputFolder:
@@ -199,7 +199,7 @@ def test_an_output_is_sealed_with_its_commit_mark_last(
     with folder:
         fill(folder, values)
         folder.write_file("README.md", b"card")
-        folder.flush(folder.shards[0])
+        folder.flush()
         renamed: list[str] = []
         replace = os.replace
 
@@ -216,7 +216,6 @@ def test_an_output_is_sealed_with_its_commit_mark_last(
         "model.safetensors" if shard_size == 10**6 else "model.safetensors.index.json"
     )
     assert folder.sealed
-    assert folder.bytes_written == 5 * 16
     assert not any(name.endswith(".partial") for name in names_in(folder.path))
     checkpoint = open_checkpoint(tmp_path / "out")
     assert set(checkpoint.tensors) == set(values)
@@ -264,11 +263,11 @@ def test_an_output_that_was_not_written_once_is_not_sealed(tmp_path: Path, fault
     values = some_tensors()
     with create(tmp_path / "out", values) as folder:
         shard = folder.shards[0]
-        for name, offset in shard.offsets.items():
+        for name in shard.offsets:
             if fault == "twice" or name != "t2":
-                folder.write_at(shard, offset, as_bytes(values[name]))
+                folder.writer(shard, name)(0, as_bytes(values[name]))
         if fault == "twice":
-            folder.write_at(shard, shard.offsets["t2"] + 4, memoryview(b"1234"))
+            folder.writer(shard, "t2")(4, memoryview(b"1234"))
         with pytest.raises(ValueError, match="not written once"):
             folder.seal()
     assert names_in(tmp_path / "out") == UNFINISHED
@@ -359,9 +358,9 @@ def test_a_failed_switch_puts_the_old_model_back(tmp_path: Path, monkeypatch: py
         folder.seal()
     assert set(open_checkpoint(out).tensors) == {"t0", "t1"}
     monkeypatch.undo()
-    with create(out, some_tensors(), overwrite=True) as folder:
-        assert set(folder.finished) == set(some_tensors())
-        folder.seal()
+    # The new one is whole, and the next run puts it in its place.
+    shards = plan_shards(described(some_tensors()), shard_size=10**9)
+    assert find_complete(out, shards, inputs=(), run={}) == out
     assert names_in(tmp_path) == ["out"]
     assert set(open_checkpoint(out).tensors) == set(some_tensors())
 
@@ -405,7 +404,7 @@ def test_a_crash_at_any_step_of_sealing_loses_nothing(
         folder._close()  # what the end of a process does
         if folder.sealed:
             break
-        Replacement(out).recover()
+        recover(out)
         try:
             found = open_checkpoint(out)
         except CheckpointError as error:
@@ -529,13 +528,13 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["a"], values["a"])
 
 
-def test_bytes_outside_a_shards_data_are_refused(tmp_path: Path):
+def test_bytes_outside_a_tensor_are_refused(tmp_path: Path):
     with create(tmp_path / "out", some_tensors()) as folder:
-        shard: Shard = folder.shards[0]
-        for offset in (0, len(shard.header) - 1, shard.size - 1):
-            with pytest.raises(ValueError, match="has no data"):
-                folder.write_at(shard, offset, memoryview(b"12"))
-        folder.write_at(shard, shard.size, memoryview(b""))
+        write = folder.writer(folder.shards[0], "t2")
+        for offset, spans in ((-1, None), (15, None), (0, [(0, 1), (16, 1)])):
+            with pytest.raises(ValueError, match="t2 has no data"):
+                write(offset, memoryview(b"12"), spans)
+        write(16, memoryview(b""))
 
 
 def test_threads_share_an_output_of_more_shards_than_open_files(tmp_path: Path):
@@ -544,18 +543,17 @@ def test_threads_share_an_output_of_more_shards_than_open_files(tmp_path: Path):
 
         def write(first: int) -> None:
             for shard in folder.shards[first::4]:
-                for name, offset in shard.offsets.items():
+                for name in shard.offsets:
                     for start in range(0, 64, 16):
                         part = as_bytes(values[name])[start : start + 16]
-                        folder.write_at(shard, offset + start, part)
-                folder.flush(shard)
+                        folder.writer(shard, name)(start, part)
+                folder.flush()
 
         threads = [threading.Thread(target=write, args=(first,)) for first in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert folder.bytes_written == 6400
         folder.seal()
     checkpoint = open_checkpoint(tmp_path / "out")
     assert len(checkpoint.files) == 100

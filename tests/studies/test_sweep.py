@@ -35,7 +35,7 @@ from lean_merge import (
     sweep,
     verify,
 )
-from lean_merge.store import JOURNAL
+from lean_merge.store import JOURNAL, OutputFolder
 from lean_merge.studies import pages
 from lean_merge.studies.sweep import run as run_module
 from lean_merge.studies.sweep.table import read_table
@@ -310,15 +310,24 @@ def test_a_sweep_goes_on_where_it_stopped(triple: Triple, tmp_path: Path):
     assert again == table
 
 
-def test_an_unfinished_point_is_ended(triple: Triple, tmp_path: Path):
+def test_an_unfinished_point_is_ended(
+    triple: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def stop(folder: OutputFolder) -> None:
+        raise Stop
+
     grid = Grid(thresholds=[0.99, 0.3])
-    run(triple, tmp_path / "out", grid)
+    run(triple, tmp_path / "whole", grid)
+    run(triple, tmp_path / "out", Grid(thresholds=[0.99]))
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputFolder, "seal", stop)
+        with pytest.raises(Stop):
+            run(triple, tmp_path / "out", grid)
     last = tmp_path / "out" / "threshold-0.3"
-    wanted = contents(last)
-    (last / "model.safetensors.index.json").unlink()
+    assert not (last / "model.safetensors.index.json").exists()
     table = run(triple, tmp_path / "out", grid)
     assert [p["error"] for p in table["points"]] == [None, None]
-    assert weights_of(last) == {n: d for n, d in wanted.items() if n.endswith(".safetensors")}
+    assert weights_of(last) == weights_of(tmp_path / "whole" / last.name)
     assert verify(tmp_path / "out" / "threshold-0.99", full=True, resources=CPU).ok
 
 

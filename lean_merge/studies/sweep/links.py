@@ -78,8 +78,6 @@ def _link(source: Path, file: Path, held: tuple[str, dict[str, int]]) -> bool:
                 return False
             if source.samefile(file):
                 return True
-            if source.stat().st_size != file.stat().st_size:
-                return False
             # A run that was cut may have left it.
             spare.unlink(missing_ok=True)
             os.link(source, spare)
@@ -100,8 +98,8 @@ def _held(folder: Path) -> Iterator[Journal | None]:
     try:
         try:
             lock = lock_folder(folder)
-            found = look(folder)
-            journal = found.journal if found.state is State.COMPLETE else None
+            state, found = look(folder)
+            journal = found if state is State.COMPLETE else None
         except (OutputError, OSError):
             pass
         yield journal

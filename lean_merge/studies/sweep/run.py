@@ -17,7 +17,7 @@ from lean_merge.plan import plan as make_plan
 from lean_merge.plan.identity import seen_from
 from lean_merge.plan.resources import Resources
 from lean_merge.recipe import MergeRecipe
-from lean_merge.store.opening import checked_place
+from lean_merge.store import checked_place
 from lean_merge.studies.pages import add_page
 from lean_merge.studies.sweep.decisions import Decisions, decide
 from lean_merge.studies.sweep.evaluation import Evaluation, measure

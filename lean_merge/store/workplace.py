@@ -1,0 +1,342 @@
+"""Where an output is written, under whose lock; and how it gets its name when it is sealed.
+
+An output that replaces another is written beside it, so that a crash at any moment leaves the old
+folder or the new one whole:
+
+    .out.lean-merge-new          the new one, while it is written
+    .out.lean-merge-old          the old one, between two renames and while it is deleted
+
+Between those two renames alone `out` itself is missing; the next run then ends the switch.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lean_merge.checkpoints.checkpoint import INDEX
+from lean_merge.errors import OutputError
+from lean_merge.store.blocks import BLOCKS
+from lean_merge.store.journal import JOURNAL, Journal, commit_mark, start_record
+from lean_merge.store.layout import Shard
+from lean_merge.store.state import (
+    DISCARDED,
+    OWN_ANALYSIS,
+    PARTIAL,
+    UNSEALED,
+    State,
+    Step,
+    choose,
+    difference,
+    is_complete,
+    look,
+)
+from lean_merge.store.storage import (
+    check_free_space,
+    explain,
+    folder_bytes,
+    lock_folder,
+    make_folder,
+    sync_folder,
+)
+
+
+@dataclass(slots=True)
+class Workplace:
+    """The folder in which an output is written until it is sealed.
+
+    Attributes
+    ----------
+    final
+        Where the output belongs.
+    path
+        The folder: `final`, or one beside it if the output replaces another.
+    journal
+        The journal of the unfinished output to go on with, if there is one.
+    locks, made
+        Descriptors that hold folders; folders that were made, the highest first.
+    """
+
+    final: Path
+    path: Path
+    journal: Journal | None = None
+    locks: list[int] = field(default_factory=list)
+    made: list[Path] = field(default_factory=list)
+
+    def lock(self, folder: Path) -> None:
+        """Hold `folder`, if it is there, until `release`. Raises OSError, OutputError."""
+        descriptor = lock_folder(folder) if folder.exists() else None
+        if descriptor is not None:
+            self.locks.append(descriptor)
+
+    def release(self) -> None:
+        """Let go of the folders; may be called twice."""
+        while self.locks:
+            os.close(self.locks.pop())
+
+    def undo(self) -> None:
+        """Remove the folders that were made, if they are empty."""
+        for each in reversed(self.made):
+            with suppress(OSError):
+                each.rmdir()
+
+
+def checked_place(out: Path, inputs: Sequence[Path]) -> Path:
+    """Return `out`, resolved; OutputError if it is a file, an input, inside or around one."""
+    final = out.expanduser().resolve()
+    if final.exists() and not final.is_dir():
+        raise OutputError(f"{final}: is a file; choose a folder.")
+    # What lies beside may be deleted, so it must be no input either.
+    for place in (final, *_beside(final)):
+        for each in inputs:
+            _refuse_input(place, each)
+    return final
+
+
+def _beside(final: Path) -> tuple[Path, Path]:
+    """The folders through which `final` is replaced: the new one's, and the old one's."""
+    hidden = f".{final.name}.lean-merge"
+    return final.parent / f"{hidden}-new", final.parent / f"{hidden}-old"
+
+
+def _refuse_input(out: Path, given: Path) -> None:
+    source = given.resolve()
+    # Compared by inode too: names alone lie on file systems that fold case.
+    for one, other, where in ((out, source, "inside"), (source, out, "around")):
+        for parent in (one, *one.parents):
+            if parent == other or _same(parent, other):
+                place = "is" if parent == one else f"lies {where}"
+                raise OutputError(
+                    f"{out}: {place} the input {given}, which must not change; choose an output "
+                    "folder elsewhere."
+                )
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
+
+
+def find_workplace(
+    final: Path, start: Mapping[str, Any], *, overwrite: bool, resume: bool, disk: int = 0
+) -> Workplace:
+    """Return where a run whose journal begins with `start` writes, locked and cleared.
+
+    `disk` is the most that it takes, where that is more than the weight files that `start` lists.
+    Raises OSError, LeanMergeError.
+    """
+    recover(final)
+    place, (new, _) = Workplace(final, final), _beside(final)
+    try:
+        place.lock(final)
+        step = choose(final, start, overwrite=overwrite, resume=resume)
+        if step is Step.REPLACE:
+            place.path = new
+            place.lock(new)
+            step = _step_beside(new, start, resume=resume)
+        if step is Step.GO_ON:
+            place.journal = look(place.path)[1]
+        else:
+            _check_disk(place, start, disk)
+            _clear(place)
+        if place.path == final:
+            _delete(new)
+        if not place.path.exists():
+            place.made = make_folder(place.path)
+            place.lock(place.path)
+    except BaseException:
+        place.release()
+        place.undo()
+        raise
+    return place
+
+
+def _step_beside(folder: Path, start: Mapping[str, Any], *, resume: bool) -> Step:
+    state, journal = look(folder)
+    if not resume or state is not State.UNFINISHED or journal is None:
+        return Step.START_OVER
+    return Step.START_OVER if difference(journal.start, start) else Step.GO_ON
+
+
+def _check_disk(place: Workplace, start: Mapping[str, Any], disk: int) -> None:
+    """Raise BudgetError where the disk lacks the space for a whole new output. OSError.
+
+    An output that goes on is not asked: its weight files have their space already, and how much of
+    the rest is still to be written is not known.
+    """
+    needed = max(disk, sum(each["size"] for each in start["shards"]))
+    leftovers = {place.path, _beside(place.final)[0]}
+    check_free_space(place.path, needed, freed=sum(map(folder_bytes, leftovers)))
+
+
+def _clear(place: Workplace) -> None:
+    """Remove what an unfinished run left, files of others never. OSError.
+
+    The unsealed journal goes last: as long as anything else is there, so is what tells whose it is.
+    """
+    folder = place.path
+    if not folder.is_dir():
+        return
+    if folder != place.final:
+        _remove(folder)
+        return
+    _, journal = look(folder)
+    # The journal may be a stranger's: nothing outside the folder is removed.
+    ours = {INDEX, *(Path(name).name for name in (journal.shards if journal else ()))}
+    for name in (*(f"{name}{PARTIAL}" for name in sorted(ours)), BLOCKS, JOURNAL):
+        (folder / name).unlink(missing_ok=True)
+    discard_analysis(folder)
+    sync_folder(folder)
+    (folder / UNSEALED).unlink(missing_ok=True)
+    sync_folder(folder)
+
+
+def discard_analysis(path: Path) -> None:
+    """Delete the analysis that an unfinished output made for itself, if there is one. OSError.
+
+    Under its own name it is always what a run of it left, never half deleted.
+    """
+    analysis, gone = path / OWN_ANALYSIS, path / DISCARDED
+    if gone.is_dir():
+        shutil.rmtree(gone)
+    if analysis.is_symlink():
+        analysis.unlink()
+    elif analysis.is_dir():
+        os.replace(analysis, gone)
+        sync_folder(path)
+        shutil.rmtree(gone)
+
+
+def publish(folder: Path, names: Sequence[str]) -> None:
+    """Give the files of a sealed output their names, and drop what only unfinished ones have.
+
+    `names` are those of its weight files. A file that has its name already keeps it, so that a
+    later run can end what a crash cut. OSError.
+    """
+    (folder / BLOCKS).unlink(missing_ok=True)
+    mark = commit_mark(names)
+    for name in [name for name in names if name != mark]:
+        _rename(folder, name)
+    sync_folder(folder)
+    if mark is not None:
+        _rename(folder, mark)
+        sync_folder(folder)
+
+
+def _rename(folder: Path, name: str) -> None:
+    with suppress(FileNotFoundError):
+        os.replace(folder / f"{name}{PARTIAL}", folder / name)
+
+
+def switch(final: Path) -> None:
+    """Put the new folder in the old one's place. Raises OSError; then the old one is back."""
+    new, old = _beside(final)
+    if final.exists():
+        os.replace(final, old)
+    try:
+        os.replace(new, final)
+    except BaseException:
+        os.replace(old, final)
+        raise
+    sync_folder(final.parent)
+    # The output is whole; what cannot be deleted now is deleted by the next run.
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(final: Path) -> None:
+    """End what a crash cut between the renames of `publish` and `switch`.
+
+    Raises OSError, and OutputError where the run that is at it still lives.
+    """
+    new, old = _beside(final)
+    for folder in (final, new):
+        state, journal = look(folder)
+        if state is State.COMPLETE and journal is not None and _is_half_named(folder):
+            with _held(folder):
+                publish(folder, list(journal.shards))
+    whole = not new.is_symlink() and look(new)[0] is State.COMPLETE
+    if old.is_dir() and not old.is_symlink():
+        if not final.exists() and not whole:
+            # Its run may be alive, between the two renames.
+            with _held(old):
+                os.replace(old, final)
+                sync_folder(final.parent)
+        elif final.exists():
+            _delete(old)
+    if whole:
+        with _held(new), _held(final):
+            switch(final)
+
+
+def _is_half_named(folder: Path) -> bool:
+    return any(each.name.endswith(PARTIAL) for each in folder.iterdir())
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Hold a folder, if it is there, inside the block. Raises OSError, OutputError."""
+    descriptor = lock_folder(folder) if folder.exists() else None
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _delete(folder: Path) -> None:
+    """Delete what a crash left half written, or half deleted. Raises OSError, OutputError."""
+    if folder.is_dir() and not folder.is_symlink():
+        with _held(folder):
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    # Half deleted it must not pass for sealed.
+    (folder / JOURNAL).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def check_output(
+    out: Path,
+    shards: Sequence[Shard],
+    *,
+    inputs: Sequence[Path],
+    overwrite: bool,
+    run: Mapping[str, Any] | None = None,
+    resume: bool = True,
+    disk: int = 0,
+) -> None:
+    """Raise what `OutputFolder.create` would, and touch nothing; for plans."""
+    final = checked_place(out, inputs)
+    start = start_record(run or {}, shards)
+    try:
+        if is_complete(final, start):
+            return
+        step = choose(final, start, overwrite=overwrite, resume=resume)
+        if step is not Step.GO_ON:
+            new, _ = _beside(final)
+            _check_disk(Workplace(final, new if step is Step.REPLACE else final), start, disk)
+    except OSError as error:
+        raise explain(final, error) from error
+
+
+def find_complete(
+    out: Path, shards: Sequence[Shard], *, inputs: Sequence[Path], run: Mapping[str, Any]
+) -> Path | None:
+    """Return the folder, if `out` holds the complete output of `run` already. Raises OutputError.
+
+    What a crash left of sealing or replacing it is ended first.
+    """
+    final = checked_place(out, inputs)
+    try:
+        recover(final)
+        return final if is_complete(final, start_record(run, shards)) else None
+    except OSError as error:
+        raise explain(final, error) from error
