@@ -20,8 +20,9 @@ from lean_merge.checkpoints.reader import as_bytes
 from lean_merge.errors import DataError, OutputError
 from lean_merge.store.blocks import Block
 from lean_merge.store.folder import OutputFolder
-from lean_merge.store.layout import ADAPTER, OutputTensor, Shard, single_file
+from lean_merge.store.layout import OutputTensor, Shard, single_file
 
+ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 _KEY = "base_model.model."
 _CHUNK = 1 << 20

@@ -25,7 +25,7 @@ def model_card(
     license_fields: Mapping[str, str],
     summary: str,
 ) -> str:
-    """The content of README.md.
+    """Return the content of README.md.
 
     Parameters
     ----------
@@ -38,24 +38,21 @@ def model_card(
     summary
         Markdown: what was merged, copied and skipped.
     """
-    named = [_public_name(source) for source in (mllm, base, *experts)]
-    given = ", ".join(named[2:])
-    return _card(
-        front={
-            "base_model": list(dict.fromkeys(named)),
-            "library_name": "transformers",
-            "tags": ["merge", "lean-merge"],
-        },
-        license_fields=license_fields,
-        body=(
-            f"# {named[0].rsplit('/', 1)[-1]} merged with {given}\n\n"
-            f"The language model of {named[0]} was merged with {given} by lean-merge, without "
-            f"training. {named[1]} is the base that they were tuned from. Everything else, vision "
-            f"tower and processor included, is {named[0]}'s own.\n\n"
-            f"{summary.strip()}"
-        ),
-        recipe_yaml=recipe_yaml,
+    mllm, base, *others = (_public_name(source) for source in (mllm, base, *experts))
+    given = ", ".join(others)
+    front: dict[str, object] = {
+        "base_model": list(dict.fromkeys([mllm, base, *others])),
+        "library_name": "transformers",
+        "tags": ["merge", "lean-merge"],
+    }
+    body = (
+        f"# {mllm.rsplit('/', 1)[-1]} merged with {given}\n\n"
+        f"The language model of {mllm} was merged with {given} by lean-merge, without "
+        f"training. {base} is the base that they were tuned from. Everything else, vision "
+        f"tower and processor included, is {mllm}'s own.\n\n"
+        f"{summary.strip()}"
     )
+    return _card(front, license_fields, body, recipe_yaml)
 
 
 def adapter_card(
@@ -67,48 +64,45 @@ def adapter_card(
     license_fields: Mapping[str, str],
     summary: str,
 ) -> str:
-    """The content of an adapter's README.md; the parameters are those of `model_card`."""
-    named = [_public_name(source) for source in (mllm, base, *experts)]
-    given = ", ".join(named[2:])
-    return _card(
-        front={
-            "base_model": named[0],
-            "base_model_relation": "adapter",
-            "library_name": "peft",
-            "tags": ["merge", "lean-merge", "lora"],
-        },
-        license_fields=license_fields,
-        body=(
-            f"# {given} as an adapter for {named[0].rsplit('/', 1)[-1]}\n\n"
-            f"What lean-merge adds to the language model of {named[0]} when it merges it with "
-            f"{given}, without training, as a LoRA adapter. {named[1]} is the base that they were "
-            "tuned from.\n\n"
-            "```python\n"
-            "from peft import PeftModel\n\n"
-            f"# model: {named[0]}, loaded with transformers\n"
-            'model = PeftModel.from_pretrained(model, "path/of/this/folder")\n'
-            "```\n\n"
-            f"{summary.strip()}"
-        ),
-        recipe_yaml=recipe_yaml,
+    """Return the content of an adapter's README.md; the parameters are those of `model_card`."""
+    mllm, base, *others = (_public_name(source) for source in (mllm, base, *experts))
+    given = ", ".join(others)
+    front: dict[str, object] = {
+        "base_model": mllm,
+        "base_model_relation": "adapter",
+        "library_name": "peft",
+        "tags": ["merge", "lean-merge", "lora"],
+    }
+    body = (
+        f"# {given} as an adapter for {mllm.rsplit('/', 1)[-1]}\n\n"
+        f"What lean-merge adds to the language model of {mllm} when it merges it with "
+        f"{given}, without training, as a LoRA adapter. {base} is the base that they were "
+        "tuned from.\n\n"
+        "```python\n"
+        "from peft import PeftModel\n\n"
+        f"# model: {mllm}, loaded with transformers\n"
+        'model = PeftModel.from_pretrained(model, "path/of/this/folder")\n'
+        "```\n\n"
+        f"{summary.strip()}"
     )
+    return _card(front, license_fields, body, recipe_yaml)
 
 
 def _card(
-    *, front: dict[str, object], license_fields: Mapping[str, str], body: str, recipe_yaml: str
+    front: dict[str, object], license_fields: Mapping[str, str], body: str, recipe_yaml: str
 ) -> str:
     front = front | {key: license_fields[key] for key in _LICENSE_FIELDS if key in license_fields}
     matter = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
     # A fence longer than any in the recipe, so that no line of it ends the block.
-    runs = [len(run) for run in re.findall(r"`+", recipe_yaml)]
-    fence = "`" * max(3, *(run + 1 for run in runs)) if runs else "```"
+    longest = max(map(len, re.findall(r"`+", recipe_yaml)), default=0)
+    fence = "`" * max(3, longest + 1)
     return (
         f"---\n{matter}---\n\n{body}\n\n## Recipe\n\n{fence}yaml\n{recipe_yaml.strip()}\n{fence}\n"
     )
 
 
 def _public_name(source: str) -> str:
-    """A hub id without its revision, else the last part of the path: paths tell of their owner."""
+    """Return a hub id without its revision, or a path's last part: paths tell of their owner."""
     path = Path(source).expanduser()
     match = _HUB_ID.fullmatch(source)
     if match and not path.exists():
@@ -118,7 +112,7 @@ def _public_name(source: str) -> str:
 
 
 def license_of(mllm_path: Path) -> dict[str, str]:
-    """license, license_name and license_link, as far as the front matter of README.md has them.
+    """Return license, license_name and license_link, as far as README.md's front matter has them.
 
     A README that is absent, too long or malformed has none. Raises CheckpointError if it is a link
     out of the folder.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ _MEND = "pass the folder of a complete lean-merge output"
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """What is not as it was written: a file, or one tensor of it, and in what."""
+    """A file, or one tensor of it, that is not as it was written, and in what."""
 
     file: str
     tensor: str | None
@@ -56,7 +56,7 @@ class FolderCheck:
     files: int = 0
 
     def add(self, file: str, fault: str, tensor: str | None = None) -> None:
-        """Notes a difference."""
+        """Note a difference."""
         self.differences.append(Difference(file, tensor, fault))
 
 
@@ -100,8 +100,9 @@ def _check(folder: Path, names: set[str], on_bytes: Callable[[int], None]) -> Fo
         check.add(JOURNAL, "is damaged, so there is nothing to compare with")
         return check
     check.journal = journal
-    for record in journal.shards.values():
-        _check_shard(folder, record, check, on_bytes)
+    for name, record in journal.shards.items():
+        known = {n: r for n, r in journal.tensors.items() if r["shard"] == name}
+        _check_shard(folder / name, record, known, check, on_bytes)
     for name, record in journal.files.items():
         check.files += 1
         file = folder / name
@@ -109,7 +110,8 @@ def _check(folder: Path, names: set[str], on_bytes: Callable[[int], None]) -> Fo
             check.add(name, "is missing")
         elif _sha256(file) != (record["size"], record["sha256"]):
             check.add(name, "has changed")
-    _check_index(folder, check)
+    if commit_mark(list(journal.shards)) == INDEX and (folder / INDEX).is_file():
+        _check_index(folder / INDEX, journal, check)
     ours = {JOURNAL, *journal.shards, *journal.files}
     for name in sorted(names - ours):
         if name.lower().endswith(_OTHER_WEIGHTS) or name == INDEX:
@@ -118,10 +120,13 @@ def _check(folder: Path, names: set[str], on_bytes: Callable[[int], None]) -> Fo
 
 
 def _check_shard(
-    folder: Path, record: dict[str, Any], check: FolderCheck, on_bytes: Callable[[int], None]
+    file: Path,
+    record: Mapping[str, Any],
+    known: Mapping[str, Mapping[str, Any]],
+    check: FolderCheck,
+    on_bytes: Callable[[int], None],
 ) -> None:
-    assert check.journal is not None
-    name, file = str(record["file"]), folder / str(record["file"])
+    name = file.name
     check.files += 1
     if not file.is_file():
         check.add(name, "is missing")
@@ -134,7 +139,6 @@ def _check_shard(
         check.add(name, "the header has changed, so its tensors were not compared")
         return
     specs, _ = read_header(file)
-    known = {n: r for n, r in check.journal.tensors.items() if r["shard"] == name}
     for tensor in sorted(known.keys() ^ specs.keys()):
         check.add(name, "is in the header or in the journal only", tensor)
     buffer = memoryview(bytearray(_STEP))
@@ -159,18 +163,15 @@ def _sha256(file: Path) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
-def _check_index(folder: Path, check: FolderCheck) -> None:
-    """The index against the shards' own headers, of those that are as they were."""
-    assert check.journal is not None
-    if commit_mark(list(check.journal.shards)) != INDEX or not (folder / INDEX).is_file():
-        return
+def _check_index(index: Path, journal: Journal, check: FolderCheck) -> None:
+    """Compare the index with the headers of the shards that are as they were."""
     try:
-        named = read_index(folder / INDEX)
+        named = read_index(index)
     except CheckpointError:
         check.add(INDEX, "cannot be read")
         return
     for name, spec in check.tensors.items():
         if named.get(name) != spec.file.name:
             check.add(INDEX, f"says {named.get(name)!r} instead of {spec.file.name!r}", name)
-    for name in sorted(named.keys() - check.journal.tensors.keys()):
+    for name in sorted(named.keys() - journal.tensors.keys()):
         check.add(INDEX, "names a tensor that is in no shard", name)

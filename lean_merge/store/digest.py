@@ -24,7 +24,7 @@ _ONE = 1 << 31
 
 
 def _multiply(first: int, second: int) -> int:
-    """Product of two polynomials over GF(2), modulo CRC-32's."""
+    """Multiply two polynomials over GF(2), modulo CRC-32's."""
     product, bit = 0, _ONE
     while first:
         if first & bit:
@@ -37,7 +37,7 @@ def _multiply(first: int, second: int) -> int:
 
 @lru_cache(maxsize=1024)
 def _shift(length: int) -> int:
-    """x^(8 length), modulo CRC-32's polynomial: what `length` bytes do to a CRC before them."""
+    """Return x^(8 length), modulo CRC-32's polynomial: what `length` bytes do to a CRC."""
     power, result = _ONE >> 8, _ONE
     while length:
         if length & 1:
@@ -48,7 +48,7 @@ def _shift(length: int) -> int:
 
 
 def combine(first: int, second: int, length: int) -> int:
-    """CRC-32 of two parts, from those of each and the `length` of the second in bytes."""
+    """Return the CRC-32 of two parts from those of each, the second of `length` bytes."""
     return _multiply(_shift(length), first) ^ second
 
 
@@ -70,7 +70,7 @@ class RangeDigests:
         self._lock = threading.Lock()
 
     def add(self, offset: int, data: memoryview) -> None:
-        """`data` is written at `offset`."""
+        """Take `data` into account, which is written at `offset`."""
         with self._lock:
             start, digest = self._before(offset) or (offset, 0)
         # Outside the lock: other threads may run meanwhile.
@@ -90,19 +90,16 @@ class RangeDigests:
             self._begins[end] = start
 
     def _before(self, offset: int) -> tuple[int, int] | None:
-        """Takes out what ends at `offset`: where it begins, and its digest."""
+        """Take out what ends at `offset`: where it begins, and its digest."""
         if offset in self._starts or offset not in self._begins:
             return None
         start = self._begins.pop(offset)
         return start, self._runs.pop(start)[1]
 
     def take(self, start: int, length: int) -> int:
-        """The digest of a range, which is then forgotten.
+        """Return the digest of a range, which is then forgotten.
 
-        Raises
-        ------
-        ValueError
-            Not every byte of it was written, or some were twice.
+        Raises ValueError if not every byte of it was written, or some were twice.
         """
         if length == 0:
             return 0
@@ -116,7 +113,7 @@ class RangeDigests:
 
 
 def range_digest(descriptor: int, start: int, length: int, buffer: memoryview) -> int | None:
-    """CRC-32 of bytes of a file, read through `buffer`; None if the file is shorter. OSError."""
+    """Return the CRC-32 of bytes of a file, read through `buffer`; None if it is shorter."""
     digest = 0
     for position in range(start, start + length, len(buffer)):
         part = buffer[: min(len(buffer), start + length - position)]

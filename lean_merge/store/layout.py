@@ -17,25 +17,10 @@ from lean_merge.checkpoints.dtypes import LAYOUT_RANK, tensor_nbytes
 from lean_merge.checkpoints.header import MAX_HEADER
 from lean_merge.errors import OutputError
 
-ADAPTER = "adapter_model.safetensors"
-"""The weight file of an adapter."""
-
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
-    """A tensor to be written.
-
-    Attributes
-    ----------
-    name
-        Its name in the output.
-    dtype
-        Its safetensors dtype, such as "BF16".
-    shape
-        Its lengths; () for a scalar.
-    nbytes
-        Its length in bytes.
-    """
+    """A tensor to be written; `dtype` is a safetensors dtype, such as "BF16"."""
 
     name: str
     dtype: str
@@ -66,7 +51,7 @@ class Shard:
 
 
 def extents(shard: Shard) -> dict[str, tuple[int, int]]:
-    """First byte, counted from the start of the file, and length of each tensor, in file order."""
+    """Return where each tensor begins in the file and its length, in bytes and in file order."""
     starts = list(shard.offsets.values())
     ends = [*starts[1:], shard.size]
     return {
@@ -76,7 +61,7 @@ def extents(shard: Shard) -> dict[str, tuple[int, int]]:
 
 
 def plan_shards(tensors: Sequence[OutputTensor], *, shard_size: int) -> tuple[Shard, ...]:
-    """Distributes tensors over files.
+    """Distribute tensors over files.
 
     Parameters
     ----------
@@ -94,7 +79,7 @@ def plan_shards(tensors: Sequence[OutputTensor], *, shard_size: int) -> tuple[Sh
     Raises
     ------
     OutputError
-        A tensor's name cannot be stored.
+        A tensor's name cannot be stored, or a file's header would be too long.
     ValueError
         A name occurs twice, a dtype is unknown, or a tensor's `nbytes` does not fit its shape.
     """
@@ -121,17 +106,13 @@ def plan_shards(tensors: Sequence[OutputTensor], *, shard_size: int) -> tuple[Sh
     count = len(groups)
     names = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
     return tuple(
-        _shard(name, group)
+        single_file(name, group)
         for name, group in zip([SINGLE] if count == 1 else names, groups, strict=True)
     )
 
 
 def single_file(file_name: str, tensors: Sequence[OutputTensor]) -> Shard:
-    """The layout of all tensors in one file of that name. Raises OutputError as `plan_shards`."""
-    return _shard(file_name, list(tensors))
-
-
-def _shard(file_name: str, tensors: list[OutputTensor]) -> Shard:
+    """Lay out all tensors in one file of that name. Raises OutputError as `plan_shards`."""
     # Rust, which writes save_file's header, compares names as UTF-8 bytes.
     ordered = sorted(tensors, key=lambda each: (-LAYOUT_RANK[each.dtype], _utf8(each.name)))
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -171,7 +152,7 @@ def _utf8(name: str) -> bytes:
 
 
 def index_json(shards: Sequence[Shard]) -> bytes:
-    """The content of model.safetensors.index.json for `shards`, as transformers writes it."""
+    """Return the content of model.safetensors.index.json, as transformers writes it."""
     total = sum(shard.size - len(shard.header) for shard in shards)
     weight_map = {name: shard.file_name for shard in shards for name in shard.offsets}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -34,7 +34,7 @@ _LONGEST_NAME = 255
 
 
 def side_files(mllm_path: Path) -> tuple[Path, ...]:
-    """The files that come along with the MLLM's weights, sorted by name.
+    """Return the files that come along with the MLLM's weights, sorted by name.
 
     Left out are weights of every kind and their indices, the README (the output has its own),
     hidden files, and what an earlier run of this program wrote.
@@ -66,9 +66,10 @@ def _comes_along(file: Path) -> bool:
 
 
 def missing_from_cache(mllm: Checkpoint) -> list[str]:
-    """A sentence if a hub repository's snapshot holds no tokenizer, as after loading a model alone.
+    """Return a sentence if a hub repository's snapshot in the local cache holds no tokenizer.
 
-    A snapshot with all its weights is used without asking the hub for what else there is.
+    So it is after loading a model alone, and a snapshot with all its weights is used without asking
+    the hub for what else there is.
     """
     if split_hub_id(mllm.source) is None or Path(mllm.source).expanduser().exists():
         return []
@@ -83,7 +84,7 @@ def missing_from_cache(mllm: Checkpoint) -> list[str]:
 def copy_side_files(
     mllm_path: Path, folder: OutputFolder, *, out_dtype: str | None, decoded: str | None = None
 ) -> tuple[str, ...]:
-    """Copies the MLLM's side files into the output, as data.
+    """Copy the MLLM's side files into the output, as data, and return their names.
 
     Parameters
     ----------
@@ -95,13 +96,8 @@ def copy_side_files(
         What the weights were converted to, as "BF16" or "bfloat16": config.json then says so. None
         copies config.json byte for byte.
     decoded
-        Of an MLLM whose quantised weights were written as plain numbers, the dtype that these have
-        without an `out_dtype`: no file then says any longer how they are quantised.
-
-    Returns
-    -------
-    tuple of str
-        The names, relative to the output.
+        The dtype without an `out_dtype`, if quantised weights of the MLLM were written as plain
+        numbers: no file then says any longer how they are quantised. None if there were none.
 
     Raises
     ------
@@ -126,7 +122,7 @@ def copy_side_files(
 
 
 def _parts(file: Path) -> Iterator[bytes]:
-    """A file's bytes, a little at a time, as many as it has when it is opened."""
+    """Yield a file's bytes, a little at a time, as many as it has when it is opened."""
     try:
         with open(file, "rb") as stream:
             for start in range(0, size := os.fstat(stream.fileno()).st_size, _PART):
@@ -138,10 +134,10 @@ def _parts(file: Path) -> Iterator[bytes]:
 
 
 def remote_code(mllm: Checkpoint) -> tuple[str, ...]:
-    """Code that the MLLM brings along or points to, which transformers may run if it is trusted.
+    """Name the code that the MLLM brings along or points to: transformers run it if it is trusted.
 
-    Its *.py files, which are copied as data and never imported, and the references of `auto_map` in
-    its configuration to other repositories.
+    These are its *.py files, which are copied as data and never imported, and the references to
+    other repositories in its configuration's `auto_map`.
     """
     files = [each.name for each in side_files(mllm.path) if each.suffix.lower() == ".py"]
     referred = (mllm.config or {}).get("auto_map")
@@ -179,9 +175,9 @@ def _rewritten(file: Path, out_dtype: str | None, decoded: str | None) -> bytes:
 
 
 def _set_dtype(config: dict[str, Any], dtype: str, *, only: str = "") -> bool:
-    """Sets what `config` and its nested configs say of a dtype; whether `config` itself did.
+    """Set what `config` and its nested configs say of a dtype; return whether `config` itself did.
 
-    What does not begin with `only` stays as it is.
+    Values that do not begin with `only` stay as they are.
     """
     stated = [key for key in ("torch_dtype", "dtype") if key in config]
     stated = [key for key in stated if str(config[key]).startswith(only)]
