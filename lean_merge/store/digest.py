@@ -47,7 +47,7 @@ def _shift(length: int) -> int:
     return result
 
 
-def combine(first: int, second: int, length: int) -> int:
+def combine_crc32(first: int, second: int, length: int) -> int:
     """Return the CRC-32 of two parts from those of each, the second of `length` bytes."""
     return _multiply(_shift(length), first) ^ second
 
@@ -79,11 +79,11 @@ class RangeDigests:
         with self._lock:
             # Neighbours join at once, so that small parts in any order do not pile up.
             if (before := self._before(start)) is not None:
-                start, digest = before[0], combine(before[1], digest, end - start)
+                start, digest = before[0], combine_crc32(before[1], digest, end - start)
             if end not in self._starts and end in self._runs:
                 last, after = self._runs.pop(end)
                 del self._begins[last]
-                digest, end = combine(digest, after, last - end), last
+                digest, end = combine_crc32(digest, after, last - end), last
             if start in self._runs or end in self._begins:
                 raise ValueError(f"The bytes [{start}, {end}) were written twice.")
             self._runs[start] = end, digest

@@ -22,7 +22,7 @@ from lean_merge.store.layout import Shard
 from lean_merge.store.storage import open_own, sync_data, write_all
 
 JOURNAL = "lean_merge_journal.jsonl"
-FORMAT = 1
+_FORMAT = 1
 _MAX_LINE = 64 << 20
 _SEAL = re.compile(rb',"crc32":"([0-9a-f]{8})"}\n', re.ASCII)
 _SEAL_LENGTH = len(b',"crc32":"00000000"}\n')
@@ -50,7 +50,7 @@ def decode(line: bytes) -> dict[str, Any] | None:
 def start_record(run: Mapping[str, Any], shards: Sequence[Shard]) -> dict[str, Any]:
     """Return the first record: what must be the same for bytes to be reused."""
     described = [_described(shard) for shard in shards]
-    return {"record": "start", "format": FORMAT, "run": dict(run), "shards": described}
+    return {"record": "start", "format": _FORMAT, "run": dict(run), "shards": described}
 
 
 def _described(shard: Shard) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def read_journal(file: Path) -> Journal | None:
             whole.update(line)
             length += len(line) if record["record"] not in _SEALED_ONLY else 0
             records.append(record)
-    if not records or records[0]["format"] != FORMAT:
+    if not records or records[0]["format"] != _FORMAT:
         return None
     return _journal(records, sealed, length)
 

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lean_merge.store import digest
-from lean_merge.store.digest import RangeDigests, combine, crc32
+from lean_merge.store.digest import RangeDigests, combine_crc32, crc32
 
 
 @settings(deadline=None, max_examples=200)
 @given(st.binary(max_size=300), st.binary(max_size=5000))
 def test_two_parts_combine_to_the_whole(first: bytes, second: bytes):
-    whole = combine(zlib.crc32(first), zlib.crc32(second), len(second))
+    whole = combine_crc32(zlib.crc32(first), zlib.crc32(second), len(second))
     assert whole == zlib.crc32(first + second)
 
 

@@ -26,7 +26,7 @@ from lean_merge.studies.sweep.links import EqualFiles
 from lean_merge.studies.sweep.start import analysis_for, check, earlier_points, folders, held
 from lean_merge.studies.sweep.table import (
     TABLE_VERSION,
-    Record,
+    PointRow,
     common_recipe,
     new_record,
     write_table,
@@ -143,13 +143,13 @@ def sweep(
 class _Sweep:
     recipe: MergeRecipe
     place: Path
-    earlier: Mapping[str, Record]
+    earlier: Mapping[str, PointRow]
     evaluation: Evaluation | None
     resources: Resources | None
     overwrite: bool
     analysis: Analysis | None = None
     files: EqualFiles = field(default_factory=EqualFiles)
-    first: dict[str, Record] = field(default_factory=dict)
+    first: dict[str, PointRow] = field(default_factory=dict)
     """The record of the first point with a set of decisions, by their digest."""
 
     def table(self, grid: Grid, points: list[Point]) -> dict[str, Any]:
@@ -182,7 +182,7 @@ class _Sweep:
             ],
         }
 
-    def carry_out(self, point: Point) -> Record:
+    def carry_out(self, point: Point) -> PointRow:
         """Make one point and measure it; whatever goes wrong is noted in its record."""
         record = new_record(point.name, point.parameters)
         try:
@@ -200,7 +200,7 @@ class _Sweep:
     def _plan(self, recipe: MergeRecipe) -> Plan:
         return make_plan(recipe, self.resources, analysis=self.analysis)
 
-    def _make(self, point: Point, record: Record) -> None:
+    def _make(self, point: Point, record: PointRow) -> None:
         start = time.monotonic()
         recipe = point.recipe(self.recipe)
         decided = decide(self._plan(replace(recipe, output="none")))
@@ -223,7 +223,9 @@ class _Sweep:
             record["seconds"] = round(time.monotonic() - start, 3)
         self.first.setdefault(decided.digest, record)
 
-    def _merge(self, point: Point, recipe: MergeRecipe, decided: Decisions, record: Record) -> None:
+    def _merge(
+        self, point: Point, recipe: MergeRecipe, decided: Decisions, record: PointRow
+    ) -> None:
         folder = self.place / point.name
         result = merge(self._plan(recipe), folder, overwrite=self.overwrite)
         if result.was_complete and (known := self._known(record)):
@@ -232,12 +234,12 @@ class _Sweep:
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         record |= {"path": point.name, "bytes_own": size - shared, "bytes_shared": shared}
 
-    def _known(self, record: Record) -> Record:
+    def _known(self, record: PointRow) -> PointRow:
         """What an earlier sweep noted of the point, if it had the same decisions; else nothing."""
         before = self.earlier.get(record["name"], {})
         return before if before.get("digest") == record["digest"] else {}
 
-    def _measure(self, point: Point, record: Record, evaluation: Evaluation) -> None:
+    def _measure(self, point: Point, record: PointRow, evaluation: Evaluation) -> None:
         asked = {"command": evaluation.command, "shell": evaluation.shell}
         known = record["evaluation"] or {}
         if record["result"] is not None and {key: known.get(key) for key in asked} == asked:

@@ -21,9 +21,9 @@ from lean_merge.store.storage import explain, lock_folder, make_folder
 from lean_merge.studies.analyze import analyze
 from lean_merge.studies.sweep.evaluation import Evaluation
 from lean_merge.studies.sweep.grid import Grid, Point
-from lean_merge.studies.sweep.table import CSV, TABLE, Record, check_same_recipe, read_table
+from lean_merge.studies.sweep.table import CSV, TABLE, PointRow, check_same_recipe, read_table
 
-OWN_ANALYSIS = "analysis"
+ANALYSIS_FOLDER = "analysis"
 """The folder, inside that of the sweep, of the analysis that a sweep makes for itself."""
 
 
@@ -81,7 +81,7 @@ def analysis_for(
         analysis = open_analysis(given) if isinstance(given, (str, Path)) else given
         analysis.check_inputs(plan.base, plan.mllm, plan.experts)
         return analysis
-    folder = place / OWN_ANALYSIS
+    folder = place / ANALYSIS_FOLDER
     if not overwrite and (found := _opened(folder)) is not None:
         try:
             found.check_inputs(plan.base, plan.mllm, plan.experts)
@@ -91,7 +91,7 @@ def analysis_for(
             ) from error
         return found
     lowest = tuple(("temperature", value) for value in sorted(grid.temperatures)[:1])
-    wanted = replace(Point(OWN_ANALYSIS, lowest).recipe(recipe), output="none")
+    wanted = replace(Point(ANALYSIS_FOLDER, lowest).recipe(recipe), output="none")
     return analyze(wanted, folder, resources=resources, overwrite=True, on_event=on_event).analysis
 
 
@@ -126,7 +126,7 @@ def held(place: Path) -> Iterator[None]:
             os.close(lock)
 
 
-def earlier_points(place: Path, recipe: MergeRecipe) -> dict[str, Record]:
+def earlier_points(place: Path, recipe: MergeRecipe) -> dict[str, PointRow]:
     """The points of an earlier sweep into the same folder, by name.
 
     Raises

@@ -21,10 +21,10 @@ TABLE_VERSION = 1
 _MAX_TABLE = 64 << 20
 _PARTIAL = ".partial"
 
-Record = dict[str, Any]
+PointRow = dict[str, Any]
 
 
-def new_record(name: str, parameters: Mapping[str, Any]) -> Record:
+def new_record(name: str, parameters: Mapping[str, Any]) -> PointRow:
     """The record of a point of which nothing is known yet; docs/sweep.md explains every field."""
     return {
         "name": name,
@@ -120,7 +120,7 @@ def result_names(table: Mapping[str, Any]) -> list[str]:
     return list(names)
 
 
-def result_of(point: Record, name: str) -> Any:
+def result_of(point: PointRow, name: str) -> Any:
     """The result of a point under a name; None where it has none."""
     result = point["result"]
     if isinstance(result, dict):
