@@ -1,4 +1,4 @@
-"""The program itself: its commands are added by the modules beside it."""
+"""The program itself, to which the modules beside it add the commands."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _root(
 
 
 def echo(text: str, *, err: bool = False) -> None:
-    """Print, with what would steer a terminal escaped: names come from strangers' files."""
+    """Print a text in which what would steer a terminal is escaped: names come from strangers."""
     typer.echo(plain(text), err=err)
 
 

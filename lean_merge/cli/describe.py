@@ -1,4 +1,4 @@
-"""Plans, results, checkpoints and methods in words and as plain data, for the command line."""
+"""What commands print: plans, results, checkpoints and methods, as text and as plain data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lean_merge.verify import Verification
 
 
 def parse_value(text: str) -> Any:
-    """A parameter's value as YAML would read it."""
+    """The value that YAML reads in a text, or else the text."""
     try:
         return parse_yaml(text, what="value")
     except RecipeError:
@@ -29,13 +29,13 @@ def parse_value(text: str) -> Any:
 
 
 def warnings_of(plan: Plan) -> list[str]:
-    """What is known to be odd before anything is read."""
+    """The warnings that a plan has before anything is read."""
     skipped = [f"left as the MLLM has it: {line}" for line in plan.coverage.left_out]
     return [*plan.coverage.warnings, *plan.notes, *skipped]
 
 
 def plan_dict(plan: Plan) -> dict[str, Any]:
-    """A plan as plain data; docs/formats.md names the fields."""
+    """A plan as plain data, whose fields docs/formats.md explains."""
     return {
         "recipe": plan.recipe.to_dict(),
         "prefixes": dict(plan.coverage.prefixes),
@@ -68,7 +68,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
 
 
 def plan_text(plan: Plan) -> str:
-    """A plan for people."""
+    """A plan as text."""
     predicted = plan.prediction
     leaves = Counter(
         rows.canonical.rsplit(".", 1)[-1] for task in plan.weights for rows in task.weight.slices
@@ -105,7 +105,7 @@ def _output(plan: Plan) -> str:
 
 
 def result_text(path: Path | None, report: dict[str, Any]) -> str:
-    """What a finished merge did, for people."""
+    """What a finished merge did, as text."""
     counts, seconds, used = report["counts"], report["seconds"], report["memory"]
     done = "selected" if report["recipe"]["output"] == "none" else "merged"
     details = f"; details in {REPORT}" if path else "; --json prints the details"
@@ -123,12 +123,12 @@ def result_text(path: Path | None, report: dict[str, Any]) -> str:
 
 
 def analysis_dict(path: Path, document: dict[str, Any]) -> dict[str, Any]:
-    """What `analyze --json` prints: analysis.json without its weights."""
+    """What `analyze --json` prints, which is analysis.json without its weights."""
     return {"path": str(path)} | {k: v for k, v in document.items() if k != "weights"}
 
 
 def analysis_text(path: Path, document: dict[str, Any]) -> str:
-    """`analysis_dict` for people."""
+    """An analysis as text."""
     looked = [row for row in document["weights"] if row["skipped"] is None]
     lines = [
         f"{path}: {len(looked)} weights analysed, {len(document['weights']) - len(looked)} skipped"
@@ -152,7 +152,7 @@ def analysis_text(path: Path, document: dict[str, Any]) -> str:
 
 
 def inspect_dict(source: str) -> dict[str, Any]:
-    """A checkpoint's facts from its headers."""
+    """What the headers of a checkpoint tell."""
     checkpoint = open_checkpoint(source)
     tensors = checkpoint.tensors.values()
     dtypes = Counter(spec.dtype for spec in tensors)
@@ -176,7 +176,7 @@ def inspect_dict(source: str) -> dict[str, Any]:
 
 
 def inspect_text(facts: dict[str, Any]) -> str:
-    """`inspect_dict` for people."""
+    """The facts of `inspect_dict` as text."""
     layout = ", ".join(f"{p}* ({n} layers)" for p, n in facts["language_model"].items())
     size = f"{format_size(facts['bytes'])} in {len(facts['files'])} file(s)"
     kind = facts["model_type"] or "no config"
@@ -191,7 +191,7 @@ def inspect_text(facts: dict[str, Any]) -> str:
 
 
 def verification_dict(result: Verification) -> dict[str, Any]:
-    """What `verify --json` prints; docs/formats.md explains every field."""
+    """What `verify --json` prints, whose fields docs/formats.md explains."""
     return {
         "path": str(result.path),
         "ok": result.ok,
@@ -214,7 +214,7 @@ def verification_dict(result: Verification) -> dict[str, Any]:
 
 
 def verification_text(result: Verification) -> str:
-    """`verification_dict` for people."""
+    """A verification as text."""
     lines = [
         f"{result.path}: {result.files} files read, {result.tensors} tensors as their digests say",
         f"{result.copied} tensors out of scope compared with the MLLM's",
@@ -227,7 +227,7 @@ def verification_text(result: Verification) -> str:
 
 
 def sweep_text(table: dict[str, Any]) -> str:
-    """A sweep's table for people: a row a point, a column a parameter and a result."""
+    """The table of a sweep, with a row for each point."""
     axes = [axis for axis, values in table["axes"].items() if values]
     names = result_names(table)
     head = [*axes, "selected", "update", "own", "shared", "seconds"]
@@ -268,7 +268,7 @@ def _remark(point: dict[str, Any]) -> str:
 
 
 def methods_list() -> list[dict[str, Any]]:
-    """Every method: name, reference, what it does, parameters with defaults."""
+    """What every method is and does, and its parameters with their defaults."""
     return [
         {
             "name": name,
@@ -291,7 +291,7 @@ def methods_list() -> list[dict[str, Any]]:
 
 
 def methods_text(methods: list[dict[str, Any]]) -> str:
-    """`methods_list` for people."""
+    """The methods of `methods_list` as text."""
     blocks = []
     for method in methods:
         lines = [f"{method['name']}  ({method['reference']})", f"  {method['summary']}"]

@@ -1,4 +1,4 @@
-"""From arguments to an exit code."""
+"""The entry point, from arguments to an exit code."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _SIGINT_OF_TYPER = 130
 _CommandLineError: type[Any] = next(
     each for each in typer.BadParameter.__mro__ if each.__name__ == "ClickException"
 )
-"""Of the click that typer uses: newer typers carry their own."""
+"""The error of the click that typer uses; newer typers carry their own."""
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, treated as Ctrl-C is."""
+    """Raised on SIGTERM, which is treated as Ctrl-C is."""
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
@@ -29,11 +29,11 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: run, and leave with a documented exit code (docs/formats.md)."""
+    """Run a command and leave with the exit code that docs/formats.md documents."""
     arguments = sys.argv[1:] if arguments is None else arguments
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        # `verify` returns a code, other commands None; newer typers make a code of Ctrl-C.
+        # `verify` returns a code and other commands None; newer typers turn Ctrl-C into a code.
         code = app(arguments, standalone_mode=False)
         if code == _SIGINT_OF_TYPER:
             raise KeyboardInterrupt
@@ -45,13 +45,13 @@ def main(arguments: list[str] | None = None) -> None:
     except LeanMergeError as error:
         _fail(str(error), error.exit_code, arguments)
     except (KeyboardInterrupt, typer.Abort):
-        message = "interrupted; the same command goes on where it stopped"
+        message = "The command was interrupted; the same command goes on where it stopped."
         _fail(message, EXIT_INTERRUPTED, arguments)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_FAILED)
     except MemoryError:
-        _fail("out of memory; give less with --memory", EXIT_FAILED, arguments)
+        _fail("There is not enough memory; give less with --memory.", EXIT_FAILED, arguments)
     except Exception as error:
         _fail(f"{type(error).__name__}: {error}", EXIT_FAILED, arguments)
 

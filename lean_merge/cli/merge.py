@@ -1,4 +1,4 @@
-"""merge, plan and verify: an output, what it would be, and whether it is still that."""
+"""The commands merge, plan and verify."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ from lean_merge.verify import verify
 def merge_command(
     work: dict[str, Any],
     out: Annotated[
-        Path | None, typer.Option(help="Output folder; --output none needs none.")
+        Path | None, typer.Option(help="The output folder, which --output none does not need.")
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the output once the new is complete.")
+        bool, typer.Option("--overwrite", help="Replace the output once the new one is complete.")
     ] = False,
     analysis: FromAnalysis = None,
     no_resume: NoResume = False,
@@ -53,7 +53,7 @@ def merge_command(
 ) -> None:
     """Merge, and write a checkpoint that from_pretrained loads, or an adapter that PEFT loads.
 
-    Onto its own unfinished output it goes on where it stopped; onto its own complete output there
+    A merge that was interrupted goes on where it stopped. If the output is complete already, there
     is nothing to do.
     """
     if out is None and work["recipe"] is None and work["output"] != "none":
@@ -68,9 +68,9 @@ def merge_command(
     with progress(plan, quiet) as on_event:
         result = merge_api(plan, out, overwrite=overwrite, resume=not no_resume, on_event=on_event)
     if not (quiet or as_json) and result.was_complete:
-        echo(f"{result.path} is complete already; nothing to do.", err=True)
+        echo(f"{result.path} is complete already; there is nothing to do.", err=True)
     elif not (quiet or as_json) and result.reused:
-        echo(f"{result.reused} of {len(plan.tasks)} tensors were on the disk.", err=True)
+        echo(f"{result.reused} of {len(plan.tasks)} tensors were on the disk already.", err=True)
     if as_json:
         echo(json.dumps(result.report))
     elif not quiet:
@@ -82,7 +82,7 @@ def merge_command(
 def plan_command(
     work: dict[str, Any],
     out: Annotated[
-        Path | None, typer.Option(help="Check that this folder could be written; it is not.")
+        Path | None, typer.Option(help="Check that this folder could be written, but leave it.")
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Allow that the folder is not empty.")
@@ -93,7 +93,7 @@ def plan_command(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Read headers only: what would be merged and copied, memory, disk, bytes."""
+    """Say what would be merged and copied, and what it would take, from headers alone."""
     with downloads_shown(not quiet):
         plan = make_plan(*work_of(**work), analysis=open_analysis(analysis) if analysis else None)
     if out is not None:
@@ -113,15 +113,15 @@ def plan_command(
 
 @app.command("verify")
 def verify_command(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a complete output.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a complete output.")],
     full: Annotated[
-        bool, typer.Option("--full", help="Merge all weights again, not a sample.")
+        bool, typer.Option("--full", help="Merge all weights again, instead of a sample.")
     ] = False,
     seed: Annotated[
-        int | None, typer.Option(help="Of the sample; default another one each time.")
+        int | None, typer.Option(help="The seed of the sample; by default it differs each time.")
     ] = None,
     without_inputs: Annotated[
-        bool, typer.Option("--without-inputs", help="Compare with the journal only.")
+        bool, typer.Option("--without-inputs", help="Compare with the journal alone.")
     ] = False,
     device: Device = "auto",
     memory: Memory = None,

@@ -1,4 +1,4 @@
-"""The options that commands share, and what they ask for."""
+"""The options that several commands share, and what they ask for."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from lean_merge.recipe import MergeRecipe, load_recipe_file
 from lean_merge.sizes import parse_size
 
 RecipeFile = Annotated[
-    Path | None, typer.Argument(metavar="[RECIPE.yml]", help="Recipe; flags override it.")
+    Path | None, typer.Argument(metavar="[RECIPE.yml]", help="The recipe, which flags override.")
 ]
-Base = Annotated[str | None, typer.Option(help="Base LLM: folder or hub id.")]
-Mllm = Annotated[str | None, typer.Option(help="MLLM that receives: folder or hub id.")]
+Base = Annotated[str | None, typer.Option(help="The base LLM, as a folder or a hub id.")]
+Mllm = Annotated[str | None, typer.Option(help="The MLLM that receives, as a folder or a hub id.")]
 Experts = Annotated[
     list[str] | None,
-    typer.Option("--expert", "--math", help="Expert LLM that gives; may be repeated."),
+    typer.Option("--expert", "--math", help="An expert LLM that gives; may be repeated."),
 ]
-MethodName = Annotated[str | None, typer.Option("--method", help="See lean-merge methods.")]
+MethodName = Annotated[
+    str | None, typer.Option("--method", help="The merge method; lean-merge methods lists them.")
+]
 
 
 def _threshold(text: str | None) -> str | None:
-    """As it is, if it is a number or auto."""
+    """Refuse what is neither a number nor auto."""
     if text is not None and text != "auto":
         try:
             float(text)
@@ -39,26 +41,30 @@ def _threshold(text: str | None) -> str | None:
 
 Threshold = Annotated[
     str | None,
-    typer.Option(callback=_threshold, help="S_alpha: select from this similarity; auto finds it."),
+    typer.Option(
+        callback=_threshold, help="Select weights from this similarity on; auto finds one."
+    ),
 ]
-SelectBy = Annotated[str | None, typer.Option(help="first or max similarity.")]
-Temperature = Annotated[float | None, typer.Option(help="tau of the importance softmax.")]
-Nuclear = Annotated[str | None, typer.Option(help="full or top_q sums of singular values.")]
-Stages = Annotated[str | None, typer.Option(help="select[,rescale][,project].")]
-Scale = Annotated[float | None, typer.Option(help="Factor of the update.")]
-Rank = Annotated[str | None, typer.Option(help="auto, or directions to compute.")]
-Svd = Annotated[str | None, typer.Option(help="randomized or exact.")]
-Importance = Annotated[str | None, typer.Option(help="softmax or relative.")]
+SelectBy = Annotated[str | None, typer.Option(help="Compare the first or the max similarity.")]
+Temperature = Annotated[float | None, typer.Option(help="The tau of the importance softmax.")]
+Nuclear = Annotated[
+    str | None, typer.Option(help="Rescale by full or by top_q sums of singular values.")
+]
+Stages = Annotated[str | None, typer.Option(help="The stages to run: select[,rescale][,project].")]
+Scale = Annotated[float | None, typer.Option(help="The factor of the update.")]
+Rank = Annotated[str | None, typer.Option(help="How many directions to compute, or auto.")]
+Svd = Annotated[str | None, typer.Option(help="Compute singular vectors randomized or exact.")]
+Importance = Annotated[str | None, typer.Option(help="Weigh directions by softmax or relative.")]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="Any other parameter of the method."),
+    typer.Option("--set", metavar="NAME=VALUE", help="Set any other parameter of the method."),
 ]
 Output = Annotated[
     str | None,
-    typer.Option(help="checkpoint; lora, an adapter; or none, the analysis alone."),
+    typer.Option(help="Write a checkpoint, a lora adapter, or none: the report alone."),
 ]
 LoraRank = Annotated[
-    str | None, typer.Option(help="auto keeps each update; or the rank of every weight.")
+    str | None, typer.Option(help="The rank of every weight; auto keeps each update whole.")
 ]
 Include = Annotated[
     list[str] | None,
@@ -69,22 +75,27 @@ Exclude = Annotated[
 ]
 OutDtype = Annotated[
     str | None,
-    typer.Option(help="auto, float32, bfloat16 or float16, of in-scope weights or adapter."),
+    typer.Option(help="Write merged weights as auto, float32, bfloat16 or float16."),
 ]
-Rounding = Annotated[str | None, typer.Option(help="nearest or stochastic.")]
-ShardSize = Annotated[str | None, typer.Option(help="Largest shard: 5GB, 2GiB, 500MB.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of all random numbers.")]
+Rounding = Annotated[str | None, typer.Option(help="Round to the nearest number, or stochastic.")]
+ShardSize = Annotated[
+    str | None, typer.Option(help="The size of the largest shard: 5GB, 2GiB, 500MB.")
+]
+Seed = Annotated[int | None, typer.Option(help="The seed of all random numbers.")]
 AllowPartial = Annotated[
     bool, typer.Option("--allow-partial", help="Go on where weights do not map; say what is left.")
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Device = Annotated[str, typer.Option(help="Compute on auto, cpu, cuda or cuda:N.")]
 Memory = Annotated[
-    str | None, typer.Option(help="Ceiling on anonymous memory; default half of what is free.")
+    str | None,
+    typer.Option(help="The most anonymous memory to take; by default half of what is free."),
 ]
-Vram = Annotated[str | None, typer.Option(help="Ceiling on device memory.")]
+Vram = Annotated[str | None, typer.Option(help="The most device memory to take.")]
 Threads = Annotated[
     int | None,
-    typer.Option(help="Worker threads, of which 4 are used at most; default one a processor."),
+    typer.Option(
+        help="The number of threads, of which 4 help at most; by default one for each processor."
+    ),
 ]
 FromAnalysis = Annotated[
     Path | None,
@@ -99,7 +110,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 
 def _recipe(file: Path | None, given: dict[str, Any], parameters: dict[str, Any]) -> MergeRecipe:
-    """The recipe file's data with the flags that were given put over it."""
+    """The recipe of a file, in which the flags that were given replace what it says."""
     data = load_recipe_file(file) if file is not None else {}
     data |= {name: value for name, value in given.items() if value is not None}
     flags = {name: value for name, value in parameters.items() if value is not None}
@@ -161,7 +172,7 @@ def work_of(
     vram: Vram = None,
     threads: Threads = None,
 ) -> tuple[MergeRecipe, Resources]:
-    """What the options shared by `merge` and `plan` ask for."""
+    """The recipe and the resources that the options shared by several commands ask for."""
     parameters: dict[str, Any] = {
         "threshold": None if threshold is None else describe.parse_value(threshold),
         "select_by": select_by,
@@ -200,7 +211,7 @@ def work_of(
 def resources_of(
     device: str, memory: str | None, vram: str | None, threads: int | None
 ) -> Resources:
-    """What the options say of the machine."""
+    """The resources that the options ask for."""
     return Resources(
         device=device,
         memory=None if memory is None else parse_size(memory),
@@ -210,9 +221,9 @@ def resources_of(
 
 
 def shares_options_of_work(command: Callable[..., int | None]) -> Callable[..., int | None]:
-    """Give a command `work_of`'s parameters before its own; it receives the plan's arguments.
+    """Give a command the options of `work_of`, which it receives as `work`, before its own.
 
-    One of the same name is the command's own.
+    Where both have an option of one name, the command keeps its own.
     """
     own = inspect.signature(command, eval_str=True).parameters
     every = inspect.signature(work_of, eval_str=True).parameters

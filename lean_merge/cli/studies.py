@@ -1,4 +1,4 @@
-"""analyze and report: what a merge would do, before any is made."""
+"""The commands analyze and report."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from lean_merge.studies.pages import render
 @shares_options_of_work
 def analyze_command(
     work: dict[str, Any],
-    out: Annotated[Path, typer.Option(help="Folder of the analysis.")],
+    out: Annotated[Path, typer.Option(help="The folder of the analysis.")],
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the folder once the new is complete.")
+        bool, typer.Option("--overwrite", help="Replace the folder once the new one is complete.")
     ] = False,
     no_resume: NoResume = False,
     as_json: Json = False,
@@ -57,9 +57,9 @@ def analyze_command(
         echo(json.dumps(describe.analysis_dict(result.path, document)))
     elif not quiet:
         if result.was_complete:
-            echo(f"{result.path} is complete already; nothing to do.", err=True)
+            echo(f"{result.path} is complete already; there is nothing to do.", err=True)
         echo(describe.analysis_text(result.path, document))
-        echo(f"report: {result.page or f'none, for it needs plotly; {INSTALL_PLOTLY}'}")
+        echo(f"report: {result.page or f'there is none, for it needs plotly; {INSTALL_PLOTLY}'}")
 
 
 def _compare(
@@ -71,12 +71,12 @@ def _compare(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Say what differs between models that do not share one foundation, and keep it.
+    """Say what differs between models that do not share one foundation, and keep the comparison.
 
-    Whatever else `out` holds stays as it is: who overwrites an analysis wants another one.
+    It never replaces anything but a comparison: --overwrite asks for an analysis.
     """
     if not quiet:
-        echo("The models are not of one foundation; comparing them.", err=True)
+        echo("The models are not of one foundation, so they are compared.", err=True)
     place = None
     try:
         try:
@@ -86,7 +86,7 @@ def _compare(
             echo(f"warning: the comparison is not kept: {other}", err=True)
             found = compare(recipe, resources, reason=str(error))
     except LeanMergeError as other:
-        # What keeps the comparison from being made matters less than why it is needed.
+        # Why the comparison cannot be made matters less than why it is needed.
         echo(f"warning: the models could not be compared: {other}", err=True)
         return
     if as_json:
@@ -100,10 +100,10 @@ def _compare(
 @app.command("report")
 def report_command(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Of an analysis, a sweep or a comparison.")
+        Path, typer.Argument(metavar="DIR", help="The folder of an analysis, sweep or comparison.")
     ],
     out: Annotated[
-        Path | None, typer.Option(help="HTML file, replaced if it exists; default: in DIR.")
+        Path | None, typer.Option(help="The HTML file, replaced if it exists; by default in DIR.")
     ] = None,
     quiet: Quiet = False,
     debug: Debug = False,

@@ -1,4 +1,4 @@
-"""sweep: many merges of one recipe, and a table of what came of them."""
+"""The command sweep."""
 
 from __future__ import annotations
 
@@ -21,34 +21,40 @@ from lean_merge.studies.sweep import Evaluation, Grid, PointEvent, sweep
 @shares_options_of_work
 def sweep_command(
     work: dict[str, Any],
-    out: Annotated[Path, typer.Option(help="Folder of the table and of all results.")],
+    out: Annotated[Path, typer.Option(help="The folder of the table and of all results.")],
     thresholds: Annotated[
         str | None,
-        typer.Option(help="0.1:0.9:0.1 is start:stop:step, both included; or 0.3,0.5,auto."),
+        typer.Option(
+            help="Thresholds as 0.3,0.5,auto or as start:stop:step with both ends: 0.1:0.9:0.1."
+        ),
     ] = None,
     stages: Annotated[
         list[str] | None,
-        typer.Option(help="Sets as 'select;select,rescale'; may be repeated."),
+        typer.Option(help="Sets of stages as 'select;select,rescale'; may be repeated."),
     ] = None,
-    scales: Annotated[str | None, typer.Option(help="As thresholds, without auto.")] = None,
-    temperatures: Annotated[str | None, typer.Option(help="As scales.")] = None,
+    scales: Annotated[str | None, typer.Option(help="Scales, written as thresholds are.")] = None,
+    temperatures: Annotated[
+        str | None, typer.Option(help="Temperatures, written as thresholds are.")
+    ] = None,
     analysis: Annotated[
         Path | None,
-        typer.Option(help="Folder of an analysis of these models; default: one is made in OUT."),
+        typer.Option(
+            help="The folder of an analysis of these models; by default, one is made in OUT."
+        ),
     ] = None,
     evaluate: Annotated[
         str | None,
         typer.Option(
             metavar="COMMAND",
-            help="Measure each result; {path}, {name}, {mllm}, {threshold} and so on are put in, "
-            "and the last JSON value that it prints is kept.",
+            help="Measure each result by this command, in which {path}, {name}, {mllm}, "
+            "{threshold} and so on are replaced; the last JSON value that it prints is kept.",
         ),
     ] = None,
     evaluate_shell: Annotated[
-        bool, typer.Option("--evaluate-shell", help="Run COMMAND by the shell.")
+        bool, typer.Option("--evaluate-shell", help="Let the shell run COMMAND.")
     ] = False,
     evaluate_timeout: Annotated[
-        float | None, typer.Option(help="Seconds after which COMMAND is ended.")
+        float | None, typer.Option(help="The seconds after which COMMAND is ended.")
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace results of other inputs.")
@@ -93,5 +99,5 @@ def sweep_command(
     elif not (quiet and result.ok):
         echo(describe.sweep_text(result.table))
         page = result.page
-        echo(f"plots in {page}" if page else f"for plots of it, {INSTALL_PLOTLY}", err=True)
+        echo(f"The plots are in {page}." if page else f"Plots need {INSTALL_PLOTLY}.", err=True)
     return 0 if result.ok else EXIT_FAILED

@@ -1,4 +1,4 @@
-"""methods, inspect and demo: what there is to merge, and with what."""
+"""The commands methods, inspect and demo."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def methods_command(as_json: Json = False, debug: Debug = False) -> None:
 
 @app.command("inspect")
 def inspect_command(
-    checkpoint: Annotated[str, typer.Argument(help="Folder, weight file or hub id.")],
+    checkpoint: Annotated[str, typer.Argument(help="A folder, a weight file or a hub id.")],
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -34,9 +34,11 @@ def inspect_command(
 @app.command("demo")
 def demo_command(
     out: Annotated[
-        Path | None, typer.Option(help="Keep the merged models here; default: a temporary folder.")
+        Path | None, typer.Option(help="Keep the merged models here, not in a temporary folder.")
     ] = None,
-    problems: Annotated[int, typer.Option(min=10, help="Held-out problems for each task.")] = 500,
+    problems: Annotated[
+        int, typer.Option(min=10, help="How many held-out problems each task has.")
+    ] = 500,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

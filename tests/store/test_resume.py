@@ -457,7 +457,7 @@ def test_the_command_line_says_what_it_found(
     cli.main(arguments(scene, out))
     assert "4 of 6 tensors were on the disk" in capsys.readouterr().err
     cli.main(arguments(scene, out))
-    assert "is complete already; nothing to do" in capsys.readouterr().err
+    assert "is complete already; there is nothing to do" in capsys.readouterr().err
     with pytest.raises(SystemExit) as left:
         cli.main(arguments(scene, out, "--seed", "4"))
     assert left.value.code == 1
