@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lean_merge import memory
 from lean_merge.checkpoints import safetensors_dtype
-from lean_merge.checkpoints.jsonfile import read_object
-from lean_merge.engine import Event, RunResult, run, steps
+from lean_merge.checkpoints.jsonfile import read_object, to_json
+from lean_merge.engine.run import Event, RunResult, run, steps
 from lean_merge.errors import RecipeError
 from lean_merge.outputs.adapter import AdapterSink
 from lean_merge.outputs.base import Sink
@@ -25,7 +25,7 @@ from lean_merge.plan import plan as make_plan
 from lean_merge.plan.identity import check_unchanged, run_facts
 from lean_merge.plan.resources import Resources
 from lean_merge.recipe import MergeRecipe
-from lean_merge.report import RECIPE, REPORT, adapter_summary, build_report, summary, to_json
+from lean_merge.report import RECIPE, REPORT, adapter_summary, build_report, summary
 from lean_merge.store import (
     OutputFolder,
     adapter_card,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -276,18 +275,6 @@ def fallback_warnings(result: RunResult) -> list[str]:
     ]
 
 
-def to_json(report: dict[str, Any]) -> bytes:
-    """Readable JSON, in which a number that is none is null."""
-    text = json.dumps(_finite(report), indent=1, allow_nan=False, ensure_ascii=False)
-    return (text + "\n").encode()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def summary(report: dict[str, Any]) -> str:

@@ -13,10 +13,10 @@ from typing import Any
 from lean_merge.checkpoints import TensorReader, identify
 from lean_merge.engine import Event, run
 from lean_merge.errors import CheckpointError, LeanMergeError
+from lean_merge.outputs.gathered import Gathered, found_thresholds
 from lean_merge.outputs.recompute import AdapterComparison, CheckpointComparison
 from lean_merge.plan import Plan, plan_again
 from lean_merge.plan import plan as make_plan
-from lean_merge.plan.gathering import Gathered, choices_from
 from lean_merge.plan.identity import environment
 from lean_merge.plan.resources import Resources
 from lean_merge.recipe import MergeRecipe
@@ -189,7 +189,7 @@ def _plan(
     if not isinstance(analysis, dict):
         return make_plan(recipe, resources), then
     gathered = Gathered.from_dict(analysis.get("gathered"))
-    choices = choices_from(analysis.get("thresholds"), len(recipe.experts))
+    choices = found_thresholds(analysis.get("thresholds"), len(recipe.experts))
     plan = plan_again(recipe, gathered, resources, choices=choices)
     environment = analysis.get("environment")
     others = environment.items() if isinstance(environment, dict) else ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,55 @@ def identify(checkpoint: Checkpoint, *, others: Sequence[Path] = ()) -> list[dic
             ) from error
         found.append(entry)
     return sorted(found, key=lambda entry: str(entry["name"]))
+
+
+def by_role(
+    base: Checkpoint, mllm: Checkpoint, experts: Sequence[Checkpoint]
+) -> dict[str, Checkpoint]:
+    """Name checkpoints by their roles: "base", "mllm", "expert 1", and so on."""
+    numbered = {f"expert {number}": each for number, each in enumerate(experts, 1)}
+    return {"base": base, "mllm": mllm, **numbered}
+
+
+def changed_weights(then: Any, roles: Mapping[str, Checkpoint]) -> str | None:
+    """Say what has changed in the inputs that decides numbers, wherever they lie; None if nothing.
+
+    Parameters
+    ----------
+    then
+        A list of roles and files, as it was told of the inputs before.
+    roles
+        The inputs now.
+
+    Raises
+    ------
+    CheckpointError
+        An input cannot be read.
+    """
+    now = [{"role": role, "files": identify(each)} for role, each in roles.items()]
+    old, new = ([_deciding(entry) for entry in entries] for entries in (then, now))
+    if old == new:
+        return None
+    if [entry["role"] for entry in old] != list(roles):
+        return f"the roles were {len(old)}, are {len(new)}"
+    for before, entry in zip(old, new, strict=True):
+        was = {file["name"]: file for file in before["files"]}
+        # Weights first: a folder that was copied has new dates everywhere.
+        for file in sorted(entry["files"], key=lambda each: "header_sha256" not in each):
+            if file != was.pop(file["name"], None):
+                return f"{file['name']} of the {entry['role']} is not the same file"
+        if was:
+            return f"{next(iter(was))} of the {entry['role']} is gone"
+    return None
+
+
+def _deciding(entry: dict[str, Any]) -> dict[str, Any]:
+    files = [
+        file
+        for file in entry.get("files", ())
+        if "header_sha256" in file or file.get("name") in ("config.json", "adapter_config.json")
+    ]
+    return {"role": entry.get("role"), "files": files}
 
 
 def header_digest(file: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +133,17 @@ def read_object(
     if len(data) > limit:
         raise CheckpointError(f"{file}: {what} exceeds {format_size(limit)}; {mend}.")
     return parse_object(data, file=file, what=what, mend=mend, unique=unique, memory=memory)
+
+
+def to_json(content: dict[str, Any]) -> bytes:
+    """Write readable JSON; NaN and infinity, for which it has no number, become null."""
+    text = json.dumps(_finite(content), indent=1, allow_nan=False, ensure_ascii=False)
+    return (text + "\n").encode()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

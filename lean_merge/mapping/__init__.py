@@ -6,6 +6,7 @@ from lean_merge.mapping.names import (
     LogicalWeight,
     MappedWeight,
     language_layout,
+    layer_of,
     map_roles,
 )
 from lean_merge.mapping.placement import Place
@@ -20,6 +21,7 @@ __all__ = [
     "WeightSource",
     "decoded_matrices",
     "language_layout",
+    "layer_of",
     "map_roles",
     "module_name",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,22 @@ from lean_merge.mapping.rows import WeightSource
 from lean_merge.mapping.sources import stored_source
 from lean_merge.mapping.structure import Decoder, Key, language_layout
 
-__all__ = ["Coverage", "LogicalWeight", "MappedWeight", "language_layout", "map_roles"]
+__all__ = [
+    "Coverage",
+    "LogicalWeight",
+    "MappedWeight",
+    "language_layout",
+    "layer_of",
+    "map_roles",
+]
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+
+def layer_of(canonical: str) -> int | None:
+    """Give the number of the layer in a weight's canonical name, from 0; None if it is in none."""
+    match = _LAYER.search(canonical)
+    return int(match[1]) if match else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +71,13 @@ class LogicalWeight:
     def others(self) -> tuple[WeightSource, ...]:
         """The roles that have a task vector: the MLLM, then the experts."""
         return self.mllm, *self.experts
+
+    @property
+    def row_runs(self) -> tuple[tuple[int, int], ...]:
+        """(first, count) of the rows of the MLLM's stored matrix that it lies in, in its order."""
+        width = self.shape[1]
+        spans = self.place.spans(slice(0, self.shape[0]))
+        return tuple((first // width, count // width) for first, count in spans)
 
     def load(self, reader: TensorReader) -> LogicalWeight:
         """The same, with all that is read once and kept; see `WeightSource.load`."""

@@ -14,7 +14,7 @@ from lean_merge.methods import Decision
 from lean_merge.outputs.base import ReadRows
 from lean_merge.outputs.peft import AdapterModule, StoredFactors
 from lean_merge.outputs.sinks import BlockSink
-from lean_merge.plan import Plan, row_runs
+from lean_merge.plan import Plan
 from lean_merge.store import Group, OutputFolder
 from lean_merge.tasks import Truncated, WeightTask
 from lean_merge.tasks.tiles import STRIP_ELEMENTS
@@ -65,7 +65,7 @@ class AdapterSink(BlockSink):
 
 def _stored(weight: LogicalWeight, group: Group) -> StoredFactors:
     a, b = (group.blocks.get(f"{weight.canonical}.{factor}") for factor in "ab")
-    return StoredFactors(row_runs(weight), 0 if a is None else a.shape[0], a, b)
+    return StoredFactors(weight.row_runs, 0 if a is None else a.shape[0], a, b)
 
 
 @dataclass(frozen=True, slots=True)

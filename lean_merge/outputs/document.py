@@ -7,12 +7,12 @@ from typing import Any
 
 from lean_merge.engine import RunResult
 from lean_merge.linalg import null_quantile
+from lean_merge.mapping import layer_of
 from lean_merge.memory import Usage
 from lean_merge.methods import Compared, EvidenceMethod, ExpertRecord, Watching
 from lean_merge.methods.plainfacts import from_plain
 from lean_merge.methods.threshold import Sample, Survey, survey
 from lean_merge.plan import Plan
-from lean_merge.plan.scope import layer_of
 from lean_merge.report import accuracy_warnings, decision_fields, fallback_warnings, measures
 from lean_merge.tasks import WeightResult
 from lean_merge.version import __version__

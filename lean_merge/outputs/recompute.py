@@ -23,7 +23,7 @@ from lean_merge.methods import Decision
 from lean_merge.outputs.adapter import CutUpdate, cut_update
 from lean_merge.outputs.base import ReadRows, Sink, Spans, WriteBytes
 from lean_merge.outputs.peft import ADAPTER, AdapterModule, cast_factors
-from lean_merge.plan import Plan, row_runs
+from lean_merge.plan import Plan
 from lean_merge.store import Difference
 from lean_merge.tasks import CopyTask, Note, Truncated, WeightTask, to_note
 from lean_merge.tasks.tiles import STRIP_ELEMENTS
@@ -197,7 +197,7 @@ class AdapterComparison(Comparison):
         if isinstance(stored, str):
             found.fault = stored
         elif stored is not None:
-            self._compare(found, update, stored, row_runs(weight))
+            self._compare(found, update, stored, weight.row_runs)
         elif update is not None and update.rank:
             found.fault = "is missing, although the merge gives an update"
         return None if update is None else Truncated(update.rank, update.cut.error)

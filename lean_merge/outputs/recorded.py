@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from lean_merge.checkpoints import Checkpoint, TensorReader, TensorSpec, as_bytes, read_header
+from lean_merge.checkpoints.identity import by_role, changed_weights
 from lean_merge.checkpoints.jsonfile import parse_object
 from lean_merge.errors import CheckpointError, RecipeError, shown
 from lean_merge.methods import EvidenceMethod, Factors, Facts
 from lean_merge.methods.plainfacts import from_plain
 from lean_merge.outputs.document import ANALYSIS, ANALYSIS_VERSION, surveys_of
 from lean_merge.outputs.factors import FACTORS, factor_shapes
-from lean_merge.plan.gathering import Choice, Gathered
-from lean_merge.plan.identity import by_role, changed_weights
+from lean_merge.outputs.gathered import FoundThreshold, Gathered
 
 _MAX_DOCUMENT = 1 << 30
 _MEND = "analyse the models again with lean-merge analyze"
@@ -51,13 +51,13 @@ class Analysis:
     _tensors: Mapping[str, TensorSpec]
     own: bool = False
 
-    def choices(self, methods: Mapping[str, EvidenceMethod[Any]]) -> tuple[Choice, ...]:
+    def choices(self, methods: Mapping[str, EvidenceMethod[Any]]) -> tuple[FoundThreshold, ...]:
         """The threshold that the similarities of these weights suggest, for each expert."""
         rows = {row["weight"]: row for row in self.document["weights"]}
         known = {name: method for name, method in methods.items() if name in self._facts}
         compared = {n: method.compared(self._facts[n]) for n, method in known.items()}
         surveys = surveys_of(rows, compared, len(self.document["experts"]))
-        return tuple(Choice(each.auto, each.explanation) for each in surveys)
+        return tuple(FoundThreshold(each.auto, each.explanation) for each in surveys)
 
     def facts(self, canonical: str) -> Facts | None:
         """Of a weight; None where it was not looked at."""

@@ -9,7 +9,6 @@ from lean_merge.plan.planning import (
     plan_again,
     plan_analysis,
     plan_stream,
-    row_runs,
 )
 
 __all__ = [
@@ -21,5 +20,4 @@ __all__ = [
     "plan_again",
     "plan_analysis",
     "plan_stream",
-    "row_runs",
 ]

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any, Protocol
 
 from lean_merge.checkpoints import Checkpoint
-from lean_merge.errors import RecipeError, shown
 from lean_merge.methods import (
     EvidenceMethod,
     Factors,
@@ -21,86 +20,15 @@ from lean_merge.methods import (
     Method,
     Recalling,
     Watching,
-    all_methods,
-    canonical_name,
 )
-from lean_merge.plan.parameters import MethodTable, build_method
+from lean_merge.outputs.gathered import FoundThreshold, Gathered, evidence_method
+from lean_merge.plan.parameters import MethodTable
 from lean_merge.plan.scope import Position
-from lean_merge.recipe import Expert, MergeRecipe
+from lean_merge.recipe import MergeRecipe
 
 Methods = Mapping[str, Method[Any]]
 """By the canonical name of each weight that is not filtered out."""
 Able = Mapping[str, EvidenceMethod[Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Gathered:
-    """What evidence depends on beside the inputs: a method's parameters, and the seed."""
-
-    method: str
-    parameters: tuple[tuple[str, Any], ...]
-    seed: int
-
-    @classmethod
-    def by(cls, recipe: MergeRecipe) -> Gathered:
-        """What gathering for `recipe` depends on. Raises RecipeError where nothing is gathered."""
-        kind = evidence_method(recipe)
-        defaults = {each.name: each.default for each in kind.parameter_fields()}
-        values = {**defaults, **dict(recipe.parameters)}
-        return cls(kind.name, tuple((name, values[name]) for name in kind.gathered_by), recipe.seed)
-
-    def recipe(self, recipe: MergeRecipe) -> MergeRecipe:
-        """`recipe` with only these parameters, for the methods that gather."""
-        experts = tuple(Expert(expert.model) for expert in recipe.experts)
-        return replace(
-            recipe,
-            merge_method=self.method,
-            parameters=self.parameters,
-            experts=experts,
-            seed=self.seed,
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON has it; parameters as a recipe has them."""
-        plain = MergeRecipe("b", "m", (Expert("e"),), parameters=self.parameters).to_dict()
-        return {"method": self.method, "seed": self.seed, **plain["parameters"]}
-
-    @classmethod
-    def from_dict(cls, data: Any) -> Gathered:
-        """What `to_dict` gave. Raises RecipeError for anything else."""
-        if not isinstance(data, dict) or not isinstance(data.get("method"), str):
-            raise RecipeError("What the evidence was gathered with is not told.")
-        names = {name: value for name, value in data.items() if name not in ("method", "seed")}
-        recipe = MergeRecipe(
-            "b",
-            "m",
-            (Expert("e"),),
-            merge_method=data["method"],
-            parameters=names,  # type: ignore[arg-type]
-            seed=data.get("seed", 0),
-        )
-        build_method(recipe)
-        return cls.by(recipe)
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A threshold that was found for an expert, and how, in sentences."""
-
-    threshold: float
-    explanation: str = ""
-
-
-def choices_from(thresholds: Any, experts: int) -> tuple[Choice, ...]:
-    """Those of a journal. Raises RecipeError for what is no list of thresholds."""
-    if thresholds is None:
-        return ()
-    if not isinstance(thresholds, list) or len(thresholds) != experts:
-        raise RecipeError(f"The thresholds that were found are not {experts}.")
-    for each in thresholds:
-        if type(each) not in (int, float) or not 0 <= each <= 1:
-            raise RecipeError(f"The threshold that was found, {shown(each)}, is not in 0 .. 1.")
-    return tuple(Choice(float(each)) for each in thresholds)
 
 
 class Recorded(Protocol):
@@ -119,7 +47,7 @@ class Recorded(Protocol):
     ) -> None:
         """Raise CheckpointError, naming what changed, unless these are what was analysed."""
 
-    def choices(self, methods: Mapping[str, EvidenceMethod[Any]]) -> tuple[Choice, ...]:
+    def choices(self, methods: Mapping[str, EvidenceMethod[Any]]) -> tuple[FoundThreshold, ...]:
         """The threshold that the similarities of these weights suggest, for each expert."""
 
     def facts(self, canonical: str) -> Facts | None:
@@ -147,7 +75,7 @@ class EvidencePlan:
 
     gathered: Gathered
     source: Recorded | None = None
-    choices: tuple[Choice, ...] = ()
+    choices: tuple[FoundThreshold, ...] = ()
     anew: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -177,19 +105,6 @@ def decided(
         return regathering(able, places, recipe, evidence.gathered), evidence
     found, anew = recalling(able, places, recipe, evidence.source)
     return found, replace(evidence, anew=anew)
-
-
-def evidence_method(recipe: MergeRecipe) -> type[EvidenceMethod[Any]]:
-    """The recipe's method, if that gathers evidence. Raises RecipeError."""
-    name = canonical_name(recipe.merge_method)
-    kind = all_methods().get(name)
-    if kind is None or not issubclass(kind, EvidenceMethod):
-        able = sorted(n for n, k in all_methods().items() if issubclass(k, EvidenceMethod))
-        raise RecipeError(
-            f"{name} decides without looking at the weights, so there is nothing to analyse; "
-            f"analysis is for {', '.join(able)}."
-        )
-    return kind
 
 
 def watching(methods: Methods) -> dict[str, Method[Any]]:
@@ -256,14 +171,10 @@ def described(anew: Mapping[str, str]) -> Sequence[str]:
 
 
 __all__ = [
-    "Choice",
     "EvidencePlan",
-    "Gathered",
     "Recorded",
-    "choices_from",
     "decided",
     "described",
-    "evidence_method",
     "recalling",
     "regathering",
     "watching",

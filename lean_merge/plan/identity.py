@@ -6,22 +6,20 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lean_merge.checkpoints import Checkpoint, identify
+from lean_merge.checkpoints import identify
+from lean_merge.checkpoints.identity import by_role
 from lean_merge.errors import CheckpointError
 from lean_merge.plan import Plan
 from lean_merge.plan.resources import arithmetic_dtype
 from lean_merge.recipe import MergeRecipe
 from lean_merge.store import changed_input, side_files
 from lean_merge.version import __version__
-
-Roles = Mapping[str, Checkpoint]
 
 
 def run_facts(plan: Plan, out: Path) -> dict[str, Any]:
@@ -65,35 +63,6 @@ def inputs(plan: Plan, out: Path) -> list[dict[str, Any]]:
     ]
 
 
-def by_role(base: Checkpoint, mllm: Checkpoint, experts: Sequence[Checkpoint]) -> Roles:
-    """Checkpoints by role: "base", "mllm", "expert 1", ..."""
-    numbered = {f"expert {number}": each for number, each in enumerate(experts, 1)}
-    return {"base": base, "mllm": mllm, **numbered}
-
-
-def changed_weights(then: Any, roles: Roles) -> str | None:
-    """What of the inputs that decide numbers is not as it was, wherever they lie; None if nothing.
-
-    `then`, checked to be lists of roles and files, is what `inputs` told. Raises CheckpointError
-    where an input cannot be read.
-    """
-    now = [{"role": role, "files": identify(each)} for role, each in roles.items()]
-    old, new = ([_deciding(entry) for entry in entries] for entries in (then, now))
-    if old == new:
-        return None
-    if [entry["role"] for entry in old] != list(roles):
-        return f"the roles were {len(old)}, are {len(new)}"
-    for before, entry in zip(old, new, strict=True):
-        was = {file["name"]: file for file in before["files"]}
-        # Weights first: a folder that was copied has new dates everywhere.
-        for file in sorted(entry["files"], key=lambda each: "header_sha256" not in each):
-            if file != was.pop(file["name"], None):
-                return f"{file['name']} of the {entry['role']} is not the same file"
-        if was:
-            return f"{next(iter(was))} of the {entry['role']} is gone"
-    return None
-
-
 def check_unchanged(plan: Plan, out: Path, facts: dict[str, Any]) -> None:
     """Raise CheckpointError if an input is not what it was when the merge began."""
     now = inputs(plan, out)
@@ -103,15 +72,6 @@ def check_unchanged(plan: Plan, out: Path, facts: dict[str, Any]) -> None:
             f"{out}: is not sealed, because {change}, while it was read; merge again with "
             "--no-resume once nothing changes it any more."
         )
-
-
-def _deciding(entry: dict[str, Any]) -> dict[str, Any]:
-    files = [
-        file
-        for file in entry.get("files", ())
-        if "header_sha256" in file or file.get("name") in ("config.json", "adapter_config.json")
-    ]
-    return {"role": entry.get("role"), "files": files}
 
 
 def seen_from(folder: Path, path: Path) -> str:

@@ -22,21 +22,19 @@ from lean_merge.checkpoints import (
 from lean_merge.errors import CoverageError, RecipeError
 from lean_merge.mapping import (
     Coverage,
-    LogicalWeight,
     MappedWeight,
     decoded_matrices,
     map_roles,
     module_name,
 )
 from lean_merge.methods import Method
+from lean_merge.outputs.gathered import FoundThreshold, Gathered
 from lean_merge.outputs.peft import AdapterModule, StoredFactors
 from lean_merge.plan import budget
 from lean_merge.plan.disk import adapter_disk, evidence_disk
 from lean_merge.plan.footprint import Layout, Room, check_budget, share_room
 from lean_merge.plan.gathering import (
-    Choice,
     EvidencePlan,
-    Gathered,
     Recorded,
     decided,
     described,
@@ -180,7 +178,7 @@ def plan_again(
     gathered: Gathered,
     resources: Resources | None = None,
     *,
-    choices: tuple[Choice, ...] = (),
+    choices: tuple[FoundThreshold, ...] = (),
 ) -> Plan:
     """The plan of a merge from an analysis, which gathers its evidence anew in the same way.
 
@@ -458,13 +456,6 @@ def _predict(plan: Plan, layout: Layout, written: int, disk: int) -> Prediction:
     )
 
 
-def row_runs(weight: LogicalWeight) -> tuple[tuple[int, int], ...]:
-    """(first, count) of the rows of the MLLM's stored matrix that a logical weight lies in."""
-    width = weight.shape[1]
-    spans = weight.place.spans(slice(0, weight.shape[0]))
-    return tuple((first // width, count // width) for first, count in spans)
-
-
 def _written(plan: Plan, output: str) -> tuple[int, int]:
     """Most bytes of the weight files, and most bytes that all takes of the disk meanwhile."""
     if output == ANALYSIS:
@@ -486,6 +477,6 @@ def _adapter_disk(plan: Plan) -> tuple[int, int]:
             largest = method.largest_rank(part.shape) if method else 0
             if isinstance(rank, int):
                 largest = min(largest, rank)
-            parts.append(StoredFactors(row_runs(part), largest))
+            parts.append(StoredFactors(part.row_runs, largest))
         modules.append(plan.adapter_module(task, tuple(parts)))
     return adapter_disk(modules, plan.adapter_dtype)

@@ -13,18 +13,11 @@ from dataclasses import dataclass
 from functools import cache
 
 from lean_merge.errors import RecipeError, shown
-from lean_merge.mapping import Coverage, LogicalWeight, MappedWeight
+from lean_merge.mapping import Coverage, LogicalWeight, MappedWeight, layer_of
 from lean_merge.recipe.values import ANY
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _RANGES = re.compile(r"layers:\s*(?P<ranges>.*)")
 _RANGE = re.compile(r"(?P<first>\d+)(?P<dash>\s*-\s*(?P<last>\d+)?)?")
-
-
-def layer_of(canonical: str) -> int | None:
-    """The number of the layer in a weight's canonical name, from 0; None if it is in none."""
-    match = _LAYER.search(canonical)
-    return int(match[1]) if match else None
 
 
 @dataclass(frozen=True, slots=True)

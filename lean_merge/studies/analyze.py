@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lean_merge import memory
-from lean_merge.engine import Event, run
+from lean_merge.checkpoints.jsonfile import to_json
+from lean_merge.engine.run import Event, run
 from lean_merge.outputs.document import ANALYSIS, build_analysis
 from lean_merge.outputs.evidence import EvidenceSink, gathered_evidence, gathered_factors
 from lean_merge.outputs.factors import write_factors
@@ -16,7 +17,7 @@ from lean_merge.plan import Plan, plan_analysis
 from lean_merge.plan.identity import check_unchanged, run_facts
 from lean_merge.plan.resources import Resources
 from lean_merge.recipe import MergeRecipe
-from lean_merge.report import RECIPE, to_json
+from lean_merge.report import RECIPE
 from lean_merge.store import OutputFolder, find_complete
 from lean_merge.studies.pages import add_page
 

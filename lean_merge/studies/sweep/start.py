@@ -10,10 +10,10 @@ from pathlib import Path
 
 from lean_merge.engine import Event
 from lean_merge.errors import CheckpointError, OutputError, RecipeError
+from lean_merge.outputs.gathered import evidence_method
 from lean_merge.outputs.recorded import Analysis, open_analysis
 from lean_merge.plan import Plan
 from lean_merge.plan import plan as make_plan
-from lean_merge.plan.gathering import evidence_method
 from lean_merge.plan.parameters import build_method
 from lean_merge.plan.resources import Resources
 from lean_merge.recipe import MergeRecipe

@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lean_merge.checkpoints.jsonfile import read_object
+from lean_merge.checkpoints.jsonfile import read_object, to_json
 from lean_merge.errors import CheckpointError, OutputError
 from lean_merge.recipe import MergeRecipe
-from lean_merge.report import to_json
 from lean_merge.store.storage import explain, sync_folder, write_new
 from lean_merge.studies.sweep.grid import AXES
 
