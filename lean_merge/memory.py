@@ -75,13 +75,19 @@ def _libc() -> ctypes.CDLL | None:
 
 
 class PeakSampler:
-    """Samples the process's memory from a thread while the context is open, and keeps the peak."""
+    """Samples the process's memory from a thread while the context is open.
+
+    Attributes
+    ----------
+    start, peak
+        What the process held when the sampler was made, and the most that it held since.
+    """
 
     def __init__(self, interval: float = 0.01) -> None:
         self._interval = interval
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="memory-sampler", daemon=True)
-        self.peak = usage()
+        self.start = self.peak = usage()
 
     def sample(self) -> None:
         """Take one sample now."""

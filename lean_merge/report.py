@@ -9,15 +9,13 @@ from dataclasses import asdict
 from typing import Any
 
 from lean_merge.engine import RunResult
-from lean_merge.memory import Usage
-from lean_merge.methods import ExpertRecord, Recalling
+from lean_merge.memory import PeakSampler
+from lean_merge.methods import Recalling
 from lean_merge.plan import Plan
 from lean_merge.store import remote_code
-from lean_merge.tasks import Truncated, WeightResult, Written
+from lean_merge.tasks import Truncated, WeightResult, Written, decision_fields
 from lean_merge.version import __version__
 
-RECIPE = "lean_merge_recipe.yml"
-REPORT = "lean_merge_report.json"
 REPORT_VERSION = 1
 OMITTED_WARNING = 0.025
 """Modelled share of an update beyond the computed rank from which the report warns."""
@@ -36,14 +34,14 @@ def build_report(
     result: RunResult,
     *,
     bytes_written: int,
-    peak: Usage,
-    baseline: Usage,
+    sampler: PeakSampler,
 ) -> dict[str, Any]:
     """The content of `lean_merge_report.json`; docs/formats.md explains every field."""
     rows = [row for weight in result.weights for row in weight_rows(plan, weight)]
     merged = {weight.name for weight in result.weights if weight.merged}
     code = remote_code(plan.mllm)
-    measured = measures(plan, result, bytes_written=bytes_written, peak=peak, baseline=baseline)
+    sampler.sample()
+    measured = measures(plan, result, bytes_written=bytes_written, sampler=sampler)
     return {
         "version": REPORT_VERSION,
         "lean_merge": __version__,
@@ -70,7 +68,7 @@ def build_report(
             *kept_warnings(result),
             *accuracy_warnings(result),
             *non_finite_warnings(result),
-            *code_warnings(code),
+            *(code_warnings(code) if plan.output.is_model else ()),
             *adapter_warnings(result),
             *fallback_warnings(result),
         ],
@@ -103,10 +101,10 @@ def _from_analysis(plan: Plan) -> dict[str, Any] | None:
 
 
 def measures(
-    plan: Plan, result: RunResult, *, bytes_written: int, peak: Usage, baseline: Usage
+    plan: Plan, result: RunResult, *, bytes_written: int, sampler: PeakSampler
 ) -> dict[str, Any]:
     """What a run took, beside what was predicted."""
-    prediction = plan.prediction
+    prediction, peak = plan.prediction, sampler.peak
     return {
         "seconds": {phase: round(s, 3) for phase, s in result.seconds.items()},
         "bytes": {
@@ -122,7 +120,7 @@ def measures(
             "predicted_anonymous": prediction.peak_memory,
             "peak_anonymous": peak.anonymous,
             "peak_file_backed": peak.file_backed,
-            "start_anonymous": baseline.anonymous,
+            "start_anonymous": sampler.start.anonymous,
             "predicted_vram": prediction.peak_vram,
             "peak_vram": result.peak_vram,
             "peak_vram_used": result.peak_vram_used,
@@ -159,23 +157,6 @@ def weight_rows(plan: Plan, weight: WeightResult) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def decision_fields(record: ExpertRecord, *, rank: str) -> dict[str, Any]:
-    """What the recipe's parameters make of an expert; its rank under the name `rank`."""
-    return {
-        "selected": record.selected,
-        "reason": record.reason,
-        "similarity_first": record.similarity_first,
-        "similarity_max": record.similarity_max,
-        "lambda": record.lambda_,
-        "lambda_top_q": record.lambda_top_q,
-        "lambda_doubt": record.lambda_doubt,
-        rank: record.rank,
-        "computed_rank": record.computed_rank,
-        "omitted_share": record.omitted_share,
-        "angle_error": record.angle_error,
-    }
 
 
 def update_kept(weight: WeightResult) -> float | None:
@@ -273,32 +254,6 @@ def fallback_warnings(result: RunResult) -> list[str]:
         f"the device ran out of memory: of {len(result.weights)} weights, {done}; a smaller --vram "
         "plans for less, and what else uses the device may be closed"
     ]
-
-
-
-
-def summary(report: dict[str, Any]) -> str:
-    """A few sentences for the model card."""
-    counts = report["counts"]
-    return (
-        f"{counts['merged']} weights of the language model were merged, {counts['unchanged']} were "
-        f"in scope but kept as they were, and {counts['copied']} tensors out of scope (vision "
-        f"tower, projector, embeddings, norms) are the MLLM's, byte for byte. `{REPORT}` tells for "
-        "each weight what was decided and why."
-    )
-
-
-def adapter_summary(report: dict[str, Any]) -> str:
-    """A few sentences for an adapter's card."""
-    counts = report["counts"]
-    ranks = [row["lora_rank"] for row in report["weights"] if row["lora_rank"]]
-    errors = [row["lora_error"] for row in report["weights"] if row["lora_rank"]]
-    return (
-        f"{counts['merged']} weights of the language model get an update, {counts['unchanged']} "
-        f"were in scope but stay as they are. The ranks are {min(ranks)} to {max(ranks)}; they cut "
-        f"off at most {max(errors):.1e} of an update's Frobenius norm. `{REPORT}` tells for each "
-        "weight what was decided and why."
-    )
 
 
 def _root(square: float) -> float | None:

@@ -13,15 +13,15 @@ from typing import Any
 from lean_merge.checkpoints import TensorReader, identify
 from lean_merge.engine import Event, run
 from lean_merge.errors import CheckpointError, LeanMergeError
+from lean_merge.outputs import output_of
 from lean_merge.outputs.gathered import Gathered, found_thresholds
-from lean_merge.outputs.recompute import AdapterComparison, CheckpointComparison
 from lean_merge.plan import Plan, plan_again
 from lean_merge.plan import plan as make_plan
 from lean_merge.plan.identity import environment
 from lean_merge.plan.resources import Resources
 from lean_merge.recipe import MergeRecipe
 from lean_merge.store import Difference, FolderCheck, Journal, check_folder
-from lean_merge.tasks import WeightResult, WeightTask, from_note
+from lean_merge.tasks import WeightResult, from_note
 
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
 LEAST_SAMPLE = 8
@@ -145,7 +145,7 @@ def _with_inputs(
     assert check.journal is not None
     facts = check.journal.start["run"]
     recipe = _recipe(check.journal, result.path)
-    if recipe.output == "none" or "kind" in facts:
+    if "kind" in facts or not output_of(recipe.output).compares:
         return replace(result, notes=("numbers alone are not compared with the inputs",))
     evidence = facts.get("analysis") or check.journal.analysis
     plan, then = _plan(recipe, facts, evidence, resources)
@@ -158,10 +158,11 @@ def _with_inputs(
         parts = _parts(plan, check.journal)
         sampled = {name for part in parts for name in _sample(part, result.seed)}
     sampled -= _damaged(plan, check)
-    kind = AdapterComparison if recipe.output == "lora" else CheckpointComparison
     with TensorReader() as reader:
-        sink = kind(plan, check.tensors, reader, sampled)
-        found = run(plan, sink, on_event)
+        comparison = plan.output.comparison(
+            plan.tasks, stored=check.tensors, reader=reader, sampled=sampled
+        )
+        found = run(plan, comparison, on_event)
     # Once here and once there, the CPU may have stood in for a device that ran out of memory.
     records = (*check.journal.tensors.values(), *check.journal.groups.values())
     notes_of_merge = (from_note(each.get("result")) for each in records)
@@ -171,7 +172,7 @@ def _with_inputs(
         result,
         differences=(
             *result.differences,
-            *sink.differences(set(in_scope) if notes else elsewhere),
+            *comparison.differences(set(in_scope) if notes else elsewhere),
         ),
         copied=sum(task.tensor.name in check.tensors for task in plan.copies),
         recomputed=tuple(name for name in in_scope if name in sampled),
@@ -199,31 +200,18 @@ def _plan(
 
 def _check_names(plan: Plan, journal: Journal, folder: Path) -> None:
     """Raise CheckpointError where the plan cannot be that of the output."""
-    planned = {name for shard in plan.shards for name in shard.offsets}
-    if plan.recipe.output == "lora":
-        # Which weights have an update only the merge can tell.
-        known = {key for task in plan.weights for key in _keys(plan, task)}
-        planned = journal.tensors.keys() & known
-    if planned != journal.tensors.keys():
+    if not plan.output.can_hold(journal.tensors.keys()):
         raise CheckpointError(
             f"{folder}: this version of lean-merge plans other tensors from the recipe than the "
             "output has; verify with the version in its journal, or with --without-inputs."
         )
 
 
-def _keys(plan: Plan, task: WeightTask) -> tuple[str, ...]:
-    """The tensors of the output that a task makes, if it has an update."""
-    if plan.recipe.output != "lora":
-        return (task.tensor.name,)
-    module = plan.adapter_module(task, ())
-    return module.key_a, module.key_b
-
-
 def _damaged(plan: Plan, check: FolderCheck) -> set[str]:
     """The tensors in scope whose bytes in the output have changed, so a merge tells no more."""
     assert check.journal is not None
     changed = check.journal.tensors.keys() - check.tensors.keys()
-    return {task.tensor.name for task in plan.weights if changed & {*_keys(plan, task)}}
+    return {task.tensor.name for task in plan.weights if changed & {*plan.output.names(task)}}
 
 
 def _parts(plan: Plan, journal: Journal) -> list[list[str]]:
@@ -233,7 +221,7 @@ def _parts(plan: Plan, journal: Journal) -> list[list[str]]:
     """
     parts: tuple[list[str], list[str]] = [], []
     for task in plan.weights:
-        stored = any(key in journal.tensors for key in _keys(plan, task))
+        stored = any(key in journal.tensors for key in plan.output.names(task))
         parts[stored].append(task.tensor.name)
     return list(parts)
 

@@ -98,6 +98,10 @@ def test_the_table_of_rooms_is_what_the_imports_are(room: str):
     assert RULES[room] - used == set(), "in the table of docs/architecture.md, and not imported"
 
 
+def test_no_circle_leads_through_the_rooms():
+    list(TopologicalSorter(RULES).static_order())
+
+
 def test_the_table_has_no_room_that_does_not_exist():
     assert RULES.keys() <= {room_of(name) for name in MODULES}
 

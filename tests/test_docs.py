@@ -24,6 +24,7 @@ from lean_merge.checkpoints import open_checkpoint
 from lean_merge.cli import app
 from lean_merge.cli.describe import inspect_dict, methods_list, plan_dict
 from lean_merge.demo.run import FAMILY, family_recipe
+from lean_merge.outputs.checkpoint import CheckpointOutput
 from lean_merge.plan import budget
 from lean_merge.plan import plan as make_plan
 from lean_merge.plan.parameters import build_method
@@ -159,7 +160,7 @@ def memory_example() -> str:
     cost, rank = method.cost(shape, item=weight.arithmetic_item), method.largest_rank(shape)
     least = budget.host_bytes(weight, widest=cost.widest, workspace=cost.workspace, workers=2)
     resident = weight.tiles * weight.resident_tile
-    waiting = budget.waiting_bytes(weight, rank)
+    waiting = CheckpointOutput.waiting_bytes(shape, rank, weight.held)
     worker, apply = budget.worker_bytes(weight, cost.widest), budget.apply_bytes(weight)
     lanes = f"lanes: {budget.LANES + 1} x {weight.roles} x {shape[1]} x {cost.widest} x 4 bytes"
     rows = {

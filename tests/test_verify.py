@@ -18,7 +18,7 @@ from support.families import Triple
 from support.scenes import Scene, make_scene
 
 from lean_merge import CheckpointError, Resources, Verification, cli, verify
-from lean_merge.outputs.recompute import _apart, _rank
+from lean_merge.outputs.differing import numbers_apart, rank_of
 from lean_merge.plan import identity
 from lean_merge.store import JOURNAL
 
@@ -266,12 +266,12 @@ def test_elsewhere_last_places_may_differ_and_no_more(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_places_are_counted_in_the_order_of_numbers(dtype: torch.dtype):
     numbers = torch.tensor([-torch.inf, -2.5, -1.0, -0.0, 0.0, 1.0, 2.5, torch.inf], dtype=dtype)
-    ranks = _rank(numbers)
+    ranks = rank_of(numbers)
     assert torch.equal(ranks.sort().values, ranks) and ranks[3] == ranks[4] == 0
     above = torch.nextafter(numbers[1:-1].double().to(dtype), torch.tensor(torch.inf, dtype=dtype))
-    assert torch.equal(_rank(above) - ranks[1:-1], torch.ones(6, dtype=torch.int64))
-    assert _apart(numbers[1:-1], above) == 0
-    assert _apart(numbers[2:3], numbers[5:6]) == 1
+    assert torch.equal(rank_of(above) - ranks[1:-1], torch.ones(6, dtype=torch.int64))
+    assert numbers_apart(numbers[1:-1], above) == 0
+    assert numbers_apart(numbers[2:3], numbers[5:6]) == 1
 
 
 def test_the_sample_is_a_twentieth_but_at_least_eight(

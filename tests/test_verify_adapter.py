@@ -18,8 +18,8 @@ from support.families import Triple, write_triple
 from torch import Tensor
 
 from lean_merge import Resources, Verification, cli, verify
+from lean_merge.outputs.adaptercheck import TOLERATED_UPDATE
 from lean_merge.outputs.peft import ADAPTER
-from lean_merge.outputs.recompute import TOLERATED_UPDATE
 from lean_merge.plan import identity
 from lean_merge.store import JOURNAL, read_journal
 from lean_merge.store.journal import sealed_lines

@@ -11,10 +11,11 @@ from lean_merge.checkpoints import open_checkpoint
 from lean_merge.errors import RecipeError
 from lean_merge.mapping import language_layout
 from lean_merge.methods import all_methods
+from lean_merge.outputs import output_of
+from lean_merge.outputs.companions import REPORT
 from lean_merge.outputs.document import ANALYSIS
 from lean_merge.plan import Plan
 from lean_merge.recipe import parse_yaml
-from lean_merge.report import REPORT
 from lean_merge.sizes import format_size
 from lean_merge.studies.sweep import result_names, result_of
 from lean_merge.verify import Verification
@@ -70,6 +71,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
 def plan_text(plan: Plan) -> str:
     """A plan as text."""
     predicted = plan.prediction
+    described = plan.output.described(written=predicted.bytes_written, disk=predicted.disk)
     leaves = Counter(
         rows.canonical.rsplit(".", 1)[-1] for task in plan.weights for rows in task.weight.slices
     )
@@ -84,7 +86,7 @@ def plan_text(plan: Plan) -> str:
         f"copied    {len(plan.copies)} tensors: {_counted(copied)}",
         f"filtered  {_counted(Counter(plan.scope.filtered.values()))}",
         f"skipped   {len(plan.coverage.left_out)}",
-        f"output    {_output(plan)}",
+        f"output    {described}",
         f"reads     {reads}",
         f"memory    {format_size(predicted.peak_memory)} of {format_size(plan.memory)} allowed",
         f"device    {plan.device}, {plan.threads} thread(s)",
@@ -94,20 +96,10 @@ def plan_text(plan: Plan) -> str:
     return "\n".join([*lines, *(f"warning: {line}" for line in warnings_of(plan))])
 
 
-def _output(plan: Plan) -> str:
-    size = format_size(plan.prediction.bytes_written)
-    if plan.recipe.output == "lora":
-        disk = format_size(plan.prediction.disk)
-        return f"adapter, at most {size} on disk, and {disk} while it is made"
-    if plan.recipe.output == "none":
-        return "none, the report alone"
-    return f"{len(plan.shards)} shard(s), {size} on disk"
-
-
 def result_text(path: Path | None, report: dict[str, Any]) -> str:
     """What a finished merge did, as text."""
     counts, seconds, used = report["counts"], report["seconds"], report["memory"]
-    done = "selected" if report["recipe"]["output"] == "none" else "merged"
+    done = output_of(report["recipe"]["output"]).done
     details = f"; details in {REPORT}" if path else "; --json prints the details"
     analysis = report["analysis"]
     if analysis is not None:

@@ -28,6 +28,7 @@ from lean_merge.cli.options import (
 from lean_merge.errors import RecipeError
 from lean_merge.merge import check_has_folder
 from lean_merge.merge import merge as merge_api
+from lean_merge.outputs import output_of
 from lean_merge.outputs.recorded import open_analysis
 from lean_merge.plan import plan as make_plan
 from lean_merge.plan.identity import run_facts
@@ -56,7 +57,9 @@ def merge_command(
     A merge that was interrupted goes on where it stopped. If the output is complete already, there
     is nothing to do.
     """
-    if out is None and work["recipe"] is None and work["output"] != "none":
+    wanted = work["output"]
+    needs_folder = wanted is None or output_of(wanted).needs_folder
+    if out is None and work["recipe"] is None and needs_folder:
         raise RecipeError("Missing --out, the output folder; or give --output none.")
     recipe, resources = work_of(**work)
     check_has_folder(recipe, out)

@@ -13,8 +13,9 @@ from lean_merge.cli import describe
 from lean_merge.cli.app import app, echo, progress
 from lean_merge.cli.options import Debug, Json, NoResume, Quiet, shares_options_of_work, work_of
 from lean_merge.errors import CoverageError, LeanMergeError, OutputError
+from lean_merge.outputs.analysis import AnalysisOutput
 from lean_merge.page import INSTALL_PLOTLY
-from lean_merge.plan import plan_analysis
+from lean_merge.plan import plan as make_plan
 from lean_merge.plan.resources import Resources
 from lean_merge.recipe import MergeRecipe
 from lean_merge.studies.analyze import analyze
@@ -43,7 +44,7 @@ def analyze_command(
     recipe, resources = work_of(**work)
     try:
         with downloads_shown(not quiet):
-            plan = plan_analysis(recipe, resources)
+            plan = make_plan(recipe, resources, output=AnalysisOutput)
     except CoverageError as error:
         _compare(recipe, resources, out, error, as_json=as_json, quiet=quiet)
         raise

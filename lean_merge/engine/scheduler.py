@@ -175,7 +175,7 @@ class Scheduler:
             elif isinstance(task, CopyTask):
                 yield task.stored
             else:
-                yield task.read(rows=self._plan.writes_rows)
+                yield task.read(rows=self._plan.output.writes_rows)
 
     @property
     def is_at_work(self) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor
 from lean_merge.checkpoints import TensorReader, as_bytes
 from lean_merge.engine.workers import Workers
 from lean_merge.mapping import LogicalWeight
-from lean_merge.outputs.base import WriteBytes
+from lean_merge.store import WriteBytes
 
 
 class TileStore:

@@ -15,7 +15,7 @@ from lean_merge.engine.tilestore import TileStore
 from lean_merge.engine.workers import Workers
 from lean_merge.errors import DataError
 from lean_merge.methods import Update
-from lean_merge.outputs.base import WriteBytes
+from lean_merge.store import WriteBytes
 from lean_merge.tasks import Written
 from lean_merge.tasks.tiles import READ_ELEMENTS, STRIP_ELEMENTS, strips
 

@@ -1,1 +1,55 @@
-"""What a merge makes of its decisions: one file for each kind of output."""
+"""What a merge makes, one file for each kind, found by the names that they register."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+
+from lean_merge.errors import RecipeError, shown
+from lean_merge.outputs.base import (
+    DECODED_DTYPE,
+    RECIPE,
+    Comparison,
+    Outcome,
+    Output,
+    ReadRows,
+    Request,
+    Sink,
+)
+from lean_merge.outputs.registry import register, registered
+
+__all__ = [
+    "DECODED_DTYPE",
+    "RECIPE",
+    "Comparison",
+    "Outcome",
+    "Output",
+    "ReadRows",
+    "Request",
+    "Sink",
+    "all_outputs",
+    "output_of",
+    "register",
+]
+
+
+def all_outputs() -> Mapping[str, type[Output]]:
+    """Give every kind by its name; importing this folder's modules registers them."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return registered()
+
+
+def output_of(name: str) -> type[Output]:
+    """Give the kind that a recipe calls `name`.
+
+    Raises
+    ------
+    RecipeError
+        There is no such kind, or none that a recipe may ask for.
+    """
+    kinds = {each: kind for each, kind in all_outputs().items() if kind.in_recipes}
+    if name not in kinds:
+        raise RecipeError(f"output must be one of {', '.join(sorted(kinds))}, not {shown(name)}.")
+    return kinds[name]

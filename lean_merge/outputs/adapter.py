@@ -1,66 +1,201 @@
-"""The sink that keeps every update as factors of a LoRA adapter."""
+"""A LoRA adapter in PEFT's format: what a merge adds to the MLLM, as factors of low rank."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
-from lean_merge.linalg import Truncation, truncate
-from lean_merge.mapping import LogicalWeight
+from lean_merge.checkpoints import TensorReader, TensorSpec
+from lean_merge.errors import RecipeError
+from lean_merge.mapping import LogicalWeight, MappedWeight, module_name
 from lean_merge.methods import Decision
-from lean_merge.outputs.base import ReadRows
-from lean_merge.outputs.peft import AdapterModule, StoredFactors
-from lean_merge.outputs.sinks import BlockSink
-from lean_merge.plan import Plan
-from lean_merge.store import Group, OutputFolder
-from lean_merge.tasks import Truncated, WeightTask
-from lean_merge.tasks.tiles import STRIP_ELEMENTS
-
-ADAPTER_ERROR = 2e-4
-"""Largest relative Frobenius error of an update that `--lora-rank auto` cuts off."""
+from lean_merge.outputs.adaptercheck import AdapterComparison
+from lean_merge.outputs.base import Outcome, Output, ReadRows, Request, dtype_named
+from lean_merge.outputs.blocks import BlockSink
+from lean_merge.outputs.checkpoint import factor_bytes
+from lean_merge.outputs.companions import REPORT, card_facts, write_report
+from lean_merge.outputs.cutting import cut_update, cutting_bytes
+from lean_merge.outputs.peft import AdapterModule, StoredFactors, adapter_layout, write_adapter
+from lean_merge.outputs.registry import register
+from lean_merge.sizes import format_size
+from lean_merge.store import Group, OutputFolder, adapter_card
+from lean_merge.tasks import CopyTask, Truncated, WeightTask
 
 
 class AdapterSink(BlockSink):
-    """Factors of every update, cut to the rank that the recipe wants.
+    """Keeps the factors of every update, cut to the rank that the recipe wants.
 
     Parameters
     ----------
-    plan
-        Of a merge whose updates are of low rank.
     folder
         Where the factors wait.
+    rank
+        What the recipe says of it: a number, or "auto".
     """
 
-    def __init__(self, plan: Plan, folder: OutputFolder) -> None:
+    def __init__(self, folder: OutputFolder, rank: int | str) -> None:
         super().__init__(folder)
-        self._plan = plan
+        self._rank = rank
 
     def keep(
         self, task: WeightTask, weight: LogicalWeight, decision: Decision, read: ReadRows
     ) -> Truncated | None:
         """Cut the update, and put B [out, k] and A [k, in] into blocks."""
-        update = cut_update(self._plan, decision)
+        update = cut_update(decision, self._rank)
         if update is None:
             return None
         if update.rank:
             out_features, in_features = weight.shape
             self.put(f"{weight.canonical}.b", (out_features, update.rank), update.b())
             self.put(f"{weight.canonical}.a", (update.rank, in_features), update.a())
-        return Truncated(update.rank, update.cut.error)
+        return update.truncated
 
-    def modules(self) -> list[AdapterModule]:
-        """Those with an update, in the order of the tasks, all of which are finished."""
-        groups = self._folder.blocks.groups
-        return [
-            self._plan.adapter_module(
-                task, tuple(_stored(part, groups[task.tensor.name]) for part in task.weight.slices)
+
+@register
+class AdapterOutput(Output):
+    """An adapter for the MLLM, of which it holds no tensor.
+
+    Parameters
+    ----------
+    request
+        All updates must be of low rank, and of weights that transformers does not stack when it
+        loads them; else RecipeError is raised.
+    """
+
+    name: ClassVar[str] = "lora"
+    may_be_empty: ClassVar[bool] = False
+    exact: ClassVar[bool] = False
+    most_waiting: ClassVar[int] = 1
+    compares: ClassVar[bool] = True
+
+    def __init__(self, request: Request) -> None:
+        super().__init__(request)
+        for weight in self.weights:
+            self._check(weight)
+
+    def _check(self, weight: MappedWeight) -> None:
+        """Raise RecipeError for an update that no adapter holds."""
+        if ".experts." in weight.mllm.name or len(weight.mllm.shape) != 2:
+            raise RecipeError(
+                f"An adapter cannot hold {weight.mllm.name}: transformers stacks the experts of a "
+                "mixture when it loads them, each with a rank of its own. Leave them out with "
+                "--exclude experts, or write a checkpoint."
             )
-            for task in self._plan.weights
+        for part in weight.slices:
+            method = self.methods.get(part.canonical)
+            if method is not None and any(method.reads_task_vectors()):
+                raise RecipeError(
+                    f"The update of {part.canonical} has full rank, which no adapter holds: "
+                    f"{method.name} adds whole task vectors. Use ip_merging with project among its "
+                    "stages, or --output checkpoint."
+                )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the factors in the file."""
+        wanted = self.recipe.out_dtype
+        return torch.float32 if wanted == "auto" else dtype_named(wanted)
+
+    def module(self, weight: MappedWeight, parts: tuple[StoredFactors, ...] = ()) -> AdapterModule:
+        """Give the module of a tensor in scope, named as transformers loads it."""
+        name = module_name(weight.mllm.name, prefix=self.prefix, config=self.mllm.config)
+        return AdapterModule(name, weight.mllm.shape[1], parts)
+
+    @cached_property
+    def _largest(self) -> tuple[AdapterModule, ...]:
+        """All modules with the largest ranks that there can be."""
+        rank, modules = self.recipe.lora_rank, []
+        for weight in self.weights:
+            parts = []
+            for part in weight.slices:
+                method = self.methods.get(part.canonical)
+                largest = 0 if method is None else method.largest_rank(part.shape)
+                if isinstance(rank, int):
+                    largest = min(largest, rank)
+                parts.append(StoredFactors(part.row_runs, largest))
+            modules.append(self.module(weight, tuple(parts)))
+        return tuple(modules)
+
+    @cached_property
+    def bytes_written(self) -> int:
+        """The most bytes of adapter_model.safetensors."""
+        return adapter_layout(self._largest, self.dtype).size
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """The most bytes of that file, and of the blocks that it is made of."""
+        numbers = sum(module.rank * module.in_features for module in self._largest)
+        numbers += sum(part.rows * part.rank for module in self._largest for part in module.parts)
+        return self.bytes_written + 4 * numbers
+
+    @staticmethod
+    def storing_bytes(rank: int) -> int:
+        """Bytes that it takes to cut an update of at most `rank`."""
+        return cutting_bytes(rank)
+
+    @staticmethod
+    def waiting_bytes(shape: tuple[int, int], rank: int, kept: int) -> int:
+        """Bytes of the factors of an update, which is cut."""
+        return factor_bytes(shape, rank) + cutting_bytes(rank)
+
+    def described(self, *, written: int, disk: int) -> str:
+        """Describe it for people, in a few words."""
+        return (
+            f"adapter, at most {format_size(written)} on disk, and {format_size(disk)} while it is "
+            "made"
+        )
+
+    def sink(self, folder: OutputFolder | None) -> AdapterSink:
+        """Give what keeps the factors in `folder`."""
+        assert folder is not None
+        return AdapterSink(folder, self.recipe.lora_rank)
+
+    def lay_out(self, folder: OutputFolder, tasks: Sequence[WeightTask]) -> None:
+        """Write adapter_model.safetensors and adapter_config.json, from all that was kept."""
+        groups = folder.blocks.groups
+        modules = [
+            self.module(
+                task.weight,
+                tuple(_stored(part, groups[task.tensor.name]) for part in task.weight.slices),
+            )
+            for task in tasks
             if groups[task.tensor.name].blocks
         ]
+        write_adapter(folder, modules, dtype=self.dtype, base_model=self.recipe.mllm_model)
+
+    def end(self, folder: OutputFolder, outcome: Outcome) -> None:
+        """Write the card, recipe and report."""
+        card = adapter_card(**card_facts(self), summary=_summary(outcome.report))
+        folder.write_file("README.md", card.encode())
+        write_report(self, folder, outcome)
+
+    def names(self, task: CopyTask | WeightTask) -> tuple[str, ...]:
+        """Name the factors of a module, which it has if it gets an update."""
+        if isinstance(task, CopyTask):
+            return ()
+        module = self.module(task.weight)
+        return module.key_a, module.key_b
+
+    def can_hold(self, names: Set[str]) -> bool:
+        """Tell whether these are factors of modules; which of them only a merge can tell."""
+        modules = map(self.module, self.weights)
+        return names <= {key for module in modules for key in (module.key_a, module.key_b)}
+
+    def comparison(
+        self,
+        tasks: Sequence[CopyTask | WeightTask],
+        *,
+        stored: Mapping[str, TensorSpec],
+        reader: TensorReader,
+        sampled: Set[str],
+    ) -> AdapterComparison:
+        """Compare the factors of the sampled weights, which are as the journal has them."""
+        return AdapterComparison(
+            self.module, self.dtype, self.recipe.lora_rank, stored, reader, sampled
+        )
 
 
 def _stored(weight: LogicalWeight, group: Group) -> StoredFactors:
@@ -68,49 +203,14 @@ def _stored(weight: LogicalWeight, group: Group) -> StoredFactors:
     return StoredFactors(weight.row_runs, 0 if a is None else a.shape[0], a, b)
 
 
-@dataclass(frozen=True, slots=True)
-class CutUpdate:
-    """An update cut to rank k: b [out, k] @ a [k, in], which are formed a few rows at a time.
-
-    Attributes
-    ----------
-    left, right : Tensor [out, r], [r, in]
-        The update before.
-    cut
-        What it is cut to.
-    """
-
-    left: Tensor
-    right: Tensor
-    cut: Truncation
-
-    @property
-    def rank(self) -> int:
-        """k."""
-        return self.cut.rank
-
-    def b(self) -> Iterator[Tensor]:
-        """Its rows, in order."""
-        return _strips(self.left, self.cut.of_left)
-
-    def a(self) -> Iterator[Tensor]:
-        """Its rows, in order."""
-        return _strips(self.cut.of_right, self.right)
-
-
-def cut_update(plan: Plan, decision: Decision) -> CutUpdate | None:
-    """A decision's update, cut as the recipe wants; None if there is none."""
-    factors = None if decision.update is None else decision.update.factors()
-    if factors is None:
-        return None
-    wanted = plan.recipe.lora_rank
-    rank = None if isinstance(wanted, str) else wanted
-    cut = truncate(*factors, error=ADAPTER_ERROR, rank=rank)
-    return CutUpdate(*factors, cut)
-
-
-def _strips(left: Tensor, right: Tensor) -> Iterator[Tensor]:
-    """The product's rows, a few at a time."""
-    height = max(1, STRIP_ELEMENTS // max(1, *right.shape))
-    for first in range(0, left.shape[0], height):
-        yield torch.mm(left[first : first + height], right)
+def _summary(report: Mapping[str, Any]) -> str:
+    """Write a few sentences for the adapter's card."""
+    counts = report["counts"]
+    ranks = [row["lora_rank"] for row in report["weights"] if row["lora_rank"]]
+    errors = [row["lora_error"] for row in report["weights"] if row["lora_rank"]]
+    return (
+        f"{counts['merged']} weights of the language model get an update, {counts['unchanged']} "
+        f"were in scope but stay as they are. The ranks are {min(ranks)} to {max(ranks)}; they cut "
+        f"off at most {max(errors):.1e} of an update's Frobenius norm. `{REPORT}` tells for each "
+        "weight what was decided and why."
+    )

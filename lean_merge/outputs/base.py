@@ -1,22 +1,244 @@
-"""What a kind of output is to the engine: a sink, which takes the results of a merge."""
+"""What an output is: one class for each kind, of which a plan holds an instance; and its sink."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import abc
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from lean_merge.mapping import LogicalWeight, WeightSource
-from lean_merge.methods import Decision
-from lean_merge.store import Spans, WriteBytes
-from lean_merge.tasks import CopyTask, Stored, WeightTask
+from lean_merge.checkpoints import (
+    Checkpoint,
+    TensorReader,
+    TensorSpec,
+    safetensors_dtype,
+    torch_dtype,
+)
+from lean_merge.mapping import LogicalWeight, MappedWeight, WeightSource
+from lean_merge.methods import Decision, Method
+from lean_merge.recipe import MergeRecipe
+from lean_merge.store import Difference, OutputFolder, OutputTensor, Shard, WriteBytes
+from lean_merge.tasks import CopyTask, Stored, WeightResult, WeightTask
 
+DECODED_DTYPE = torch.bfloat16
+"""What weights that are stored with scales are written in unless the recipe says otherwise."""
+RECIPE = "lean_merge_recipe.yml"
+"""The file in which an output tells its recipe."""
 ReadRows = Callable[[WeightSource, slice], Tensor]
 """Reads rows of a weight as one role stores it; they are valid until the next call."""
 
 
-__all__ = ["ReadRows", "Sink", "Spans", "WriteBytes"]
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a plan knows when it asks for an output.
+
+    Attributes
+    ----------
+    recipe, mllm
+        What the user asked for, and the checkpoint whose tensors are written.
+    prefix : str
+        What the names of the MLLM's language model begin with, up to and with "layers.".
+    weights : tuple of MappedWeight
+        The MLLM's tensors in scope.
+    methods : Mapping
+        The method of each logical weight by its canonical name; none of one that is filtered out.
+    """
+
+    recipe: MergeRecipe
+    mllm: Checkpoint
+    prefix: str
+    weights: tuple[MappedWeight, ...]
+    methods: Mapping[str, Method[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run tells the output that it ends.
+
+    Attributes
+    ----------
+    facts
+        Recipe, inputs and environment, as the journal has them.
+    report
+        The report, as JSON has it.
+    weights
+        What happened to each logical weight, in the order of the tasks.
+    """
+
+    facts: Mapping[str, Any]
+    report: Mapping[str, Any]
+    weights: Sequence[WeightResult]
+
+
+class Output(abc.ABC):
+    """What a merge makes. A new kind is a module in this folder with a subclass and `@register`.
+
+    Parameters
+    ----------
+    request
+        What is asked for. A kind raises RecipeError where it cannot hold that.
+    """
+
+    name: ClassVar[str]
+    """What recipes call it."""
+    in_recipes: ClassVar[bool] = True
+    """Whether a recipe may ask for it. Other kinds are asked for by the function that is called."""
+    needs_folder: ClassVar[bool] = True
+    writes_rows: ClassVar[bool] = False
+    """Whether the MLLM's rows are read once more and written, and other tensors are copied."""
+    samples_base: ClassVar[bool] = False
+    """Whether the first rows of the base's weights are read too."""
+    in_pairs: ClassVar[bool] = True
+    """Whether two weights may be analysed at a time."""
+    most_waiting: ClassVar[int] = 0
+    """How many updates may wait to be stored, given memory, while the next is found."""
+    may_be_empty: ClassVar[bool] = True
+    """Whether it can be made where no weight gets an update."""
+    done: ClassVar[str] = "merged"
+    """What was done with the weights that get one, in a word."""
+    exact: ClassVar[bool] = True
+    """Whether `bytes_written` is what is written, and not the most that it can be."""
+    is_model: ClassVar[bool] = True
+    """Whether it is a model, or tells of one, that may run code which comes with the MLLM."""
+    called: ClassVar[str] = ""
+    """What its journal calls it, so that it is not mistaken for a merge of the same recipe."""
+    compares: ClassVar[bool] = False
+    """Whether `comparison` can compare it with a merge that is made again."""
+
+    def __init__(self, request: Request) -> None:
+        self.recipe = request.recipe
+        self.mllm = request.mllm
+        self.prefix = request.prefix
+        self.weights = request.weights
+        self.methods = request.methods
+
+    @classmethod
+    def check(cls, recipe: MergeRecipe) -> None:
+        """Raise RecipeError where a recipe cannot have this kind, before any file is opened."""
+        del recipe
+
+    # --- what is laid out ---------------------------------------------------------------------
+
+    @cached_property
+    def tensors(self) -> Mapping[str, OutputTensor]:
+        """The MLLM's tensors by name, in its order, with the dtypes in which they are written."""
+        in_scope = {weight.mllm.name for weight in self.weights}
+        wanted = self.recipe.out_dtype
+        found = {}
+        for name, spec in self.mllm.tensors.items():
+            dtype, size = spec.dtype, spec.nbytes
+            chosen: torch.dtype | None = None
+            if wanted != "auto" and (name in in_scope or name in self.mllm.scales):
+                chosen = dtype_named(wanted)
+            elif name in self.mllm.scales:
+                chosen = DECODED_DTYPE
+            if chosen is not None:
+                dtype = safetensors_dtype(chosen)
+                size = spec.nbytes // torch_dtype(spec.dtype).itemsize * chosen.itemsize
+            found[name] = OutputTensor(name, dtype, spec.shape, size)
+        return found
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The weight files whose layout is known before the run."""
+        return ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Warnings for people, in sentences."""
+        return ()
+
+    # --- what it takes ------------------------------------------------------------------------
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of all weight files, at most."""
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """The most bytes that its files take while it is made."""
+        return self.bytes_written
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of memory that it holds all the time."""
+        return 0
+
+    @staticmethod
+    def storing_bytes(rank: int) -> int:
+        """Bytes of memory that it takes to store an update of at most `rank`.
+
+        They are taken once the analysis has let go of its own.
+        """
+        del rank
+        return 0
+
+    @staticmethod
+    def waiting_bytes(shape: tuple[int, int], rank: int, kept: int) -> int:
+        """Bytes that updates hold while the next weight is analysed.
+
+        Parameters
+        ----------
+        shape, rank
+            Those of a weight [out, in], and the most that the rank of its update can be.
+        kept
+            Bytes that are kept beside the rows of such a weight.
+        """
+        return 0
+
+    def described(self, *, written: int, disk: int) -> str:
+        """Describe it for people, in a few words."""
+        return self.name
+
+    # --- how it is made -----------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def sink(self, folder: OutputFolder | None) -> Sink:
+        """Give what takes the results of a run; `folder` is None if the output needs none."""
+
+    def lay_out(self, folder: OutputFolder, tasks: Sequence[WeightTask]) -> None:
+        """Write the files that only a whole run can lay out. Raises OutputError, BudgetError."""
+        del folder, tasks
+
+    def end(self, folder: OutputFolder, outcome: Outcome) -> None:
+        """Write all files beside the weights. Raises OutputError, BudgetError, CheckpointError."""
+        del folder, outcome
+
+    # --- what is there once it is complete ----------------------------------------------------
+
+    def names(self, task: CopyTask | WeightTask) -> tuple[str, ...]:
+        """Name the tensors that come of a task."""
+        return (task.tensor.name,)
+
+    def can_hold(self, names: Set[str]) -> bool:
+        """Tell whether a complete output may consist of the tensors of these names."""
+        return names == {name for shard in self.shards for name in shard.offsets}
+
+    def comparison(
+        self,
+        tasks: Sequence[CopyTask | WeightTask],
+        *,
+        stored: Mapping[str, TensorSpec],
+        reader: TensorReader,
+        sampled: Set[str],
+    ) -> Comparison:
+        """Give what compares a complete output with a merge that is made again.
+
+        Parameters
+        ----------
+        tasks
+            Those of the plan.
+        stored, reader
+            The output's tensors whose bytes are as they were written, and what reads them.
+        sampled
+            Names of the tensors in scope that are to be merged again.
+        """
+        raise NotImplementedError
 
 
 class Sink:
@@ -63,3 +285,21 @@ class Sink:
         Raises OutputError or BudgetError where the disk refuses.
         """
         return
+
+
+class Comparison(Sink):
+    """Compares what a merge gives with what a complete output holds, and stores nothing."""
+
+    @abc.abstractmethod
+    def differences(self, elsewhere: Set[str]) -> list[Difference]:
+        """Tell what differs.
+
+        The tensors of the MLLM that are named in `elsewhere` were merged by other arithmetic, and
+        need not agree to the last bit.
+        """
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """Give the dtype that a recipe names."""
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

@@ -5,74 +5,76 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lean_merge.engine import RunResult
 from lean_merge.linalg import null_quantile
 from lean_merge.mapping import layer_of
-from lean_merge.memory import Usage
-from lean_merge.methods import Compared, EvidenceMethod, ExpertRecord, Watching
+from lean_merge.methods import Compared, EvidenceMethod, ExpertRecord
 from lean_merge.methods.plainfacts import from_plain
 from lean_merge.methods.threshold import Sample, Survey, survey
-from lean_merge.plan import Plan
-from lean_merge.report import accuracy_warnings, decision_fields, fallback_warnings, measures
-from lean_merge.tasks import WeightResult
+from lean_merge.outputs.base import Outcome
+from lean_merge.outputs.gathered import Gathered
+from lean_merge.recipe import MergeRecipe
+from lean_merge.tasks import WeightResult, decision_fields
 from lean_merge.version import __version__
 
 ANALYSIS = "analysis.json"
 ANALYSIS_VERSION = 1
+_MEASURES = ("seconds", "bytes", "memory", "device", "threads", "workers")
+"""What an analysis tells of its run, in the words of the report."""
+KeptEvidence = Mapping[str, Mapping[str, Any] | None]
+"""What was kept of every weight, by canonical name; None where it was not looked at."""
 
 
-def build_analysis(
-    plan: Plan,
-    result: RunResult,
-    evidence: Mapping[str, dict[str, Any] | None],
-    *,
-    facts: Mapping[str, Any],
-    bytes_written: int,
-    peak: Usage,
-    baseline: Usage,
+def build_document(
+    recipe: MergeRecipe,
+    gathered: Gathered,
+    methods: Mapping[str, EvidenceMethod[Any]],
+    evidence: KeptEvidence,
+    outcome: Outcome,
 ) -> dict[str, Any]:
-    """The content of analysis.json.
+    """Give the content of analysis.json.
 
     Parameters
     ----------
-    plan, result
-        Of the analysis.
+    recipe
+        What was asked for.
+    gathered
+        What the evidence depends on.
+    methods
+        How each weight that was looked at would be merged, by its canonical name.
     evidence
-        What was kept of every weight, by canonical name; None where it was not looked at.
-    facts
-        `run_facts` of the plan.
-    bytes_written, peak, baseline
-        As for a merge's report.
+        What was kept of every weight.
+    outcome
+        What happened.
     """
-    assert plan.evidence is not None
-    methods = _methods(plan)
     found = {name: from_plain(plain) for name, plain in evidence.items() if plain is not None}
     compared = {name: methods[name].compared(facts) for name, facts in found.items()}
-    surveys = surveys_of(evidence, compared, len(plan.experts))
+    surveys = surveys_of(evidence, compared, len(recipe.experts))
     settled = {name: methods[name].settled([each.auto for each in surveys]) for name in found}
     compared = {name: settled[name].compared(facts) for name, facts in found.items()}
     records = {name: settled[name].verdicts(facts) for name, facts in found.items()}
-    warnings = [*plan.coverage.warnings, *plan.notes]
-    warnings += [*accuracy_warnings(result), *fallback_warnings(result)]
-    warnings += [warning for each in surveys for warning in each.warnings]
+    facts, report = outcome.facts, outcome.report
+    told = gathered.to_dict()
     return {
         "version": ANALYSIS_VERSION,
         "lean_merge": __version__,
         "recipe": facts["recipe"],
-        "experts": [expert.model for expert in plan.recipe.experts],
+        "experts": [expert.model for expert in recipe.experts],
         "inputs": facts["inputs"],
         "environment": facts["environment"],
-        "gathered": plan.evidence.gathered.to_dict(),
-        **measures(plan, result, bytes_written=bytes_written, peak=peak, baseline=baseline),
-        "warnings": warnings,
+        "gathered": told,
+        **{name: report[name] for name in _MEASURES},
+        "warnings": [
+            *report["warnings"],
+            *(warning for each in surveys for warning in each.warnings),
+        ],
         "thresholds": [
             {
                 "expert": expert.model,
-                "select_by": plan.evidence.gathered.to_dict().get("select_by"),
+                "select_by": told.get("select_by"),
                 "in_force": _in_force([own[k] for own in compared.values()]),
                 **each.to_dict(),
             }
-            for k, (expert, each) in enumerate(zip(plan.recipe.experts, surveys, strict=True))
+            for k, (expert, each) in enumerate(zip(recipe.experts, surveys, strict=True))
         ],
         "weights": [
             _row(
@@ -81,32 +83,22 @@ def build_analysis(
                 compared.get(weight.canonical),
                 records.get(weight.canonical, ()),
             )
-            for weight in result.weights
+            for weight in outcome.weights
         ],
     }
 
 
-def _methods(plan: Plan) -> dict[str, EvidenceMethod[Any]]:
-    """How each weight would be merged."""
-    return {
-        part.canonical: method.method
-        for task in plan.weights
-        for part, method in zip(task.weight.slices, task.methods, strict=True)
-        if isinstance(method, Watching)
-    }
-
-
 def surveys_of(
-    evidence: Mapping[str, Mapping[str, Any] | None],
+    evidence: KeptEvidence,
     compared: Mapping[str, tuple[Compared | None, ...]],
     experts: int,
 ) -> list[Survey]:
-    """What the compared similarities say of each expert's threshold."""
+    """Survey the compared similarities of each expert, which suggest its threshold."""
     return [survey(_samples(evidence, compared, expert)) for expert in range(experts)]
 
 
 def _samples(
-    evidence: Mapping[str, Mapping[str, Any] | None],
+    evidence: KeptEvidence,
     compared: Mapping[str, tuple[Compared | None, ...]],
     expert: int,
 ) -> list[Sample]:
@@ -130,18 +122,18 @@ def _samples(
 
 
 def _in_force(compared: Sequence[Compared | None]) -> float | None:
-    """The one threshold that decides; None where weights have their own."""
+    """Give the one threshold that decides; None where weights have their own."""
     thresholds = {each.threshold for each in compared if each is not None}
     return thresholds.pop() if len(thresholds) == 1 else None
 
 
 def _row(
     weight: WeightResult,
-    plain: dict[str, Any] | None,
+    plain: Mapping[str, Any] | None,
     compared: tuple[Compared | None, ...] | None,
     records: Sequence[ExpertRecord],
 ) -> dict[str, Any]:
-    """One of `weights`."""
+    """Give the row of one weight."""
     about = {
         "weight": weight.canonical,
         "name": weight.name,
@@ -165,7 +157,7 @@ def _row(
 
 
 def _explained(weight: WeightResult, records: Sequence[ExpertRecord]) -> list[ExpertRecord]:
-    """The records; the engine knows experts that cannot change a weight."""
+    """Take the engine's record of an expert that cannot change a weight, else ours."""
     pairs = zip(weight.experts, records, strict=True)
     return [ours if ours.rank else theirs for theirs, ours in pairs]
 

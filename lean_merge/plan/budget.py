@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from lean_merge.errors import BudgetError
 from lean_merge.sizes import format_size
-from lean_merge.tasks.tiles import READ_ELEMENTS, STRIP_ELEMENTS, strip_rows, tile_rows
+from lean_merge.tasks import tiles
 
 LANES = 4
 """Partial sums of a pass. Tile t belongs to lane t mod LANES whatever the threads."""
@@ -66,17 +66,19 @@ class WeightShape:
     @property
     def tile(self) -> int:
         """Elements of a full tile."""
-        return min(self.out_features, tile_rows(self.in_features)) * self.in_features
+        return min(self.out_features, tiles.tile_rows(self.in_features)) * self.in_features
 
     @property
     def tiles(self) -> int:
         """Number of tiles."""
-        return -(-self.out_features // tile_rows(self.in_features))
+        return -(-self.out_features // tiles.tile_rows(self.in_features))
 
     @property
     def read_strip(self) -> int:
         """Elements of a strip that is read at once."""
-        return min(self.tile, strip_rows(self.in_features, READ_ELEMENTS) * self.in_features)
+        return min(
+            self.tile, tiles.strip_rows(self.in_features, tiles.READ_ELEMENTS) * self.in_features
+        )
 
     @property
     def resident_tile(self) -> int:
@@ -118,7 +120,9 @@ def apply_bytes(weight: WeightShape) -> int:
     """
     if not weight.written:
         return 0
-    strip = min(weight.tile, strip_rows(weight.in_features, STRIP_ELEMENTS) * weight.in_features)
+    strip = min(
+        weight.tile, tiles.strip_rows(weight.in_features, tiles.STRIP_ELEMENTS) * weight.in_features
+    )
     whole = weight.tile * (weight.stored_item + WIDEST) if weight.columns else 0
     raw = weight.read_strip * weight.stored_item
     return raw + weight.written * strip * 4 + whole + COPY_BUFFER
@@ -127,28 +131,6 @@ def apply_bytes(weight: WeightShape) -> int:
 def lane_bytes(weight: WeightShape, widest: int) -> int:
     """Partial sums [in, widest] in float32 of every lane and task vector, and their total."""
     return (LANES + 1) * weight.roles * weight.in_features * widest * 4
-
-
-def truncation_bytes(rank: int) -> int:
-    """Cutting factors of `rank` to an adapter's: a dozen matrices [rank, rank] in float64.
-
-    Gram matrices, eigenvectors, their products and LAPACK's workspace; beside them, strips of the
-    factors in float64, and of the cut ones.
-    """
-    return 12 * rank**2 * 8 + 4 * STRIP_ELEMENTS * 8
-
-
-def waiting_bytes(weight: WeightShape, rank: int) -> int:
-    """What two updates of at most `rank` hold that wait to be stored while the next is found.
-
-    The factors of each, and what one more weight keeps.
-    """
-    return 2 * factor_bytes(weight, rank) + weight.held
-
-
-def factor_bytes(weight: WeightShape, rank: int) -> int:
-    """Factors [out, rank] and [rank, in] of an update, in float32."""
-    return (weight.out_features + weight.in_features) * rank * 4
 
 
 def host_bytes(weight: WeightShape, *, widest: int, workspace: int, workers: int) -> int:

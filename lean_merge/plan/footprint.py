@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from lean_merge.checkpoints import common_dtype, torch_dtype
 from lean_merge.mapping import LogicalWeight, WeightSource
-from lean_merge.methods import AnalysisCost, Method
+from lean_merge.methods import AnalysisCost
+from lean_merge.outputs import Output
 from lean_merge.plan import budget
 from lean_merge.plan.resources import arithmetic_dtype
-from lean_merge.tasks import CopyTask, WeightTask, formed_from, needs_analysis
-from lean_merge.tasks.tiles import READ_ELEMENTS, sampled_rows, strip_rows, tile_rows
+from lean_merge.tasks import CopyTask, WeightTask, formed_from, needs_analysis, tiles
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
     """How a weight's memory is laid out, and with that what it costs."""
 
-    methods: Mapping[str, Method[Any]]
-    """By canonical name; a weight that is filtered out has none."""
-    output: str
+    output: Output
     device: str
     workers: int
     memory: int
@@ -41,8 +38,8 @@ class Layout:
         """For the arithmetic of the plan's device, or of another."""
         task = common_dtype(source.dtype for source in weight.roles)
         out_features, in_features = weight.shape
-        strip = min(out_features, strip_rows(in_features, READ_ELEMENTS))
-        tile = min(out_features, tile_rows(in_features))
+        strip = min(out_features, tiles.strip_rows(in_features, tiles.READ_ELEMENTS))
+        tile = min(out_features, tiles.tile_rows(in_features))
         scratch = [s.scratch(tile if s.in_columns else strip) for s in weight.roles]
         return budget.WeightShape(
             out_features=out_features,
@@ -55,7 +52,7 @@ class Layout:
             scratch=scratch[0] + max(scratch[1:]) + scratch[1],
             held=sum(source.held for source in weight.roles),
             columns=any(source.in_columns for source in weight.roles),
-            written=budget.written_strips(self.rounding) if self.writes_rows else 0,
+            written=budget.written_strips(self.rounding) if self.output.writes_rows else 0,
         )
 
     @property
@@ -64,15 +61,13 @@ class Layout:
 
     def cost(self, weight: LogicalWeight, device: str = "") -> AnalysisCost:
         """What the method's analysis of a weight costs at most, and the sink's work after it."""
-        method = self.methods.get(weight.canonical)
+        method = self.output.methods.get(weight.canonical)
         if method is None or not needs_analysis(weight):
             return AnalysisCost()
         cost = method.cost(weight.shape, item=self.shape(weight, device).arithmetic_item)
-        if self.output != "lora":
-            return cost
         # The analysis has let go of its own by then, and no other is begun where memory is tight.
-        cut = budget.truncation_bytes(method.largest_rank(weight.shape))
-        return dataclasses.replace(cost, workspace=max(cost.workspace, cut))
+        storing = self.output.storing_bytes(method.largest_rank(weight.shape))
+        return dataclasses.replace(cost, workspace=max(cost.workspace, storing))
 
     def fixed(self, weight: LogicalWeight) -> tuple[int, int]:
         """Bytes on the host and on the device with no tile resident."""
@@ -94,20 +89,11 @@ class Layout:
 
     def waiting(self, weight: LogicalWeight) -> int:
         """Bytes on the host of updates that are stored, or wait for it, while the next is found."""
-        method = self.methods.get(weight.canonical)
+        method = self.output.methods.get(weight.canonical)
         if method is None or not self.cost(weight).workspace:
             return 0
-        shape, rank = self.shape(weight), method.largest_rank(weight.shape)
-        if self.output == "checkpoint":
-            return budget.waiting_bytes(shape, rank)
-        if self.output == "lora":
-            return budget.factor_bytes(shape, rank) + budget.truncation_bytes(rank)
-        return 0
-
-    @property
-    def most_waiting(self) -> int:
-        """How many updates may wait to be stored, given memory, while the next is found."""
-        return {"checkpoint": 2, "lora": 1}.get(self.output, 0)
+        rank, kept = method.largest_rank(weight.shape), self.shape(weight).held
+        return self.output.waiting_bytes(weight.shape, rank, kept)
 
     def feeding(self, weights: Sequence[LogicalWeight]) -> int:
         """Bytes on the host for bringing tiles to the device: pinned ones, and its libraries'."""
@@ -141,11 +127,6 @@ class Layout:
         cost = self.cost(weight)
         return budget.second_bytes(self.shape(weight), widest=cost.widest, workspace=cost.workspace)
 
-    @property
-    def writes_rows(self) -> bool:
-        """Whether the MLLM's rows are read once more, to be written, and other tensors copied."""
-        return self.output in ("checkpoint", "stream")
-
     def bytes_copied(self, task: CopyTask) -> int:
         """Bytes that a task out of scope reads."""
         if not task.decoded:
@@ -161,12 +142,12 @@ class Layout:
         parts = zip(task.weight.slices, task.methods, task.resident, strict=True)
         for weight, method, resident in parts:
             cost, height = self.cost(weight), weight.shape[0]
-            kept = min(height, resident * tile_rows(weight.shape[1]))
+            kept = min(height, resident * tiles.tile_rows(weight.shape[1]))
             a_pass = _row_bytes(formed_from(weight, [True] * len(weight.others)))
             once = cost.recalled + sum(source.loaded for source in weight.roles) + kept * a_pass
-            if self.output == "analysis" and cost.passes:
-                once += weight.base.nbytes(slice(0, sampled_rows(weight.shape)))
-            if self.writes_rows:
+            if self.output.samples_base and cost.passes:
+                once += weight.base.nbytes(slice(0, tiles.sampled_rows(weight.shape)))
+            if self.output.writes_rows:
                 added = formed_from(weight, method.reads_task_vectors() if method else ())
                 # Tiles that stay on another device are not brought back.
                 formed_again = height - kept if self.on_cpu else height
@@ -210,7 +191,7 @@ def share_room(weights: Sequence[LogicalWeight], layout: Layout) -> Room:
     if layout.held + room.peak + waiting > layout.memory:
         room, waiting, fewer = _room(weights, layout, 0), 0, 1
     return dataclasses.replace(
-        room, peak=room.peak + waiting, waiting=max(0, layout.most_waiting - fewer)
+        room, peak=room.peak + waiting, waiting=max(0, layout.output.most_waiting - fewer)
     )
 
 
@@ -221,7 +202,7 @@ def _room(weights: Sequence[LogicalWeight], layout: Layout, waiting: int) -> Roo
     kept = {weight.canonical: budget.aligned(layout.kept(weight)) for weight in weights}
     largest = max(kept.values(), default=0)
     alone = Room(largest, layout.most + largest)
-    if layout.output == "stream" or layout.workers < 2:
+    if not layout.output.in_pairs or layout.workers < 2:
         return alone
     sizes = {
         w.canonical: (kept[w.canonical], layout.second(w), layout.fixed(w)[0])

@@ -19,7 +19,6 @@ from lean_merge.methods import (
     Gathering,
     Method,
     Recalling,
-    Watching,
 )
 from lean_merge.outputs.gathered import FoundThreshold, Gathered, evidence_method
 from lean_merge.plan.parameters import MethodTable
@@ -107,15 +106,6 @@ def decided(
     return found, replace(evidence, anew=anew)
 
 
-def watching(methods: Methods) -> dict[str, Method[Any]]:
-    """The methods, which gather and keep the evidence."""
-    made: dict[int, Method[Any]] = {}
-    for method in methods.values():
-        if isinstance(method, EvidenceMethod):
-            made.setdefault(id(method), Watching(method))
-    return {name: made[id(method)] for name, method in methods.items()}
-
-
 def regathering(
     methods: Mapping[str, EvidenceMethod[Any]],
     places: Mapping[str, Position],
@@ -177,5 +167,4 @@ __all__ = [
     "described",
     "recalling",
     "regathering",
-    "watching",
 ]

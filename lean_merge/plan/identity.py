@@ -23,7 +23,7 @@ from lean_merge.version import __version__
 
 
 def run_facts(plan: Plan, out: Path) -> dict[str, Any]:
-    """The `run` of a journal (docs/durability.md) for a merge of `plan` into `out`.
+    """The `run` of a journal (docs/durability.md) for the output of `plan` in `out`.
 
     Raises
     ------
@@ -36,9 +36,11 @@ def run_facts(plan: Plan, out: Path) -> dict[str, Any]:
         "inputs": inputs(plan, out),
         "environment": environment(plan.device),
     }
-    if plan.evidence is None or plan.evidence.source is None:
-        return facts
-    return {**facts, "analysis": plan.evidence.identity}
+    if plan.evidence is not None and plan.evidence.source is not None:
+        facts["analysis"] = plan.evidence.identity
+    if plan.output.called:
+        facts["kind"] = plan.output.called
+    return facts
 
 
 def recipe_digest(recipe: MergeRecipe) -> str:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from lean_merge import memory
 from lean_merge.checkpoints import (
@@ -16,29 +13,25 @@ from lean_merge.checkpoints import (
     Checkpoint,
     open_checkpoint,
     open_expert,
-    safetensors_dtype,
-    torch_dtype,
 )
-from lean_merge.errors import CoverageError, RecipeError
+from lean_merge.errors import CoverageError
 from lean_merge.mapping import (
     Coverage,
     MappedWeight,
     decoded_matrices,
     map_roles,
-    module_name,
 )
 from lean_merge.methods import Method
+from lean_merge.outputs import Output, Request, output_of
+from lean_merge.outputs.analysis import factors_on_disk
 from lean_merge.outputs.gathered import FoundThreshold, Gathered
-from lean_merge.outputs.peft import AdapterModule, StoredFactors
 from lean_merge.plan import budget
-from lean_merge.plan.disk import adapter_disk, evidence_disk
 from lean_merge.plan.footprint import Layout, Room, check_budget, share_room
 from lean_merge.plan.gathering import (
     EvidencePlan,
     Recorded,
     decided,
     described,
-    watching,
 )
 from lean_merge.plan.parameters import MethodTable, build_method
 from lean_merge.plan.resources import Resources, limits_of, processors, resolve_device
@@ -46,19 +39,10 @@ from lean_merge.plan.scope import Scope, filter_weights, positions_of
 from lean_merge.recipe import MergeRecipe
 from lean_merge.sizes import format_size
 from lean_merge.store import (
-    OutputTensor,
     Shard,
-    missing_from_cache,
-    plan_shards,
     side_files,
 )
-from lean_merge.tasks import CopyTask, WeightTask
-from lean_merge.tasks.tiles import READ_ELEMENTS, strip_rows
-
-ANALYSIS = "analysis"
-"""The output of a plan that only gathers evidence."""
-DECODED_DTYPE = torch.bfloat16
-"""What weights that are stored with scales are written in unless the recipe says otherwise."""
+from lean_merge.tasks import CopyTask, WeightTask, tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +76,7 @@ class Plan:
     experts: tuple[Checkpoint, ...]
     coverage: Coverage
     scope: Scope
-    shards: tuple[Shard, ...]
+    output: Output
     tasks: tuple[CopyTask | WeightTask, ...]
     device: str
     memory: int
@@ -103,8 +87,6 @@ class Plan:
     """Bytes on the host for tiles that stay, of all weights that are analysed at a time."""
     waiting: int
     """How many updates may wait to be stored while another weight is analysed."""
-    writes_rows: bool
-    """Whether the MLLM's rows are read once more, to be written, and other tensors copied."""
     prediction: Prediction
     notes: tuple[str, ...]
     evidence: EvidencePlan | None = None
@@ -120,6 +102,11 @@ class Plan:
         )
 
     @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The output's weight files, as far as their layout is known before the run."""
+        return self.output.shards
+
+    @property
     def is_settled(self) -> bool:
         """Whether no threshold is to be found before anything is merged."""
         return self.evidence is not None or all(
@@ -130,18 +117,6 @@ class Plan:
     def weights(self) -> tuple[WeightTask, ...]:
         """The tasks in scope."""
         return tuple(task for task in self.tasks if isinstance(task, WeightTask))
-
-    def adapter_module(self, task: WeightTask, parts: tuple[StoredFactors, ...]) -> AdapterModule:
-        """The module of an in-scope tensor, named as transformers loads it."""
-        prefix = self.coverage.prefixes["mllm"]
-        name = module_name(task.tensor.name, prefix=prefix, config=self.mllm.config)
-        return AdapterModule(name, task.weight.mllm.shape[1], parts)
-
-    @property
-    def adapter_dtype(self) -> torch.dtype:
-        """Of an adapter's factors."""
-        wanted = self.recipe.out_dtype
-        return torch.float32 if wanted == "auto" else _dtype_named(wanted)
 
     @property
     def copies(self) -> tuple[CopyTask, ...]:
@@ -154,23 +129,32 @@ def plan(
     resources: Resources | None = None,
     *,
     analysis: Recorded | None = None,
+    output: type[Output] | None = None,
 ) -> Plan:
     """Read the headers of all checkpoints and lay out the whole merge.
 
-    An adapter's files are laid out once its ranks are known, so `Plan.shards` is empty; so it is
-    where nothing is written. With an `analysis` of the same inputs, weights are decided from it.
+    Parameters
+    ----------
+    recipe
+        What is wanted.
+    resources
+        Device, memory and threads.
+    analysis
+        An analysis of the same inputs, from which weights are decided.
+    output
+        The kind of output; by default the one that the recipe names.
 
     Raises
     ------
     RecipeError
-        A parameter, or the device, makes no sense.
+        A parameter, or the device, makes no sense, or the output cannot hold what is asked for.
     CheckpointError, CoverageError
         A checkpoint is damaged, or the roles do not share one foundation.
     BudgetError
         The memory given is too small; the message names the smallest that works.
     """
     evidence = None if analysis is None else EvidencePlan(analysis.gathered, analysis)
-    return _plan(recipe, resources or Resources(), recipe.output, evidence)
+    return _plan(recipe, resources or Resources(), output or output_of(recipe.output), evidence)
 
 
 def plan_again(
@@ -185,34 +169,13 @@ def plan_again(
     `choices` are the thresholds that it found, if there were any to find.
     """
     evidence = EvidencePlan(gathered, choices=choices)
-    return _plan(recipe, resources or Resources(), recipe.output, evidence)
-
-
-def plan_analysis(recipe: MergeRecipe, resources: Resources | None = None) -> Plan:
-    """The plan of an analysis, which writes no weights.
-
-    Raises as `plan`; RecipeError too for a method that has nothing to analyse.
-    """
-    evidence = EvidencePlan(Gathered.by(recipe))
-    return _plan(recipe, resources or Resources(), ANALYSIS, evidence)
-
-
-def plan_stream(recipe: MergeRecipe, resources: Resources | None = None) -> Plan:
-    """The same for whole tensors in memory, one after the other in the order of the MLLM's files.
-
-    Raises as `plan`; RecipeError too for a recipe of another output.
-    """
-    if recipe.output != "checkpoint":
-        raise RecipeError(
-            f"A stream gives whole tensors, and the recipe asks for output {recipe.output}; leave "
-            "output out."
-        )
-    return _plan(recipe, resources or Resources(), "stream")
+    return _plan(recipe, resources or Resources(), output_of(recipe.output), evidence)
 
 
 def _plan(
-    recipe: MergeRecipe, resources: Resources, output: str, evidence: EvidencePlan | None = None
+    recipe: MergeRecipe, resources: Resources, kind: type[Output], evidence: EvidencePlan | None
 ) -> Plan:
+    kind.check(recipe)
     method = build_method(recipe)
     base = open_checkpoint(recipe.base_model)
     mllm = open_checkpoint(recipe.mllm_model)
@@ -231,42 +194,31 @@ def _plan(
     by_weight = {
         name: methods.at(place) for name, place in places.items() if name not in scope.filtered
     }
-    if output == ANALYSIS:
-        by_weight = watching(by_weight)
-    elif evidence is not None:
+    if evidence is not None:
         if evidence.source is not None:
             evidence.source.check_inputs(base, mllm, experts)
         by_weight, evidence = decided(by_weight, places, recipe, evidence)
-    elif output == "stream" and not all(each.is_settled for each in by_weight.values()):
-        raise RecipeError("A stream finds no threshold of its own; give one instead of auto.")
-    outputs = _outputs(recipe, mllm, _merged(coverage, scope))
-    shards: tuple[Shard, ...] = ()
-    notes: list[str] = []
-    if output == "checkpoint":
-        shards = plan_shards(list(outputs.values()), shard_size=recipe.shard_size)
-        notes += missing_from_cache(mllm)
-    if output == "lora":
-        _check_low_rank(_merged(coverage, scope), by_weight)
+    merged = tuple(_merged(coverage, scope))
+    output = kind(Request(recipe, mllm, coverage.prefixes["mllm"], merged, by_weight))
+    notes = [*output.notes]
     device, choice = resolve_device(resources.device)
     notes += choice
     threads = processors(resources.threads)
     device, limits, busy = limits_of(resources, device)
     notes += busy
     notes += described(evidence.anew) if evidence is not None else []
-    largest = max((tensor.nbytes for tensor in outputs.values()), default=0)
     layout = Layout(
-        methods=by_weight,
         output=output,
         device=device,
         workers=min(threads, budget.LANES),
         memory=limits[0],
         vram=limits[1],
         held=memory.usage().anonymous
-        + (largest if output == "stream" else 0)
+        + output.held_bytes
         + _decoding_bytes(mllm, min(threads, budget.LANES)),
         rounding=recipe.rounding,
     )
-    parts = [part for weight in _merged(coverage, scope) for part in weight.slices]
+    parts = [part for weight in merged for part in weight.slices]
     needed = max((layout.needs(part)[1] for part in parts), default=0)
     if resources.device == "auto" and resources.vram is None and 0 < layout.vram < needed:
         notes.append(
@@ -280,7 +232,7 @@ def _plan(
         most=max((layout.fixed(part)[0] for part in parts), default=0),
     )
     room = share_room(parts, layout)
-    tasks = _tasks(mllm, coverage, scope, outputs, shards, layout, room)
+    tasks = _tasks(output, scope, layout, room)
     check_budget([task for task in tasks if isinstance(task, WeightTask)], layout)
     unpredicted = Plan(
         recipe=recipe,
@@ -290,7 +242,7 @@ def _plan(
         experts=experts,
         coverage=coverage,
         scope=scope,
-        shards=shards,
+        output=output,
         tasks=tasks,
         device=layout.device,
         memory=layout.memory,
@@ -299,13 +251,11 @@ def _plan(
         workers=layout.workers,
         arena=room.arena,
         waiting=room.waiting,
-        writes_rows=layout.writes_rows,
         prediction=Prediction(layout.held + room.peak),
         notes=tuple(notes),
         evidence=evidence,
     )
-    written, disk = _written(unpredicted, output)
-    return dataclasses.replace(unpredicted, prediction=_predict(unpredicted, layout, written, disk))
+    return dataclasses.replace(unpredicted, prediction=_predict(unpredicted, layout))
 
 
 def _decoding_bytes(mllm: Checkpoint, workers: int) -> int:
@@ -319,7 +269,7 @@ def _decoding_bytes(mllm: Checkpoint, workers: int) -> int:
         kept = max(kept, sum(source.held for source in matrices))
         for source in matrices[:1]:
             out_features, in_features = source.shape
-            rows = min(out_features, strip_rows(in_features, READ_ELEMENTS))
+            rows = min(out_features, tiles.strip_rows(in_features, tiles.READ_ELEMENTS))
             strip = max(strip, source.scratch(rows) + 8 * rows * in_features)
     return workers * strip + 8 * kept
 
@@ -338,50 +288,19 @@ def _check_arithmetic(weight: MappedWeight) -> None:
             )
 
 
-def _outputs(
-    recipe: MergeRecipe, mllm: Checkpoint, merged: Sequence[MappedWeight]
-) -> dict[str, OutputTensor]:
-    """The MLLM's tensors, in its order, with the dtypes that are written."""
-    in_scope = {weight.mllm.name for weight in merged}
-    outputs = {}
-    for name, spec in mllm.tensors.items():
-        dtype, size = spec.dtype, spec.nbytes
-        chosen: torch.dtype | None = None
-        if recipe.out_dtype != "auto" and (name in in_scope or name in mllm.scales):
-            chosen = _dtype_named(recipe.out_dtype)
-        elif name in mllm.scales:
-            chosen = DECODED_DTYPE
-        if chosen is not None:
-            dtype = safetensors_dtype(chosen)
-            size = spec.nbytes // torch_dtype(spec.dtype).itemsize * chosen.itemsize
-        outputs[name] = OutputTensor(name, dtype, spec.shape, size)
-    return outputs
-
-
-def _dtype_named(name: str) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
 def _tasks(
-    mllm: Checkpoint,
-    coverage: Coverage,
-    scope: Scope,
-    outputs: Mapping[str, OutputTensor],
-    shards: tuple[Shard, ...],
-    layout: Layout,
-    room: Room,
+    output: Output, scope: Scope, layout: Layout, room: Room
 ) -> tuple[CopyTask | WeightTask, ...]:
-    """One task a tensor, in the order of the bytes that are written, else of those read.
+    """Give a task for each tensor, in the order of the bytes that are written, else of those read.
 
     A tensor of which no part is merged is copied, or left alone where nothing is copied.
     """
-    merged = {weight.mllm.name: weight for weight in _merged(coverage, scope)}
-    ordered = [(0, name) for name in outputs]
-    if shards:
+    merged = {weight.mllm.name: weight for weight in output.weights}
+    ordered = [(0, name) for name in output.tensors]
+    if output.shards:
         ordered = [
             (index, name)
-            for index, shard in enumerate(shards)
+            for index, shard in enumerate(output.shards)
             for name in sorted(shard.offsets, key=lambda n: shard.offsets[n])
         ]
     tasks: list[CopyTask | WeightTask] = []
@@ -391,19 +310,20 @@ def _tasks(
             tasks.append(
                 WeightTask(
                     index,
-                    outputs[name],
+                    output.tensors[name],
                     weight,
                     resident=tuple(layout.resident(part) for part in weight.slices),
-                    methods=tuple(layout.methods.get(part.canonical) for part in weight.slices),
+                    methods=tuple(output.methods.get(part.canonical) for part in weight.slices),
                     filtered=tuple(scope.reason(part) for part in weight.slices),
                     halves=tuple(
                         1 if part.canonical in room.beside else 2 for part in weight.slices
                     ),
                 )
             )
-        elif layout.writes_rows:
-            spec = mllm.tensors[name]
-            tasks.append(CopyTask(index, outputs[name], spec, decoded_matrices(mllm, spec)))
+        elif output.writes_rows:
+            spec = output.mllm.tensors[name]
+            decoded = decoded_matrices(output.mllm, spec)
+            tasks.append(CopyTask(index, output.tensors[name], spec, decoded))
     return tuple(tasks)
 
 
@@ -416,26 +336,7 @@ def _merged(coverage: Coverage, scope: Scope) -> list[MappedWeight]:
     ]
 
 
-def _check_low_rank(weights: Sequence[MappedWeight], methods: Mapping[str, Method[Any]]) -> None:
-    """Raise RecipeError for an update that no adapter holds."""
-    for weight in weights:
-        if ".experts." in weight.mllm.name or len(weight.mllm.shape) != 2:
-            raise RecipeError(
-                f"An adapter cannot hold {weight.mllm.name}: transformers stacks the experts of a "
-                "mixture when it loads them, each with a rank of its own. Leave them out with "
-                "--exclude experts, or write a checkpoint."
-            )
-        for part in weight.slices:
-            method = methods.get(part.canonical)
-            if method is not None and any(method.reads_task_vectors()):
-                raise RecipeError(
-                    f"The update of {part.canonical} has full rank, which no adapter holds: "
-                    f"{method.name} adds whole task vectors. Use ip_merging with project among its "
-                    "stages, or --output checkpoint."
-                )
-
-
-def _predict(plan: Plan, layout: Layout, written: int, disk: int) -> Prediction:
+def _predict(plan: Plan, layout: Layout) -> Prediction:
     vram = 0
     usual = most = sum(layout.bytes_copied(task) for task in plan.copies)
     for task in plan.weights:
@@ -445,38 +346,15 @@ def _predict(plan: Plan, layout: Layout, written: int, disk: int) -> Prediction:
                 vram = max(vram, layout.fixed(part)[1] + kept)
         read = layout.bytes_read(task)
         usual, most = usual + read[0], most + read[1]
+    disk = plan.output.bytes_on_disk
+    if not plan.is_settled:
+        disk += factors_on_disk(plan.output.weights, plan.output.methods)
     return Prediction(
         peak_memory=plan.prediction.peak_memory,
         peak_vram=vram,
         bytes_read=usual,
         most_read=most,
-        bytes_written=written,
+        bytes_written=plan.output.bytes_written,
         disk=disk,
-        exact_writes=layout.output not in ("lora", ANALYSIS),
+        exact_writes=plan.output.exact,
     )
-
-
-def _written(plan: Plan, output: str) -> tuple[int, int]:
-    """Most bytes of the weight files, and most bytes that all takes of the disk meanwhile."""
-    if output == ANALYSIS:
-        return evidence_disk(plan.weights)
-    written = disk = sum(shard.size for shard in plan.shards)
-    if output == "lora":
-        written, disk = _adapter_disk(plan)
-    if not plan.is_settled:
-        disk += evidence_disk(plan.weights)[1]
-    return written, disk
-
-
-def _adapter_disk(plan: Plan) -> tuple[int, int]:
-    """The same for an adapter, whose ranks are the recipe's at most, if that is a number."""
-    rank, modules = plan.recipe.lora_rank, []
-    for task in plan.weights:
-        parts = []
-        for part, method in zip(task.weight.slices, task.methods, strict=True):
-            largest = method.largest_rank(part.shape) if method else 0
-            if isinstance(rank, int):
-                largest = min(largest, rank)
-            parts.append(StoredFactors(part.row_runs, largest))
-        modules.append(plan.adapter_module(task, tuple(parts)))
-    return adapter_disk(modules, plan.adapter_dtype)

@@ -2,7 +2,6 @@
 
 from lean_merge.recipe.recipe import (
     OUT_DTYPES,
-    OUTPUTS,
     ROUNDINGS,
     Expert,
     MergeRecipe,
@@ -15,7 +14,6 @@ from lean_merge.recipe.yamlfile import dump_yaml, load_recipe_file, load_yaml, p
 
 __all__ = [
     "ANY",
-    "OUTPUTS",
     "OUT_DTYPES",
     "ROUNDINGS",
     "Expert",

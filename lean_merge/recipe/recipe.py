@@ -16,7 +16,6 @@ from lean_merge.sizes import parse_size
 
 OUT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 ROUNDINGS = ("nearest", "stochastic")
-OUTPUTS = ("checkpoint", "lora", "none")
 _PLAIN_FIELDS = (
     "output",
     "lora_rank",
@@ -130,7 +129,8 @@ class MergeRecipe:
             raise RecipeError(
                 f"allow_partial must be true or false, not {shown(self.allow_partial)}."
             )
-        _check_choice("output", self.output, OUTPUTS)
+        if not isinstance(self.output, str) or not _is_storable(self.output):
+            raise RecipeError(f"output must name a kind of output, not {shown(self.output)}.")
         _check_choice("out_dtype", self.out_dtype, OUT_DTYPES)
         _check_choice("rounding", self.rounding, ROUNDINGS)
         if self.lora_rank != "auto" and not (type(self.lora_rank) is int and self.lora_rank >= 1):

@@ -7,18 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lean_merge import memory
-from lean_merge.checkpoints.jsonfile import to_json
-from lean_merge.engine.run import Event, run
-from lean_merge.outputs.document import ANALYSIS, build_analysis
-from lean_merge.outputs.evidence import EvidenceSink, gathered_evidence, gathered_factors
-from lean_merge.outputs.factors import write_factors
+from lean_merge.engine import Event
+from lean_merge.merge import carry_out
+from lean_merge.outputs.analysis import AnalysisOutput
 from lean_merge.outputs.recorded import Analysis, open_analysis
-from lean_merge.plan import Plan, plan_analysis
-from lean_merge.plan.identity import check_unchanged, run_facts
+from lean_merge.plan import Plan
+from lean_merge.plan import plan as make_plan
 from lean_merge.plan.resources import Resources
 from lean_merge.recipe import MergeRecipe
-from lean_merge.report import RECIPE
-from lean_merge.store import OutputFolder, find_complete
 from lean_merge.studies.pages import add_page
 
 
@@ -52,9 +48,9 @@ def analyze(
     Parameters
     ----------
     work
-        A recipe, or a plan of `plan_analysis`. What the recipe says of rank, svd, nuclear,
-        temperature and importance decides how much is gathered; threshold, scale and stages only
-        what the report says.
+        A recipe, or a plan of `plan` with output `AnalysisOutput`. What the recipe says of rank,
+        svd, nuclear, temperature and importance decides how much is gathered; threshold, scale and
+        stages only what the report says.
     out
         Folder. Until the last rename it is visibly unfinished.
     resources
@@ -73,54 +69,12 @@ def analyze(
     LeanMergeError
         One of its subclasses; nothing that existed is lost.
     """
-    final = Path(out)
     with memory.PeakSampler() as sampler:
-        baseline = sampler.peak
-        plan = work if isinstance(work, Plan) else plan_analysis(work, resources)
-        facts = analysis_facts(plan, final)
-        if resume:
-            complete = find_complete(final, (), inputs=plan.inputs, run=facts)
-            if complete is not None:
-                return _opened(complete, page=page, was_complete=True)
-        with OutputFolder.create(
-            final,
-            (),
-            inputs=plan.inputs,
-            overwrite=overwrite,
-            run=facts,
-            resume=resume,
-            disk=plan.prediction.disk,
-        ) as folder:
-            reused = len(folder.blocks.groups)
-            result = run(plan, EvidenceSink(folder), on_event or (lambda event: None))
-            with result.timed("write"):
-                shard = write_factors(folder, gathered_factors(folder, plan.weights))
-            sampler.sample()
-            check_unchanged(plan, final, facts)
-            document = build_analysis(
-                plan,
-                result,
-                gathered_evidence(folder, plan.weights),
-                facts=facts,
-                bytes_written=shard.size,
-                peak=sampler.peak,
-                baseline=baseline,
-            )
-            folder.write_file(RECIPE, plan.recipe.to_yaml().encode())
-            folder.write_file(ANALYSIS, to_json(document))
-            folder.seal()
-    return _opened(folder.final, page=page, reused=reused)
-
-
-def _opened(
-    folder: Path, *, page: bool, reused: int = 0, was_complete: bool = False
-) -> AnalysisResult:
-    """A complete analysis; its report may be missing, or of another version's making."""
-    analysis = open_analysis(folder)
-    report = add_page("analysis", folder, analysis.document) if page else None
-    return AnalysisResult(folder, analysis, reused, was_complete, report)
-
-
-def analysis_facts(plan: Plan, out: Path) -> dict[str, object]:
-    """The `run` of an analysis's journal: no merge of the same recipe is mistaken for it."""
-    return {**run_facts(plan, out), "kind": "an analysis"}
+        plan = work if isinstance(work, Plan) else make_plan(work, resources, output=AnalysisOutput)
+        made = carry_out(
+            plan, Path(out), sampler, overwrite=overwrite, resume=resume, on_event=on_event
+        )
+    analysis = open_analysis(made.path)
+    report = add_page("analysis", made.path, analysis.document) if page else None
+    complete = made.report is None
+    return AnalysisResult(made.path, analysis, 0 if complete else made.reused, complete, report)

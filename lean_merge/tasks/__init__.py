@@ -7,6 +7,7 @@ from lean_merge.tasks.results import (
     Truncated,
     WeightResult,
     Written,
+    decision_fields,
     from_note,
     to_note,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "WeightResult",
     "WeightTask",
     "Written",
+    "decision_fields",
     "formed_from",
     "from_note",
     "looks",

@@ -72,6 +72,23 @@ class WeightResult:
     fallback: Fallback | None = None
 
 
+def decision_fields(record: ExpertRecord, *, rank: str) -> dict[str, Any]:
+    """Give what was decided of an expert as JSON has it, with its rank under the name `rank`."""
+    return {
+        "selected": record.selected,
+        "reason": record.reason,
+        "similarity_first": record.similarity_first,
+        "similarity_max": record.similarity_max,
+        "lambda": record.lambda_,
+        "lambda_top_q": record.lambda_top_q,
+        "lambda_doubt": record.lambda_doubt,
+        rank: record.rank,
+        "computed_rank": record.computed_rank,
+        "omitted_share": record.omitted_share,
+        "angle_error": record.angle_error,
+    }
+
+
 class Note(NamedTuple):
     """Of a task: its weights, how many bytes were read, and whether a copy holds NaN or Inf."""
 

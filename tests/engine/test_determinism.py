@@ -31,7 +31,6 @@ from support.families import (
 
 from lean_merge import BudgetError, MergeResult, Plan, Resources, memory
 from lean_merge import plan as make_plan
-from lean_merge.plan import budget
 from lean_merge.tasks import tiles
 
 NAMED = re.compile(r"the smallest that works is --memory (\d+)MiB\.$")
@@ -55,7 +54,7 @@ def many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _cut(patch: pytest.MonkeyPatch, *, tile: int, strip: int) -> None:
     patch.setattr(tiles, "TILE_ELEMENTS", tile)
-    patch.setattr(budget, "STRIP_ELEMENTS", strip)
+    patch.setattr(tiles, "STRIP_ELEMENTS", strip)
     patch.setattr(memory, "usage", lambda: memory.Usage(anonymous=0, file_backed=0))
 
 

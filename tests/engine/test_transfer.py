@@ -41,7 +41,7 @@ from lean_merge.engine.device import BlockingQueues, is_out_of_memory
 from lean_merge.engine.transfer import Done, Parcel, Uploader
 from lean_merge.engine.workers import OURS, Workers, worker_pool
 from lean_merge.methods import spectra
-from lean_merge.outputs.recompute import CheckpointComparison
+from lean_merge.outputs.checkpoint import CheckpointComparison
 from lean_merge.plan import budget
 from lean_merge.tasks import tiles
 

@@ -18,13 +18,15 @@ from test_fp8 import E4M3, E5M2, read_rows, same_bytes
 from test_storage import COLUMNS, CONFIG, EACH, FUSED, INTERN, ROWS, many_tiles, write
 from torch import Tensor
 
-from lean_merge import open_checkpoint
+from lean_merge import MergeRecipe, open_checkpoint
 from lean_merge.checkpoints import read_header
 from lean_merge.checkpoints.quantised import Scale
 from lean_merge.mapping import map_roles
 from lean_merge.mapping.placement import Place, stack_places
 from lean_merge.mapping.scaledrows import ScaledRows
 from lean_merge.mapping.sources import stored_source
+from lean_merge.outputs import Request
+from lean_merge.outputs.checkpoint import CheckpointOutput
 from lean_merge.plan import footprint
 
 __all__ = ["many_tiles"]
@@ -172,7 +174,9 @@ def test_the_codes_of_whole_tiles_are_counted_where_rows_are_columns(tmp_path: P
     stored, _ = triples(tmp_path, (COLUMNS, COLUMNS, COLUMNS), "block")
     paths = (stored.base, stored.mllm, *stored.experts)
     base, mllm, expert = (open_checkpoint(path) for path in paths)
-    layout = footprint.Layout({}, "checkpoint", "cpu", 1, 1 << 40, 0, 0)
+    recipe = MergeRecipe("base", "mllm", ("expert",))
+    output = CheckpointOutput(Request(recipe, mllm, "", (), {}))
+    layout = footprint.Layout(output, "cpu", 1, 1 << 40, 0, 0)
     mapped = map_roles(base, mllm, [expert]).weights
     seen = set()
     for weight in (part for each in mapped for part in each.slices):

@@ -18,7 +18,8 @@ from support.faults import Recorder, apply
 from support.scenes import SHAPES, Stop, assert_same, often, stopping
 
 from lean_merge import BudgetError, Resources, analyze, cli
-from lean_merge.plan import Plan, plan, plan_analysis
+from lean_merge.outputs.analysis import AnalysisOutput
+from lean_merge.plan import Plan, plan
 from lean_merge.sizes import format_size
 from lean_merge.store import check_output, storage
 
@@ -47,7 +48,7 @@ def options_of(kind: str) -> dict[str, Any]:
 
 def planned(triple: Triple, kind: str, **options: Any) -> Plan:
     if kind == "analysis":
-        return plan_analysis(triple.recipe(**options), CPU)
+        return plan(triple.recipe(**options), CPU, output=AnalysisOutput)
     return plan(triple.recipe(**{**options, **options_of(kind)}), CPU)
 
 

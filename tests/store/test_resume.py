@@ -468,7 +468,7 @@ def test_the_command_line_says_what_it_found(
 def test_an_interrupt_leaves_with_5_and_goes_on(
     scene: Scene, out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    from lean_merge.outputs.sinks import CheckpointSink
+    from lean_merge.outputs.checkpoint import CheckpointSink
 
     finish = CheckpointSink.finish
     left = [3]

@@ -26,7 +26,6 @@ from lean_merge.engine import taskvectors, update
 from lean_merge.mapping import map_roles
 from lean_merge.mapping.placement import Heads, Place, places, stack_places
 from lean_merge.mapping.rows import source
-from lean_merge.plan import budget
 from lean_merge.tasks import tiles
 
 ONE = (0,)
@@ -91,9 +90,9 @@ def many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 16 rows, read in strips of 8 and written in strips of 4."""
     monkeypatch.setattr(tiles, "TILE_ROWS", 16)
     monkeypatch.setattr(tiles, "TILE_ELEMENTS", 16 * 64)
-    for module in (budget, taskvectors, update):
+    for module in (tiles, taskvectors, update):
         monkeypatch.setattr(module, "READ_ELEMENTS", 8 * 64)
-    for module in (budget, update):
+    for module in (tiles, update):
         monkeypatch.setattr(module, "STRIP_ELEMENTS", 4 * 64)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from lean_merge.engine import Event
 from lean_merge.errors import LeanMergeError
 from lean_merge.merge import merge
+from lean_merge.outputs import output_of
 from lean_merge.outputs.recorded import Analysis
 from lean_merge.plan import Plan
 from lean_merge.plan import plan as make_plan
@@ -214,7 +215,7 @@ class _Sweep:
             record |= {"same_as": twin["name"], "bytes_own": 0, "bytes_shared": 0}
             record |= {key: twin[key] for key in ("path", "result", "evaluation", "error")}
             record["seconds"] = self._known(record).get("seconds")
-        elif recipe.output == "lora" and decided.changes_nothing:
+        elif decided.changes_nothing and not output_of(recipe.output).may_be_empty:
             # PEFT would not load an adapter without any update.
             record |= {"bytes_own": 0, "bytes_shared": 0}
         else:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lean_merge.engine import Event
 from lean_merge.errors import CheckpointError, OutputError, RecipeError
+from lean_merge.outputs import output_of
 from lean_merge.outputs.gathered import evidence_method
 from lean_merge.outputs.recorded import Analysis, open_analysis
 from lean_merge.plan import Plan
@@ -37,7 +38,7 @@ def check(
     """Refuse what would go wrong at every point, or is a slip; return the plan of one point."""
     if evaluation is not None:
         evaluation.check(grid.axes)
-        if recipe.output == "none":
+        if not output_of(recipe.output).needs_folder:
             raise RecipeError(
                 "With output none there is nothing to evaluate; give output checkpoint or lora."
             )

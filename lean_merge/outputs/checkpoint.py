@@ -1,0 +1,243 @@
+"""A whole checkpoint, which transformers loads as it loads the MLLM."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence, Set
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lean_merge.checkpoints import (
+    TensorReader,
+    TensorSpec,
+    as_bytes,
+    safetensors_dtype,
+    torch_dtype,
+)
+from lean_merge.outputs.base import (
+    DECODED_DTYPE,
+    Comparison,
+    Outcome,
+    Output,
+    Sink,
+)
+from lean_merge.outputs.companions import REPORT, card_facts, write_report
+from lean_merge.outputs.differing import bytes_apart, numbers_apart
+from lean_merge.outputs.registry import register
+from lean_merge.sizes import format_size
+from lean_merge.store import (
+    Difference,
+    OutputFolder,
+    Shard,
+    Spans,
+    WriteBytes,
+    copy_side_files,
+    missing_from_cache,
+    model_card,
+    plan_shards,
+)
+from lean_merge.tasks import CopyTask, Note, WeightTask, to_note
+
+_STEP = 1 << 18
+"""Bytes that are compared at once: so few that no budget need count them."""
+TOLERATED = 0.001
+"""Share of a weight's entries that another machine or library may round differently by more than
+one unit in the last place (docs/method.md)."""
+
+
+class CheckpointSink(Sink):
+    """Writes every tensor at its place in the files of an `OutputFolder`.
+
+    Parameters
+    ----------
+    shards
+        Those of `folder`.
+    folder
+        Open; it stays unsealed.
+    """
+
+    def __init__(self, shards: Sequence[Shard], folder: OutputFolder) -> None:
+        self._shards = shards
+        self._folder = folder
+
+    def writer(self, task: CopyTask | WeightTask) -> WriteBytes:
+        """Write at the tensor's place in its shard."""
+        return self._folder.writer(self._shards[task.shard], task.tensor.name)
+
+    def finished(self, task: CopyTask | WeightTask) -> Any:
+        """Look it up in the folder's journal."""
+        return self._folder.finished.get(task.tensor.name)
+
+    def finish(self, task: CopyTask | WeightTask, note: Any) -> None:
+        """Write to the folder's journal, once the bytes are on the disk."""
+        self._folder.finish_tensor(self._shards[task.shard], task.tensor.name, note)
+
+    def flush(self) -> None:
+        """Send what was written to the disk."""
+        self._folder.flush()
+
+
+class CheckpointComparison(Comparison):
+    """Compares what a merge gives with what is stored, tile by tile, in the place of writing.
+
+    Parameters
+    ----------
+    shards
+        Those of the output.
+    tasks, stored, reader, sampled
+        As `Output.comparison` has them.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        tasks: Sequence[CopyTask | WeightTask],
+        stored: Mapping[str, TensorSpec],
+        reader: TensorReader,
+        sampled: Set[str],
+    ) -> None:
+        self._shards = shards
+        self._tasks = tasks
+        self._stored = stored
+        self._reader = reader
+        self._sampled = sampled
+        self._off: dict[str, tuple[int, int]] = {}
+        self._lock = threading.Lock()
+        self._local = threading.local()
+
+    def finished(self, task: CopyTask | WeightTask) -> Any:
+        """Say of tensors that are not to be compared that they are done."""
+        wanted = isinstance(task, CopyTask) or task.tensor.name in self._sampled
+        return None if wanted and task.tensor.name in self._stored else to_note(Note([]))
+
+    def writer(self, task: CopyTask | WeightTask) -> WriteBytes:
+        """Read what is stored where a merge would write, and count what differs."""
+        name = task.tensor.name
+        # Of a tensor out of scope every byte is the MLLM's.
+        dtype = torch.uint8 if isinstance(task, CopyTask) else torch_dtype(task.tensor.dtype)
+
+        def compare(offset: int, data: memoryview, spans: Spans | None = None) -> None:
+            data, done, off, apart = data.cast("B"), 0, 0, 0
+            for first, length in spans or [(0, data.nbytes)]:
+                for start in range(0, length, _STEP):
+                    part = data[done + start : done + min(start + _STEP, length)]
+                    there = self._buffer()[: part.nbytes]
+                    position = offset + first + start
+                    self._reader.read_into(self._stored[name], position, as_bytes(there))
+                    here = torch.frombuffer(part, dtype=torch.uint8)
+                    if not torch.equal(here, there):
+                        off += bytes_apart(here, there)
+                        apart += numbers_apart(here.view(dtype), there.view(dtype))
+                done += length
+            if off:
+                with self._lock:
+                    before = self._off.get(name, (0, 0))
+                    self._off[name] = before[0] + off, before[1] + apart
+
+        return compare
+
+    def _buffer(self) -> Tensor:
+        """Give this thread's buffer."""
+        found: Tensor | None = getattr(self._local, "buffer", None)
+        if found is None:
+            found = self._local.buffer = torch.empty(_STEP, dtype=torch.uint8)
+        return found
+
+    def differences(self, elsewhere: Set[str]) -> list[Difference]:
+        """Tell what differs.
+
+        Of tensors in `elsewhere`, entries may differ by a last place, `TOLERATED` of them by more.
+        """
+        found = []
+        for task in self._tasks:
+            name = task.tensor.name
+            off, apart = self._off.get(name, (0, 0))
+            file = self._shards[task.shard].file_name
+            if isinstance(task, CopyTask) and off:
+                found.append(Difference(file, name, f"{off} bytes are not the MLLM's"))
+            elif isinstance(task, WeightTask) and name not in elsewhere and off:
+                found.append(Difference(file, name, f"{off} bytes are not what the merge gives"))
+            elif apart > TOLERATED * _entries(task):
+                fault = f"{apart} of {_entries(task)} entries differ by more than a last place"
+                found.append(Difference(file, name, fault))
+        return found
+
+
+def _entries(task: CopyTask | WeightTask) -> int:
+    return task.tensor.nbytes // torch_dtype(task.tensor.dtype).itemsize
+
+
+@register
+class CheckpointOutput(Output):
+    """Every tensor of the MLLM, those in scope with their update, in shards of safetensors."""
+
+    name: ClassVar[str] = "checkpoint"
+    writes_rows: ClassVar[bool] = True
+    most_waiting: ClassVar[int] = 2
+    compares: ClassVar[bool] = True
+
+    @cached_property
+    def shards(self) -> tuple[Shard, ...]:
+        """The weight files, as large as the recipe wants them."""
+        return plan_shards(list(self.tensors.values()), shard_size=self.recipe.shard_size)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A warning if side files are missing that the output should have."""
+        return tuple(missing_from_cache(self.mllm))
+
+    @staticmethod
+    def waiting_bytes(shape: tuple[int, int], rank: int, kept: int) -> int:
+        """Bytes of the factors of two updates, and of what one more weight keeps."""
+        return 2 * factor_bytes(shape, rank) + kept
+
+    def described(self, *, written: int, disk: int) -> str:
+        """Describe it for people, in a few words."""
+        return f"{len(self.shards)} shard(s), {format_size(written)} on disk"
+
+    def sink(self, folder: OutputFolder | None) -> CheckpointSink:
+        """Give what writes into the shards of `folder`."""
+        assert folder is not None
+        return CheckpointSink(self.shards, folder)
+
+    def end(self, folder: OutputFolder, outcome: Outcome) -> None:
+        """Write the MLLM's side files, the card, recipe and report."""
+        wanted = self.recipe.out_dtype
+        copy_side_files(
+            self.mllm.path,
+            folder,
+            out_dtype=None if wanted == "auto" else wanted,
+            decoded=safetensors_dtype(DECODED_DTYPE) if self.mllm.scales else None,
+        )
+        card = model_card(**card_facts(self), summary=_summary(outcome.report["counts"]))
+        folder.write_file("README.md", card.encode())
+        write_report(self, folder, outcome)
+
+    def comparison(
+        self,
+        tasks: Sequence[CopyTask | WeightTask],
+        *,
+        stored: Mapping[str, TensorSpec],
+        reader: TensorReader,
+        sampled: Set[str],
+    ) -> CheckpointComparison:
+        """Compare the bytes of tensors out of scope, and of those in scope that are sampled."""
+        return CheckpointComparison(self.shards, tasks, stored, reader, sampled)
+
+
+def factor_bytes(shape: tuple[int, int], rank: int) -> int:
+    """Bytes of the factors [out, rank] and [rank, in] of an update of a weight, in float32."""
+    return sum(shape) * rank * 4
+
+
+def _summary(counts: Mapping[str, int]) -> str:
+    """Write a few sentences for the model card."""
+    return (
+        f"{counts['merged']} weights of the language model were merged, {counts['unchanged']} were "
+        f"in scope but kept as they were, and {counts['copied']} tensors out of scope (vision "
+        f"tower, projector, embeddings, norms) are the MLLM's, byte for byte. `{REPORT}` tells for "
+        "each weight what was decided and why."
+    )

@@ -1,0 +1,86 @@
+"""Cutting the update of a weight to the rank that an adapter keeps of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lean_merge.linalg import Truncation, truncate
+from lean_merge.methods import Decision
+from lean_merge.tasks import Truncated
+from lean_merge.tasks.tiles import STRIP_ELEMENTS
+
+ADAPTER_ERROR = 2e-4
+"""Largest relative Frobenius error of an update that `--lora-rank auto` cuts off."""
+
+
+@dataclass(frozen=True, slots=True)
+class CutUpdate:
+    """An update cut to rank k: b [out, k] @ a [k, in], which are formed a few rows at a time.
+
+    Attributes
+    ----------
+    left, right : Tensor [out, r], [r, in]
+        The update before.
+    cut
+        What it is cut to.
+    """
+
+    left: Tensor
+    right: Tensor
+    cut: Truncation
+
+    @property
+    def rank(self) -> int:
+        """The rank that is kept, k."""
+        return self.cut.rank
+
+    @property
+    def truncated(self) -> Truncated:
+        """What the report tells of the cut."""
+        return Truncated(self.rank, self.cut.error)
+
+    def b(self) -> Iterator[Tensor]:
+        """Yield the rows of b in order, a few at a time."""
+        return _strips(self.left, self.cut.of_left)
+
+    def a(self) -> Iterator[Tensor]:
+        """Yield the rows of a in order, a few at a time."""
+        return _strips(self.cut.of_right, self.right)
+
+
+def cut_update(decision: Decision, rank: int | str) -> CutUpdate | None:
+    """Cut a decision's update; None if there is none.
+
+    Parameters
+    ----------
+    decision
+        Its update is of low rank.
+    rank
+        The rank to cut it to; "auto" for the smallest whose relative Frobenius error is at most
+        `ADAPTER_ERROR`.
+    """
+    factors = None if decision.update is None else decision.update.factors()
+    if factors is None:
+        return None
+    cut = truncate(*factors, error=ADAPTER_ERROR, rank=None if isinstance(rank, str) else rank)
+    return CutUpdate(*factors, cut)
+
+
+def cutting_bytes(rank: int) -> int:
+    """Bytes that it takes to cut factors of `rank`: a dozen matrices [rank, rank] in float64.
+
+    They are Gram matrices, eigenvectors, their products and LAPACK's workspace; beside them, strips
+    of the factors in float64, and of the cut ones.
+    """
+    return 12 * rank**2 * 8 + 4 * STRIP_ELEMENTS * 8
+
+
+def _strips(left: Tensor, right: Tensor) -> Iterator[Tensor]:
+    """Yield the product's rows, a few at a time."""
+    height = max(1, STRIP_ELEMENTS // max(1, *right.shape))
+    for first in range(0, left.shape[0], height):
+        yield torch.mm(left[first : first + height], right)

@@ -1,0 +1,86 @@
+"""Whole tensors in memory, given to the caller one after another."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lean_merge.checkpoints import as_bytes, torch_dtype
+from lean_merge.errors import RecipeError
+from lean_merge.outputs.base import Output, Request, Sink
+from lean_merge.outputs.checkpoint import CheckpointOutput
+from lean_merge.outputs.registry import register
+from lean_merge.recipe import MergeRecipe
+from lean_merge.store import OutputFolder, Spans, WriteBytes
+from lean_merge.tasks import CopyTask, WeightTask
+
+
+@register
+class StreamOutput(Output):
+    """The tensors of a checkpoint, in the order of the MLLM's files; nothing is written.
+
+    Parameters
+    ----------
+    request
+        Its methods must have found their thresholds, or RecipeError is raised.
+    """
+
+    name: ClassVar[str] = "stream"
+    in_recipes: ClassVar[bool] = False
+    needs_folder: ClassVar[bool] = False
+    writes_rows: ClassVar[bool] = True
+    in_pairs: ClassVar[bool] = False
+
+    def __init__(self, request: Request) -> None:
+        super().__init__(request)
+        if not all(method.is_settled for method in self.methods.values()):
+            raise RecipeError("A stream finds no threshold of its own; give one instead of auto.")
+
+    @classmethod
+    def check(cls, recipe: MergeRecipe) -> None:
+        """Raise RecipeError for a recipe of anything but a checkpoint, whose tensors these are."""
+        if recipe.output != CheckpointOutput.name:
+            raise RecipeError(
+                f"A stream gives whole tensors, and the recipe asks for output {recipe.output}; "
+                "leave output out."
+            )
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the largest tensor, which is in the making."""
+        return max((tensor.nbytes for tensor in self.tensors.values()), default=0)
+
+    def sink(self, folder: OutputFolder | None) -> TensorSink:
+        """Give what makes the tensors."""
+        return TensorSink()
+
+
+class TensorSink(Sink):
+    """Makes whole tensors, one at a time: each must be taken before the next is begun."""
+
+    def __init__(self) -> None:
+        self._tensor: Tensor | None = None
+
+    def take(self) -> Tensor:
+        """Give the tensor of the last task, which is the caller's from now on."""
+        assert self._tensor is not None
+        tensor, self._tensor = self._tensor, None
+        return tensor
+
+    def writer(self, task: CopyTask | WeightTask) -> WriteBytes:
+        """Write into the tensor, which is made for the first of its weights."""
+        if self._tensor is None:
+            dtype = torch_dtype(task.tensor.dtype)
+            self._tensor = torch.empty(task.tensor.shape, dtype=dtype)
+        view = as_bytes(self._tensor)
+
+        def write(offset: int, data: memoryview, spans: Spans | None = None) -> None:
+            data, done = data.cast("B"), 0
+            for start, length in spans or [(0, data.nbytes)]:
+                first = offset + start
+                view[first : first + length] = data[done : done + length]
+                done += length
+
+        return write
