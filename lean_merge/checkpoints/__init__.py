@@ -5,6 +5,7 @@ here loads a model or runs code that came with one.
 """
 
 from lean_merge.checkpoints.checkpoint import Checkpoint, open_checkpoint, open_expert
+from lean_merge.checkpoints.downloads import downloads_shown
 from lean_merge.checkpoints.dtypes import (
     FLOATING,
     ITEM_BITS,
@@ -13,16 +14,18 @@ from lean_merge.checkpoints.dtypes import (
     torch_dtype,
 )
 from lean_merge.checkpoints.header import TensorSpec, read_header
-from lean_merge.checkpoints.hub import downloads_shown
 from lean_merge.checkpoints.identity import identify
 from lean_merge.checkpoints.reader import TensorReader, as_bytes
+from lean_merge.checkpoints.rows import Place, WeightSource
 
 __all__ = [
     "FLOATING",
     "ITEM_BITS",
     "Checkpoint",
+    "Place",
     "TensorReader",
     "TensorSpec",
+    "WeightSource",
     "as_bytes",
     "common_dtype",
     "downloads_shown",

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lean_merge.checkpoints.adapters import AdapterConfig, find_adapter
+from lean_merge.checkpoints.dtypes import FLOATING
+from lean_merge.checkpoints.forms import Adapter, Encoding, Origin, all_forms, weight_names
 from lean_merge.checkpoints.header import TensorSpec, read_header
-from lean_merge.checkpoints.hub import snapshot, split_hub_id
 from lean_merge.checkpoints.jsonfile import read_object
-from lean_merge.checkpoints.picklefile import read_pickle_header
-from lean_merge.checkpoints.quantised import Scale, split_scales
+from lean_merge.checkpoints.rows import Place, StoredRows, WeightSource
 from lean_merge.checkpoints.safepaths import checked_file
 from lean_merge.checkpoints.weightfiles import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILES,
     GGUF,
-    INDEX,
-    PICKLE_SUFFIXES,
+    SAFETENSORS,
     SINGLE,
     WeightFiles,
     find_weights,
@@ -26,13 +27,14 @@ from lean_merge.checkpoints.weightfiles import (
 )
 from lean_merge.errors import CheckpointError, shown
 
-__all__ = ["INDEX", "SINGLE", "Checkpoint", "open_checkpoint", "open_expert"]
-
+_CONFIG = "config.json"
 _MAX_CONFIG = 10_000_000
 _MAX_TENSORS = 500_000
 """Five times those of the largest mixtures of experts; bounds what all shards take together."""
 # Buffers that older models saved and newer ones compute: loaders skip them too.
 _COMPUTED = ("rotary_emb.inv_freq", "position_ids", "masked_bias")
+# The dtypes of models that are not quantised. Every quantised one has codes of another dtype.
+_PLAIN_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "I64", "BOOL"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +44,24 @@ class Checkpoint:
     Attributes
     ----------
     source
-        As the user named it: a path or a hub id.
+        The path or hub id that the user named.
     path
         The folder of its files.
     tensors
-        Its tensors by name, ordered by (file name, offset): the order to read them in. Scales of
-        fp8 weights are not among them.
+        Its tensors by name, ordered by (file name, offset): the order to read them in. What only
+        serves to decode others, such as the scales of fp8 weights, is not among them.
     config
         The content of config.json, None where there is none.
     files
         Its weight files.
-    scales
-        What the numbers of each fp8 tensor are to be multiplied by, by the tensor's name.
+    configs
+        The JSON files that decide how its tensors are understood.
+    encodings
+        By name, how the numbers of a tensor are computed where they are not what is stored.
     adapter
-        What adapter_config.json says, for an adapter; its tensors are then the factors.
+        What it adds to a base model, if it is an adapter; its tensors are then the factors.
+    origin
+        Where it was fetched from, None for a local path.
     """
 
     source: str
@@ -63,8 +69,32 @@ class Checkpoint:
     tensors: Mapping[str, TensorSpec]
     config: Mapping[str, Any] | None
     files: tuple[Path, ...]
-    scales: Mapping[str, Scale] = field(default_factory=lambda: MappingProxyType({}))
-    adapter: AdapterConfig | None = None
+    configs: tuple[Path, ...] = ()
+    encodings: Mapping[str, Encoding] = field(default_factory=lambda: MappingProxyType({}))
+    adapter: Adapter | None = None
+    origin: Origin | None = None
+
+    def rows(self, place: Place) -> WeightSource:
+        """How the rows of a logical weight are had, given where it lies in one of `tensors`."""
+        encoding = self.encodings.get(place.tensor.name)
+        return StoredRows(place) if encoding is None else encoding.rows(place)
+
+    def fault(self, tensor: TensorSpec) -> str | None:
+        """Why the numbers of one of its tensors cannot be had, as a predicate; None if they can."""
+        if tensor.name in self.encodings or tensor.dtype in FLOATING:
+            return None
+        return f"has the dtype {tensor.dtype}, which cannot be merged"
+
+    def decoded(self, tensor: TensorSpec) -> tuple[WeightSource, ...]:
+        """The matrices [out, in] of a tensor that has an encoding, in order; else nothing."""
+        encoding = self.encodings.get(tensor.name)
+        if encoding is None or 0 in tensor.shape:
+            return ()
+        height, width = (1, *tensor.shape)[-2:]
+        return tuple(
+            encoding.rows(Place(tensor, (height, width), first, height, height))
+            for first in range(0, math.prod(tensor.shape), height * width)
+        )
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
@@ -93,7 +123,8 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
 
 
 def open_expert(source: str | Path) -> Checkpoint:
-    """`open_checkpoint`, but a folder or hub id with a LoRA adapter will do too."""
+    """`open_checkpoint`, but a folder or hub id with an adapter will do too."""
+    name = str(source)
     try:
         path = Path(source).expanduser()
         is_file, is_dir = path.is_file(), path.is_dir()
@@ -102,11 +133,13 @@ def open_expert(source: str | Path) -> Checkpoint:
             f"{source}: cannot be looked up ({error}); check the path."
         ) from error
     if is_file:
-        return _open_file(str(source), path)
+        return _open_file(name, path)
     if is_dir:
-        return _open_folder(str(source), path)
-    if split_hub_id(str(source)) is not None:
-        return _open_folder(str(source), snapshot(str(source)))
+        return _open_folder(name, path, None)
+    for form in all_forms():
+        origin = form.fetch(name)
+        if origin is not None:
+            return _open_folder(name, origin.folder, origin)
     raise CheckpointError(
         f"{source}: there is no such folder or file, and it is no hub id like org/name; "
         "check the spelling."
@@ -114,49 +147,73 @@ def open_expert(source: str | Path) -> Checkpoint:
 
 
 def _open_file(source: str, file: Path) -> Checkpoint:
-    if file.name.endswith(".safetensors.partial"):
+    if file.name.endswith(f"{SAFETENSORS.suffix}.partial"):
         raise unfinished(file)
-    if file.suffix == ".gguf":
-        raise CheckpointError(f"{file}: {GGUF}")
-    if file.suffix not in (".safetensors", *PICKLE_SUFFIXES):
+    return _assemble(source, file.parent, WeightFiles((file,)), None)
+
+
+def _open_folder(source: str, folder: Path, origin: Origin | None) -> Checkpoint:
+    file = _adapter_file(folder)
+    if file is None:
+        return _assemble(source, folder, find_weights(folder, weight_names()), origin)
+    config = folder / ADAPTER_CONFIG
+    content = _read_config(folder, config, mend="save the adapter again with PEFT")
+    for form in all_forms():
+        adapter = form.adapter(config, content)
+        if adapter is not None:
+            break
+    else:
         raise CheckpointError(
-            f"{file}: is not a .safetensors file, nor a PyTorch .bin; pass one, or the "
-            "checkpoint's folder."
+            f"{config}: is an adapter of the type {shown(content.get('peft_type'))}, and only "
+            "LORA is understood; merge the adapter into its base first (PEFT's merge_and_unload) "
+            "and pass the result."
         )
-    return _assemble(source, file.parent, WeightFiles((file,)))
+    tensors = MappingProxyType(_read_tensors((checked_file(folder, file),)))
+    return Checkpoint(
+        source, folder, tensors, None, (file,), (config,), adapter=adapter, origin=origin
+    )
 
 
-def _open_folder(source: str, folder: Path) -> Checkpoint:
-    adapter = find_adapter(folder)
-    if adapter is None:
-        return _assemble(source, folder, find_weights(folder))
-    config, file = adapter
-    tensors = _read_tensors((file,))
-    return Checkpoint(source, folder, MappingProxyType(tensors), None, (file,), adapter=config)
+def _adapter_file(folder: Path) -> Path | None:
+    """The file with an adapter's tensors; None if the folder holds no adapter."""
+    if not (folder / ADAPTER_CONFIG).exists():
+        return None
+    for name in ADAPTER_FILES:
+        if (folder / name).exists():
+            return folder / name
+    if any((folder / name).exists() for name in (_CONFIG, SINGLE)):
+        # A whole model that keeps the config of an adapter that was merged into it.
+        return None
+    raise CheckpointError(
+        f"{folder}: has {ADAPTER_CONFIG} but neither {' nor '.join(ADAPTER_FILES)}; download "
+        "the adapter again."
+    )
 
 
-def _assemble(source: str, folder: Path, weights: WeightFiles) -> Checkpoint:
-    config = _read_config(folder)
+def _assemble(source: str, folder: Path, weights: WeightFiles, origin: Origin | None) -> Checkpoint:
+    file, config = folder / _CONFIG, None
+    if file.is_symlink() or file.exists():
+        config = _read_config(folder, file, mend="download or save the checkpoint again")
     tensors = _read_tensors(weights.files)
     if weights.named is not None:
         tensors = _match_index(folder, tensors, weights)
-    tensors = _without_ties(tensors, config)
-    tensors, scales = split_scales(folder, config, tensors)
+    own, encodings = _decode(folder, _without_ties(tensors, config), config)
     return Checkpoint(
         source,
         folder,
-        MappingProxyType(tensors),
+        MappingProxyType(dict(own)),
         config,
         weights.files,
-        MappingProxyType(scales),
+        () if config is None else (file,),
+        MappingProxyType(dict(encodings)),
+        origin=origin,
     )
 
 
 def _read_tensors(files: tuple[Path, ...]) -> dict[str, TensorSpec]:
     tensors: dict[str, TensorSpec] = {}
     for file in files:
-        specs = read_header(file)[0] if _is_safetensors(file) else read_pickle_header(file)
-        for name, spec in specs.items():
+        for name, spec in _read_file(file).items():
             if name in tensors:
                 raise CheckpointError(
                     f"{file}: holds tensor {shown(name)}, and so does {tensors[name].file.name}; "
@@ -171,8 +228,18 @@ def _read_tensors(files: tuple[Path, ...]) -> dict[str, TensorSpec]:
     return tensors
 
 
-def _is_safetensors(file: Path) -> bool:
-    return file.suffix not in PICKLE_SUFFIXES
+def _read_file(file: Path) -> dict[str, TensorSpec]:
+    if file.suffix == SAFETENSORS.suffix:
+        return read_header(file)[0]
+    for form in all_forms():
+        if file.suffix in form.suffixes:
+            return form.read(file)
+    if file.suffix == ".gguf":
+        raise CheckpointError(f"{file}: {GGUF}")
+    raise CheckpointError(
+        f"{file}: is not a .safetensors file, nor a PyTorch .bin; pass one, or the checkpoint's "
+        "folder."
+    )
 
 
 def _match_index(
@@ -195,6 +262,11 @@ def _match_index(
     return {name: spec for name, spec in tensors.items() if name in named}
 
 
+def _parts(config: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """What a config.json says of the whole model, then of each part."""
+    return [config or {}, *(v for v in (config or {}).values() if isinstance(v, dict))]
+
+
 def _without_ties(
     tensors: dict[str, TensorSpec], config: Mapping[str, Any] | None
 ) -> dict[str, TensorSpec]:
@@ -203,8 +275,7 @@ def _without_ties(
     A PyTorch file names shared bytes twice; transformers writes them once, under the embedding's
     name, and so does the output. Other shared bytes stay under each of their names.
     """
-    parts = [config or {}, *(v for v in (config or {}).values() if isinstance(v, dict))]
-    if not any(part.get("tie_word_embeddings") for part in parts):
+    if not any(part.get("tie_word_embeddings") for part in _parts(config)):
         return tensors
     places = {
         (spec.file, spec.offset)
@@ -218,15 +289,26 @@ def _without_ties(
     }
 
 
-def _read_config(folder: Path) -> Mapping[str, Any] | None:
-    file = folder / "config.json"
-    if not file.is_symlink() and not file.exists():
-        return None
+def _decode(
+    folder: Path, tensors: Mapping[str, TensorSpec], config: Mapping[str, Any] | None
+) -> tuple[Mapping[str, TensorSpec], Mapping[str, Encoding]]:
+    """(the model's own tensors, the encodings of those that have one)."""
+    stated = [
+        part.get(key)
+        for part in _parts(config)
+        for key in ("quantization_config", "compression_config")
+    ]
+    settings = [each for each in stated if isinstance(each, dict) and each]
+    if not settings and all(spec.dtype in _PLAIN_DTYPES for spec in tensors.values()):
+        return tensors, {}
+    # Only here, for a plain checkpoint needs none of it.
+    from lean_merge.checkpoints.quantised import decode
+
+    return decode(folder, tensors, settings)
+
+
+def _read_config(folder: Path, file: Path, *, mend: str) -> Mapping[str, Any]:
     config = read_object(
-        checked_file(folder, file),
-        limit=_MAX_CONFIG,
-        what="config",
-        mend="download or save the checkpoint again",
-        unique=False,
+        checked_file(folder, file), limit=_MAX_CONFIG, what="config", mend=mend, unique=False
     )
     return MappingProxyType(config)

@@ -15,25 +15,30 @@ _STEP = 1 << 20
 
 
 def identify(checkpoint: Checkpoint, *, others: Sequence[Path] = ()) -> list[dict[str, Any]]:
-    """Name, length and times of a checkpoint's files, as JSON has them, sorted by name.
+    """Name, length and times of a checkpoint's weight files and configs, sorted by name.
+
+    For a weight file there is also the SHA-256 of its header or, where it is no safetensors and
+    may keep its directory at the end, that of both its ends.
 
     Parameters
     ----------
     checkpoint
-        Of its weight files the header's SHA-256 is taken too; of PyTorch's archives, whose
-        directory is at the end, that of both ends.
+        It is not read again, but for the headers.
     others
-        More files of its folder; config.json and adapter_config.json need not be named.
+        More files of its folder.
+
+    Returns
+    -------
+    list of dict
+        What JSON will hold of each file.
 
     Raises
     ------
     CheckpointError
         A file cannot be read.
     """
-    configs = [checkpoint.path / name for name in ("config.json", "adapter_config.json")]
-    files = {*checkpoint.files, *others, *(file for file in configs if file.exists())}
     found = []
-    for file in files:
+    for file in {*checkpoint.files, *checkpoint.configs, *others}:
         try:
             status = file.stat()
             entry: dict[str, Any] = {

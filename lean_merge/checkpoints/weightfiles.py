@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,36 +13,47 @@ from lean_merge.errors import CheckpointError, is_plain, shown
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+GGUF = "GGUF weights are quantised and cannot be merged; pass the original safetensors checkpoint."
 _MAX_INDEX = 100_000_000
 _MAX_FILE_NAME = 255
-_OTHER_FORMATS = (*PICKLE_SUFFIXES, ".ckpt", ".h5", ".msgpack")
+_OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 
 
 @dataclass(frozen=True, slots=True)
-class WeightForm:
-    """How one form of weights is named."""
+class WeightNames:
+    """What the weight files of one form are called.
+
+    Attributes
+    ----------
+    single
+        A file that holds all the weights. The index is called the same with ".index.json" added,
+        and shards have "-00001-of-00003" before the suffix.
+    only_these
+        Whether other files with that suffix are no weights, as optimizer.bin is none.
+    """
 
     single: str
-    index: str
-    suffix: str
-    numbered: re.Pattern[str]
-    only_numbered: bool
-    """Whether other names of that suffix are no weights: optimizer.bin and the like."""
+    only_these: bool = False
+
+    @property
+    def index(self) -> str:
+        return f"{self.single}.index.json"
+
+    @property
+    def suffix(self) -> str:
+        return f".{self.single.partition('.')[2]}"
+
+    @property
+    def numbered(self) -> re.Pattern[str]:
+        """The name of a shard."""
+        stem = re.escape(self.single.removesuffix(self.suffix)) if self.only_these else ".+"
+        shard = r"-(?P<number>\d{5})-of-(?P<count>\d{5})"
+        return re.compile(rf"(?P<stem>{stem}){shard}{re.escape(self.suffix)}")
 
 
-def _form(single: str, *, only_numbered: bool) -> WeightForm:
-    stem, _, suffix = single.partition(".")
-    stem = re.escape(stem) if only_numbered else ".+"
-    numbered = re.compile(rf"(?P<stem>{stem})-(?P<number>\d{{5}})-of-(?P<count>\d{{5}})\.{suffix}")
-    return WeightForm(single, f"{single}.index.json", f".{suffix}", numbered, only_numbered)
-
-
-_SAFETENSORS = _form(SINGLE, only_numbered=False)
-_PICKLES = _form("pytorch_model.bin", only_numbered=True)
-WEIGHT_FORMS = (_SAFETENSORS, _PICKLES)
-"""The forms that are read, the preferred one first."""
-GGUF = "GGUF weights are quantised and cannot be merged; pass the original safetensors checkpoint."
+SAFETENSORS = WeightNames(SINGLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +75,8 @@ class WeightFiles:
     named: Mapping[str, str] | None = None
 
 
-def find_weights(folder: Path) -> WeightFiles:
-    """The weight files of a model's folder: safetensors if there are any, else PyTorch's.
+def find_weights(folder: Path, forms: Iterable[WeightNames]) -> WeightFiles:
+    """The weight files of a model's folder, in the first of some forms that is there.
 
     Raises
     ------
@@ -78,16 +89,16 @@ def find_weights(folder: Path) -> WeightFiles:
         raise CheckpointError(
             f"{folder}: cannot be listed ({error.strerror}); check its rights."
         ) from error
-    forms = (_of_form(folder, names, form) for form in WEIGHT_FORMS)
-    found = next((each for each in forms if each is not None), None)
-    if found is None:
-        raise CheckpointError(f"{folder}: {_why_none(names)}")
-    for file in found.files:
-        checked_file(folder, file)
-    return found
+    for form in forms:
+        found = _in_form(folder, names, form)
+        if found is not None:
+            for file in found.files:
+                checked_file(folder, file)
+            return found
+    raise CheckpointError(f"{folder}: {_why_none(names)}")
 
 
-def _of_form(folder: Path, names: list[str], form: WeightForm) -> WeightFiles | None:
+def _in_form(folder: Path, names: list[str], form: WeightNames) -> WeightFiles | None:
     if form.index in names:
         named = read_index(folder / form.index)
         if form.single in names and form.single not in named.values():
@@ -102,13 +113,8 @@ def _of_form(folder: Path, names: list[str], form: WeightForm) -> WeightFiles | 
     if any(name.endswith((f"{form.suffix}.partial", f"{form.index}.partial")) for name in names):
         raise unfinished(folder)
     weights = [name for name in names if name.endswith(form.suffix)]
-    if form.only_numbered:
+    if form.only_these:
         weights = [name for name in weights if form.numbered.fullmatch(name)]
-    elif "adapter_config.json" in names and all("adapter" in name for name in weights):
-        if weights or "adapter_model.bin" in names:
-            raise CheckpointError(
-                f"{folder}: holds an adapter, not a whole model; merge it into its base first."
-            )
     if len(weights) == 1 and not form.numbered.fullmatch(weights[0]):
         return WeightFiles((folder / weights[0],))
     if not weights:
@@ -136,7 +142,7 @@ def _why_none(names: list[str]) -> str:
     return "holds no .safetensors weights and no pytorch_model.bin; pass a checkpoint's folder."
 
 
-def _check_numbered(folder: Path, weights: list[str], form: WeightForm) -> None:
+def _check_numbered(folder: Path, weights: list[str], form: WeightNames) -> None:
     """Raises CheckpointError unless the files are all the shards of one model."""
     matches = [form.numbered.fullmatch(name) for name in weights]
     groups = {(match["stem"], match["count"]) if match else None for match in matches}
@@ -182,11 +188,3 @@ def read_index(file: Path) -> dict[str, str]:
                 f"the name of a {suffix} file in this folder; {mend}."
             )
     return named
-
-
-def has_all_weights(folder: Path) -> bool:
-    """Whether a folder holds all the weight files that it should, by name only."""
-    try:
-        return all(file.exists() for file in find_weights(folder).files)
-    except CheckpointError:
-        return False

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lean_merge.checkpoints import FLOATING, TensorReader, as_bytes, torch_dtype
+from lean_merge.checkpoints import FLOATING, TensorReader, WeightSource, as_bytes, torch_dtype
 from lean_merge.engine.workers import Workers
 from lean_merge.errors import DataError
-from lean_merge.mapping import WeightSource
 from lean_merge.plan.budget import COPY_BUFFER
 from lean_merge.store import WriteBytes
 from lean_merge.tasks import CopyTask

@@ -9,12 +9,12 @@ from contextlib import closing
 import torch
 from torch import Tensor
 
-from lean_merge.checkpoints import TensorReader, common_dtype
+from lean_merge.checkpoints import TensorReader, WeightSource, common_dtype
 from lean_merge.engine.transfer import Parcel, Uploader
 from lean_merge.engine.workers import Workers
 from lean_merge.errors import DataError
 from lean_merge.linalg import Pass, Products
-from lean_merge.mapping import LogicalWeight, WeightSource
+from lean_merge.mapping import LogicalWeight
 from lean_merge.plan.budget import LANES
 from lean_merge.tasks.tiles import READ_ELEMENTS, row_tiles, strips
 

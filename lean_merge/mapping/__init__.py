@@ -9,17 +9,11 @@ from lean_merge.mapping.names import (
     layer_of,
     map_roles,
 )
-from lean_merge.mapping.placement import Place
-from lean_merge.mapping.rows import WeightSource
-from lean_merge.mapping.sources import decoded_matrices
 
 __all__ = [
     "Coverage",
     "LogicalWeight",
     "MappedWeight",
-    "Place",
-    "WeightSource",
-    "decoded_matrices",
     "language_layout",
     "layer_of",
     "map_roles",

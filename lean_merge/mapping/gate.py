@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from lean_merge.checkpoints.checkpoint import Checkpoint
-from lean_merge.checkpoints.dtypes import FLOATING
 from lean_merge.checkpoints.header import TensorSpec
+from lean_merge.checkpoints.rows import Place
 from lean_merge.errors import CoverageError
 from lean_merge.mapping.kinship import HEADS, head_counts, heads, sizes
-from lean_merge.mapping.placement import Place
 from lean_merge.mapping.structure import Decoder, Key, decoders
 
 FAMILY = "pass checkpoints that were all tuned from one base"
@@ -48,39 +47,21 @@ class Faults:
             )
 
     def counterpart(
-        self,
-        role: str,
-        decoder: Decoder,
-        key: Key,
-        base: Place,
-        *,
-        scales: Container[str] = (),
+        self, role: str, checkpoint: Checkpoint, decoder: Decoder, key: Key, base: Place
     ) -> Place | None:
-        """Where `role` has what the base has at `key`; else notes why not.
-
-        `scales` has the names of tensors that are stored with scales.
-        """
-        place = decoder.weights.get(key)
-        other = decoder.others.get(key)
+        """Where a role's decoder has what the base has at `key`; else notes why not."""
+        place, other = decoder.weights.get(key), decoder.others.get(key)
         if place is None and other is None:
             self.add(role, key, "lacks it")
             return None
         shape = place.shape if place is not None else other.shape if other is not None else ()
         if place is None or shape != base.shape:
             self.add(role, key, f"has the shape {list(shape)}, the base {list(base.shape)}")
-        elif (fault := storage_fault(place, scales)) is not None:
+        elif (fault := checkpoint.fault(place.tensor)) is not None:
             self.add(role, key, fault)
         else:
             return place
         return None
-
-
-def storage_fault(place: Place, scales: Container[str]) -> str | None:
-    """Why the numbers of a weight cannot be had, None if they can."""
-    tensor = place.tensor
-    if tensor.name in scales or tensor.dtype in FLOATING:
-        return None
-    return f"has the dtype {tensor.dtype}, which cannot be merged"
 
 
 def locate(

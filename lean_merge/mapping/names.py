@@ -11,14 +11,13 @@ from types import MappingProxyType
 from lean_merge.checkpoints.checkpoint import Checkpoint
 from lean_merge.checkpoints.header import TensorSpec
 from lean_merge.checkpoints.reader import TensorReader
+from lean_merge.checkpoints.rows import Place, WeightSource
 from lean_merge.errors import CoverageError
 from lean_merge.mapping.adaptermap import map_adapter
-from lean_merge.mapping.gate import Faults, check_heads, locate, report, storage_fault, title
+from lean_merge.mapping.gate import Faults, check_heads, locate, report, title
 from lean_merge.mapping.kinship import config_warnings, tokenizer_warnings
-from lean_merge.mapping.placement import FUSED, Place
+from lean_merge.mapping.placement import FUSED
 from lean_merge.mapping.renaming import NameRules, renamed
-from lean_merge.mapping.rows import WeightSource
-from lean_merge.mapping.sources import stored_source
 from lean_merge.mapping.structure import Decoder, Key, language_layout
 
 __all__ = [
@@ -210,18 +209,18 @@ def map_roles(
     mapped: dict[Key, LogicalWeight] = {}
     for key, place in found["base"].weights.items():
         theirs = {
-            role: faults.counterpart(role, found[role], key, place, scales=each.scales)
+            role: faults.counterpart(role, each, found[role], key, place)
             for role, each in whole.items()
         }
         present = {role: each for role, each in theirs.items() if each is not None}
-        if (fault := storage_fault(place, base.scales)) is not None:
+        if (fault := base.fault(place.tensor)) is not None:
             faults.add("base", key, fault)
         elif len(present) == len(theirs):
-            ours = stored_source(base, place)
+            ours = base.rows(place)
             mllm_rows, *experts_rows = (
-                adapters[role].rows(key, ours)
+                adapters[role].task_vector(key, ours)
                 if role in adapters
-                else stored_source(each, present[role])
+                else each.rows(present[role])
                 for role, each in others.items()
             )
             mapped[key] = LogicalWeight(

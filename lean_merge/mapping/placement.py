@@ -5,10 +5,11 @@ Storage fuses, stacks, interleaves and transposes; mathematics knows q, k, v, o,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lean_merge.checkpoints.header import TensorSpec
+from lean_merge.checkpoints.rows import Place, row_block
 
 QKV = "qkv_proj"
 GATE_UP = "gate_up_proj"
@@ -24,7 +25,7 @@ LEAVES = FUSED | frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """Numbers of query heads and of key/value heads, and the rows of one."""
+    """How many query heads and key/value heads there are, and how many rows each has."""
 
     queries: int
     pairs: int
@@ -34,64 +35,6 @@ class Heads:
     def rows(self) -> int:
         """Rows of q, k and v together."""
         return (self.queries + 2 * self.pairs) * self.size
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where one logical weight [out, in] lies in a stored tensor.
-
-    Attributes
-    ----------
-    tensor
-        That holds it.
-    shape
-        out, in.
-    first
-        Which of the tensor's numbers is the weight's first.
-    run, period
-        Row i of the weight begins `i // run * period + i % run` rows after its first. All rows lie
-        together where `run` is out.
-    width
-        0 where its rows are stored as rows. Else they are stored as columns, and this many numbers
-        lie from one to the next number of such a column.
-    """
-
-    tensor: TensorSpec
-    shape: tuple[int, int]
-    first: int
-    run: int
-    period: int
-    width: int = 0
-
-    @property
-    def is_block(self) -> bool:
-        """Whether it is one block of rows."""
-        return not self.width and self.run == self.shape[0]
-
-    @property
-    def extent(self) -> tuple[int, int]:
-        """(first, count) of the stored numbers from its first to its last."""
-        out, into = self.shape
-        if self.width:
-            return self.first, (into - 1) * self.width + out
-        last = (out - 1) // self.run * self.period + (out - 1) % self.run
-        return self.first, (last + 1) * into
-
-    def spans(self, rows: slice) -> Iterator[tuple[int, int]]:
-        """(first, count) of the stored numbers of `rows`.
-
-        In order they fill [t, in], or [in, t] where the rows are stored as columns.
-        """
-        if self.width:
-            for column in range(self.shape[1]):
-                yield self.first + column * self.width + rows.start, rows.stop - rows.start
-            return
-        at = rows.start
-        while at < rows.stop:
-            stop = min(rows.stop, (at // self.run + 1) * self.run)
-            row = at // self.run * self.period + at % self.run
-            yield self.first + row * self.shape[1], (stop - at) * self.shape[1]
-            at = stop
 
 
 def canonical(rest: str) -> str:
@@ -108,35 +51,29 @@ def places(rest: str, tensor: TensorSpec, heads: Sequence[Heads]) -> dict[str, P
     rest
         The tensor's canonical name in its layer, without ".weight".
     tensor
-        Of two dimensions.
+        A matrix.
     heads
         What configurations say of the heads; the first that fits splits q, k and v. What cannot be
         split is one weight.
     """
     parent, _, leaf = rest.rpartition(".")
-    rows, width = tensor.shape
-
-    def block(name: str, start: int, count: int) -> tuple[str, Place]:
-        at = f"{parent}.{name}" if parent else name
-        return at, Place(tensor, (count, width), start * width, count, count)
-
+    stem = f"{parent}." if parent else ""
+    rows = tensor.shape[0]
+    parts = {leaf: rows}
     if leaf == GATE_UP and rows % 2 == 0:
-        half = rows // 2
-        return dict([block("gate_proj", 0, half), block("up_proj", half, half)])
+        parts = {"gate_proj": rows // 2, "up_proj": rows // 2}
     if leaf in (QKV, INTERLEAVED_QKV):
         fitting = next((each for each in heads if each.rows == rows), None)
         if fitting is not None and leaf == INTERLEAVED_QKV:
             return _interleaved(parent, tensor, fitting)
         if fitting is not None:
             queries, pairs = fitting.queries * fitting.size, fitting.pairs * fitting.size
-            return dict(
-                [
-                    block("q_proj", 0, queries),
-                    block("k_proj", queries, pairs),
-                    block("v_proj", queries + pairs, pairs),
-                ]
-            )
-    return dict([block(leaf, 0, rows)])
+            parts = {"q_proj": queries, "k_proj": pairs, "v_proj": pairs}
+    found, start = {}, 0
+    for part, count in parts.items():
+        found[f"{stem}{part}"] = row_block(tensor, start, count)
+        start += count
+    return found
 
 
 def _interleaved(parent: str, tensor: TensorSpec, heads: Heads) -> dict[str, Place]:

@@ -14,12 +14,12 @@ from functools import cached_property
 
 from lean_merge.checkpoints.checkpoint import Checkpoint
 from lean_merge.checkpoints.header import TensorSpec
+from lean_merge.checkpoints.rows import Place
 from lean_merge.errors import CoverageError
 from lean_merge.mapping.placement import (
     EXPERTS,
     LEAVES,
     Heads,
-    Place,
     canonical,
     places,
     stack_places,

@@ -15,10 +15,11 @@ from lean_merge.checkpoints import (
     Checkpoint,
     TensorReader,
     TensorSpec,
+    WeightSource,
     safetensors_dtype,
     torch_dtype,
 )
-from lean_merge.mapping import LogicalWeight, MappedWeight, WeightSource
+from lean_merge.mapping import LogicalWeight, MappedWeight
 from lean_merge.methods import Decision, Method
 from lean_merge.recipe import MergeRecipe
 from lean_merge.store import Difference, OutputFolder, OutputTensor, Shard, WriteBytes
@@ -132,9 +133,9 @@ class Output(abc.ABC):
         for name, spec in self.mllm.tensors.items():
             dtype, size = spec.dtype, spec.nbytes
             chosen: torch.dtype | None = None
-            if wanted != "auto" and (name in in_scope or name in self.mllm.scales):
+            if wanted != "auto" and (name in in_scope or name in self.mllm.encodings):
                 chosen = dtype_named(wanted)
-            elif name in self.mllm.scales:
+            elif name in self.mllm.encodings:
                 chosen = DECODED_DTYPE
             if chosen is not None:
                 dtype = safetensors_dtype(chosen)

@@ -210,7 +210,7 @@ class CheckpointOutput(Output):
             self.mllm.path,
             folder,
             out_dtype=None if wanted == "auto" else wanted,
-            decoded=safetensors_dtype(DECODED_DTYPE) if self.mllm.scales else None,
+            decoded=safetensors_dtype(DECODED_DTYPE) if self.mllm.encodings else None,
         )
         card = model_card(**card_facts(self), summary=_summary(outcome.report["counts"]))
         folder.write_file("README.md", card.encode())

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from lean_merge.checkpoints.dtypes import safetensors_dtype
-from lean_merge.checkpoints.hub import split_hub_id
 from lean_merge.checkpoints.reader import as_bytes
 from lean_merge.errors import DataError, OutputError
 from lean_merge.store.blocks import Block
@@ -206,13 +205,14 @@ def adapter_config(modules: Sequence[AdapterModule], *, base_model: str) -> dict
     know one alpha only. `r` is the largest rank; the patterns name the modules below it. What
     follows the @ of a hub id has a key of its own: loaders take the rest for a repository's name.
     """
-    hub_id = None if Path(base_model).expanduser().exists() else split_hub_id(base_model)
-    name, revision = hub_id or (base_model, None)
+    name, revision = base_model, ""
+    if not Path(base_model).expanduser().exists():
+        name, _, revision = base_model.partition("@")
     largest = max(module.rank for module in modules)
     smaller = {module.name: module.rank for module in modules if module.rank < largest}
     return {
         "base_model_name_or_path": name,
-        "revision": revision,
+        "revision": revision or None,
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "inference_mode": True,

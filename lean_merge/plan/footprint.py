@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lean_merge.checkpoints import common_dtype, torch_dtype
-from lean_merge.mapping import LogicalWeight, WeightSource
+from lean_merge.checkpoints import WeightSource, common_dtype, torch_dtype
+from lean_merge.mapping import LogicalWeight
 from lean_merge.methods import AnalysisCost
 from lean_merge.outputs import Output
 from lean_merge.plan import budget

@@ -18,7 +18,6 @@ from lean_merge.errors import CoverageError
 from lean_merge.mapping import (
     Coverage,
     MappedWeight,
-    decoded_matrices,
     map_roles,
 )
 from lean_merge.methods import Method
@@ -264,8 +263,8 @@ def _decoding_bytes(mllm: Checkpoint, workers: int) -> int:
     Each worker has a strip as it is stored, in float32 and rounded; at most eight's scales wait.
     """
     strip = kept = 0
-    for name in mllm.scales:
-        matrices = decoded_matrices(mllm, mllm.tensors[name])
+    for name in mllm.encodings:
+        matrices = mllm.decoded(mllm.tensors[name])
         kept = max(kept, sum(source.held for source in matrices))
         for source in matrices[:1]:
             out_features, in_features = source.shape
@@ -322,7 +321,7 @@ def _tasks(
             )
         elif output.writes_rows:
             spec = output.mllm.tensors[name]
-            decoded = decoded_matrices(output.mllm, spec)
+            decoded = output.mllm.decoded(spec)
             tasks.append(CopyTask(index, output.tensors[name], spec, decoded))
     return tuple(tasks)
 

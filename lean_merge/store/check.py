@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lean_merge.checkpoints.checkpoint import INDEX
 from lean_merge.checkpoints.header import TensorSpec, read_header
 from lean_merge.checkpoints.identity import header_digest
-from lean_merge.checkpoints.weightfiles import read_index
+from lean_merge.checkpoints.weightfiles import INDEX, read_index
 from lean_merge.errors import CheckpointError
 from lean_merge.store.digest import range_digest
 from lean_merge.store.journal import JOURNAL, Journal, commit_mark, read_journal

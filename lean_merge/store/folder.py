@@ -14,8 +14,8 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Protocol
 
-from lean_merge.checkpoints.checkpoint import INDEX, SINGLE
 from lean_merge.checkpoints.descriptors import DescriptorPool
+from lean_merge.checkpoints.weightfiles import INDEX, SINGLE
 from lean_merge.errors import LeanMergeError, OutputError
 from lean_merge.store.blocks import BLOCKS, BlockStore, intact_groups
 from lean_merge.store.digest import RangeDigests, range_digest

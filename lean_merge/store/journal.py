@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lean_merge.checkpoints.checkpoint import INDEX
+from lean_merge.checkpoints.weightfiles import INDEX
 from lean_merge.store.layout import Shard
 from lean_merge.store.storage import open_own, sync_data, write_all
 

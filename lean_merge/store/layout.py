@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from lean_merge.checkpoints.checkpoint import SINGLE
 from lean_merge.checkpoints.dtypes import LAYOUT_RANK, tensor_nbytes
 from lean_merge.checkpoints.header import MAX_HEADER
+from lean_merge.checkpoints.weightfiles import SINGLE
 from lean_merge.errors import OutputError
 
 

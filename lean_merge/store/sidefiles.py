@@ -11,7 +11,6 @@ from typing import Any
 
 from lean_merge.checkpoints.checkpoint import Checkpoint
 from lean_merge.checkpoints.dtypes import torch_dtype
-from lean_merge.checkpoints.hub import split_hub_id
 from lean_merge.checkpoints.jsonfile import read_object
 from lean_merge.checkpoints.safepaths import checked_file
 from lean_merge.errors import CheckpointError, is_plain
@@ -71,7 +70,7 @@ def missing_from_cache(mllm: Checkpoint) -> list[str]:
     So it is after loading a model alone, and a snapshot with all its weights is used without asking
     the hub for what else there is.
     """
-    if split_hub_id(mllm.source) is None or Path(mllm.source).expanduser().exists():
+    if mllm.origin is None:
         return []
     if any(_TOKENIZERS.fullmatch(file.name) for file in side_files(mllm.path)):
         return []

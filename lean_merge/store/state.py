@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lean_merge.checkpoints.checkpoint import INDEX
+from lean_merge.checkpoints.weightfiles import INDEX
 from lean_merge.errors import OutputError
 from lean_merge.store.journal import JOURNAL, Journal, read_journal
 

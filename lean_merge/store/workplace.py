@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lean_merge.checkpoints.checkpoint import INDEX
+from lean_merge.checkpoints.weightfiles import INDEX
 from lean_merge.errors import OutputError
 from lean_merge.store.blocks import BLOCKS
 from lean_merge.store.journal import JOURNAL, Journal, commit_mark, start_record

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lean_merge.checkpoints import TensorSpec
-from lean_merge.mapping import LogicalWeight, MappedWeight, WeightSource
+from lean_merge.checkpoints import TensorSpec, WeightSource
+from lean_merge.mapping import LogicalWeight, MappedWeight
 from lean_merge.methods import Method
 from lean_merge.store import OutputTensor
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from lean_merge import open_checkpoint
 from lean_merge import plan as make_plan
 from lean_merge.checkpoints import ITEM_BITS, TensorReader, as_bytes, torch_dtype
-from lean_merge.checkpoints.picklefile import read_pickle_header
+from lean_merge.checkpoints.forms.pytorch import read_pickle_header
 from lean_merge.errors import CheckpointError, is_plain
 
 INDEX = "pytorch_model.bin.index.json"

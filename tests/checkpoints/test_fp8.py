@@ -20,14 +20,11 @@ from support.fp8 import CONFIGS, block_of, expand, quantise, to_fp8
 from torch import Tensor
 
 from lean_merge import Resources, open_checkpoint, stream, verify
-from lean_merge.checkpoints import TensorReader, TensorSpec, read_header
-from lean_merge.checkpoints.quantised import Scale
+from lean_merge.checkpoints import Place, TensorReader, TensorSpec, WeightSource, read_header
+from lean_merge.checkpoints.forms.fp8 import Scale, ScaledRows
+from lean_merge.checkpoints.forms.lora import LoraRows
+from lean_merge.checkpoints.rows import StoredRows, row_block
 from lean_merge.errors import CheckpointError, CoverageError, DataError, LeanMergeError
-from lean_merge.mapping import WeightSource, decoded_matrices
-from lean_merge.mapping.lorarows import LoraRows
-from lean_merge.mapping.placement import Place
-from lean_merge.mapping.rows import PlainRows
-from lean_merge.mapping.scaledrows import ScaledRows
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 Family = Callable[..., Triple]
@@ -135,8 +132,8 @@ def test_any_rows_of_a_product_of_factors_are_formed(tmp_path: Path, data: st.Da
     save_file({"a": a, "b": b}, file)
     specs = read_header(file)[0]
     first = data.draw(st.integers(0, rows - 1))
-    left = PlainRows(specs["b"], first, rows - first)
-    source = LoraRows(left, PlainRows(specs["a"], 0, rank), 1.7)
+    left = StoredRows(row_block(specs["b"], first, rows - first))
+    source = LoraRows(left, StoredRows(row_block(specs["a"])), 1.7)
     start = data.draw(st.integers(0, rows - first - 1))
     part = slice(start, data.draw(st.integers(start + 1, rows - first)))
     wanted = 1.7 * b.double() @ a.double()
@@ -152,7 +149,7 @@ def test_scales_may_be_powers_of_two_in_eight_bits(tmp_path: Path):
     config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [2, 3]}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     checkpoint = open_checkpoint(tmp_path)
-    (source,) = decoded_matrices(checkpoint, checkpoint.tensors["w.weight"])
+    (source,) = checkpoint.decoded(checkpoint.tensors["w.weight"])
     wanted = (numbers.double() * expand(scale, (2, 3), (4, 6))).float()
     assert torch.equal(read_rows(source, slice(0, 4)), wanted)
 
@@ -161,7 +158,7 @@ def test_plain_rows_are_read_as_they_are(tmp_path: Path):
     values = torch.randn(9, 4).half()
     save_file({"w": values}, tmp_path / "x.safetensors")
     spec: TensorSpec = read_header(tmp_path / "x.safetensors")[0]["w"]
-    assert torch.equal(read_rows(PlainRows(spec, 2, 5), slice(1, 4)), values[3:6])
+    assert torch.equal(read_rows(StoredRows(row_block(spec, 2, 5)), slice(1, 4)), values[3:6])
 
 
 # --- whole merges ---------------------------------------------------------------------------
@@ -473,8 +470,9 @@ def test_a_result_beyond_the_output_dtype_is_refused(roles: Triple, tmp_path: Pa
 def test_scales_are_no_tensors_of_the_model(roles: Triple):
     checkpoint = open_checkpoint(roles.mllm)
     assert not [name for name in checkpoint.tensors if "scale" in name]
-    assert checkpoint.scales[Q_PROJ].block == block_of("block", (96, 64))
-    (source,) = decoded_matrices(checkpoint, checkpoint.tensors[Q_PROJ])
+    scale = checkpoint.encodings[Q_PROJ]
+    assert isinstance(scale, Scale) and scale.block == block_of("block", (96, 64))
+    (source,) = checkpoint.decoded(checkpoint.tensors[Q_PROJ])
     assert source.dtype == "F32"
 
 

@@ -22,7 +22,7 @@ from support.families import SMALL, contents, write_triple
 
 from lean_merge import MergeRecipe, Resources, merge, open_checkpoint, plan
 from lean_merge.checkpoints import downloads_shown, open_expert
-from lean_merge.checkpoints.hub import needed_files
+from lean_merge.checkpoints.forms.hub import needed_files
 from lean_merge.errors import CheckpointError
 
 SHAPES = {"b": (2, 3), "a": (4,), "c": (), "d": (0, 5)}

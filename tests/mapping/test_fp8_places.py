@@ -19,12 +19,10 @@ from test_storage import COLUMNS, CONFIG, EACH, FUSED, INTERN, ROWS, many_tiles,
 from torch import Tensor
 
 from lean_merge import MergeRecipe, open_checkpoint
-from lean_merge.checkpoints import read_header
-from lean_merge.checkpoints.quantised import Scale
+from lean_merge.checkpoints import Place, read_header
+from lean_merge.checkpoints.forms.fp8 import Scale, ScaledRows
 from lean_merge.mapping import map_roles
-from lean_merge.mapping.placement import Place, stack_places
-from lean_merge.mapping.scaledrows import ScaledRows
-from lean_merge.mapping.sources import stored_source
+from lean_merge.mapping.placement import stack_places
 from lean_merge.outputs import Request
 from lean_merge.outputs.checkpoint import CheckpointOutput
 from lean_merge.plan import footprint
@@ -185,8 +183,10 @@ def test_the_codes_of_whole_tiles_are_counted_where_rows_are_columns(tmp_path: P
         rows = min(out, 16 if columns else 8 * 64 // into // 4 * 4)
         assert layout.shape(weight).scratch == 3 * rows * into, weight.canonical
         # The scales are read ahead with the numbers.
-        scale = mllm.scales[weight.place.tensor.name].tensor
-        assert {each.name for each in weight.mllm.extents} == {weight.mllm.name, scale.name}
+        scale = mllm.encodings[weight.place.tensor.name]
+        assert isinstance(scale, Scale)
+        names = {each.name for each in weight.mllm.extents}
+        assert names == {weight.mllm.name, scale.tensor.name}
         seen.add(columns)
     assert seen == {True, False}
 
@@ -211,7 +211,7 @@ def test_a_factor_of_other_columns_does_not_count(tmp_path: Path):
     values = {}
     for of_leaf in found.values():
         for name, place in of_leaf.items():
-            source = stored_source(checkpoint, place)
+            source = checkpoint.rows(place)
             values[name] = read_rows(source, slice(0, place.shape[0]))[:, 0].tolist()
     assert values == {
         "0.gate_proj": [1, 2, 3, 4, 5, 6],

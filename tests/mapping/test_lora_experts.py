@@ -35,7 +35,7 @@ from torch import Tensor
 from lean_merge import Expert, MergeRecipe, Resources, merge, open_checkpoint
 from lean_merge import plan as make_plan
 from lean_merge.checkpoints import open_expert
-from lean_merge.checkpoints.adapters import module_pattern
+from lean_merge.checkpoints.forms.lora import module_pattern
 from lean_merge.errors import CheckpointError, CoverageError, LeanMergeError
 
 Family = Callable[..., Triple]

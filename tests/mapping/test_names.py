@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from support.checkpoint_files import decoder_shapes, save_checkpoint, tower_shapes
 
 from lean_merge.checkpoints import Checkpoint, open_checkpoint
+from lean_merge.checkpoints.rows import row_block
 from lean_merge.errors import CoverageError
 from lean_merge.mapping import language_layout, map_roles
 
@@ -102,7 +103,7 @@ def test_every_family_is_mapped_whole(
             f"model.{whole.canonical}.weight"
         }
         assert len(whole.experts) == experts
-        assert whole.place.is_block and whole.place.shape == weight.mllm.shape
+        assert whole.place == row_block(weight.mllm)
     places = [list(mllm.tensors).index(weight.mllm.name) for weight in coverage.weights]
     assert places == sorted(places)
 
@@ -208,7 +209,7 @@ def test_fused_weights_are_split_by_the_config(saved: Any):
     assert rows["layers.1.self_attn.v_proj"] == (48, 16)
     assert rows["layers.1.mlp.gate_proj"] == (0, 48)
     assert rows["layers.1.mlp.up_proj"] == (48, 48)
-    assert all(each.is_block for each in places.values())
+    assert all(each.run == each.shape[0] and not each.width for each in places.values())
     assert coverage.warnings == ()
 
 

@@ -22,10 +22,10 @@ from test_adapter import updates
 from lean_merge import RecipeError, open_checkpoint
 from lean_merge.checkpoints import TensorReader
 from lean_merge.checkpoints.header import TensorSpec
+from lean_merge.checkpoints.rows import Place
 from lean_merge.engine import taskvectors, update
 from lean_merge.mapping import map_roles
-from lean_merge.mapping.placement import Heads, Place, places, stack_places
-from lean_merge.mapping.rows import source
+from lean_merge.mapping.placement import Heads, places, stack_places
 from lean_merge.tasks import tiles
 
 ONE = (0,)
@@ -242,7 +242,7 @@ def test_rows_stored_as_columns_are_read_without_what_lies_between(tmp_path: Pat
         for weight in mapped.slices:
             where: Where = COLUMNS.weights()[weight.canonical]
             with TensorReader() as reader:
-                read = source(weight.place).read(
+                read = mllm.rows(weight.place).read(
                     slice(3, 11),
                     reader,
                     lambda _, shape, dtype: torch.empty(shape, dtype=dtype),

@@ -236,8 +236,8 @@ def test_products_of_any_shape_and_strip_are_exact(
     seed: int,
 ):
     from lean_merge.checkpoints import TensorReader, open_checkpoint
+    from lean_merge.checkpoints.rows import StoredRows, row_block
     from lean_merge.engine import worker_pool
-    from lean_merge.mapping.rows import PlainRows
     from lean_merge.studies.compare.distances import products
 
     folder = tmp_path_factory.mktemp("weights")
@@ -245,7 +245,7 @@ def test_products_of_any_shape_and_strip_are_exact(
     tensors = {n: torch.randn(rows, columns, generator=generator).to(dtype) for n in "ab"}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     specs = open_checkpoint(folder).tensors
-    sources = {name: PlainRows(specs[name], 0, rows) for name in "ab"}
+    sources = {name: StoredRows(row_block(specs[name], 0, rows)) for name in "ab"}
     with monkeypatch.context() as patch, TensorReader() as reader, worker_pool(1) as workers:
         patch.setattr(tiles, "READ_ELEMENTS", strip)
         found = workers.map(lambda each: products(each, reader, workers), [sources])[0]

@@ -10,9 +10,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from lean_merge.checkpoints import TensorReader, torch_dtype
+from lean_merge.checkpoints import TensorReader, WeightSource, torch_dtype
 from lean_merge.engine import Workers
-from lean_merge.mapping import WeightSource
 from lean_merge.tasks import tiles
 
 UNRELATED_QUANTILE = 2.5758

@@ -9,12 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from lean_merge import memory
-from lean_merge.checkpoints import FLOATING, Checkpoint, TensorReader, open_checkpoint, open_expert
+from lean_merge.checkpoints import (
+    FLOATING,
+    Checkpoint,
+    TensorReader,
+    WeightSource,
+    open_checkpoint,
+    open_expert,
+)
 from lean_merge.engine import worker_pool
-from lean_merge.mapping import WeightSource
-from lean_merge.mapping.gate import storage_fault, title
+from lean_merge.mapping.gate import title
 from lean_merge.mapping.renaming import renamed
-from lean_merge.mapping.sources import stored_source
 from lean_merge.mapping.structure import Key
 from lean_merge.plan import budget
 from lean_merge.plan.resources import Resources, limits_of, processors
@@ -156,8 +161,8 @@ def _weights(
                 continue
             shapes[role] = place.shape
             checkpoint = checkpoints[role]
-            if storage_fault(place, checkpoint.scales) is None and 0 not in place.shape:
-                source = stored_source(checkpoint, place)
+            if checkpoint.fault(place.tensor) is None and 0 not in place.shape:
+                source = checkpoint.rows(place)
                 if source.dtype in FLOATING:
                     sources[role] = source
         result.append(SharedWeight(key, shapes, sources))

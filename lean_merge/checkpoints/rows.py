@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -14,10 +14,72 @@ from torch import Tensor
 from lean_merge.checkpoints.dtypes import torch_dtype
 from lean_merge.checkpoints.header import TensorSpec
 from lean_merge.checkpoints.reader import TensorReader, as_bytes
-from lean_merge.mapping.placement import Place
 
 Buffer = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
 """Gives the calling thread's reused buffer of a name as an uninitialised tensor on the CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one logical weight [out, in] lies in a stored tensor.
+
+    Attributes
+    ----------
+    tensor
+        The stored tensor.
+    shape
+        The weight's out and in.
+    first
+        Index of the weight's first number in the flattened tensor.
+    run, period
+        Row i of the weight begins `i // run * period + i % run` rows after its first. All rows lie
+        together where `run` is out.
+    width
+        0 where its rows are stored as rows. Else they are stored as columns, and this many numbers
+        lie from one to the next number of such a column.
+    """
+
+    tensor: TensorSpec
+    shape: tuple[int, int]
+    first: int
+    run: int
+    period: int
+    width: int = 0
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """(first, count) of the stored numbers from the weight's first to its last."""
+        out, into = self.shape
+        if self.width:
+            return self.first, (into - 1) * self.width + out
+        last = (out - 1) // self.run * self.period + (out - 1) % self.run
+        return self.first, (last + 1) * into
+
+    def spans(self, rows: slice) -> Iterator[tuple[int, int]]:
+        """(first, count) of the stored numbers of `rows`.
+
+        In order they fill [t, in], or [in, t] where the rows are stored as columns.
+        """
+        if self.width:
+            for column in range(self.shape[1]):
+                yield self.first + column * self.width + rows.start, rows.stop - rows.start
+            return
+        at = rows.start
+        while at < rows.stop:
+            stop = min(rows.stop, (at // self.run + 1) * self.run)
+            row = at // self.run * self.period + at % self.run
+            yield self.first + row * self.shape[1], (stop - at) * self.shape[1]
+            at = stop
+
+
+def row_block(tensor: TensorSpec, start: int = 0, count: int | None = None) -> Place:
+    """The place of `count` rows of a matrix that lie together; all its rows if not said otherwise.
+
+    A tensor of more dimensions is one matrix: the rows of its first member, of its second, ...
+    """
+    width = tensor.shape[-1]
+    count = tensor.shape[0] if count is None else count
+    return Place(tensor, (count, width), start * width, count, count)
 
 
 class WeightSource(abc.ABC):
@@ -48,17 +110,17 @@ class WeightSource(abc.ABC):
     @property
     @abc.abstractmethod
     def name(self) -> str:
-        """Of the stored tensor, for messages."""
+        """The stored tensor's name, for messages."""
 
     @property
     @abc.abstractmethod
     def file(self) -> Path:
-        """That holds it, for messages."""
+        """The stored tensor's file, for messages."""
 
     @property
     @abc.abstractmethod
     def shape(self) -> tuple[int, int]:
-        """out, in of the logical weight."""
+        """The logical weight's out and in."""
 
     @property
     @abc.abstractmethod
@@ -68,7 +130,7 @@ class WeightSource(abc.ABC):
     @property
     @abc.abstractmethod
     def stored(self) -> tuple[TensorSpec, ...]:
-        """The tensors that `read` reads of, to be fetched ahead."""
+        """The tensors that `load` and `read` read, to be fetched ahead."""
 
     @property
     def loaded(self) -> int:
@@ -86,7 +148,7 @@ class WeightSource(abc.ABC):
         Raises
         ------
         CheckpointError, DataError
-            As `read`.
+            The same as `read`.
         """
         del reader
         return self
@@ -114,129 +176,58 @@ class WeightSource(abc.ABC):
 
 
 @dataclass(frozen=True, slots=True)
-class PlainRows(WeightSource):
-    """Rows [first, first + count) of a stored matrix, as they are.
-
-    A tensor of more dimensions is one matrix: the rows of its first member, of its second, ...
-    """
-
-    tensor: TensorSpec
-    first: int
-    count: int
-
-    @property
-    def name(self) -> str:
-        """Of the stored tensor."""
-        return self.tensor.name
-
-    @property
-    def file(self) -> Path:
-        """Of the stored tensor."""
-        return self.tensor.file
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """out, in of the logical weight."""
-        return self.count, self.tensor.shape[-1]
-
-    @property
-    def dtype(self) -> str:
-        """Of the stored tensor."""
-        return self.tensor.dtype
-
-    @property
-    def stored(self) -> tuple[TensorSpec, ...]:
-        """The stored tensor."""
-        return (self.tensor,)
-
-    @property
-    def extents(self) -> tuple[TensorSpec, ...]:
-        """Its rows."""
-        width = self.tensor.shape[-1]
-        return (_extent(self.tensor, self.first * width, self.count * width),)
-
-    def nbytes(self, rows: slice) -> int:
-        """The bytes of the rows."""
-        return len(range(rows.start, rows.stop)) * self._row_bytes
-
-    @property
-    def _row_bytes(self) -> int:
-        return self.tensor.shape[-1] * torch_dtype(self.tensor.dtype).itemsize
-
-    def read(self, rows: slice, reader: TensorReader, buffer: Buffer, name: str) -> Tensor:
-        """The rows as they are stored."""
-        shape = (rows.stop - rows.start, self.tensor.shape[-1])
-        out = buffer(name, shape, torch_dtype(self.tensor.dtype))
-        reader.read_into(self.tensor, (self.first + rows.start) * self._row_bytes, as_bytes(out))
-        return out
-
-
-@dataclass(frozen=True, slots=True)
-class PlacedRows(WeightSource):
-    """Rows that lie apart in a stored tensor, or that are stored as columns."""
+class StoredRows(WeightSource):
+    """Rows as they are stored, in one block or spread over their tensor."""
 
     place: Place
 
     @property
     def name(self) -> str:
-        """Of the stored tensor."""
         return self.place.tensor.name
 
     @property
     def file(self) -> Path:
-        """Of the stored tensor."""
         return self.place.tensor.file
 
     @property
     def shape(self) -> tuple[int, int]:
-        """out, in of the logical weight."""
         return self.place.shape
 
     @property
     def dtype(self) -> str:
-        """Of the stored tensor."""
         return self.place.tensor.dtype
 
     @property
     def stored(self) -> tuple[TensorSpec, ...]:
-        """The stored tensor."""
         return (self.place.tensor,)
 
     @property
     def in_columns(self) -> bool:
-        """As its place says."""
         return bool(self.place.width)
 
     @property
     def extents(self) -> tuple[TensorSpec, ...]:
-        """From its first number to its last."""
-        return (_extent(self.place.tensor, *self.place.extent),)
+        tensor, (first, count) = self.place.tensor, self.place.extent
+        item = torch_dtype(tensor.dtype).itemsize
+        offset, nbytes = tensor.offset + first * item, count * item
+        return (replace(tensor, shape=(count,), offset=offset, nbytes=nbytes),)
 
     def nbytes(self, rows: slice) -> int:
         """The bytes of the rows: what lies between them is not read."""
-        item = torch_dtype(self.dtype).itemsize
-        return len(range(rows.start, rows.stop)) * self.shape[1] * item
+        item = torch_dtype(self.place.tensor.dtype).itemsize
+        return int(rows.stop - rows.start) * self.shape[1] * item
 
     def read(self, rows: slice, reader: TensorReader, buffer: Buffer, name: str) -> Tensor:
         """The rows; a transposed view where they are stored as columns."""
+        out = self._fill(rows, reader, buffer, name)
+        return out.T if self.in_columns else out
+
+    def _fill(self, rows: slice, reader: TensorReader, buffer: Buffer, name: str) -> Tensor:
+        """The stored numbers of `rows` in a buffer: [t, in], or [in, t] of columns."""
         count, width = rows.stop - rows.start, self.shape[1]
-        dtype = torch_dtype(self.dtype)
-        columns = bool(self.place.width)
-        out = buffer(name, (width, count) if columns else (count, width), dtype)
+        dtype = torch_dtype(self.place.tensor.dtype)
+        out = buffer(name, (width, count) if self.in_columns else (count, width), dtype)
         item = dtype.itemsize
         spans = [(first * item, length * item) for first, length in self.place.spans(rows)]
         reader.read_spans(self.place.tensor, spans, as_bytes(out))
-        return out.T if columns else out
-
-
-def _extent(tensor: TensorSpec, first: int, count: int) -> TensorSpec:
-    """`count` numbers of a tensor as if they were one."""
-    item = torch_dtype(tensor.dtype).itemsize
-    return replace(tensor, shape=(count,), offset=tensor.offset + first * item, nbytes=count * item)
-
-
-def source(place: Place) -> WeightSource:
-    """How the rows of a logical weight are had, given where it lies."""
-    if place.is_block:
-        return PlainRows(place.tensor, place.first // place.shape[1], place.shape[0])
-    return PlacedRows(place)
+        return out

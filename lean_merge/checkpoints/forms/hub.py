@@ -7,11 +7,16 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 
-from lean_merge.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_FILES
-from lean_merge.checkpoints.weightfiles import WEIGHT_FORMS, has_all_weights, read_index
+from lean_merge.checkpoints import downloads
+from lean_merge.checkpoints.forms import Form, Origin, weight_names
+from lean_merge.checkpoints.weightfiles import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILES,
+    find_weights,
+    read_index,
+)
 from lean_merge.errors import CheckpointError
 
 _HUB_ID = re.compile(
@@ -25,73 +30,36 @@ _BESIDE = re.compile(
 )
 _INDEX = re.compile(r".+\.index(\.[^.]+)?\.json")
 _TEMPLATES = "additional_chat_templates/"
-# One of these is in every snapshot that is of use.
-_ANCHORS = (
-    "config.json",
-    ADAPTER_CONFIG,
-    *(name for form in WEIGHT_FORMS for name in (form.index, form.single)),
-)
 
 
-_SHOWN = ContextVar("downloads are shown", default=True)
+class Hub(Form):
+    """Addresses of the Hugging Face hub: org/name or org/name@revision."""
+
+    def fetch(self, source: str) -> Origin | None:
+        """A repository's snapshot, downloading what the cache lacks.
+
+        A cached snapshot with all its weights is used as it is, without asking the network. Else
+        the repository is listed, and of it are fetched the weights in one form (safetensors if
+        there are any, else another), and the small files beside them; progress is shown on
+        standard error.
+
+        Raises
+        ------
+        CheckpointError
+            The repository or revision is absent, gated, without weights, or cannot be reached.
+        """
+        match = _HUB_ID.fullmatch(source)
+        if match is None:
+            return None
+        repo, revision = match["repo"], match["revision"]
+        folder = _snapshot(source, repo, revision)
+        return Origin(folder, repo, revision)
 
 
-@contextmanager
-def downloads_shown(shown: bool) -> Iterator[None]:
-    """Whether downloads inside the block show their progress on standard error."""
-    token = _SHOWN.set(shown)
-    try:
-        yield
-    finally:
-        _SHOWN.reset(token)
+FORM = Hub()
 
 
-@contextmanager
-def _progress_bars() -> Iterator[None]:
-    """The client's progress bars as `downloads_shown` wants them; what was set is restored."""
-    from huggingface_hub.utils import (  # type: ignore[attr-defined]
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
-
-    if _SHOWN.get() or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
-
-
-def split_hub_id(source: str) -> tuple[str, str | None] | None:
-    """(org/name, revision or None) of a hub id, None for anything else."""
-    match = _HUB_ID.fullmatch(source)
-    return None if match is None else (match["repo"], match["revision"])
-
-
-def snapshot(source: str) -> Path:
-    """The local folder of a hub repository's snapshot, downloading what the cache lacks.
-
-    A cached snapshot with all its weights is used as it is, without asking the network. Else the
-    repository is listed, and of it are fetched the weights in one form (safetensors if there are
-    any, else PyTorch's), and the small files beside them; progress is shown on standard error.
-
-    Parameters
-    ----------
-    source
-        org/name or org/name@revision.
-
-    Raises
-    ------
-    CheckpointError
-        The repository or revision is absent, gated, without weights, or cannot be reached.
-    """
-    parts = split_hub_id(source)
-    if parts is None:
-        raise CheckpointError(f"{source}: is no hub id; write one like org/name@revision.")
-    repo, revision = parts
+def _snapshot(source: str, repo: str, revision: str | None) -> Path:
     cached = _cached(source, repo, revision)
     if cached is not None and _is_complete(cached):
         return cached
@@ -110,9 +78,33 @@ def snapshot(source: str) -> Path:
         raise _explain(source, error) from error
 
 
+@contextmanager
+def _progress_bars() -> Iterator[None]:
+    """Sets the client's progress bars as `downloads_shown` says, for the time of the block."""
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if downloads.are_shown() or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
 def _is_complete(folder: Path) -> bool:
-    adapter = any((folder / name).exists() for name in ADAPTER_FILES)
-    return has_all_weights(folder) or (adapter and (folder / ADAPTER_CONFIG).exists())
+    """Whether a snapshot holds all the weight files that it should, by name only."""
+    if (folder / ADAPTER_CONFIG).exists() and any((folder / n).exists() for n in ADAPTER_FILES):
+        return True
+    try:
+        return all(file.exists() for file in find_weights(folder, weight_names()).files)
+    except CheckpointError:
+        return False
 
 
 def _cached(source: str, repo: str, revision: str | None) -> Path | None:
@@ -121,13 +113,20 @@ def _cached(source: str, repo: str, revision: str | None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        for name in _ANCHORS:
+        for name in _anchors():
             file = try_to_load_from_cache(repo, name, revision=revision)
             if isinstance(file, str):
                 return Path(file).parent
     except Exception as error:
         raise _explain(source, error) from error
     return None
+
+
+def _anchors() -> Iterator[str]:
+    """Names of which one is in every snapshot that is of use."""
+    yield from ("config.json", ADAPTER_CONFIG)
+    for form in weight_names():
+        yield from (form.index, form.single)
 
 
 def _download(source: str, repo: str, revision: str | None) -> Path:
@@ -187,7 +186,7 @@ def needed_files(
 
 def _weights(names: Sequence[str], read_weight_map: Callable[[str], dict[str, str]]) -> list[str]:
     top = [name for name in names if "/" not in name]
-    for form in WEIGHT_FORMS:
+    for form in weight_names():
         if form.index in top:
             return [form.index, *sorted(set(read_weight_map(form.index).values()))]
         if form.single in top:
@@ -196,7 +195,7 @@ def _weights(names: Sequence[str], read_weight_map: Callable[[str], dict[str, st
         if numbered:
             return numbered
         others = [n for n in top if n.endswith(form.suffix) and "adapter" not in n]
-        if len(others) == 1 and not form.only_numbered:
+        if len(others) == 1 and not form.only_these:
             return others
         adapters = [name for name in ADAPTER_FILES if name in top and name.endswith(form.suffix)]
         if adapters:

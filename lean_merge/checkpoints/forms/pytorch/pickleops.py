@@ -30,13 +30,13 @@ class PickledTensor:
     dtype
         Its safetensors dtype.
     shape, stride
-        In elements.
+        Lengths and steps in elements.
     offset
-        Of its first element in the storage, in elements.
+        Index of its first element in the storage.
     key
-        Of the archive's entry that holds the storage.
+        The name of the archive's entry that holds the storage.
     storage_dtype, storage_items
-        Of the storage.
+        The storage's safetensors dtype, and its length in elements.
     """
 
     dtype: str

@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from lean_merge.checkpoints.dtypes import ITEM_BITS
+from lean_merge.checkpoints.forms import Form
+from lean_merge.checkpoints.forms.pytorch.pickleops import PickledTensor, PickleError, follow
 from lean_merge.checkpoints.header import TensorSpec, name_fault
-from lean_merge.checkpoints.pickleops import PickledTensor, PickleError, follow
+from lean_merge.checkpoints.weightfiles import WeightNames
 from lean_merge.errors import CheckpointError, plain, shown
 
-# Of the directory and of data.pkl; real ones have about 100 bytes a tensor.
+# Bytes of the directory, and of data.pkl; real ones have about 100 a tensor.
 _MAX_PART = 16_000_000
 _LOCAL_HEADER = 30
 _LEGACY = (b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19", b"\x80\x02c", b"\x80\x02}")
@@ -33,6 +35,19 @@ _MEND = "download or save the file again"
 _RESAVE = (
     "save it again with torch.save of a plain state_dict, or with transformers' save_pretrained"
 )
+
+
+class PyTorch(Form):
+    """Files that torch.save wrote, read where a folder holds no safetensors."""
+
+    suffixes = (".bin", ".pt", ".pth")
+    names = WeightNames("pytorch_model.bin", only_these=True)
+
+    def read(self, file: Path) -> dict[str, TensorSpec]:
+        return read_pickle_header(file)
+
+
+FORM = PyTorch()
 
 
 def read_pickle_header(file: Path) -> dict[str, TensorSpec]:

@@ -1,0 +1,350 @@
+"""LoRA adapters as PEFT saves them: their config, their factors, and rows of what they add."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from lean_merge.checkpoints.dtypes import FLOATING
+from lean_merge.checkpoints.forms import Adapter, Change, Form
+from lean_merge.checkpoints.header import TensorSpec
+from lean_merge.checkpoints.reader import TensorReader
+from lean_merge.checkpoints.rows import Buffer, Place, StoredRows, WeightSource, row_block
+from lean_merge.errors import CheckpointError, shown
+
+_MERGED = "merge the adapter into its base first (PEFT's merge_and_unload) and pass the result"
+_MAX_PATTERNS = 10_000
+_MAX_PATTERN = 1024  # characters, as in a tensor's name
+_NAME = re.compile(r"[\w.-]*")
+# Syntax that means the same to `re` and to RE2. No token begins as another does, so that this
+# itself matches in linear time.
+_READ_ALIKE = re.compile(
+    r"""(?: [^\\\[\](){}]                   # any character but these; also . ^ $ | * + ?
+          | \\[dDwWsSb] | \\[^\w\s]          # a class, an escape
+          | \[\^? (?: \\[dDwWsS] | \\[^\w\s] | [\w.](?:-[\w.])? )+ \]
+          | \((?:\?:|(?!\?)) | \)            # a group
+          | \{\d+(?:,\d*)?\}                 # a number of times
+        )*""",
+    re.VERBOSE,
+)
+# Far beyond any lora_alpha, and no quotient of it overflows.
+_MAX_NUMBER = 1e30
+_WRAPPER = "base_model.model."
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(\.(?P<adapter>[^.]+))?\.weight")
+# What leaves the base as it is. The others, PiSSA and its like, train against a changed base.
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+_VARIANTS = {
+    "use_dora": "DoRA, whose magnitudes make the change no product of two factors",
+    "layer_replication": "layers replicated, so it fits another model than the base",
+    "alora_invocation_tokens": "activated LoRA, which is in force for some tokens only",
+    "use_qalora": "QALoRA, whose factors see pooled inputs",
+    "use_bdlora": "BD-LoRA",
+    "monteclora_config": "MonteCLoRA",
+    "kasa_config": "KaSA, which changes the base too",
+    "arrow_config": "Arrow routing between adapters",
+    "megatron_config": "Megatron's layers",
+    "target_parameters": "parameters targeted without a module (target_parameters)",
+}
+
+
+class Lora(Form):
+    """Folders with an adapter_config.json of the peft_type LORA."""
+
+    def adapter(self, file: Path, config: Mapping[str, Any]) -> LoraAdapter | None:
+        """What the config says that decides the numbers.
+
+        Raises
+        ------
+        CheckpointError
+            It is a variant of LoRA whose change is no product of two factors, or makes no sense.
+        """
+
+        def fail(fault: str) -> CheckpointError:
+            return CheckpointError(f"{file}: {fault}; {_MERGED}.")
+
+        if config.get("peft_type") != "LORA":
+            return None
+        for key, what in _VARIANTS.items():
+            if config.get(key):
+                raise fail(f"is made with {what} ({key})")
+        start = config.get("init_lora_weights", True)
+        if start not in _PLAIN_STARTS:
+            raise fail(
+                f"was started from the base's own weights (init_lora_weights {shown(start)}), "
+                "so its factors are not the change of the base"
+            )
+        rank, alpha = config.get("r"), config.get("lora_alpha")
+        if rank is None or not _is_rank(rank) or alpha is None or not _is_number(alpha):
+            raise fail(
+                f"states r {shown(rank)} and lora_alpha {shown(alpha)}, which are no rank and no "
+                "factor"
+            )
+        ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+        for key, stated, fits in (
+            ("rank_pattern", ranks, _is_rank),
+            ("alpha_pattern", alphas, _is_positive),
+        ):
+            if not isinstance(stated, dict) or not all(map(fits, stated.values())):
+                raise fail(f"has a {key} that gives modules no positive numbers")
+        if len(alphas) > _MAX_PATTERNS:
+            raise fail(f"has an alpha_pattern of {len(alphas)} keys, more than {_MAX_PATTERNS}")
+        patterns = []
+        for each, value in alphas.items():
+            try:
+                patterns.append((module_pattern(each), float(value)))
+            except ValueError as error:
+                raise fail(f"has the alpha_pattern {shown(each)}, which {error}") from error
+        base = config.get("base_model_name_or_path")
+        return LoraAdapter(
+            base=base if isinstance(base, str) and base else None,
+            alpha=float(alpha),
+            alpha_patterns=tuple(patterns),
+            ranks=frozenset([rank, *ranks.values()]),
+            rslora=bool(config.get("use_rslora")),
+        )
+
+
+FORM = Lora()
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and -_MAX_NUMBER <= value <= _MAX_NUMBER
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 1 <= value < 2**31
+
+
+class ModulePattern(Protocol):
+    """A compiled pattern of modules' names."""
+
+    def match(self, text: str, /) -> object:
+        """Something true if the name fits."""
+
+
+def module_pattern(key: str) -> ModulePattern:
+    """The pattern that PEFT makes of a key of alpha_pattern: it fits the end of a module's name.
+
+    A key without metacharacters but the dot repeats nothing, so `re` matches it in a time that is
+    bounded by both lengths. Other keys come from strangers too, and `re` can take years for them:
+    RE2 matches them in linear time, as far as it is sure to read them as `re` does.
+
+    Raises
+    ------
+    ValueError
+        The key cannot be matched as PEFT does; the message is a predicate with the mend.
+    """
+    if len(key) > _MAX_PATTERN:
+        raise ValueError(f"has {len(key)} characters, more than {_MAX_PATTERN}")
+    pattern = rf"(.*\.)?({key})$"
+    if _NAME.fullmatch(key):
+        return re.compile(pattern)
+    try:
+        import re2
+    except ImportError as error:
+        raise ValueError(
+            "is a regular expression, so google-re2 has to be installed "
+            "(pip install 'lean-merge[patterns]')"
+        ) from error
+    if not _READ_ALIKE.fullmatch(key):
+        raise ValueError("is more of a regular expression than modules' names need")
+    options = re2.Options()
+    options.log_errors = False
+    try:
+        compiled: ModulePattern = re2.compile(pattern, options)
+    except re2.error as error:
+        raise ValueError("is no regular expression that can be matched in linear time") from error
+    return compiled
+
+
+@dataclass(frozen=True, slots=True)
+class LoraAdapter(Adapter):
+    """What of adapter_config.json decides the numbers.
+
+    Attributes
+    ----------
+    base
+        The model that it was trained on, named by its author.
+    alpha
+        lora_alpha, for modules that no pattern names.
+    alpha_patterns
+        Exceptions: a pattern of modules' names, and their alpha. The first that matches counts.
+    ranks
+        Every rank that the config gives to some module.
+    rslora
+        Whether alpha is divided by sqrt(r) instead of r.
+    """
+
+    base: str | None
+    alpha: float
+    alpha_patterns: tuple[tuple[ModulePattern, float], ...]
+    ranks: frozenset[int]
+    rslora: bool
+
+    def changes(
+        self, tensors: Mapping[str, TensorSpec]
+    ) -> tuple[Mapping[str, LoraChange], Sequence[str]]:
+        found: dict[str, dict[str, TensorSpec]] = {}
+        rest = []
+        for name, spec in tensors.items():
+            if ".lora_magnitude_vector" in name:
+                raise CheckpointError(
+                    f"{spec.file}: tensor {shown(name)} is of DoRA, whose magnitudes make the "
+                    f"change no product of two factors; {_MERGED}."
+                )
+            match = _FACTOR.fullmatch(name)
+            if match is None:
+                rest.append(name)
+                continue
+            module = match["module"].removeprefix(_WRAPPER)
+            if found.setdefault(module, {}).setdefault(match["factor"], spec) is not spec:
+                raise CheckpointError(
+                    f"{spec.file}: holds several adapters for {shown(module)}; save one by itself."
+                )
+        for module, factors in found.items():
+            if len(factors) != 2:
+                one = next(iter(factors.values()))
+                raise CheckpointError(
+                    f"{one.file}: tensor {shown(one.name)} lacks its other factor for "
+                    f"{shown(module)}; save the adapter again with PEFT."
+                )
+        changes = {
+            module: LoraChange(module, factors["B"], factors["A"], self)
+            for module, factors in found.items()
+        }
+        return changes, rest
+
+    def scaling(self, module: str, rank: int) -> float:
+        """What PEFT multiplies B A of a module by, given the rank of its factors."""
+        stated = (alpha for pattern, alpha in self.alpha_patterns if pattern.match(module))
+        alpha = next(stated, self.alpha)
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+class LoraChange(Change):
+    """scaling * B A of one module: `left` is B [out, r], `right` is A [r, in]."""
+
+    def __init__(
+        self, module: str, left: TensorSpec, right: TensorSpec, config: LoraAdapter
+    ) -> None:
+        self.tensor = left
+        matrices = len(left.shape) == len(right.shape) == 2
+        self.shape = (left.shape[0], right.shape[1]) if matrices else None
+        self._module, self._right, self._config = module, right, config
+
+    def check(self) -> None:
+        """Raises CheckpointError if the factors have no product or no known scaling."""
+        left, right, module = self.tensor, self._right, shown(self._module)
+        for spec in (left, right):
+            if spec.dtype not in FLOATING:
+                raise CheckpointError(
+                    f"{spec.file}: tensor {shown(spec.name)} has the dtype {spec.dtype}, which "
+                    "cannot be merged; save the adapter in float32, bfloat16 or float16."
+                )
+        if self.shape is None or left.shape[1] != right.shape[0]:
+            raise CheckpointError(
+                f"{left.file}: the factors of {module} have shapes {list(left.shape)} and "
+                f"{list(right.shape)}, which have no product; save the adapter again with PEFT."
+            )
+        if self._config.alpha_patterns and not self._module.isascii():
+            raise CheckpointError(
+                f"{left.file}: the name of {module} is not ASCII, so it is not sure which "
+                f"alpha_pattern fits it; {_MERGED}."
+            )
+        if right.shape[0] not in self._config.ranks:
+            raise CheckpointError(
+                f"{left.file}: the factors of {module} have rank {right.shape[0]}, which the "
+                "config does not state, so their scaling is not known; pass the adapter's own "
+                "config."
+            )
+
+    def rows(self, place: Place) -> LoraRows:
+        rank = self._right.shape[0]
+        # B has a row for each of the weight's, only narrower.
+        out, first = place.shape[0], place.first // place.shape[1] * rank
+        left = StoredRows(replace(place, tensor=self.tensor, shape=(out, rank), first=first))
+        scaling = self._config.scaling(self._module, rank)
+        return LoraRows(left, StoredRows(row_block(self._right)), scaling)
+
+
+@dataclass(frozen=True, slots=True)
+class LoraRows(WeightSource):
+    """Rows of scaling * B A, of which `left` has those of B [out, r] and `right` is A [r, in]."""
+
+    left: WeightSource
+    right: WeightSource
+    scaling: float
+    factors: tuple[Tensor, Tensor] | None = field(default=None, compare=False, repr=False)
+    """scaling * B and A, float32, once they are loaded."""
+
+    is_difference: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        return self.left.name
+
+    @property
+    def file(self) -> Path:
+        return self.left.file
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.left.shape[0], self.right.shape[1]
+
+    @property
+    def dtype(self) -> str:
+        """Float32: a product rounded to a 16-bit format would no longer have rank r."""
+        return "F32"
+
+    @property
+    def stored(self) -> tuple[TensorSpec, ...]:
+        return *self.left.stored, *self.right.stored
+
+    @property
+    def loaded(self) -> int:
+        """The bytes of the rows of B, and of all of A."""
+        return sum(each.nbytes(slice(0, each.shape[0])) for each in (self.left, self.right))
+
+    @property
+    def held(self) -> int:
+        """Both factors as they are stored and in float32."""
+        return self.loaded + sum(4 * math.prod(each.shape) for each in (self.left, self.right))
+
+    def load(self, reader: TensorReader) -> LoraRows:
+        left, right = (_whole(each, reader) for each in (self.left, self.right))
+        return replace(self, factors=(left.mul_(self.scaling), right))
+
+    def nbytes(self, rows: slice) -> int:
+        """Nothing is read: the factors are in memory."""
+        del rows
+        return 0
+
+    def read(self, rows: slice, reader: TensorReader, buffer: Buffer, name: str) -> Tensor:
+        """The rows of the product, summed over r in float32; `load` comes first."""
+        del reader
+        assert self.factors is not None
+        left, right = self.factors
+        shape = (rows.stop - rows.start, right.shape[1])
+        return torch.mm(left[rows], right, out=buffer(name, shape, torch.float32))
+
+
+def _whole(source: WeightSource, reader: TensorReader) -> Tensor:
+    """All rows of a factor in float32, in memory of their own."""
+    rows = slice(0, source.shape[0])
+    return source.read(rows, reader, _fresh, "factor").to(torch.float32, copy=True)
+
+
+def _fresh(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    del name
+    return torch.empty(shape, dtype=dtype)
