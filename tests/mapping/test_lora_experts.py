@@ -494,6 +494,8 @@ def matched_by_peft(pattern: str, module: str) -> bool:
 @example("a.b", ["x.a_b", "xa.b", "a.b"])
 @example(r"layers\.\d+\.(?:[ab]|b0){1,3}?", ["a.layers.10.ab0", "layers.1.", "layers.a.b"])
 @example(r"(a+)+b|[^.]*\b0", ["aab", "x.aa0", "a.0", "_-0"])
+@example("?", [""])
+@example("^?", [""])
 @example(r"(?:(?:a|)*)*b{0,2}?", ["aa", "x.b", "bbb", ""])
 def test_keys_match_as_in_peft(pattern: str, modules: list[str]):
     """Those that are let through at all, which every plain name is."""

@@ -162,8 +162,9 @@ def module_pattern(key: str) -> ModulePattern:
     options = re2.Options()
     options.log_errors = False
     try:
+        re.compile(pattern)  # RE2 takes "(?)" and the like, which PEFT could not load
         compiled: ModulePattern = re2.compile(pattern, options)
-    except re2.error as error:
+    except (re.error, re2.error, RecursionError, OverflowError) as error:
         raise ValueError("is no regular expression that can be matched in linear time") from error
     return compiled
 
