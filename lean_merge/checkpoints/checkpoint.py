@@ -123,7 +123,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
 
 
 def open_expert(source: str | Path) -> Checkpoint:
-    """`open_checkpoint`, but a folder or hub id with an adapter will do too."""
+    """Opens what `open_checkpoint` does, and a folder or hub id with an adapter too."""
     name = str(source)
     try:
         path = Path(source).expanduser()
@@ -270,7 +270,7 @@ def _parts(config: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
 def _without_ties(
     tensors: dict[str, TensorSpec], config: Mapping[str, Any] | None
 ) -> dict[str, TensorSpec]:
-    """Without a head that is stored as the embedding's own bytes, where the config ties them.
+    """Leaves out a head that is stored as the embedding's own bytes, where the config ties them.
 
     A PyTorch file names shared bytes twice; transformers writes them once, under the embedding's
     name, and so does the output. Other shared bytes stay under each of their names.

@@ -26,7 +26,7 @@ class DescriptorPool:
     Parameters
     ----------
     flags
-        Of `os.open`; close-on-exec and binary mode are added.
+        Flags of `os.open`; close-on-exec and binary mode are added.
     limit
         How many to hold open, at least 1.
     sync

@@ -11,7 +11,7 @@ _SHOWN = ContextVar("downloads are shown", default=True)
 
 @contextmanager
 def downloads_shown(shown: bool) -> Iterator[None]:
-    """Whether downloads inside the block show their progress on standard error."""
+    """Says whether downloads inside the block show their progress on standard error."""
     token = _SHOWN.set(shown)
     try:
         yield
@@ -20,5 +20,5 @@ def downloads_shown(shown: bool) -> Iterator[None]:
 
 
 def are_shown() -> bool:
-    """What `downloads_shown` says here; True outside of any."""
+    """Whether progress is to be shown here; it is, outside of any `downloads_shown` block."""
     return _SHOWN.get()

@@ -39,7 +39,7 @@ class TensorSpec:
     file
         The file that holds it.
     offset
-        Of its first byte, counted from the start of the file.
+        Where its first byte lies, counted from the start of the file.
     nbytes
         Its length in bytes.
     """

@@ -43,7 +43,7 @@ def cached_share(descriptor: int, start: int, length: int) -> float:
 
 
 def _cachestat(library: ctypes.CDLL, descriptor: int, start: int, size: int) -> int | None:
-    """Pages in memory by the system call that looks at these alone; None where there is none."""
+    """Pages in memory, counted by a system call; None where the system has no such call."""
     if sys.maxsize < 1 << 32:
         return None
     counts = _Counts()
@@ -58,7 +58,7 @@ def _cachestat(library: ctypes.CDLL, descriptor: int, start: int, size: int) -> 
 
 
 def _mincore(library: ctypes.CDLL, descriptor: int, start: int, size: int) -> int | None:
-    """The same by mapping the file, some fifty times slower."""
+    """Pages in memory, counted by mapping the file, which takes some fifty times longer."""
     resident = np.zeros(-(-size // mmap.PAGESIZE), dtype=np.uint8)
     with mmap.mmap(descriptor, size, offset=start, access=mmap.ACCESS_READ) as mapping:
         failed = library.mincore(

@@ -76,8 +76,8 @@ def locate(
     base, others
         The checkpoints, by role.
     named
-        Of roles whose tensors the recipe renames, all tensors by the names to go by. Their language
-        model is where the base's is.
+        All tensors by the names to go by, for each role whose tensors the recipe renames. The
+        language model of such a role is where the base's is.
 
     Raises
     ------

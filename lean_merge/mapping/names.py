@@ -63,7 +63,7 @@ class LogicalWeight:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """out, in."""
+        """The weight's out and in."""
         return self.base.shape
 
     @property

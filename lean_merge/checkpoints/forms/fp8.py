@@ -175,7 +175,7 @@ class ScaledRows(StoredRows):
 
     @property
     def _origin(self) -> tuple[int, int, int]:
-        """Its first number: which matrix of the stack, stored row and column."""
+        """Where its first number lies: the matrix of the stack, the stored row and the column."""
         height, width = (1, *self.place.tensor.shape)[-2:]
         row, column = divmod(self.place.first, width)
         return *divmod(row, height), column
@@ -241,7 +241,7 @@ class ScaledRows(StoredRows):
         return out.T
 
     def _strips(self, rows: slice) -> Iterator[tuple[slice, int]]:
-        """Rows that lie together in one row of blocks, from the first of `rows`; and which."""
+        """Cuts `rows` where a row of blocks ends: (rows counted from the first, row of factors)."""
         (_, first, _), (high, _) = self._origin, self.scale.block
         run, period = self.place.run, self.place.period
         at = rows.start
@@ -252,7 +252,7 @@ class ScaledRows(StoredRows):
             at = stop
 
     def _column_strips(self, rows: slice) -> Iterator[tuple[slice, int]]:
-        """Columns that lie in one column of blocks, from the first of `rows`; and which."""
+        """Cuts columns where blocks end: (columns counted from the first, column of factors)."""
         (_, _, first), (_, wide) = self._origin, self.scale.block
         at = rows.start
         while at < rows.stop:

@@ -57,7 +57,7 @@ class _Storage:
 
 @dataclass(frozen=True, slots=True)
 class _Global:
-    """A name of something importable, never imported."""
+    """The name of something that could be imported, and never is."""
 
     name: str
 
@@ -92,7 +92,7 @@ _REFUSED = MappingProxyType(
 
 
 def _counts(values: Any) -> tuple[int, ...]:
-    """Lengths or strides."""
+    """Checks lengths or strides. Raises PickleError."""
     if not isinstance(values, (tuple, list)) or len(values) > _MAX_DIMENSIONS:
         raise PickleError("describes a tensor with an impossible shape")
     if not all(type(each) is int and 0 <= each < 2**63 for each in values):
@@ -124,7 +124,7 @@ def _tensor_v3(
 
 
 def _key(value: Any) -> str | int:
-    """A dict's key. Tuples may be nested so that hashing or printing them takes for ever."""
+    """Checks a dict's key. A tuple is refused: nested, it could take for ever to hash or print."""
     if not isinstance(value, (str, int)):
         raise PickleError("has keys that are no names")
     if isinstance(value, int) and value.bit_length() > 64:  # whose hash takes as long as it is
