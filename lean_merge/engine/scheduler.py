@@ -53,7 +53,7 @@ from lean_merge.tasks import CopyTask, Note, Stored, WeightResult, WeightTask, W
 
 READ_AHEAD = 256 << 20
 """Bytes that are brought into the page cache before they are used."""
-PREFETCHED_FILES = 8
+AHEAD_FILES = 8
 """Files that the read-ahead holds open, of which a tensor needs few."""
 MOST_UNDER_WAY = 8
 """Parts that may be on their way to the output at a time."""
@@ -151,7 +151,7 @@ class Scheduler:
             # Analyses wait for the workers, and so end after them.
             self._analysts = stack.enter_context(worker_pool(2 if small else 1, "analysis"))
             self._workers = stack.enter_context(worker_pool(self._plan.workers))
-            apart = stack.enter_context(TensorReader(max_files=PREFETCHED_FILES))
+            apart = stack.enter_context(TensorReader(max_files=AHEAD_FILES))
             self._read_ahead = stack.enter_context(
                 ReadAhead(apart, list(self._sources()), ahead=READ_AHEAD)
             )
@@ -298,16 +298,19 @@ class Scheduler:
             self._begin_analyses()
         if not first.is_last:
             return
-        self._read_ahead.done(first.index)
-        note = self._reused.get(first.index)
+        index = first.index
+        # While the caller holds what is given, its update is not to take memory any more.
+        del first
+        self._read_ahead.done(index)
+        note = self._reused.get(index)
         if note is None:
             non_finite = isinstance(task, CopyTask) and not all(results)
-            note = Note(self._results, self._readers[first.index].bytes_read, non_finite=non_finite)
+            note = Note(self._results, self._readers[index].bytes_read, non_finite=non_finite)
             self._results = []
             self._sink.finish(task, to_note(note))
             # A line in the journal is to be written, even where there are no bytes.
-            self._flusher.wrote(task.tensor.nbytes if first.jobs else 1)
-        yield first.index, note
+            self._flusher.wrote(task.tensor.nbytes if results else 1)
+        yield index, note
 
     def _release_memory(self) -> None:
         """Give free memory back where it has grown: pages that come back cost the system time."""
