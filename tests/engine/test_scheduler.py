@@ -95,7 +95,7 @@ class Stage:
             arena=2 * HALF,
             workers=3,
             recipe=SimpleNamespace(rounding="nearest", seed=0),
-            writes_rows=self.writes,
+            output=SimpleNamespace(writes_rows=self.writes),
         )
         reused: Any = dict.fromkeys(self.reused, "note")
         with pytest.MonkeyPatch.context() as patch:
