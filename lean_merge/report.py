@@ -1,4 +1,4 @@
-"""What happened, as JSON for scripts and as a summary for the model card."""
+"""The report of a run: what was decided for each weight, what it took, and warnings."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def build_report(
     bytes_written: int,
     sampler: PeakSampler,
 ) -> dict[str, Any]:
-    """The content of `lean_merge_report.json`; docs/formats.md explains every field."""
+    """Give the content of `lean_merge_report.json`; docs/formats.md explains every field."""
     rows = [row for weight in result.weights for row in weight_rows(plan, weight)]
     merged = {weight.name for weight in result.weights if weight.merged}
     code = remote_code(plan.mllm)
@@ -87,7 +87,7 @@ def build_report(
 
 
 def _from_analysis(plan: Plan) -> dict[str, Any] | None:
-    """Of a merge from an analysis: which, and what was looked at again."""
+    """Tell from which analysis a merge was decided, and what was looked at again."""
     if plan.evidence is None or plan.evidence.source is None:
         return None
     return {
@@ -103,7 +103,7 @@ def _from_analysis(plan: Plan) -> dict[str, Any] | None:
 def measures(
     plan: Plan, result: RunResult, *, bytes_written: int, sampler: PeakSampler
 ) -> dict[str, Any]:
-    """What a run took, beside what was predicted."""
+    """Tell what a run took, beside what was predicted."""
     prediction, peak = plan.prediction, sampler.peak
     return {
         "seconds": {phase: round(s, 3) for phase, s in result.seconds.items()},
@@ -133,7 +133,7 @@ def measures(
 
 
 def weight_rows(plan: Plan, weight: WeightResult) -> list[dict[str, Any]]:
-    """One row for each expert of a logical weight."""
+    """Give one row for each expert of a logical weight."""
     kept = update_kept(weight)
     cut = weight.stored if isinstance(weight.stored, Truncated) else None
     rows = []
@@ -160,7 +160,10 @@ def weight_rows(plan: Plan, weight: WeightResult) -> list[dict[str, Any]]:
 
 
 def update_kept(weight: WeightResult) -> float | None:
-    """<stored change, update> / ||update||^2; 0 for a zero update, None where no sum was stored."""
+    """Give the share of an update that rounding kept: <stored change, update> / ||update||^2.
+
+    It is 0 for a zero update, and None where no sum was stored.
+    """
     if not weight.merged or not isinstance(weight.stored, Written):
         return None
     if weight.stored.squared == 0.0:
@@ -169,7 +172,7 @@ def update_kept(weight: WeightResult) -> float | None:
 
 
 def kept_warnings(result: RunResult) -> list[str]:
-    """Warnings that rounding to the output dtype lost a good part of the updates."""
+    """Warn if rounding to the output dtype lost a good part of the updates."""
     kept = [share for weight in result.weights if (share := update_kept(weight)) is not None]
     ways_out = "--rounding stochastic or --out-dtype float32 keep it"
     if kept and all(share < 0.01 for share in kept):
@@ -184,7 +187,7 @@ def kept_warnings(result: RunResult) -> list[str]:
 
 
 def accuracy_warnings(result: RunResult) -> list[str]:
-    """Warnings where the sketches did not reach the accuracy that they aim at."""
+    """Warn where the sketches did not reach the accuracy that they aim at."""
     selected = [r for weight in result.weights for r in weight.experts if r.selected]
     shares = [s for r in selected if (s := r.omitted_share or 0.0) > OMITTED_WARNING]
     doubts = [d for r in selected if (d := r.lambda_doubt or 0.0) > DOUBT_WARNING]
@@ -210,7 +213,7 @@ def accuracy_warnings(result: RunResult) -> list[str]:
 
 
 def non_finite_warnings(result: RunResult) -> list[str]:
-    """A warning of NaN or Inf in what was copied: a mask may hold them, a weight hardly."""
+    """Warn of NaN or Inf in tensors that were copied; a mask may hold them, a weight hardly."""
     names = result.non_finite
     if not names:
         return []
@@ -222,7 +225,7 @@ def non_finite_warnings(result: RunResult) -> list[str]:
 
 
 def code_warnings(code: Sequence[str]) -> list[str]:
-    """A warning that the MLLM brings code, and that nobody has looked at it."""
+    """Warn that the MLLM brings code, at which nobody has looked."""
     if not code:
         return []
     shown = ", ".join(code[:4]) + (", ..." if len(code) > 4 else "")
@@ -233,7 +236,7 @@ def code_warnings(code: Sequence[str]) -> list[str]:
 
 
 def adapter_warnings(result: RunResult) -> list[str]:
-    """A warning where a rank that was asked for cuts off a good part of the updates."""
+    """Warn where a rank that was asked for cuts off a good part of the updates."""
     cuts = [w.stored.error for w in result.weights if isinstance(w.stored, Truncated)]
     large = [error for error in cuts if error > CUT_WARNING]
     if not large:
@@ -245,7 +248,7 @@ def adapter_warnings(result: RunResult) -> list[str]:
 
 
 def fallback_warnings(result: RunResult) -> list[str]:
-    """A warning where the device ran out of memory, with what was done."""
+    """Warn where the device ran out of memory, and say what was done."""
     places = Counter(weight.fallback.place for weight in result.weights if weight.fallback)
     if not places:
         return []

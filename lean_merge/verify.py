@@ -1,4 +1,4 @@
-"""Reading an output again: against its journal, against the MLLM, and against the merge itself."""
+"""An output is read again, and compared with its journal, with the MLLM and with the merge."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Verification:
     path
         The output.
     differences
-        What is not as it was written, or not what the merge gives; none if all is well.
+        What is not as it was written, or not what the merge gives; empty if all is well.
     files, tensors
         How many files and tensors were read and agree with the journal.
     copied
@@ -47,11 +47,11 @@ class Verification:
     in_scope
         How many there are.
     seed
-        Of the sample.
+        The seed by which the sample was drawn.
     exact
         Whether merging again gives the same bytes here, so that none may differ.
     notes
-        Why it does not, or what was left out.
+        Why merging again may differ, or what was left out.
     """
 
     path: Path
@@ -92,9 +92,9 @@ def verify(
     full
         Merge all again.
     seed
-        Of the sample; by default another one each time.
+        The seed by which the sample is drawn; by default another one each time.
     with_inputs
-        Read the inputs; else only the output is, and compared with its journal.
+        Read the inputs too; else only the output is read, and compared with its journal.
     resources
         Device, memory and threads for merging again.
     on_event
@@ -105,7 +105,7 @@ def verify(
     CheckpointError
         There is no complete output with a journal, or an input is gone or not what was merged.
     LeanMergeError
-        Others as `plan` and `merge` raise them.
+        What `plan` and `merge` raise.
     """
     folder = Path(out).expanduser().resolve()
     chosen = secrets.randbelow(2**32) if seed is None else seed
@@ -185,7 +185,10 @@ def _with_inputs(
 def _plan(
     recipe: MergeRecipe, facts: Mapping[str, Any], analysis: Any, resources: Resources | None
 ) -> tuple[Plan, Mapping[str, str]]:
-    """The merge's plan and environment; one from an analysis gathers its evidence anew."""
+    """Plan the merge again, and give the environment that it had.
+
+    A merge from an analysis gathers its evidence anew.
+    """
     then = facts.get("environment", {})
     if not isinstance(analysis, dict):
         return make_plan(recipe, resources), then
@@ -208,16 +211,16 @@ def _check_names(plan: Plan, journal: Journal, folder: Path) -> None:
 
 
 def _damaged(plan: Plan, check: FolderCheck) -> set[str]:
-    """The tensors in scope whose bytes in the output have changed, so a merge tells no more."""
+    """Name the tensors in scope whose bytes in the output have changed, which needs no merge."""
     assert check.journal is not None
     changed = check.journal.tensors.keys() - check.tensors.keys()
     return {task.tensor.name for task in plan.weights if changed & {*plan.output.names(task)}}
 
 
 def _parts(plan: Plan, journal: Journal) -> list[list[str]]:
-    """The tensors in scope, of each part of which there is to be a sample.
+    """Divide the tensors in scope into two parts, of each of which a sample is drawn.
 
-    Those with an update in an adapter are one, those without another.
+    Tensors that an adapter has no factors of are one part, and all others are the other.
     """
     parts: tuple[list[str], list[str]] = [], []
     for task in plan.weights:
@@ -227,7 +230,7 @@ def _parts(plan: Plan, journal: Journal) -> list[list[str]]:
 
 
 def _sample(names: Sequence[str], seed: int) -> Sequence[str]:
-    """A twentieth of them, but at least 8."""
+    """Draw a twentieth of the names, but at least 8."""
     count = max(LEAST_SAMPLE, math.ceil(len(names) * SAMPLE_SHARE))
     return names if count >= len(names) else random.Random(seed).sample(names, count)
 
@@ -237,7 +240,7 @@ def _on_cpu_instead(weights: Iterable[WeightResult]) -> set[str]:
 
 
 def _recipe(journal: Journal, folder: Path) -> MergeRecipe:
-    """The recipe, its models where the journal saw them from the output, else as named."""
+    """Give the recipe, with each model where the journal saw it from the output, else as named."""
     facts = journal.start["run"]
     roles = [each["role"] for each in facts.get("inputs", ())]
     count = len(facts.get("recipe", {}).get("experts", ()))

@@ -1,4 +1,4 @@
-"""The factors of an analysis: blocks of the output, written as one safetensors file."""
+"""The factors of an analysis: they wait in blocks, and are written as one safetensors file."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from lean_merge.store.layout import OutputTensor, Shard, single_file
 
 FACTORS = "analysis.safetensors"
 _CHUNK = 1 << 20
-"""Numbers that pass through memory at once."""
+"""How many numbers pass through memory at once."""
 
 
 def factor_shapes(
     canonical: str, shape: tuple[int, int], experts: int, count: int
 ) -> dict[str, tuple[int, int]]:
-    """The tensors of `count` directions of a weight [out, in], and their shapes."""
+    """Name the tensors that hold `count` directions of a weight [out, in], with their shapes."""
     images = {f"{canonical}.expert{k + 1}.images": (count, shape[0]) for k in range(experts)}
     return {f"{canonical}.mllm.vectors": (count, shape[1]), **images}
 
 
 def factors_layout(shapes: Mapping[str, tuple[int, ...]]) -> Shard:
-    """Where tensors of these shapes lie in analysis.safetensors."""
+    """Lay out tensors of these shapes in analysis.safetensors."""
     sizes = {name: math.prod(shape) * ITEM for name, shape in shapes.items()}
     tensors = [OutputTensor(name, "F32", shapes[name], size) for name, size in sizes.items()]
     return single_file(FACTORS, tensors)
 
 
 def write_factors(folder: OutputFolder, blocks: Mapping[str, Block]) -> Shard:
-    """Writes analysis.safetensors into an open folder, which stays unsealed; returns its layout.
+    """Write analysis.safetensors into an open folder, which stays unsealed, and give its layout.
 
     Raises OutputError or BudgetError where the disk refuses.
     """

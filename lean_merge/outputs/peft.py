@@ -1,4 +1,4 @@
-"""A merge as a LoRA adapter in PEFT's format: factors collected, then laid out and written.
+"""PEFT's format of a LoRA adapter: how factors are laid out and written.
 
 Ranks are known only once a weight was analysed, so until then the factors are blocks of the output.
 """
@@ -25,7 +25,7 @@ ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 _KEY = "base_model.model."
 _CHUNK = 1 << 20
-"""Numbers that pass through memory at once."""
+"""How many numbers pass through memory at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class StoredFactors:
 
     @property
     def rows(self) -> int:
-        """How many rows it updates."""
+        """The number of rows that it updates."""
         return sum(count for _, count in self.runs)
 
 
@@ -67,12 +67,12 @@ class AdapterModule:
 
     @property
     def out_features(self) -> int:
-        """Rows of the module's weight."""
+        """The number of rows of the module's weight."""
         return sum(part.rows for part in self.parts)
 
     @property
     def rank(self) -> int:
-        """Of A and B."""
+        """The rank of A and B."""
         return sum(part.rank for part in self.parts)
 
     @property
@@ -87,7 +87,7 @@ class AdapterModule:
 
 
 def adapter_layout(modules: Sequence[AdapterModule], dtype: torch.dtype) -> Shard:
-    """Where the factors of `modules` lie in adapter_model.safetensors."""
+    """Lay out the factors of `modules` in adapter_model.safetensors."""
     tensors = []
     for module in modules:
         shapes = {
@@ -107,16 +107,16 @@ def write_adapter(
     dtype: torch.dtype,
     base_model: str,
 ) -> None:
-    """Writes weights and adapter_config.json into an open folder, which stays unsealed.
+    """Write weights and adapter_config.json into an open folder, which stays unsealed.
 
     Parameters
     ----------
     folder
-        Whereto; the factors are among its blocks.
+        The output, whose blocks hold the factors.
     modules
-        Those with an update; at least one.
+        The modules that get an update; at least one.
     dtype
-        Of the factors in the file.
+        The dtype of the factors in the file.
     base_model
         What the adapter belongs to: the MLLM, as the user named it.
 
@@ -188,7 +188,7 @@ def _write_b(
 
 
 def cast_factors(numbers: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """Factors of module `name` as an adapter holds them. Raises DataError if they overflow."""
+    """Convert factors of module `name` to an adapter's dtype. Raises DataError on overflow."""
     cast = numbers.to(dtype)
     if not bool(torch.isfinite(cast).all()):
         raise DataError(
@@ -199,7 +199,7 @@ def cast_factors(numbers: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 
 def adapter_config(modules: Sequence[AdapterModule], *, base_model: str) -> dict[str, Any]:
-    """The content of adapter_config.json.
+    """Give the content of adapter_config.json.
 
     Every alpha is its rank, so PEFT's scaling alpha / rank is 1 everywhere, for loaders too that
     know one alpha only. `r` is the largest rank; the patterns name the modules below it. What

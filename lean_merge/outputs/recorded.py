@@ -1,4 +1,4 @@
-"""Opening an analysis folder again: checked, and ready to decide from."""
+"""An analysis folder that is opened again: it is checked, and merges are decided from it."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Analysis:
     gathered
         What its evidence depends on, beside the inputs.
     sha256
-        Of analysis.json.
+        The digest of analysis.json.
     own
-        Whether a merge made it for itself, and it goes with its end.
+        Whether a merge made it for itself, and removes it when it ends.
     """
 
     path: Path
@@ -52,7 +52,7 @@ class Analysis:
     own: bool = False
 
     def choices(self, methods: Mapping[str, EvidenceMethod[Any]]) -> tuple[FoundThreshold, ...]:
-        """The threshold that the similarities of these weights suggest, for each expert."""
+        """Give the threshold that the similarities of these weights suggest, for each expert."""
         rows = {row["weight"]: row for row in self.document["weights"]}
         known = {name: method for name, method in methods.items() if name in self._facts}
         compared = {n: method.compared(self._facts[n]) for n, method in known.items()}
@@ -60,16 +60,16 @@ class Analysis:
         return tuple(FoundThreshold(each.auto, each.explanation) for each in surveys)
 
     def facts(self, canonical: str) -> Facts | None:
-        """Of a weight; None where it was not looked at."""
+        """Give the facts of a weight; None where it was not looked at."""
         return self._facts.get(canonical)
 
     def factors(self, canonical: str) -> Factors:
-        """Of a weight that has facts; read when they are asked for."""
+        """Give the factors of a weight that has facts; they are read when they are asked for."""
         return _StoredFactors(self._tensors, canonical, self._facts[canonical])
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What tells its evidence from any other."""
+        """Tell its evidence from any other, for the journal of a merge from it."""
         return {
             **({"own": True} if self.own else {"sha256": self.sha256}),
             "gathered": self.gathered.to_dict(),
@@ -79,7 +79,7 @@ class Analysis:
     def check_inputs(
         self, base: Checkpoint, mllm: Checkpoint, experts: Sequence[Checkpoint]
     ) -> None:
-        """Raise CheckpointError, naming what changed, unless these are what was analysed."""
+        """Raise CheckpointError if these are not what was analysed, and name what has changed."""
         roles = by_role(base, mllm, experts)
         change = changed_weights(self.document["inputs"], roles)
         if change is not None:
@@ -90,22 +90,22 @@ class Analysis:
 
 
 class _StoredFactors:
-    """Rows of analysis.safetensors; implements `Factors`."""
+    """The factors of one weight in analysis.safetensors, which implement `Factors`."""
 
     def __init__(self, tensors: Mapping[str, TensorSpec], canonical: str, facts: Facts) -> None:
         self._tensors, self._canonical, self._facts = tensors, canonical, facts
         self.bytes_read = 0
 
     def vectors(self, kept: Tensor) -> Tensor:
-        """As `Factors` has it."""
+        """Give the MLLM's right directions of these indices, as columns."""
         return self._columns("mllm.vectors", kept)
 
     def images(self, expert: int, kept: Tensor) -> Tensor:
-        """As `Factors` has it."""
+        """Give what an expert makes of these directions, as columns."""
         return self._columns(f"expert{expert + 1}.images", kept)
 
     def _columns(self, name: str, kept: Tensor) -> Tensor:
-        """The rows of these indices, as columns."""
+        """Read the rows of these indices, and give them as columns."""
         spec = self._tensors[f"{self._canonical}.{name}"]
         rows = torch.empty(kept.numel(), spec.shape[1])
         with TensorReader() as reader:
@@ -118,7 +118,7 @@ class _StoredFactors:
 
 
 def open_analysis(path: str | Path) -> Analysis:
-    """An analysis folder, checked as far as its headers and numbers go.
+    """Open an analysis folder, and check it as far as its headers and numbers go.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""What the weights of a plan hold and read, from their headers and the method's cost."""
+"""The memory that a plan's weights hold and the bytes that they read, from headers alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lean_merge.tasks import CopyTask, WeightTask, formed_from, needs_analysis, 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a weight's memory is laid out, and with that what it costs."""
+    """What all weights of a plan have in common that decides how much memory each takes."""
 
     output: Output
     device: str
@@ -27,15 +27,15 @@ class Layout:
     memory: int
     vram: int
     held: int
-    """Anonymous bytes of the process before the merge, and of what the sink holds."""
+    """Anonymous bytes of the process before the merge, and those that the output holds."""
     rounding: str = "nearest"
-    """Of the rows that are written."""
+    """How rows are rounded when they are written."""
     most: int = 0
-    """Bytes on the host of the weight that holds most with no tile resident. All weights share what
-    stays resident, so it must have room beside that one."""
+    """Bytes on the host of the weight that holds most with no tile resident. All weights share the
+    memory of the tiles that stay, so these must have room beside that one."""
 
     def shape(self, weight: LogicalWeight, device: str = "") -> budget.WeightShape:
-        """For the arithmetic of the plan's device, or of another."""
+        """Describe a weight for the formulas, with products on the plan's device or another."""
         task = common_dtype(source.dtype for source in weight.roles)
         out_features, in_features = weight.shape
         strip = min(out_features, tiles.strip_rows(in_features, tiles.READ_ELEMENTS))
@@ -60,7 +60,7 @@ class Layout:
         return torch.device(self.device).type == "cpu"
 
     def cost(self, weight: LogicalWeight, device: str = "") -> AnalysisCost:
-        """What the method's analysis of a weight costs at most, and the sink's work after it."""
+        """Give the most that the analysis of a weight costs, with the output's work after it."""
         method = self.output.methods.get(weight.canonical)
         if method is None or not needs_analysis(weight):
             return AnalysisCost()
@@ -70,7 +70,7 @@ class Layout:
         return dataclasses.replace(cost, workspace=max(cost.workspace, storing))
 
     def fixed(self, weight: LogicalWeight) -> tuple[int, int]:
-        """Bytes on the host and on the device with no tile resident."""
+        """Count the bytes on the host and on the device with no tile resident."""
         # The CPU's share on any device: small problems, and all if that one runs out of memory.
         cost = self.cost(weight, "cpu")
         host = budget.host_bytes(
@@ -88,7 +88,7 @@ class Layout:
         return host, device
 
     def waiting(self, weight: LogicalWeight) -> int:
-        """Bytes on the host of updates that are stored, or wait for it, while the next is found."""
+        """Count the bytes on the host of updates that wait to be stored while the next is found."""
         method = self.output.methods.get(weight.canonical)
         if method is None or not self.cost(weight).workspace:
             return 0
@@ -96,7 +96,10 @@ class Layout:
         return self.output.waiting_bytes(weight.shape, rank, kept)
 
     def feeding(self, weights: Sequence[LogicalWeight]) -> int:
-        """Bytes on the host for bringing tiles to the device: pinned ones, and its libraries'."""
+        """Count the bytes on the host that it takes to bring tiles to the device.
+
+        They are pinned memory, and that of the device's libraries.
+        """
         if self.on_cpu or not any(self.cost(weight).passes for weight in weights):
             return 0
         largest = max(self.shape(weight).resident_tile for weight in weights)
@@ -104,12 +107,12 @@ class Layout:
         return budget.ring_bytes(largest, slots) + budget.DEVICE_LIBRARIES
 
     def needs(self, weight: LogicalWeight) -> tuple[int, int]:
-        """Bytes on host and device without which the weight cannot be merged."""
+        """Count the bytes on host and device without which the weight cannot be merged."""
         host, device = self.fixed(weight)
         return self.held + host, device
 
     def resident(self, weight: LogicalWeight) -> int:
-        """Tiles to keep in what the weight's needs leave free."""
+        """Count the tiles that may stay in what the weight's needs leave free."""
         shape = self.shape(weight)
         _, device = self.needs(weight)
         if self.cost(weight).passes == 0:
@@ -119,22 +122,22 @@ class Layout:
         return budget.resident_tiles(shape, self.vram - device) if self.vram else shape.tiles
 
     def kept(self, weight: LogicalWeight) -> int:
-        """Bytes of the tiles that stay."""
+        """Count the bytes of the tiles that stay."""
         return self.resident(weight) * self.shape(weight).resident_tile
 
     def second(self, weight: LogicalWeight) -> int:
-        """Bytes on the host of a weight that is analysed beside another, but for its tiles."""
+        """Count the host's bytes, but for tiles, of a weight that is analysed beside another."""
         cost = self.cost(weight)
         return budget.second_bytes(self.shape(weight), widest=cost.widest, workspace=cost.workspace)
 
     def bytes_copied(self, task: CopyTask) -> int:
-        """Bytes that a task out of scope reads."""
+        """Count the bytes that a task out of scope reads."""
         if not task.decoded:
             return task.source.nbytes
         return sum(each.loaded + each.nbytes(slice(0, each.shape[0])) for each in task.decoded)
 
     def bytes_read(self, task: WeightTask) -> tuple[int, int]:
-        """Bytes that an in-scope task reads: usually, and if the analysis takes all its passes.
+        """Count the bytes that an in-scope task reads, usually and with all passes of its analysis.
 
         Rows that stay resident are read once, and the others again in every pass, of every role.
         """
@@ -185,7 +188,7 @@ class Room:
 
 
 def share_room(weights: Sequence[LogicalWeight], layout: Layout) -> Room:
-    """One weight after another, or two at a time of those that are small enough for it."""
+    """Share the host's memory among weights, of which two small ones may be analysed at a time."""
     waiting = max((layout.waiting(weight) for weight in weights), default=0)
     room, fewer = _room(weights, layout, waiting), 0
     if layout.held + room.peak + waiting > layout.memory:
@@ -196,7 +199,7 @@ def share_room(weights: Sequence[LogicalWeight], layout: Layout) -> Room:
 
 
 def _room(weights: Sequence[LogicalWeight], layout: Layout, waiting: int) -> Room:
-    """How weights share what is left beside so many bytes that wait."""
+    """Share what is left beside so many bytes that wait."""
     if not layout.on_cpu:
         return Room(0, layout.most)
     kept = {weight.canonical: budget.aligned(layout.kept(weight)) for weight in weights}

@@ -1,4 +1,4 @@
-"""How each weight is decided: by looking at it, or from the evidence of an analysis.
+"""Each weight is decided by looking at it, or from the evidence of an analysis.
 
 A merge from an analysis must come out the same wherever the evidence comes from: read back, or
 gathered again in the same way, as `verify` does. So what gathering depended on is kept.
@@ -9,77 +9,49 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
-from lean_merge.checkpoints import Checkpoint
 from lean_merge.methods import (
     EvidenceMethod,
-    Factors,
-    Facts,
     Gathering,
     Method,
     Recalling,
 )
 from lean_merge.outputs.gathered import FoundThreshold, Gathered, evidence_method
+from lean_merge.outputs.recorded import Analysis
 from lean_merge.plan.parameters import MethodTable
 from lean_merge.plan.scope import Position
 from lean_merge.recipe import MergeRecipe
 
 Methods = Mapping[str, Method[Any]]
-"""By the canonical name of each weight that is not filtered out."""
+"""The method of each weight that is not filtered out, by the weight's canonical name."""
 Able = Mapping[str, EvidenceMethod[Any]]
-
-
-class Recorded(Protocol):
-    """Evidence that is at hand: an opened analysis."""
-
-    @property
-    def gathered(self) -> Gathered:
-        """What it depends on."""
-
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        """What tells it from other evidence, for the journal of a merge from it."""
-
-    def check_inputs(
-        self, base: Checkpoint, mllm: Checkpoint, experts: Sequence[Checkpoint]
-    ) -> None:
-        """Raise CheckpointError, naming what changed, unless these are what was analysed."""
-
-    def choices(self, methods: Mapping[str, EvidenceMethod[Any]]) -> tuple[FoundThreshold, ...]:
-        """The threshold that the similarities of these weights suggest, for each expert."""
-
-    def facts(self, canonical: str) -> Facts | None:
-        """Of a weight; None if there are none."""
-
-    def factors(self, canonical: str) -> Factors:
-        """Of a weight that has facts."""
 
 
 @dataclass(frozen=True, slots=True)
 class EvidencePlan:
-    """Of a plan that gathers evidence or decides from some.
+    """The evidence from which a plan decides.
 
     Attributes
     ----------
     gathered
         What the evidence depends on.
     source
-        Where it comes from, if it is recorded; else it is gathered.
+        The analysis that recorded it; None if it is gathered again.
     choices
-        For each expert, where a threshold was to be found; else none.
+        The threshold that was found for each expert; empty if none was to be found.
     anew
-        Why weights are looked at though evidence is recorded, by canonical name.
+        Why weights are looked at though evidence is recorded, by their canonical names.
     """
 
     gathered: Gathered
-    source: Recorded | None = None
+    source: Analysis | None = None
     choices: tuple[FoundThreshold, ...] = ()
     anew: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """For the journal of a merge from recorded evidence."""
+        """What the journal of a merge from an analysis tells of it."""
         assert self.source is not None
         found = {"thresholds": [each.threshold for each in self.choices]} if self.choices else {}
         return {**self.source.identity, **found}
@@ -88,9 +60,12 @@ class EvidencePlan:
 def decided(
     methods: Methods, places: Mapping[str, Position], recipe: MergeRecipe, evidence: EvidencePlan
 ) -> tuple[dict[str, Method[Any]], EvidencePlan]:
-    """The methods of a merge from evidence, which is recorded or gathered again.
+    """Give the methods of a merge from evidence, which is recorded or gathered again.
 
-    Raises RecipeError for a method that cannot.
+    Raises
+    ------
+    RecipeError
+        The recipe's method gathers no evidence.
     """
     evidence_method(recipe)
     able = {name: each for name, each in methods.items() if isinstance(each, EvidenceMethod)}
@@ -112,7 +87,7 @@ def regathering(
     recipe: MergeRecipe,
     gathered: Gathered,
 ) -> dict[str, Method[Any]]:
-    """The methods, which gather anew as was `gathered` before they decide."""
+    """Give methods that gather evidence as was `gathered`, and then decide as these do."""
     table = MethodTable(gathered.recipe(recipe))
     made: dict[tuple[int, int], Method[Any]] = {}
     found = {}
@@ -130,9 +105,9 @@ def recalling(
     methods: Mapping[str, EvidenceMethod[Any]],
     places: Mapping[str, Position],
     recipe: MergeRecipe,
-    recorded: Recorded,
+    recorded: Analysis,
 ) -> tuple[dict[str, Method[Any]], dict[str, str]]:
-    """The methods, which decide from what is recorded; and why those that look anew do.
+    """Give methods that decide from an analysis, and the reasons of those that look anew.
 
     A weight without evidence gets it in the same way. One whose evidence does not suffice is
     looked at as without an analysis.
@@ -153,7 +128,7 @@ def recalling(
 
 
 def described(anew: Mapping[str, str]) -> Sequence[str]:
-    """For people: how many weights are looked at again, for each reason."""
+    """Tell people how many weights are looked at again, for each reason."""
     reasons: dict[str, int] = {}
     for reason in anew.values():
         reasons[reason] = reasons.get(reason, 0) + 1
@@ -162,7 +137,6 @@ def described(anew: Mapping[str, str]) -> Sequence[str]:
 
 __all__ = [
     "EvidencePlan",
-    "Recorded",
     "decided",
     "described",
     "recalling",

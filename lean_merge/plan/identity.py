@@ -1,4 +1,4 @@
-"""What must be the same for the bytes of two runs to be the same: recipe, inputs, machine."""
+"""Two runs write the same bytes if their recipe, inputs and machine are the same."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lean_merge.version import __version__
 
 
 def run_facts(plan: Plan, out: Path) -> dict[str, Any]:
-    """The `run` of a journal (docs/durability.md) for the output of `plan` in `out`.
+    """Give the `run` of a journal (docs/durability.md) for the output of `plan` in `out`.
 
     Raises
     ------
@@ -44,13 +44,13 @@ def run_facts(plan: Plan, out: Path) -> dict[str, Any]:
 
 
 def recipe_digest(recipe: MergeRecipe) -> str:
-    """SHA-256 of the recipe's canonical JSON."""
+    """Give the SHA-256 of the recipe's canonical JSON."""
     text = json.dumps(recipe.to_dict(), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def inputs(plan: Plan, out: Path) -> list[dict[str, Any]]:
-    """Each role's place, seen from `out`, and files. Raises CheckpointError."""
+    """Tell each role's place, seen from `out`, and its files. Raises CheckpointError."""
     roles = by_role(plan.base, plan.mllm, plan.experts)
     final = out.expanduser().resolve()
     return [
@@ -66,7 +66,7 @@ def inputs(plan: Plan, out: Path) -> list[dict[str, Any]]:
 
 
 def check_unchanged(plan: Plan, out: Path, facts: dict[str, Any]) -> None:
-    """Raise CheckpointError if an input is not what it was when the merge began."""
+    """Raise CheckpointError if an input is not what it was when the run began."""
     now = inputs(plan, out)
     if now != facts["inputs"]:
         change = changed_input(facts["inputs"], now)
@@ -77,7 +77,7 @@ def check_unchanged(plan: Plan, out: Path, facts: dict[str, Any]) -> None:
 
 
 def seen_from(folder: Path, path: Path) -> str:
-    """A path relative to a folder, as journals name it; whole where that cannot be."""
+    """Give a path relative to a folder, as journals name it, or whole if it is on another drive."""
     try:
         return Path(os.path.relpath(path, folder)).as_posix()
     except ValueError:
@@ -86,7 +86,7 @@ def seen_from(folder: Path, path: Path) -> str:
 
 
 def environment(device: str) -> dict[str, str]:
-    """What decides the last bits of arithmetic on `device`."""
+    """Tell what decides the last bits of arithmetic on `device`."""
     facts = {
         "lean_merge": __version__,
         "torch": torch.__version__,

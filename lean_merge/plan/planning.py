@@ -1,4 +1,4 @@
-"""From a recipe and headers alone to everything that will happen: tasks, layout, bytes, memory."""
+"""A plan tells all that a merge will do. It is made from a recipe and headers alone."""
 
 from __future__ import annotations
 
@@ -24,23 +24,16 @@ from lean_merge.methods import Method
 from lean_merge.outputs import Output, Request, output_of
 from lean_merge.outputs.analysis import factors_on_disk
 from lean_merge.outputs.gathered import FoundThreshold, Gathered
+from lean_merge.outputs.recorded import Analysis
 from lean_merge.plan import budget
 from lean_merge.plan.footprint import Layout, Room, check_budget, share_room
-from lean_merge.plan.gathering import (
-    EvidencePlan,
-    Recorded,
-    decided,
-    described,
-)
+from lean_merge.plan.gathering import EvidencePlan, decided, described
 from lean_merge.plan.parameters import MethodTable, build_method
 from lean_merge.plan.resources import Resources, limits_of, processors, resolve_device
 from lean_merge.plan.scope import Scope, filter_weights, positions_of
 from lean_merge.recipe import MergeRecipe
 from lean_merge.sizes import format_size
-from lean_merge.store import (
-    Shard,
-    side_files,
-)
+from lean_merge.store import Shard, side_files
 from lean_merge.tasks import CopyTask, WeightTask, tiles
 
 
@@ -66,7 +59,7 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that `merge` will do; made from headers, so nothing is written yet."""
+    """All that `merge` will do. It is made from headers, and nothing is written yet."""
 
     recipe: MergeRecipe
     method: Method[Any]
@@ -92,7 +85,7 @@ class Plan:
 
     @property
     def inputs(self) -> tuple[Path, ...]:
-        """Folders that are read, and where links in them lead to, which are never written to."""
+        """The folders that are read, and the targets of links in them; none is ever written to."""
         checkpoints = (self.base, self.mllm, *self.experts)
         files = [file for checkpoint in checkpoints for file in checkpoint.files]
         return (
@@ -127,7 +120,7 @@ def plan(
     recipe: MergeRecipe,
     resources: Resources | None = None,
     *,
-    analysis: Recorded | None = None,
+    analysis: Analysis | None = None,
     output: type[Output] | None = None,
 ) -> Plan:
     """Read the headers of all checkpoints and lay out the whole merge.
@@ -163,9 +156,16 @@ def plan_again(
     *,
     choices: tuple[FoundThreshold, ...] = (),
 ) -> Plan:
-    """The plan of a merge from an analysis, which gathers its evidence anew in the same way.
+    """Plan a merge from an analysis again, so that evidence is gathered anew in the same way.
 
-    `choices` are the thresholds that it found, if there were any to find.
+    Parameters
+    ----------
+    recipe, resources
+        As `plan` has them.
+    gathered
+        What the evidence depended on.
+    choices
+        The thresholds that were found, if there were any to find.
     """
     evidence = EvidencePlan(gathered, choices=choices)
     return _plan(recipe, resources or Resources(), output_of(recipe.output), evidence)
@@ -258,7 +258,7 @@ def _plan(
 
 
 def _decoding_bytes(mllm: Checkpoint, workers: int) -> int:
-    """Most bytes that it takes to write tensors out of scope that are stored with scales.
+    """Count the most bytes that it takes to write tensors out of scope that have scales.
 
     Each worker has a strip as it is stored, in float32 and rounded; at most eight's scales wait.
     """
@@ -327,7 +327,7 @@ def _tasks(
 
 
 def _merged(coverage: Coverage, scope: Scope) -> list[MappedWeight]:
-    """The tensors of which at least one part is not filtered out."""
+    """List the tensors of which at least one part is not filtered out."""
     return [
         weight
         for weight in coverage.weights

@@ -1,4 +1,4 @@
-"""What happened to a weight, as plain data too, so that a later run need not compute it again."""
+"""What happened to a weight, also as plain data, so that a later run need not compute it again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Written:
 
     @classmethod
     def of(cls, parts: Sequence[Written]) -> Written:
-        """The sums over parts."""
+        """Add up parts."""
         return cls(
             along=math.fsum(part.along for part in parts),
             squared=math.fsum(part.squared for part in parts),
@@ -38,12 +38,12 @@ class Truncated:
 
 
 Stored = Written | Truncated | None
-"""What storing an update kept of it; None where nothing was lost or nothing stored."""
+"""What was kept of an update when it was stored; None if nothing was lost or nothing stored."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fallback:
-    """Where a weight was analysed because the device ran out of memory, and what that said."""
+    """The place where a weight was analysed after the device ran out of memory, and its message."""
 
     place: str
     reason: str
@@ -90,7 +90,11 @@ def decision_fields(record: ExpertRecord, *, rank: str) -> dict[str, Any]:
 
 
 class Note(NamedTuple):
-    """Of a task: its weights, how many bytes were read, and whether a copy holds NaN or Inf."""
+    """What is kept of a finished task.
+
+    It tells what happened to the weights of the task, how many bytes were read for it, and whether
+    a tensor that was copied holds NaN or Inf.
+    """
 
     weights: list[WeightResult]
     bytes_read: int = 0
@@ -98,7 +102,7 @@ class Note(NamedTuple):
 
 
 def to_note(note: Note) -> dict[str, Any]:
-    """A task's results as JSON has them; numbers come back bit for bit."""
+    """Write a task's results as JSON has them; numbers come back bit for bit."""
     weights, bytes_read, non_finite = note
     data: dict[str, Any] = _plain({"weights": [asdict(weight) for weight in weights]})
     data["bytes_read"] = bytes_read
@@ -106,7 +110,7 @@ def to_note(note: Note) -> dict[str, Any]:
 
 
 def from_note(note: Any) -> Note | None:
-    """What `to_note` was given; None for None."""
+    """Read what `to_note` wrote; None for None."""
     if note is None:
         return None
     plain = _restored(note)
@@ -127,7 +131,7 @@ def _weight(data: dict[str, Any]) -> WeightResult:
 
 
 def _plain(value: Any) -> Any:
-    """`value` with what JSON has no number for as {"float": "nan"}."""
+    """Write NaN and infinity, for which JSON has no number, as {"float": "nan"}."""
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -138,7 +142,7 @@ def _plain(value: Any) -> Any:
 
 
 def _restored(value: Any) -> Any:
-    """What `_plain` was given, with lists for tuples."""
+    """Read what `_plain` wrote, with lists in the place of tuples."""
     if isinstance(value, dict):
         if value.keys() == {"float"}:
             return float(value["float"])

@@ -1,4 +1,4 @@
-"""The tasks of a plan: one for each tensor of the output."""
+"""A plan has one task for each tensor of the output."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lean_merge.store import OutputTensor
 
 @dataclass(frozen=True, slots=True)
 class CopyTask:
-    """A tensor out of scope: its bytes go over as they are, or its numbers in another dtype.
+    """A tensor out of scope, whose bytes are copied, or whose numbers are written in another dtype.
 
-    `decoded` has the matrices that its numbers are then read from, and is empty otherwise.
+    `decoded` holds the matrices from which its numbers are read then, and is empty otherwise.
     """
 
     shard: int
@@ -26,17 +26,17 @@ class CopyTask:
 
     @property
     def stored(self) -> tuple[TensorSpec, ...]:
-        """Every tensor that is read."""
+        """All tensors that are read for it."""
         parts = (spec for source in self.decoded for spec in source.stored)
         return tuple(dict.fromkeys((self.source, *parts)))
 
 
 @dataclass(frozen=True, slots=True)
 class WeightTask:
-    """An in-scope tensor.
+    """A tensor in scope, which is one logical weight or several.
 
-    For each of its logical weights, `resident` tells how many tiles are kept, `methods` how it is
-    merged, and `filtered` why not: a part of a fused tensor that a filter takes has no method.
+    For each of them, `resident` tells how many tiles are kept, `methods` how it is merged, and
+    `filtered` why not: a part of a fused tensor that a filter takes has no method.
     `halves` tells whether its analysis takes one half of the arena, beside another, or both.
     """
 
@@ -49,7 +49,7 @@ class WeightTask:
     halves: tuple[int, ...]
 
     def read(self, *, rows: bool) -> tuple[TensorSpec, ...]:
-        """The parts of stored tensors that are read; those of the MLLM anyway where `rows` are."""
+        """Give the parts of stored tensors that are read; with `rows`, merged rows are written."""
         sources: list[WeightSource] = []
         for part, method in zip(self.weight.slices, self.methods, strict=True):
             if method is not None and looks(method, part):
@@ -61,7 +61,10 @@ class WeightTask:
 
 
 def formed_from(weight: LogicalWeight, wanted: Sequence[bool]) -> list[WeightSource]:
-    """What is read to form these of its task vectors: the base too, where any is a difference."""
+    """Give the sources that are read to form the wanted task vectors of a weight.
+
+    The base is among them if any of these is a difference from it.
+    """
     sources = [source for source, one in zip(weight.others, wanted, strict=False) if one]
     if any(not source.is_difference for source in sources):
         sources.append(weight.base)
@@ -69,10 +72,10 @@ def formed_from(weight: LogicalWeight, wanted: Sequence[bool]) -> list[WeightSou
 
 
 def looks(method: Method[Any], weight: LogicalWeight) -> bool:
-    """Whether the method makes any pass over the weight."""
+    """Tell whether the method makes any pass over the weight."""
     return method.cost(weight.shape, item=4).passes > 0 and needs_analysis(weight)
 
 
 def needs_analysis(weight: LogicalWeight) -> bool:
-    """Whether a method that analyses has anything to look at: some expert changes the weight."""
+    """Tell whether an analysis has anything to look at, because some expert changes the weight."""
     return not all(expert.zero_because for expert in weight.experts)

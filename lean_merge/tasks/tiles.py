@@ -1,4 +1,4 @@
-"""How the rows of a weight are cut, the same for every budget and thread: tiles and strips."""
+"""The rows of a weight are cut into tiles and strips, whatever the memory and the threads."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ SAMPLED_ELEMENTS = 1 << 16
 
 
 def tile_rows(in_features: int) -> int:
-    """Rows of a canonical tile of a weight with `in_features` columns."""
+    """Count the rows of a canonical tile of a weight with `in_features` columns."""
     return max(TILE_ROWS, TILE_ELEMENTS // in_features // 16 * 16)
 
 
 def row_tiles(shape: tuple[int, int]) -> Iterator[slice]:
-    """The canonical row tiles of a weight [out, in], in order."""
+    """Yield the canonical row tiles of a weight [out, in], in order."""
     rows = tile_rows(shape[1])
     for start in range(0, shape[0], rows):
         yield slice(start, min(start + rows, shape[0]))
 
 
 def strips(rows: slice, in_features: int, elements: int) -> Iterator[slice]:
-    """`rows` cut from their start into strips of at most so many elements, or 4 rows."""
+    """Cut `rows` from their start into strips of at most so many elements, or 4 rows."""
     height = strip_rows(in_features, elements)
     for start in range(rows.start, rows.stop, height):
         yield slice(start, min(start + height, rows.stop))
 
 
 def strip_rows(in_features: int, elements: int) -> int:
-    """Rows of a strip of at most so many elements; 4 at least."""
+    """Count the rows of a strip of at most so many elements; there are at least 4."""
     return max(4, elements // in_features // 4 * 4)
 
 
 def sampled_rows(shape: tuple[int, int]) -> int:
-    """How many of a weight's first rows tell its norm well enough to compare magnitudes."""
+    """Count the first rows of a weight that tell its norm well enough to compare magnitudes."""
     return min(shape[0], strip_rows(shape[1], SAMPLED_ELEMENTS))
