@@ -134,7 +134,7 @@ def verify_command(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> int:
-    """Read an output again, all of it, and say what differs; exit code 3 if anything does.
+    """Read all of an output again, and say what differs. The exit code is 3 if anything does.
 
     Every file is compared with the journal, tensors out of scope with the MLLM's, and a sample of
     the others is merged again: a twentieth, but at least 8.

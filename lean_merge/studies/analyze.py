@@ -1,4 +1,4 @@
-"""An analysis from recipe to sealed folder: the engine without a merge."""
+"""The analysis of a recipe's models, and its page."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from lean_merge.studies.pages import add_page
 class AnalysisResult:
     """A finished analysis: its folder, and what it holds.
 
-    `reused` is how many tensors an interrupted run had analysed; `was_complete` tells that it was
-    there already and nothing was done; `page` is its report, None where plotly is not installed.
+    `reused` is how many tensors an interrupted run had analysed. `was_complete` tells that the
+    analysis was there already, so that nothing was done. `page` is None where plotly is not
+    installed.
     """
 
     path: Path
@@ -48,26 +49,27 @@ def analyze(
     Parameters
     ----------
     work
-        A recipe, or a plan of `plan` with output `AnalysisOutput`. What the recipe says of rank,
-        svd, nuclear, temperature and importance decides how much is gathered; threshold, scale and
-        stages only what the report says.
+        A recipe, or a plan whose output is `AnalysisOutput`. What the recipe says of rank, svd,
+        nuclear, temperature and importance decides how much is gathered; threshold, scale and
+        stages decide only what the analysis says of selected weights.
     out
-        Folder. Until the last rename it is visibly unfinished.
+        The folder, which is visibly unfinished until the last rename.
     resources
         Device, memory and threads, for a recipe; a plan has its own.
     overwrite
-        Replace what `out` holds, once the new is complete.
+        Replace what `out` holds, once the analysis is complete.
     resume
-        Use what an interrupted run left; else it is removed.
+        Use what an interrupted run left, instead of removing it.
     page
-        Make its report too, where plotly is installed.
+        Write the page beside it too, where plotly is installed.
     on_event
-        Called after each weight.
+        A function that is called after each weight.
 
     Raises
     ------
     LeanMergeError
-        One of its subclasses; nothing that existed is lost.
+        The models cannot be analysed, or the folder cannot be written; nothing that existed is
+        lost.
     """
     with memory.PeakSampler() as sampler:
         plan = work if isinstance(work, Plan) else make_plan(work, resources, output=AnalysisOutput)
@@ -75,6 +77,6 @@ def analyze(
             plan, Path(out), sampler, overwrite=overwrite, resume=resume, on_event=on_event
         )
     analysis = open_analysis(made.path)
-    report = add_page("analysis", made.path, analysis.document) if page else None
+    file = add_page("analysis", made.path, analysis.document) if page else None
     complete = made.report is None
-    return AnalysisResult(made.path, analysis, 0 if complete else made.reused, complete, report)
+    return AnalysisResult(made.path, analysis, 0 if complete else made.reused, complete, file)
