@@ -20,7 +20,8 @@ from lean_merge.plan import plan as make_plan
 from lean_merge.plan.identity import environment
 from lean_merge.plan.resources import Resources
 from lean_merge.recipe import MergeRecipe
-from lean_merge.store import Difference, FolderCheck, Journal, check_folder
+from lean_merge.store import Difference, Journal
+from lean_merge.store.check import FolderCheck, check_folder
 from lean_merge.tasks import WeightResult, from_note
 
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")

@@ -5,9 +5,8 @@ Shards, side files and model card become a checkpoint by one last rename.
 
 from lean_merge.store.blocks import Block, BlockStore, Group
 from lean_merge.store.card import adapter_card, license_of, model_card
-from lean_merge.store.check import Difference, FolderCheck, check_folder
 from lean_merge.store.folder import OutputFolder, Spans, WriteBytes
-from lean_merge.store.journal import JOURNAL, Journal, read_journal
+from lean_merge.store.journal import JOURNAL, Difference, Journal, read_journal
 from lean_merge.store.layout import OutputTensor, Shard, index_json, plan_shards
 from lean_merge.store.sidefiles import (
     copy_side_files,
@@ -23,7 +22,6 @@ __all__ = [
     "Block",
     "BlockStore",
     "Difference",
-    "FolderCheck",
     "Group",
     "Journal",
     "OutputFolder",
@@ -33,7 +31,6 @@ __all__ = [
     "WriteBytes",
     "adapter_card",
     "changed_input",
-    "check_folder",
     "check_output",
     "checked_place",
     "copy_side_files",

@@ -13,24 +13,12 @@ from lean_merge.checkpoints.identity import header_digest
 from lean_merge.checkpoints.weightfiles import INDEX, read_index
 from lean_merge.errors import CheckpointError
 from lean_merge.store.digest import range_digest
-from lean_merge.store.journal import JOURNAL, Journal, commit_mark, read_journal
+from lean_merge.store.journal import JOURNAL, Difference, Journal, commit_mark, read_journal
 from lean_merge.store.state import PARTIAL, UNSEALED
 
 _STEP = 4 << 20
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", PARTIAL)
 _MEND = "pass the folder of a complete lean-merge output"
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """A file, or one tensor of it, that is not as it was written, and in what."""
-
-    file: str
-    tensor: str | None
-    fault: str
-
-    def __str__(self) -> str:
-        return f"{self.file}{f': {self.tensor}' if self.tensor else ''}: {self.fault}"
 
 
 @dataclass

@@ -62,6 +62,18 @@ def _described(shard: Shard) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
+class Difference:
+    """A file, or one tensor of it, that is not as the journal says, and what is wrong with it."""
+
+    file: str
+    tensor: str | None
+    fault: str
+
+    def __str__(self) -> str:
+        return f"{self.file}{f': {self.tensor}' if self.tensor else ''}: {self.fault}"
+
+
+@dataclass(frozen=True, slots=True)
 class Journal:
     """What a journal says.
 

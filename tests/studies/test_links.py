@@ -21,7 +21,8 @@ from support.faults import Recorder, everything, nothing_more, write_tree
 
 from lean_merge.checkpoints import as_bytes, open_checkpoint
 from lean_merge.errors import OutputError
-from lean_merge.store import OutputFolder, OutputTensor, Shard, check_folder, plan_shards
+from lean_merge.store import OutputFolder, OutputTensor, Shard, plan_shards
+from lean_merge.store.check import check_folder
 from lean_merge.store.storage import lock_folder
 from lean_merge.studies.sweep.links import SPARE, EqualFiles
 

@@ -16,7 +16,8 @@ from lean_merge.checkpoints import open_expert
 from lean_merge.engine import background
 from lean_merge.errors import CheckpointError
 from lean_merge.outputs.factors import FACTORS
-from lean_merge.store import JOURNAL, check_folder
+from lean_merge.store import JOURNAL
+from lean_merge.store.check import check_folder
 from lean_merge.store.state import DISCARDED, OWN_ANALYSIS
 from support.families import Triple, contents, write_triple
 from support.faults import Tree, flat, write_tree
