@@ -189,6 +189,18 @@ def test_a_method_that_looks_at_nothing_can_be_swept_too(triple: Triple, tmp_pat
     assert all(torch.equal(mllm[name], merged[name]) for name in mllm)
 
 
+def test_a_page_shows_norms_that_are_not_known(
+    triple: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The update of Task Arithmetic is written without its norm being computed first."""
+    pytest.importorskip("plotly")
+    monkeypatch.setattr(pages, "plotly_installed", lambda: True)
+    recipe = triple.recipe(merge_method="task_arithmetic")
+    result = sweep(recipe, Grid(scales="0.5"), tmp_path / "out", resources=CPU)
+    assert result.page is not None and result.page.exists()
+    assert json.loads((tmp_path / "out" / "sweep.json").read_text())["points"][0]["error"] is None
+
+
 def test_several_experts_are_swept_together(two_experts: Triple, tmp_path: Path):
     grid = Grid(thresholds=[0.4])
     recipe = two_experts.recipe(own=({"threshold": 0.99}, {}))

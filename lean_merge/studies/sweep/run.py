@@ -30,6 +30,7 @@ from lean_merge.studies.sweep.table import (
     PointRow,
     common_recipe,
     new_record,
+    read_table,
     write_table,
 )
 from lean_merge.version import __version__
@@ -136,7 +137,8 @@ def sweep(
             write_table(place, table)
             if on_event is not None:
                 on_event(PointEvent(number + 1, len(points), record))
-        page = add_page("sweep", place, table)
+        # As it is stored, a norm that is not known is null.
+        page = add_page("sweep", place, read_table(place) or table)
     return SweepResult(place, table, page)
 
 
