@@ -21,8 +21,8 @@ from lean_merge.outputs.recorded import Analysis, open_analysis
 from lean_merge.outputs.stream import StreamOutput, TensorSink
 from lean_merge.plan import Plan
 from lean_merge.plan import plan as make_plan
-from lean_merge.plan.identity import check_unchanged, run_facts
 from lean_merge.plan.resources import Resources
+from lean_merge.plan.runfacts import check_unchanged, run_facts
 from lean_merge.recipe import MergeRecipe
 from lean_merge.report import build_report
 from lean_merge.store import OutputFolder, find_complete

@@ -17,8 +17,8 @@ from lean_merge.outputs import output_of
 from lean_merge.outputs.gathered import Gathered, found_thresholds
 from lean_merge.plan import Plan, plan_again
 from lean_merge.plan import plan as make_plan
-from lean_merge.plan.identity import environment
 from lean_merge.plan.resources import Resources
+from lean_merge.plan.runfacts import environment
 from lean_merge.recipe import MergeRecipe
 from lean_merge.store import Difference, Journal
 from lean_merge.store.check import FolderCheck, check_folder

@@ -25,7 +25,7 @@ from lean_merge.cli import app
 from lean_merge.cli.describe import inspect_dict, methods_list, plan_dict
 from lean_merge.demo.run import FAMILY, family_recipe
 from lean_merge.outputs.checkpoint import CheckpointOutput
-from lean_merge.plan import budget
+from lean_merge.plan import formulas
 from lean_merge.plan import plan as make_plan
 from lean_merge.plan.parameters import build_method
 from lean_merge.tasks import tiles
@@ -152,23 +152,23 @@ def test_every_option_says_what_it_does():
 
 def memory_example() -> str:
     """The worked example: a 7B down_proj in bfloat16, one expert, two workers."""
-    weight = budget.WeightShape(
+    weight = formulas.WeightShape(
         out_features=4096, in_features=11008, roles=2, stored_item=2, task_item=2, arithmetic_item=2
     )
     shape = weight.out_features, weight.in_features
     method = build_method(family_recipe())
     cost, rank = method.cost(shape, item=weight.arithmetic_item), method.largest_rank(shape)
-    least = budget.host_bytes(weight, widest=cost.widest, workspace=cost.workspace, workers=2)
+    least = formulas.host_bytes(weight, widest=cost.widest, workspace=cost.workspace, workers=2)
     resident = weight.tiles * weight.resident_tile
     waiting = CheckpointOutput.waiting_bytes(shape, rank, weight.held)
-    worker, apply = budget.worker_bytes(weight, cost.widest), budget.apply_bytes(weight)
-    lanes = f"lanes: {budget.LANES + 1} x {weight.roles} x {shape[1]} x {cost.widest} x 4 bytes"
+    worker, apply = formulas.worker_bytes(weight, cost.widest), formulas.apply_bytes(weight)
+    lanes = f"lanes: {formulas.LANES + 1} x {weight.roles} x {shape[1]} x {cost.widest} x 4 bytes"
     rows = {
         f"two workers: 2 x {worker / MIB:.1f}": 2 * worker,
-        lanes: budget.lane_bytes(weight, cost.widest),
+        lanes: formulas.lane_bytes(weight, cost.widest),
         "workspace: Krylov blocks, vectors, images, small problems": cost.workspace,
         f"writing and copying: 2 x {apply / MIB:.1f}": 2 * apply,
-        "slack": budget.SLACK,
+        "slack": formulas.SLACK,
         "**no tile resident: the smallest that works**": least,
         f"all {weight.tiles} tiles of two task vectors: "
         f"{weight.tiles} x {weight.resident_tile / MIB:.2f}": resident,

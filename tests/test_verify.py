@@ -19,7 +19,7 @@ from support.scenes import Scene, make_scene
 
 from lean_merge import CheckpointError, Resources, Verification, cli, verify
 from lean_merge.outputs.differing import numbers_apart, rank_of
-from lean_merge.plan import identity
+from lean_merge.plan import runfacts
 from lean_merge.store import JOURNAL
 
 MODULE = sys.modules["lean_merge.verify"]
@@ -242,7 +242,7 @@ def test_a_weight_that_the_merge_does_not_give_is_found(scene: Scene, out: Path)
 def test_elsewhere_last_places_may_differ_and_no_more(
     scene: Scene, out: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    real = identity.environment
+    real = runfacts.environment
     monkeypatch.setattr(MODULE, "environment", lambda device: {**real(device), "torch": "9.9"})
     rewrite(scene, out, WEIGHT, one_place_more)
     result = looked(out)

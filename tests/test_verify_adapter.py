@@ -20,7 +20,7 @@ from torch import Tensor
 from lean_merge import Resources, Verification, cli, verify
 from lean_merge.outputs.adaptercheck import TOLERATED_UPDATE
 from lean_merge.outputs.peft import ADAPTER
-from lean_merge.plan import identity
+from lean_merge.plan import runfacts
 from lean_merge.store import JOURNAL, read_journal
 from lean_merge.store.journal import sealed_lines
 
@@ -192,7 +192,7 @@ def test_an_update_that_the_merge_does_not_give_is_found(
 
 
 def pretend_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = identity.environment
+    real = runfacts.environment
     monkeypatch.setattr(MODULE, "environment", lambda device: {**real(device), "torch": "9.9"})
 
 

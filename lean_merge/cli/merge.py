@@ -31,7 +31,7 @@ from lean_merge.merge import merge as merge_api
 from lean_merge.outputs import output_of
 from lean_merge.outputs.recorded import open_analysis
 from lean_merge.plan import plan as make_plan
-from lean_merge.plan.identity import run_facts
+from lean_merge.plan.runfacts import run_facts
 from lean_merge.store import check_output
 from lean_merge.verify import verify
 

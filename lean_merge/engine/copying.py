@@ -12,7 +12,7 @@ from torch import Tensor
 from lean_merge.checkpoints import FLOATING, TensorReader, WeightSource, as_bytes, torch_dtype
 from lean_merge.engine.workers import Workers
 from lean_merge.errors import DataError
-from lean_merge.plan.budget import COPY_BUFFER
+from lean_merge.plan.formulas import COPY_BUFFER
 from lean_merge.store import WriteBytes
 from lean_merge.tasks import CopyTask
 from lean_merge.tasks.tiles import READ_ELEMENTS, strips

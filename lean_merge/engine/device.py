@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lean_merge.engine.transfer import Done, Mark, Queues, Uploader
 from lean_merge.engine.workers import Workers
-from lean_merge.plan import budget
+from lean_merge.plan import formulas
 
 
 class BlockingQueues:
@@ -160,8 +160,8 @@ class Accelerator:
         self.device = device
         self._queues = queues
         self._workers = workers
-        self._slots = budget.ring_slots(workers.count)
-        self._ring_bytes = budget.ring_bytes(largest_tile, self._slots)
+        self._slots = formulas.ring_slots(workers.count)
+        self._ring_bytes = formulas.ring_bytes(largest_tile, self._slots)
         self._peak, self._limit = peak, limit
         self._uploader: Uploader | None = None
 
@@ -187,7 +187,7 @@ class Accelerator:
             self._uploader = Uploader(self._queues, self._workers, host, slots=self._slots)
         return Lent(
             resident=self._empty(resident * tile),
-            landing=tuple(self._empty(tile) for _ in range(budget.LANDINGS)),
+            landing=tuple(self._empty(tile) for _ in range(formulas.LANDINGS)),
             uploader=self._uploader,
         )
 

@@ -48,7 +48,7 @@ from lean_merge.engine.workers import worker_pool
 from lean_merge.memory import release_free_memory, usage
 from lean_merge.outputs.base import Sink
 from lean_merge.plan import Plan
-from lean_merge.plan.budget import ALIGNMENT
+from lean_merge.plan.formulas import ALIGNMENT
 from lean_merge.tasks import CopyTask, Note, Stored, WeightResult, WeightTask, Written, to_note
 
 READ_AHEAD = 256 << 20

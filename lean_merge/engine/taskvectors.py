@@ -15,7 +15,7 @@ from lean_merge.engine.workers import Workers
 from lean_merge.errors import DataError
 from lean_merge.linalg import Pass, Products
 from lean_merge.mapping import LogicalWeight
-from lean_merge.plan.budget import LANES
+from lean_merge.plan.formulas import LANES
 from lean_merge.tasks.tiles import READ_ELEMENTS, row_tiles, strips
 
 _WIDTH = 32

@@ -15,7 +15,7 @@ from typing import Any
 
 from lean_merge.errors import RecipeError, shown
 from lean_merge.methods import Method, all_methods, canonical_name
-from lean_merge.plan.scope import Position, nearest
+from lean_merge.plan.scope import Position, Scope, nearest
 from lean_merge.recipe import MergeRecipe, Parameters, reject_unknown
 from lean_merge.recipe.values import ANY, Filtered
 
@@ -33,6 +33,25 @@ def build_method(recipe: MergeRecipe, place: Position | None = None) -> Method[A
     """
     kind, fields = _checked_names(recipe)
     return _build(kind, [_typed(values, fields) for values in _resolved(recipe, place)])
+
+
+def methods_of(
+    recipe: MergeRecipe, positions: Mapping[str, Position], scope: Scope
+) -> dict[str, Method[Any]]:
+    """The method of each weight that is merged, by the weight's canonical name.
+
+    Raises
+    ------
+    RecipeError
+        A value makes no sense, or its filter matches no weight.
+    """
+    table = MethodTable(recipe)
+    table.check_filters(list(positions.values()))
+    return {
+        name: table.at(position)
+        for name, position in positions.items()
+        if name not in scope.filtered
+    }
 
 
 _DEFAULT = object()
@@ -175,6 +194,3 @@ class MethodTable:
                             f"The filter {shown(entry.filter)} of {name} matches no weight in "
                             f"scope; {nearest(entry.filter, places)}"
                         )
-
-
-__all__ = ["MethodTable", "build_method"]

@@ -1,45 +1,36 @@
-"""A plan tells all that a merge will do. It is made from a recipe and headers alone."""
+"""A plan: from a recipe and the headers of its checkpoints to everything that a merge will do.
+
+`_plan` has the steps in their order.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lean_merge import memory
-from lean_merge.checkpoints import (
-    FLOATING,
-    Checkpoint,
-    open_checkpoint,
-    open_expert,
-)
+from lean_merge.checkpoints import FLOATING, Checkpoint, open_checkpoint, open_expert
 from lean_merge.errors import CoverageError
-from lean_merge.mapping import (
-    Coverage,
-    MappedWeight,
-    map_roles,
-)
+from lean_merge.mapping import Coverage, map_roles
 from lean_merge.methods import Method
 from lean_merge.outputs import Output, Request, output_of
 from lean_merge.outputs.analysis import factors_on_disk
 from lean_merge.outputs.gathered import FoundThreshold, Gathered
 from lean_merge.outputs.recorded import Analysis
-from lean_merge.plan import budget
-from lean_merge.plan.footprint import Layout, Room, check_budget, share_room
-from lean_merge.plan.gathering import EvidencePlan, decided, described
-from lean_merge.plan.parameters import MethodTable, build_method
-from lean_merge.plan.resources import Resources, limits_of, processors, resolve_device
+from lean_merge.plan.evidence import EvidencePlan, Methods, decide_from_evidence
+from lean_merge.plan.fitting import Concurrency, Footprint, check_fits, concurrency, fit
+from lean_merge.plan.parameters import build_method, methods_of
+from lean_merge.plan.resources import Resources, machine_for
 from lean_merge.plan.scope import Scope, filter_weights, positions_of
 from lean_merge.recipe import MergeRecipe
-from lean_merge.sizes import format_size
 from lean_merge.store import Shard, side_files
-from lean_merge.tasks import CopyTask, WeightTask, tiles
+from lean_merge.tasks import CopyTask, WeightTask
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Bytes that the run will read, write, and hold at most.
+    """The bytes that a run will read, write, and hold at most.
 
     `bytes_read` is an estimate, and `most_read` the most that can be. They differ where rows do not
     stay in memory, because they are then read again in every pass of an analysis, and how many
@@ -59,7 +50,7 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All that `merge` will do. It is made from headers, and nothing is written yet."""
+    """Everything that `merge` will do. It is made from headers, and nothing is written yet."""
 
     recipe: MergeRecipe
     method: Method[Any]
@@ -76,7 +67,7 @@ class Plan:
     threads: int
     workers: int
     arena: int
-    """Bytes on the host for tiles that stay, of all weights that are analysed at a time."""
+    """Bytes on the host for the tiles that stay of all weights that are analysed at a time."""
     waiting: int
     """How many updates may wait to be stored while another weight is analysed."""
     prediction: Prediction
@@ -85,7 +76,10 @@ class Plan:
 
     @property
     def inputs(self) -> tuple[Path, ...]:
-        """The folders that are read, and the targets of links in them; none is ever written to."""
+        """The folders that are read, and the files that links in them lead to.
+
+        Nothing is ever written there.
+        """
         checkpoints = (self.base, self.mllm, *self.experts)
         files = [file for checkpoint in checkpoints for file in checkpoint.files]
         return (
@@ -100,7 +94,7 @@ class Plan:
 
     @property
     def is_settled(self) -> bool:
-        """Whether no threshold is to be found before anything is merged."""
+        """Whether every threshold is known before anything is merged."""
         return self.evidence is not None or all(
             method is None or method.is_settled for task in self.weights for method in task.methods
         )
@@ -128,11 +122,11 @@ def plan(
     Parameters
     ----------
     recipe
-        What is wanted.
+        What is to be merged, and how.
     resources
-        Device, memory and threads.
+        The device, memory and threads that may be used.
     analysis
-        An analysis of the same inputs, from which weights are decided.
+        An analysis of the same inputs, from whose evidence each weight is decided.
     output
         The kind of output; by default the one that the recipe names.
 
@@ -156,16 +150,10 @@ def plan_again(
     *,
     choices: tuple[FoundThreshold, ...] = (),
 ) -> Plan:
-    """Plan a merge from an analysis again, so that evidence is gathered anew in the same way.
+    """Plan a merge from an analysis again, without the analysis.
 
-    Parameters
-    ----------
-    recipe, resources
-        As `plan` has them.
-    gathered
-        What the evidence depended on.
-    choices
-        The thresholds that were found, if there were any to find.
+    Its evidence is gathered anew, in the way that `gathered` tells. `choices` are the thresholds
+    that the analysis found, if there were any to find. Raises as `plan` does.
     """
     evidence = EvidencePlan(gathered, choices=choices)
     return _plan(recipe, resources or Resources(), output_of(recipe.output), evidence)
@@ -176,64 +164,38 @@ def _plan(
 ) -> Plan:
     kind.check(recipe)
     method = build_method(recipe)
+
+    # The checkpoints, and whose weight is whose.
     base = open_checkpoint(recipe.base_model)
     mllm = open_checkpoint(recipe.mllm_model)
     experts = tuple(open_expert(expert.model) for expert in recipe.experts)
-    # Refused now rather than when they are copied, after the work is done.
-    side_files(mllm.path)
+    side_files(mllm.path)  # refused now, if at all, and not after the work is done
     coverage = map_roles(
         base, mllm, experts, allow_partial=recipe.allow_partial, names=recipe.name_rules()
     )
-    for weight in coverage.weights:
-        _check_arithmetic(weight)
-    places = positions_of(coverage)
-    scope = filter_weights(list(places.values()), include=recipe.include, exclude=recipe.exclude)
-    methods = MethodTable(recipe)
-    methods.check_filters(list(places.values()))
-    by_weight = {
-        name: methods.at(place) for name, place in places.items() if name not in scope.filtered
-    }
+    _check_numbers(coverage)
+
+    # What is merged, and how each weight is decided.
+    positions = positions_of(coverage)
+    scope = filter_weights(list(positions.values()), include=recipe.include, exclude=recipe.exclude)
+    methods: Methods = methods_of(recipe, positions, scope)
     if evidence is not None:
         if evidence.source is not None:
             evidence.source.check_inputs(base, mllm, experts)
-        by_weight, evidence = decided(by_weight, places, recipe, evidence)
-    merged = tuple(_merged(coverage, scope))
-    output = kind(Request(recipe, mllm, coverage.prefixes["mllm"], merged, by_weight))
-    notes = [*output.notes]
-    device, choice = resolve_device(resources.device)
-    notes += choice
-    threads = processors(resources.threads)
-    device, limits, busy = limits_of(resources, device)
-    notes += busy
-    notes += described(evidence.anew) if evidence is not None else []
-    layout = Layout(
-        output=output,
-        device=device,
-        workers=min(threads, budget.LANES),
-        memory=limits[0],
-        vram=limits[1],
-        held=memory.usage().anonymous
-        + output.held_bytes
-        + _decoding_bytes(mllm, min(threads, budget.LANES)),
-        rounding=recipe.rounding,
-    )
-    parts = [part for weight in merged for part in weight.slices]
-    needed = max((layout.needs(part)[1] for part in parts), default=0)
-    if resources.device == "auto" and resources.vram is None and 0 < layout.vram < needed:
-        notes.append(
-            f"{device} has {format_size(layout.vram)} to spare and {format_size(needed)} are "
-            "needed, so the CPU is used; --device and --vram ask for it all the same"
-        )
-        layout = dataclasses.replace(layout, device="cpu", vram=0)
-    layout = dataclasses.replace(
-        layout,
-        held=layout.held + layout.feeding(parts),
-        most=max((layout.fixed(part)[0] for part in parts), default=0),
-    )
-    room = share_room(parts, layout)
-    tasks = _tasks(output, scope, layout, room)
-    check_budget([task for task in tasks if isinstance(task, WeightTask)], layout)
-    unpredicted = Plan(
+        methods, evidence = decide_from_evidence(methods, positions, recipe, evidence)
+    settled = evidence is not None or all(each.is_settled for each in methods.values())
+
+    # What is written, and how its weights fit into memory.
+    prefix = coverage.prefixes["mllm"]
+    output = kind(Request(recipe, mllm, prefix, scope.merged(coverage), methods))
+    machine = machine_for(resources)
+    footprint, fallback = fit(output, machine)
+    shared = concurrency(footprint)
+
+    # What is done for each tensor.
+    tasks = _tasks(output, scope, footprint, shared)
+    check_fits(tasks, footprint)
+    return Plan(
         recipe=recipe,
         method=method,
         base=base,
@@ -243,38 +205,29 @@ def _plan(
         scope=scope,
         output=output,
         tasks=tasks,
-        device=layout.device,
-        memory=layout.memory,
-        vram=layout.vram,
-        threads=threads,
-        workers=layout.workers,
-        arena=room.arena,
-        waiting=room.waiting,
-        prediction=Prediction(layout.held + room.peak),
-        notes=tuple(notes),
+        device=footprint.device,
+        memory=footprint.memory,
+        vram=footprint.vram,
+        threads=machine.threads,
+        workers=footprint.workers,
+        arena=shared.arena,
+        waiting=shared.waiting,
+        prediction=_predict(tasks, footprint, shared, settled=settled),
+        notes=(
+            *output.notes,
+            *machine.notes,
+            *(evidence.notes if evidence is not None else ()),
+            *fallback,
+        ),
         evidence=evidence,
     )
-    return dataclasses.replace(unpredicted, prediction=_predict(unpredicted, layout))
 
 
-def _decoding_bytes(mllm: Checkpoint, workers: int) -> int:
-    """Count the most bytes that it takes to write tensors out of scope that have scales.
-
-    Each worker has a strip as it is stored, in float32 and rounded; at most eight's scales wait.
-    """
-    strip = kept = 0
-    for name in mllm.encodings:
-        matrices = mllm.decoded(mllm.tensors[name])
-        kept = max(kept, sum(source.held for source in matrices))
-        for source in matrices[:1]:
-            out_features, in_features = source.shape
-            rows = min(out_features, tiles.strip_rows(in_features, tiles.READ_ELEMENTS))
-            strip = max(strip, source.scratch(rows) + 8 * rows * in_features)
-    return workers * strip + 8 * kept
-
-
-def _check_arithmetic(weight: MappedWeight) -> None:
-    for source in (source for rows in weight.slices for source in rows.roles):
+def _check_numbers(coverage: Coverage) -> None:
+    """Raise CoverageError for an in-scope tensor without numbers that can be merged."""
+    for source in (
+        source for weight in coverage.weights for part in weight.slices for source in part.roles
+    ):
         if 0 in source.shape:
             raise CoverageError(
                 f"{source.file}: in-scope tensor {source.name} has shape {list(source.shape)}, no "
@@ -288,11 +241,11 @@ def _check_arithmetic(weight: MappedWeight) -> None:
 
 
 def _tasks(
-    output: Output, scope: Scope, layout: Layout, room: Room
+    output: Output, scope: Scope, footprint: Footprint, shared: Concurrency
 ) -> tuple[CopyTask | WeightTask, ...]:
-    """Give a task for each tensor, in the order of the bytes that are written, else of those read.
+    """The tasks in the order of the bytes that are written, or else of those that are read.
 
-    A tensor of which no part is merged is copied, or left alone where nothing is copied.
+    A tensor of which nothing is merged is copied, or left alone where nothing is copied.
     """
     merged = {weight.mllm.name: weight for weight in output.weights}
     ordered = [(0, name) for name in output.tensors]
@@ -311,11 +264,11 @@ def _tasks(
                     index,
                     output.tensors[name],
                     weight,
-                    resident=tuple(layout.resident(part) for part in weight.slices),
+                    resident=tuple(footprint.resident(part) for part in weight.slices),
                     methods=tuple(output.methods.get(part.canonical) for part in weight.slices),
                     filtered=tuple(scope.reason(part) for part in weight.slices),
                     halves=tuple(
-                        1 if part.canonical in room.beside else 2 for part in weight.slices
+                        1 if part.canonical in shared.beside else 2 for part in weight.slices
                     ),
                 )
             )
@@ -326,34 +279,34 @@ def _tasks(
     return tuple(tasks)
 
 
-def _merged(coverage: Coverage, scope: Scope) -> list[MappedWeight]:
-    """List the tensors of which at least one part is not filtered out."""
-    return [
-        weight
-        for weight in coverage.weights
-        if any(not scope.reason(part) for part in weight.slices)
-    ]
-
-
-def _predict(plan: Plan, layout: Layout) -> Prediction:
-    vram = 0
-    usual = most = sum(layout.bytes_copied(task) for task in plan.copies)
-    for task in plan.weights:
-        for part, resident in zip(task.weight.slices, task.resident, strict=True):
-            if not layout.on_cpu:
-                kept = resident * layout.shape(part).resident_tile
-                vram = max(vram, layout.fixed(part)[1] + kept)
-        read = layout.bytes_read(task)
+def _predict(
+    tasks: Sequence[CopyTask | WeightTask],
+    footprint: Footprint,
+    shared: Concurrency,
+    *,
+    settled: bool,
+) -> Prediction:
+    usual = most = vram = 0
+    for task in tasks:
+        if isinstance(task, CopyTask):
+            copied = footprint.bytes_copied(task)
+            usual, most = usual + copied, most + copied
+            continue
+        read = footprint.bytes_read(task)
         usual, most = usual + read[0], most + read[1]
-    disk = plan.output.bytes_on_disk
-    if not plan.is_settled:
-        disk += factors_on_disk(plan.output.weights, plan.output.methods)
+        if not footprint.on_cpu:
+            for part in task.weight.slices:
+                vram = max(vram, footprint.fixed(part)[1] + footprint.kept(part))
+    output = footprint.output
+    disk = output.bytes_on_disk
+    if not settled:
+        disk += factors_on_disk(output.weights, output.methods)
     return Prediction(
-        peak_memory=plan.prediction.peak_memory,
+        peak_memory=footprint.held + shared.peak,
         peak_vram=vram,
         bytes_read=usual,
         most_read=most,
-        bytes_written=plan.output.bytes_written,
+        bytes_written=output.bytes_written,
         disk=disk,
-        exact_writes=plan.output.exact,
+        exact_writes=output.exact,
     )

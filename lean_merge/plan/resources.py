@@ -32,8 +32,79 @@ class Resources:
     threads: int | None = None
 
 
-def resolve_device(wanted: str) -> tuple[str, list[str]]:
-    """The torch device to compute on, and a note if it is not tested. Raises RecipeError."""
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a merge uses of this machine.
+
+    Attributes
+    ----------
+    device : str
+        The torch device that computes.
+    threads : int
+        The number of threads.
+    memory, vram : int
+        Ceilings in bytes on the process's anonymous memory and on device memory, 0 for none.
+    is_default : bool
+        Whether neither a device nor its ceiling was asked for, so that the CPU will do as well.
+    notes : tuple of str
+        Sentences for people.
+    """
+
+    device: str
+    threads: int
+    memory: int
+    vram: int
+    is_default: bool
+    notes: tuple[str, ...]
+
+
+def machine_for(resources: Resources) -> Machine:
+    """Look up what of this machine `resources` stand for.
+
+    Where a device that was not asked for cannot be used, the CPU takes its place.
+
+    Raises
+    ------
+    RecipeError
+        The device or the number of threads makes no sense, or the device cannot be used.
+    """
+    device, notes = _resolved(resources.device)
+    threads, vram = threads_of(resources), resources.vram or 0
+    if torch.device(device).type == "cuda":
+        try:
+            # This is the first call that takes memory there, and a good deal of the host's.
+            free = torch.cuda.mem_get_info(torch.device(device))[0]
+            vram = vram or free // 2
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            if resources.device != "auto":
+                raise RecipeError(
+                    f"{device} cannot be used ({reason}); free it, or use --device cpu."
+                ) from error
+            notes = [*notes, f"{device} cannot be used ({reason}), so the CPU is"]
+            device, vram = "cpu", 0
+    is_default = resources.device == "auto" and resources.vram is None
+    return Machine(device, threads, memory_of(resources), vram, is_default, tuple(notes))
+
+
+def threads_of(resources: Resources) -> int:
+    """The number of threads: as many as are wanted, or as this process has processors."""
+    if resources.threads is not None:
+        if resources.threads < 1:
+            raise RecipeError(f"threads must be 1 or more, not {resources.threads}.")
+        return resources.threads
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def memory_of(resources: Resources) -> int:
+    """The ceiling on anonymous memory in bytes: as wanted, or half of what is free on top."""
+    return resources.memory or memory.usage().anonymous + memory.available() // 2
+
+
+def _resolved(wanted: str) -> tuple[str, list[str]]:
+    """The torch device that `wanted` stands for, and notes. Raises RecipeError."""
     if wanted == "auto":
         return ("cuda" if torch.cuda.is_available() else "cpu"), []
     try:
@@ -46,49 +117,9 @@ def resolve_device(wanted: str) -> tuple[str, list[str]]:
         raise RecipeError(
             f"{wanted} does not exist; there are {torch.cuda.device_count()} devices."
         )
-    notes = []
     if device.type not in ("cpu", "cuda"):
-        notes.append(f"device {wanted} is untested; compare a few weights with --device cpu")
-    return wanted, notes
-
-
-def processors(wanted: int | None) -> int:
-    """The number of threads: `wanted`, or else of the processors that this process may use."""
-    if wanted is not None:
-        if wanted < 1:
-            raise RecipeError(f"threads must be 1 or more, not {wanted}.")
-        return wanted
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def limits_of(resources: Resources, device: str) -> tuple[str, tuple[int, int], list[str]]:
-    """The device, the ceilings in bytes on the CPU's memory and the device's, and notes.
-
-    Where the device cannot be used, the CPU takes its place and a note says so.
-
-    Raises
-    ------
-    RecipeError
-        A device that was asked for by name cannot be used.
-    """
-    notes, vram = [], resources.vram or 0
-    if torch.device(device).type == "cuda":
-        try:
-            # This is the first call that takes memory there, and a good deal of the host's.
-            free = torch.cuda.mem_get_info(torch.device(device))[0]
-            vram = vram or free // 2
-        except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
-            if resources.device != "auto":
-                raise RecipeError(
-                    f"{device} cannot be used ({reason}); free it, or use --device cpu."
-                ) from error
-            notes.append(f"{device} cannot be used ({reason}), so the CPU is")
-            device, vram = "cpu", 0
-    held = memory.usage().anonymous
-    return device, (resources.memory or held + memory.available() // 2, vram), notes
+        return wanted, [f"device {wanted} is untested; compare a few weights with --device cpu"]
+    return wanted, []
 
 
 def arithmetic_dtype(task: torch.dtype, device: str) -> torch.dtype:

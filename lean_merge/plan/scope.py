@@ -118,6 +118,14 @@ class Scope:
         """Why a weight is left out; empty for a weight that is merged."""
         return self.filtered.get(weight.canonical, "")
 
+    def merged(self, coverage: Coverage) -> tuple[MappedWeight, ...]:
+        """The tensors of which at least one logical weight is merged."""
+        return tuple(
+            weight
+            for weight in coverage.weights
+            if not all(self.reason(part) for part in weight.slices)
+        )
+
 
 def filter_weights(
     places: Sequence[Position], *, include: Sequence[str], exclude: Sequence[str]

@@ -59,7 +59,7 @@ def test_one_nan_stops_the_merge_and_is_named(
 
     triple = write_triple(tmp_path / "in", SMALL, dtype=dtype, edit=edit)
     if streamed:
-        monkeypatch.setattr("lean_merge.plan.budget.resident_tiles", lambda shape, free: 0)
+        monkeypatch.setattr("lean_merge.plan.formulas.resident_tiles", lambda shape, free: 0)
     with pytest.raises(DataError, match="holds NaN or Inf") as caught:
         triple.merge(tmp_path / "out", threshold=threshold)
     assert str(caught.value).startswith(f"{tmp_path / 'in' / role / 'model.safetensors'}: tensor ")

@@ -42,7 +42,7 @@ from lean_merge.engine.transfer import Done, Parcel, Uploader
 from lean_merge.engine.workers import OURS, Workers, worker_pool
 from lean_merge.methods import spectra
 from lean_merge.outputs.checkpoint import CheckpointComparison
-from lean_merge.plan import budget
+from lean_merge.plan import formulas
 from lean_merge.tasks import tiles
 
 __all__ = ["many_tiles"]
@@ -314,7 +314,7 @@ def through_the_ring(monkeypatch: pytest.MonkeyPatch) -> list[LateQueues]:
 
     monkeypatch.setattr(deciding, "queues_of", queues_of)
     # A device takes one weight at a time, which the plan cannot know of this one.
-    monkeypatch.setattr(budget, "FULL_SPEED", 0)
+    monkeypatch.setattr(formulas, "FULL_SPEED", 0)
     return made
 
 
@@ -650,7 +650,7 @@ def test_two_gib_are_enough_for_7b_shapes(
     assert cpu.prediction.peak_vram == 0
     # A tile of two task vectors for each worker and one to copy, in a power of two.
     tile = 2 * 2 * max(tiles.tile_rows(width) * width for width in (4096, 11008))
-    ring = budget.ring_bytes(tile, min(threads, 4) + 1)
+    ring = formulas.ring_bytes(tile, min(threads, 4) + 1)
     assert ring.bit_count() == 1 and tile * (min(threads, 4) + 1) <= ring < 4 * GIB
     beside = made.prediction.peak_memory - cpu.prediction.peak_memory
     resident = max(budget_of_residents(cpu))

@@ -25,7 +25,7 @@ from lean_merge.mapping import map_roles
 from lean_merge.mapping.placement import stack_places
 from lean_merge.outputs import Request
 from lean_merge.outputs.checkpoint import CheckpointOutput
-from lean_merge.plan import footprint
+from lean_merge.plan import fitting
 
 __all__ = ["many_tiles"]
 Block = tuple[int, int]
@@ -174,7 +174,7 @@ def test_the_codes_of_whole_tiles_are_counted_where_rows_are_columns(tmp_path: P
     base, mllm, expert = (open_checkpoint(path) for path in paths)
     recipe = MergeRecipe("base", "mllm", ("expert",))
     output = CheckpointOutput(Request(recipe, mllm, "", (), {}))
-    layout = footprint.Layout(output, "cpu", 1, 1 << 40, 0, 0)
+    layout = fitting.Footprint(output, "cpu", 1, 1 << 40, 0, 0)
     mapped = map_roles(base, mllm, [expert]).weights
     seen = set()
     for weight in (part for each in mapped for part in each.slices):

@@ -351,7 +351,7 @@ def test_an_analysis_is_the_same_whatever_memory_and_threads(
 ):
     triple = write_triple(tmp_path / "in", SKETCHED)
     first = analyze(triple.recipe(), tmp_path / "one", resources=CPU).path
-    monkeypatch.setattr("lean_merge.plan.budget.resident_tiles", lambda shape, free: 0)
+    monkeypatch.setattr("lean_merge.plan.formulas.resident_tiles", lambda shape, free: 0)
     other = Resources(device="cpu", threads=2)
     second = analyze(triple.recipe(), tmp_path / "two", resources=other).path
     name = "analysis.safetensors"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,11 +42,13 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[tuple[Path, str
     """Bytes that are read inside the block, by file and tensor."""
     found: Counter[tuple[Path, str]] = Counter()
     read_spans = TensorReader.read_spans
+    lock = threading.Lock()
 
     def counting(
         self: TensorReader, spec: TensorSpec, spans: Sequence[tuple[int, int]], out: memoryview
     ) -> None:
-        found[spec.file, spec.name] += out.nbytes
+        with lock:
+            found[spec.file, spec.name] += out.nbytes
         read_spans(self, spec, spans, out)
 
     with monkeypatch.context() as patch:

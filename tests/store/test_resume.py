@@ -29,7 +29,7 @@ from support.scenes import (
 )
 
 from lean_merge import CheckpointError, Event, OutputError, Resources, cli, merge, plan
-from lean_merge.plan import identity
+from lean_merge.plan import runfacts
 from lean_merge.store import JOURNAL, OutputFolder, read_journal
 
 PARTIAL = f"{JOURNAL}.partial"
@@ -335,9 +335,9 @@ def test_an_input_elsewhere_is_refused(scene: Scene, out: Path, tmp_path: Path):
     copy = tmp_path / "copy"
     shutil.copytree(scene.triple.base, copy)
     recipe = scene.triple.recipe()
-    facts = identity.run_facts(plan(recipe), out)
+    facts = runfacts.run_facts(plan(recipe), out)
     facts["inputs"][0]["path"] = "../../elsewhere"
-    moved = identity.run_facts(plan(recipe), out)
+    moved = runfacts.run_facts(plan(recipe), out)
     from lean_merge.store.state import difference
 
     old = {"format": 1, "run": moved, "shards": []}
@@ -349,15 +349,15 @@ def test_another_machine_or_library_is_refused(
     scene: Scene, out: Path, monkeypatch: pytest.MonkeyPatch
 ):
     interrupt(scene, out, 2)
-    real = identity.environment
+    real = runfacts.environment
     monkeypatch.setattr(
-        identity, "environment", lambda device: {**real(device), "torch": "9.9", "processor": "Z"}
+        runfacts, "environment", lambda device: {**real(device), "torch": "9.9", "processor": "Z"}
     )
     message = refused(scene, out)
     assert f"(torch was {torch.__version__!r}, is '9.9')" in message
     monkeypatch.undo()
     scene.merge(out)
-    monkeypatch.setattr(identity, "environment", lambda device: {"torch": "9.9"})
+    monkeypatch.setattr(runfacts, "environment", lambda device: {"torch": "9.9"})
     # What is complete was made elsewhere, and is complete nevertheless.
     assert scene.merge(out).was_complete
 

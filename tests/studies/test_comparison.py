@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from support.families import contents
 
 from lean_merge import BudgetError, CoverageError, MergeRecipe, OutputError, Resources, memory
-from lean_merge.plan import budget, plan
+from lean_merge.plan import formulas, plan
 from lean_merge.store import JOURNAL
 from lean_merge.studies import pages
 from lean_merge.studies.compare import compare, differing, write_comparison
@@ -312,7 +312,7 @@ def test_memory_is_that_of_strips_and_not_of_weights(tmp_path: Path):
         found = compared(*folders)
     grown = sampler.peak.anonymous - before
     strips = 3 * (1 << 18) * (2 + 8)
-    assert grown < strips + budget.SLACK < 64 << 20, f"{grown >> 20} MiB"
+    assert grown < strips + formulas.SLACK < 64 << 20, f"{grown >> 20} MiB"
     assert found["bytes"]["read"] == 3 * (64 << 20)
 
 

@@ -21,8 +21,8 @@ from lean_merge.engine import worker_pool
 from lean_merge.mapping.gate import title
 from lean_merge.mapping.renaming import renamed
 from lean_merge.mapping.structure import Key
-from lean_merge.plan import budget
-from lean_merge.plan.resources import Resources, limits_of, processors
+from lean_merge.plan import formulas
+from lean_merge.plan.resources import Resources, memory_of, threads_of
 from lean_merge.recipe import MergeRecipe
 from lean_merge.studies.compare.distances import (
     InnerProducts,
@@ -190,12 +190,12 @@ def _measure(
 
 def _workers(largest: int, resources: Resources) -> int:
     """How many threads the memory holds strips for; a BudgetError where it holds none."""
-    limit = limits_of(resources, "cpu")[1][0]
-    fixed = memory.usage().anonymous + budget.SLACK
-    budget.check_fits(
+    limit = memory_of(resources)
+    fixed = memory.usage().anonymous + formulas.SLACK
+    formulas.check_ceiling(
         fixed + largest, limit, what="memory", flag="--memory", name="two strips of rows"
     )
-    wanted = min(processors(resources.threads), _MOST_WORKERS)
+    wanted = min(threads_of(resources), _MOST_WORKERS)
     return max(1, min(wanted, (limit - fixed) // max(1, largest)))
 
 

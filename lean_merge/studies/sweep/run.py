@@ -15,8 +15,8 @@ from lean_merge.outputs import output_of
 from lean_merge.outputs.recorded import Analysis
 from lean_merge.plan import Plan
 from lean_merge.plan import plan as make_plan
-from lean_merge.plan.identity import seen_from
 from lean_merge.plan.resources import Resources
+from lean_merge.plan.runfacts import seen_from
 from lean_merge.recipe import MergeRecipe
 from lean_merge.store import checked_place
 from lean_merge.studies.pages import add_page

@@ -1,4 +1,4 @@
-"""Two runs write the same bytes if their recipe, inputs and machine are the same."""
+"""Facts that must agree for two runs to write the same bytes: recipe, inputs and machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lean_merge.version import __version__
 
 
 def run_facts(plan: Plan, out: Path) -> dict[str, Any]:
-    """Give the `run` of a journal (docs/durability.md) for the output of `plan` in `out`.
+    """The `run` of the journal (docs/durability.md) of an output of `plan` in the folder `out`.
 
     Raises
     ------
@@ -33,7 +33,7 @@ def run_facts(plan: Plan, out: Path) -> dict[str, Any]:
     facts = {
         "recipe": plan.recipe.to_dict(),
         "recipe_sha256": recipe_digest(plan.recipe),
-        "inputs": inputs(plan, out),
+        "inputs": input_facts(plan, out),
         "environment": environment(plan.device),
     }
     if plan.evidence is not None and plan.evidence.source is not None:
@@ -44,13 +44,13 @@ def run_facts(plan: Plan, out: Path) -> dict[str, Any]:
 
 
 def recipe_digest(recipe: MergeRecipe) -> str:
-    """Give the SHA-256 of the recipe's canonical JSON."""
+    """SHA-256 of the recipe's canonical JSON."""
     text = json.dumps(recipe.to_dict(), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def inputs(plan: Plan, out: Path) -> list[dict[str, Any]]:
-    """Tell each role's place, seen from `out`, and its files. Raises CheckpointError."""
+def input_facts(plan: Plan, out: Path) -> list[dict[str, Any]]:
+    """Each role's folder, relative to `out`, and its files. Raises CheckpointError."""
     roles = by_role(plan.base, plan.mllm, plan.experts)
     final = out.expanduser().resolve()
     return [
@@ -66,8 +66,8 @@ def inputs(plan: Plan, out: Path) -> list[dict[str, Any]]:
 
 
 def check_unchanged(plan: Plan, out: Path, facts: dict[str, Any]) -> None:
-    """Raise CheckpointError if an input is not what it was when the run began."""
-    now = inputs(plan, out)
+    """Raise CheckpointError if an input is not what it was when the merge began."""
+    now = input_facts(plan, out)
     if now != facts["inputs"]:
         change = changed_input(facts["inputs"], now)
         raise CheckpointError(
@@ -77,16 +77,15 @@ def check_unchanged(plan: Plan, out: Path, facts: dict[str, Any]) -> None:
 
 
 def seen_from(folder: Path, path: Path) -> str:
-    """Give a path relative to a folder, as journals name it, or whole if it is on another drive."""
+    """`path` relative to `folder`, as journals name it; absolute if it is on another drive."""
     try:
         return Path(os.path.relpath(path, folder)).as_posix()
     except ValueError:
-        # Another drive.
         return path.as_posix()
 
 
 def environment(device: str) -> dict[str, str]:
-    """Tell what decides the last bits of arithmetic on `device`."""
+    """The versions and the hardware that decide the last bits of arithmetic on `device`."""
     facts = {
         "lean_merge": __version__,
         "torch": torch.__version__,

@@ -1,6 +1,6 @@
-"""Bytes that a merge allocates, as formulas, and what of a weight may stay resident.
+"""Formulas for the bytes that a merge allocates.
 
-Every formula names the allocation that it counts; docs/memory.md tells the same in words. All
+Every formula names the allocations that it counts, and docs/memory.md tells the same in words. All
 counts are bytes of anonymous memory, or of device memory where the arithmetic runs on a device.
 """
 
@@ -13,38 +13,38 @@ from lean_merge.sizes import format_size
 from lean_merge.tasks import tiles
 
 LANES = 4
-"""Partial sums of a pass. Tile t belongs to lane t mod LANES whatever the threads."""
+"""Partial sums of a pass. Tile t is added to lane t mod LANES, whichever thread computes it."""
 SLACK = 40 << 20
 """Small objects, thread stacks, what the allocator rounds up or keeps, and the kernels and buffers
-that the mathematical libraries make for each shape they meet: these settle at about 30 MiB."""
+that the mathematical libraries make for each shape they meet, which settle at about 30 MiB."""
 WIDEST = 8
 """Bytes of a number in the widest dtype of an output."""
 FULL_SPEED = 600 << 20
-"""Anonymous bytes of the process up to which a second weight is analysed beside the first. Weights
-that together take more keep the workers busy one by one."""
+"""Anonymous bytes of the process up to which a second weight is analysed beside the first. Larger
+weights keep the workers busy one by one."""
 ALIGNMENT = 64
 """Bytes to which the places of weights that are analysed at a time are aligned."""
 COPY_BUFFER = 2 << 20
-"""A worker's buffer through which tensors out of scope are copied."""
+"""The buffer through which a worker copies tensors out of scope."""
 LANDINGS = 2
-"""Places on a device where tiles that do not stay there come in by turns."""
+"""Places on a device that take turns to receive tiles which do not stay there."""
 HANDLE = 64 << 20
-"""Device memory that cuBLAS, its light-weight part and cuSOLVER keep for a thread that calls them;
-32 MiB for each of the first two on the largest devices. An allowance, not a measurement."""
+"""Device memory that cuBLAS, cuBLASLt and cuSOLVER keep for a thread that calls them: 32 MiB for
+each of the first two on the largest devices. This is an allowance, not a measurement."""
 DEVICE_SLACK = 64 << 20
-"""What torch rounds up on a device: large blocks to 2 MiB, small ones out of pieces of 20 MiB."""
+"""What torch rounds up on a device: large blocks to 2 MiB, and pools of small ones to 20 MiB."""
 DEVICE_LIBRARIES = 256 << 20
-"""Host memory that the device's libraries take once they are used. An allowance as well."""
+"""Host memory that the device's libraries take once they are used. This is an allowance as well."""
 
 
 @dataclass(frozen=True, slots=True)
 class WeightShape:
-    """What the formulas need to know of one logical weight."""
+    """What the formulas need to know about one logical weight."""
 
     out_features: int
     in_features: int
     roles: int
-    """Task vectors: the MLLM's and each expert's."""
+    """The number of task vectors: the MLLM's and each expert's."""
     stored_item: int
     """Bytes of a number in the widest of the inputs."""
     task_item: int
@@ -60,7 +60,7 @@ class WeightShape:
     columns: bool = False
     """Whether a role's rows are stored as columns, and so are read a tile at a time."""
     written: int = 6
-    """Strips of 4-byte numbers that adding and rounding an update takes, see `written_strips`; 0
+    """Strips of 4-byte numbers that adding and rounding an update takes, from `written_strips`; 0
     where no rows are written."""
 
     @property
@@ -89,10 +89,11 @@ class WeightShape:
 def worker_bytes(weight: WeightShape, widest: int) -> int:
     """Buffers of one worker thread during a pass.
 
-    Raw strips of base and one role, and what decoding them takes; their copies in the task vectors'
-    dtype where any is stored in another, and one in float32 whose norm is taken; a non-resident
-    tile of all task vectors; its copy in the arithmetic dtype; and the product of a tile before it
-    is added to its lane. Of rows that are stored as columns, a raw tile and the base's in order.
+    They are raw strips of the base and of one role, and what decoding them takes; their copies in
+    the task vectors' dtype where any is stored in another, and one in float32 whose norm is taken;
+    a tile of all task vectors that does not stay; its copy in the arithmetic dtype; and the product
+    of a tile before it is added to its lane. Where rows are stored as columns, a raw tile and the
+    base's tile in order come on top.
     """
     tile, strip = weight.tile, weight.read_strip
     raw = 2 * strip * weight.stored_item
@@ -105,9 +106,10 @@ def worker_bytes(weight: WeightShape, widest: int) -> int:
 
 
 def written_strips(rounding: str) -> int:
-    """Strips for the update, rows before and after, their change, and the rounded, of 8 bytes even.
+    """The number of strips of 4-byte numbers that adding and rounding an update takes.
 
-    Where rounding is stochastic, ten more tell the neighbour of each number.
+    They are the update, the rows before and after, their change, and the rounded rows, which may
+    have 8 bytes a number. Stochastic rounding takes ten more to find each number's neighbour.
     """
     return 16 if rounding == "stochastic" else 6
 
@@ -115,8 +117,9 @@ def written_strips(rounding: str) -> int:
 def apply_bytes(weight: WeightShape) -> int:
     """Buffers of one worker while it adds and rounds, or copies what is out of scope.
 
-    A raw strip, strips of 4-byte numbers, and the buffer for copies. Where rows are written as
-    columns, a raw tile, and one of the output that waits until it is whole.
+    They are a raw strip, strips of 4-byte numbers, and the buffer for copies. Where rows are
+    written as columns, a raw tile and a tile of the output, which waits until it is whole, come on
+    top.
     """
     if not weight.written:
         return 0
@@ -129,36 +132,37 @@ def apply_bytes(weight: WeightShape) -> int:
 
 
 def lane_bytes(weight: WeightShape, widest: int) -> int:
-    """Partial sums [in, widest] in float32 of every lane and task vector, and their total."""
+    """Partial sums [in, widest] in float32 for every lane and task vector, and their total."""
     return (LANES + 1) * weight.roles * weight.in_features * widest * 4
 
 
 def host_bytes(weight: WeightShape, *, widest: int, workspace: int, workers: int) -> int:
-    """All that merging one logical weight holds on the CPU with no tile resident there.
+    """Everything that merging one logical weight holds on the CPU with no tile resident there.
 
-    `workspace` and `widest` are the method's. Where the analysis runs on another device, they are
-    counted too: small problems are the CPU's, and so is all if that device runs out of memory.
+    `workspace` and `widest` are from the method's cost. They are counted where the analysis runs on
+    another device, too: the CPU solves its small problems, and takes over if the device runs out
+    of memory.
     """
     analysis = workers * worker_bytes(weight, widest) + lane_bytes(weight, widest) + workspace
-    # The one before it may still be written, with what it keeps.
+    # The weight before this one may still be written, with what it keeps.
     kept = 2 * weight.held
     return analysis + workers * apply_bytes(weight) + kept + SLACK
 
 
 def second_bytes(weight: WeightShape, *, widest: int, workspace: int) -> int:
-    """What a weight holds, but for resident tiles, that is analysed beside another.
+    """What a weight holds that is analysed beside another, without its resident tiles.
 
-    Worker threads have one set of buffers, whoever's tiles they compute.
+    Worker threads have one set of buffers, whichever weight's tiles they compute.
     """
     return lane_bytes(weight, widest) + workspace + weight.held
 
 
 def device_bytes(weight: WeightShape, *, widest: int, workspace: int, workers: int) -> int:
-    """All that analysing one logical weight holds on another device with no tile resident there.
+    """Everything that analysing one logical weight holds on another device, with no tile resident.
 
-    Partial sums and the method's workspace; tiles that land, the one in use in the arithmetic
-    dtype, and its product; what libraries keep for each worker and for the main thread. Torch may
-    find no use for pieces of the workspace that are too small: an eighth of it.
+    These are the partial sums and the method's workspace; tiles that land, the one in use in the
+    arithmetic dtype, and its product; and what libraries keep for each worker and for the main
+    thread. An eighth of the workspace comes on top for pieces that are too small to be used again.
     """
     landing = LANDINGS * weight.resident_tile
     converted = weight.tile * weight.arithmetic_item
@@ -169,27 +173,27 @@ def device_bytes(weight: WeightShape, *, widest: int, workspace: int, workers: i
 
 
 def ring_slots(workers: int) -> int:
-    """Tiles on their way to a device: one for each worker to form, and one that is copied."""
+    """Slots for tiles on their way to a device: one for each worker, and one that is copied."""
     return workers + 1
 
 
 def ring_bytes(largest_tile: int, slots: int) -> int:
-    """Pinned memory of so many slots: one block, which comes in powers of two."""
+    """Bytes of pinned memory for `slots` tiles: one block, whose size is a power of two."""
     return 1 << max(0, slots * (largest_tile + 256) - 1).bit_length()
 
 
 def aligned(nbytes: int) -> int:
-    """So many bytes, and what lacks to the next multiple of `ALIGNMENT`."""
+    """`nbytes` rounded up to a multiple of `ALIGNMENT`."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def resident_tiles(weight: WeightShape, free: int) -> int:
-    """Tiles whose task vectors may stay in `free` bytes."""
+    """How many tiles of all task vectors may stay in `free` bytes."""
     return max(0, min(weight.tiles, free // weight.resident_tile))
 
 
-def check_fits(needed: int, given: int, *, what: str, flag: str, name: str) -> None:
-    """Raise BudgetError, naming the smallest that works, if `needed` exceeds `given`."""
+def check_ceiling(needed: int, given: int, *, what: str, flag: str, name: str) -> None:
+    """Raise BudgetError, naming the smallest ceiling that works, if `needed` exceeds `given`."""
     if needed > given:
         mebibytes = -(-needed // (1 << 20))
         raise BudgetError(

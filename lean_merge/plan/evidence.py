@@ -1,0 +1,135 @@
+"""Methods that decide from the evidence of an analysis, in the place of looking at each weight.
+
+A merge from an analysis must come out the same whether the evidence is read back or gathered again
+in the same way, as `verify` does. So what the gathering depended on is kept with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from lean_merge.methods import EvidenceMethod, Gathering, Method, Recalling
+from lean_merge.outputs.gathered import FoundThreshold, Gathered, evidence_method
+from lean_merge.outputs.recorded import Analysis
+from lean_merge.plan.parameters import MethodTable
+from lean_merge.plan.scope import Position
+from lean_merge.recipe import MergeRecipe
+
+Methods = Mapping[str, Method[Any]]
+"""The method of each weight that is merged, by the weight's canonical name."""
+EvidenceMethods = Mapping[str, EvidenceMethod[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class EvidencePlan:
+    """How a merge comes by the evidence that it decides from.
+
+    Attributes
+    ----------
+    gathered
+        What the evidence depends on.
+    source
+        The analysis that recorded it; None if it is gathered during the merge.
+    choices
+        The threshold of each expert, if thresholds were to be found; else empty.
+    anew
+        Why some weights are looked at although there is an analysis, by canonical name.
+    """
+
+    gathered: Gathered
+    source: Analysis | None = None
+    choices: tuple[FoundThreshold, ...] = ()
+    anew: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the journal of a merge from an analysis says of the evidence."""
+        assert self.source is not None
+        found = {"thresholds": [each.threshold for each in self.choices]} if self.choices else {}
+        return {**self.source.identity, **found}
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences for people: how many weights are looked at again, for each reason."""
+        reasons: dict[str, int] = {}
+        for reason in self.anew.values():
+            reasons[reason] = reasons.get(reason, 0) + 1
+        return [f"{count} weights are analysed anew: {reason}" for reason, count in reasons.items()]
+
+
+def decide_from_evidence(
+    methods: Methods,
+    positions: Mapping[str, Position],
+    recipe: MergeRecipe,
+    evidence: EvidencePlan,
+) -> tuple[Methods, EvidencePlan]:
+    """Put methods that decide from evidence in the place of those that look at each weight.
+
+    Thresholds that are to be found are found in the evidence, and returned with it.
+
+    Raises
+    ------
+    RecipeError
+        The recipe's method cannot decide from evidence.
+    """
+    evidence_method(recipe)
+    deciders: EvidenceMethods = {
+        name: method for name, method in methods.items() if isinstance(method, EvidenceMethod)
+    }
+    if not all(method.is_settled for method in deciders.values()):
+        if evidence.source is not None:
+            evidence = replace(evidence, choices=evidence.source.choices(deciders))
+        thresholds = [each.threshold for each in evidence.choices]
+        settled = {id(method): method.settled(thresholds) for method in deciders.values()}
+        deciders = {name: settled[id(method)] for name, method in deciders.items()}
+    gathering = _gathering(deciders, positions, recipe, evidence.gathered)
+    if evidence.source is None:
+        return gathering, evidence
+    recalling, anew = _recalling(deciders, evidence.source)
+    return {**gathering, **recalling}, replace(evidence, anew=anew)
+
+
+def _gathering(
+    deciders: EvidenceMethods,
+    positions: Mapping[str, Position],
+    recipe: MergeRecipe,
+    gathered: Gathered,
+) -> dict[str, Method[Any]]:
+    """Methods that gather in the way of `gathered` before they decide."""
+    table = MethodTable(gathered.recipe(recipe))
+    made: dict[tuple[int, int], Method[Any]] = {}
+    found = {}
+    for name, decider in deciders.items():
+        gatherer = table.at(positions[name])
+        key = id(decider), id(gatherer)
+        if key not in made:
+            assert isinstance(gatherer, EvidenceMethod)
+            made[key] = Gathering(decider, gatherer, gathered.seed)
+        found[name] = made[key]
+    return found
+
+
+def _recalling(
+    deciders: EvidenceMethods, analysis: Analysis
+) -> tuple[dict[str, Method[Any]], dict[str, str]]:
+    """Methods that decide from what is recorded, and the reasons of those that look anew.
+
+    A weight of which nothing is recorded has no such method: its evidence is gathered in the same
+    way. A weight whose evidence does not suffice is looked at as if there were no analysis.
+    """
+    found: dict[str, Method[Any]] = {}
+    anew = {}
+    for name, decider in deciders.items():
+        facts = analysis.facts(name)
+        if facts is None:
+            anew[name] = "the analysis has no evidence of it"
+            continue
+        lacking = decider.lacks(facts)
+        if lacking is None:
+            found[name] = Recalling(decider, facts, partial(analysis.factors, name))
+        else:
+            found[name], anew[name] = decider, lacking
+    return found, anew

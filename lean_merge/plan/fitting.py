@@ -1,0 +1,322 @@
+"""How weights fit into memory: what stays resident, and what may be analysed at a time.
+
+This is decided from headers, the method's costs and the formulas. Numbers do not depend on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lean_merge import memory
+from lean_merge.checkpoints import Checkpoint, WeightSource, common_dtype, torch_dtype
+from lean_merge.mapping import LogicalWeight
+from lean_merge.methods import AnalysisCost
+from lean_merge.outputs import Output
+from lean_merge.plan import formulas
+from lean_merge.plan.resources import Machine, arithmetic_dtype
+from lean_merge.sizes import format_size
+from lean_merge.tasks import CopyTask, WeightTask, formed_from, needs_analysis, tiles
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What each weight of an output holds and reads under given ceilings, in bytes.
+
+    Attributes
+    ----------
+    output
+        The output, with the method of each weight.
+    device, workers
+        The torch device that computes, and the number of worker threads.
+    memory, vram
+        The ceilings on the process's anonymous memory and on device memory; 0 for none.
+    held
+        Anonymous bytes of the process before the merge, and of what is held all the time.
+    most
+        Bytes on the host of the weight that holds most with no tile resident. All weights share
+        what stays resident, so that must fit beside this one.
+    """
+
+    output: Output
+    device: str
+    workers: int
+    memory: int
+    vram: int
+    held: int
+    most: int = 0
+
+    @property
+    def weights(self) -> list[LogicalWeight]:
+        """The logical weights of all tensors in scope."""
+        return [part for weight in self.output.weights for part in weight.slices]
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the arithmetic runs on the CPU."""
+        return torch.device(self.device).type == "cpu"
+
+    def shape(self, weight: LogicalWeight, device: str = "") -> formulas.WeightShape:
+        """The weight as the formulas see it, for `device` or else the plan's."""
+        task = common_dtype(source.dtype for source in weight.roles)
+        out_features, in_features = weight.shape
+        strip = min(out_features, tiles.strip_rows(in_features, tiles.READ_ELEMENTS))
+        tile = min(out_features, tiles.tile_rows(in_features))
+        scratch = [s.scratch(tile if s.in_columns else strip) for s in weight.roles]
+        rounding = self.output.recipe.rounding
+        return formulas.WeightShape(
+            out_features=out_features,
+            in_features=in_features,
+            roles=len(weight.others),
+            stored_item=max(torch_dtype(source.dtype).itemsize for source in weight.roles),
+            task_item=task.itemsize,
+            arithmetic_item=arithmetic_dtype(task, device or self.device).itemsize,
+            widened=any(torch_dtype(source.dtype) != task for source in weight.roles),
+            scratch=scratch[0] + max(scratch[1:]) + scratch[1],
+            held=sum(source.held for source in weight.roles),
+            columns=any(source.in_columns for source in weight.roles),
+            written=formulas.written_strips(rounding) if self.output.writes_rows else 0,
+        )
+
+    def cost(self, weight: LogicalWeight, device: str = "") -> AnalysisCost:
+        """The most that the method's analysis of a weight costs, and storing its update."""
+        method = self.output.methods.get(weight.canonical)
+        if method is None or not needs_analysis(weight):
+            return AnalysisCost()
+        cost = method.cost(weight.shape, item=self.shape(weight, device).arithmetic_item)
+        # The update is stored when the analysis has released its workspace, and no other analysis
+        # is begun before where memory is tight.
+        storing = self.output.storing_bytes(method.largest_rank(weight.shape))
+        return dataclasses.replace(cost, workspace=max(cost.workspace, storing))
+
+    # --- what a weight holds --------------------------------------------------------------------
+
+    def fixed(self, weight: LogicalWeight) -> tuple[int, int]:
+        """Bytes on the host and on the device with no tile resident."""
+        # The CPU needs its share on any device: it solves the small problems, and does all of the
+        # analysis if the device runs out of memory.
+        cost = self.cost(weight, "cpu")
+        host = formulas.host_bytes(
+            self.shape(weight, "cpu"),
+            widest=cost.widest,
+            workspace=cost.workspace,
+            workers=self.workers,
+        )
+        if self.on_cpu or not cost.passes:
+            return host, 0
+        cost = self.cost(weight)
+        device = formulas.device_bytes(
+            self.shape(weight), widest=cost.widest, workspace=cost.workspace, workers=self.workers
+        )
+        return host, device
+
+    def resident(self, weight: LogicalWeight) -> int:
+        """How many tiles stay in the memory that is left."""
+        shape = self.shape(weight)
+        if self.cost(weight).passes == 0:
+            return 0
+        if self.on_cpu:
+            return formulas.resident_tiles(shape, self.memory - self.held - self.most)
+        if not self.vram:
+            return shape.tiles
+        return formulas.resident_tiles(shape, self.vram - self.fixed(weight)[1])
+
+    def kept(self, weight: LogicalWeight) -> int:
+        """Bytes of the tiles that stay."""
+        return self.resident(weight) * self.shape(weight).resident_tile
+
+    def second(self, weight: LogicalWeight) -> int:
+        """Bytes on the host of a weight that is analysed beside another, without its tiles."""
+        cost, shape = self.cost(weight), self.shape(weight)
+        return formulas.second_bytes(shape, widest=cost.widest, workspace=cost.workspace)
+
+    def waiting(self, weight: LogicalWeight) -> int:
+        """Bytes on the host of updates that are stored while the next weight is analysed."""
+        method = self.output.methods.get(weight.canonical)
+        if method is None or not self.cost(weight).workspace:
+            return 0
+        rank, kept = method.largest_rank(weight.shape), self.shape(weight).held
+        return self.output.waiting_bytes(weight.shape, rank, kept)
+
+    def feeding(self) -> int:
+        """Bytes on the host to bring tiles to the device: pinned slots, and its libraries."""
+        if self.on_cpu or not any(self.cost(weight).passes for weight in self.weights):
+            return 0
+        largest = max(self.shape(weight).resident_tile for weight in self.weights)
+        slots = formulas.ring_slots(self.workers)
+        return formulas.ring_bytes(largest, slots) + formulas.DEVICE_LIBRARIES
+
+    # --- what a task reads ----------------------------------------------------------------------
+
+    def bytes_copied(self, task: CopyTask) -> int:
+        """Bytes that a task out of scope reads."""
+        if not task.decoded:
+            return task.source.nbytes
+        return sum(each.loaded + each.nbytes(slice(0, each.shape[0])) for each in task.decoded)
+
+    def bytes_read(self, task: WeightTask) -> tuple[int, int]:
+        """Bytes that an in-scope task reads: usually, and if the analysis makes all its passes.
+
+        Rows that stay resident are read once. The others are read again in every pass, and are
+        counted as if each pass wanted them of every role.
+        """
+        usual = most = 0
+        parts = zip(task.weight.slices, task.methods, task.resident, strict=True)
+        for weight, method, resident in parts:
+            cost, height = self.cost(weight), weight.shape[0]
+            kept = min(height, resident * tiles.tile_rows(weight.shape[1]))
+            a_pass = _row_bytes(formed_from(weight, [True] * len(weight.others)))
+            once = cost.recalled + sum(source.loaded for source in weight.roles) + kept * a_pass
+            if self.output.samples_base and cost.passes:
+                once += weight.base.nbytes(slice(0, tiles.sampled_rows(weight.shape)))
+            if self.output.writes_rows:
+                added = formed_from(weight, method.reads_task_vectors() if method else ())
+                # Tiles that stay on another device are not brought back.
+                formed_again = height - kept if self.on_cpu else height
+                once += height * _row_bytes([weight.mllm]) + formed_again * _row_bytes(added)
+            again = (height - kept) * a_pass
+            usual += once + cost.usual_passes * again
+            most += once + cost.passes * again
+        return usual, most
+
+
+def fit(output: Output, machine: Machine) -> tuple[Footprint, tuple[str, ...]]:
+    """Find what the output's weights hold on the machine; with notes, in sentences for people.
+
+    Where the device was not asked for and is too small, the CPU takes its place.
+    """
+    workers = min(machine.threads, formulas.LANES)
+    held = memory.usage().anonymous + output.held_bytes + _decoding_bytes(output.mllm, workers)
+    found = Footprint(output, machine.device, workers, machine.memory, machine.vram, held)
+    notes: tuple[str, ...] = ()
+    needed = max((found.fixed(weight)[1] for weight in found.weights), default=0)
+    if machine.is_default and 0 < machine.vram < needed:
+        notes = (
+            f"{machine.device} has {format_size(machine.vram)} to spare and {format_size(needed)} "
+            "are needed, so the CPU is used; --device and --vram ask for it all the same",
+        )
+        found = dataclasses.replace(found, device="cpu", vram=0)
+    found = dataclasses.replace(
+        found,
+        held=found.held + found.feeding(),
+        most=max((found.fixed(weight)[0] for weight in found.weights), default=0),
+    )
+    return found, notes
+
+
+def check_fits(tasks: Sequence[CopyTask | WeightTask], footprint: Footprint) -> None:
+    """Check that each weight fits at least with no tile resident.
+
+    Raises
+    ------
+    BudgetError
+        One does not; the message names the smallest ceiling that works for all.
+    """
+    needs = [
+        (*footprint.fixed(part), task.weight.mllm)
+        for task in tasks
+        if isinstance(task, WeightTask)
+        for part in task.weight.slices
+    ]
+    if not needs:
+        return
+    host, _, largest = max(needs, key=lambda need: need[0])
+    name = f"{largest.name} {list(largest.shape)}"
+    formulas.check_ceiling(
+        footprint.held + host, footprint.memory, what="Memory", flag="--memory", name=name
+    )
+    if not footprint.on_cpu and footprint.vram:
+        _, device, largest = max(needs, key=lambda need: need[1])
+        name = f"{largest.name} {list(largest.shape)}"
+        formulas.check_ceiling(
+            device, footprint.vram, what="Device memory", flag="--vram", name=name
+        )
+
+
+def _decoding_bytes(mllm: Checkpoint, workers: int) -> int:
+    """The most bytes that it takes to write tensors out of scope that are stored with scales.
+
+    Each worker has a strip as it is stored, in float32, and rounded. At most eight tensors wait,
+    with their scales.
+    """
+    strip = kept = 0
+    for name in mllm.encodings:
+        matrices = mllm.decoded(mllm.tensors[name])
+        kept = max(kept, sum(source.held for source in matrices))
+        for source in matrices[:1]:
+            out_features, in_features = source.shape
+            rows = min(out_features, tiles.strip_rows(in_features, tiles.READ_ELEMENTS))
+            strip = max(strip, source.scratch(rows) + 8 * rows * in_features)
+    return workers * strip + 8 * kept
+
+
+def _row_bytes(sources: Sequence[WeightSource]) -> int:
+    return sum(source.nbytes(slice(0, 1)) for source in sources)
+
+
+@dataclass(frozen=True, slots=True)
+class Concurrency:
+    """Which weights may be at work at a time in the host's memory.
+
+    Attributes
+    ----------
+    arena : int
+        Bytes for the tiles that stay: of any weight, or of two that are analysed at a time.
+    peak : int
+        The most bytes that weights hold, with the arena.
+    beside : frozenset of str
+        Canonical names of the weights of which two may be analysed at a time.
+    waiting : int
+        How many updates may wait to be stored while another weight is analysed.
+    """
+
+    arena: int
+    peak: int
+    beside: frozenset[str] = frozenset()
+    waiting: int = 0
+
+
+def concurrency(footprint: Footprint) -> Concurrency:
+    """Take one weight after another, or two at a time of those that are small enough for it."""
+    waiting = max((footprint.waiting(weight) for weight in footprint.weights), default=0)
+    found, count = _beside_waiting(footprint, waiting), footprint.output.most_waiting
+    if footprint.held + found.peak + waiting > footprint.memory:
+        found, waiting, count = _beside_waiting(footprint, 0), 0, max(0, count - 1)
+    return dataclasses.replace(found, peak=found.peak + waiting, waiting=count)
+
+
+def _beside_waiting(footprint: Footprint, waiting: int) -> Concurrency:
+    """Share the memory that is left beside `waiting` bytes of updates that wait to be stored."""
+    weights = footprint.weights
+    if not footprint.on_cpu:
+        return Concurrency(0, footprint.most)
+    kept = {weight.canonical: formulas.aligned(footprint.kept(weight)) for weight in weights}
+    largest = max(kept.values(), default=0)
+    alone = Concurrency(largest, footprint.most + largest)
+    if not footprint.output.in_pairs or footprint.workers < 2:
+        return alone
+    sizes = {
+        weight.canonical: (
+            kept[weight.canonical],
+            footprint.second(weight),
+            footprint.fixed(weight)[0],
+        )
+        for weight in weights
+        if footprint.cost(weight).passes
+    }
+    limit = min(footprint.memory, formulas.FULL_SPEED) - footprint.held - waiting
+    # Weights are many and sizes are few: a mixture has thousands of weights of one size. The
+    # largest sizes are left out, one after another, until two of the rest fit.
+    order = sorted(set(sizes.values()), key=lambda size: (size[0] + size[1], size), reverse=True)
+    for number in range(len(order)):
+        small = set(order[number:])
+        each, extra, fixed = (max(column) for column in zip(*small, strict=True))
+        arena = max(largest, 2 * each)
+        peak = arena + max(footprint.most, fixed + extra)
+        names = frozenset(name for name, size in sizes.items() if size in small)
+        if peak <= limit and len(names) > 1:
+            return Concurrency(arena, peak, names)
+    return alone
