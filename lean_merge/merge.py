@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,14 @@ from lean_merge import memory
 from lean_merge.checkpoints.jsonfile import read_object
 from lean_merge.engine import Event, RunResult, run, steps
 from lean_merge.errors import RecipeError
-from lean_merge.outputs import Outcome, output_of
-from lean_merge.outputs.analysis import AnalysisOutput
+from lean_merge.outputs import (
+    Outcome,
+    RecordedEvidence,
+    evidence_kind,
+    output_of,
+    stream_kind,
+)
 from lean_merge.outputs.companions import REPORT
-from lean_merge.outputs.recorded import Analysis, open_analysis
-from lean_merge.outputs.stream import StreamOutput, TensorSink
 from lean_merge.plan import Plan
 from lean_merge.plan import plan as make_plan
 from lean_merge.plan.resources import Resources
@@ -49,7 +52,7 @@ def merge(
     work: MergeRecipe | Plan,
     out: str | Path | None = None,
     *,
-    analysis: str | Path | Analysis | None = None,
+    analysis: str | Path | RecordedEvidence | None = None,
     resources: Resources | None = None,
     overwrite: bool = False,
     resume: bool = True,
@@ -163,9 +166,9 @@ def _settled(plan: Plan, folder: OutputFolder) -> Plan:
     """
     resources = Resources(plan.device, plan.memory, plan.vram or None, plan.threads)
     with memory.PeakSampler() as sampler:
-        looking = make_plan(plan.recipe, resources, output=AnalysisOutput)
+        looking = make_plan(plan.recipe, resources, output=evidence_kind())
         made = carry_out(looking, folder.own_analysis(), sampler)
-    own = replace(open_analysis(made.path), own=True)
+    own = evidence_kind().open(made.path, own=True)
     found = make_plan(plan.recipe, resources, analysis=own)
     assert found.evidence is not None
     folder.note_analysis(found.evidence.identity)
@@ -184,9 +187,11 @@ def _without_folder(plan: Plan, sampler: memory.PeakSampler, on_event: OnEvent) 
 
 
 def _planned(
-    recipe: MergeRecipe, resources: Resources | None, analysis: str | Path | Analysis | None
+    recipe: MergeRecipe,
+    resources: Resources | None,
+    analysis: str | Path | RecordedEvidence | None,
 ) -> Plan:
-    opened = open_analysis(analysis) if isinstance(analysis, (str, Path)) else analysis
+    opened = evidence_kind().open(Path(analysis)) if isinstance(analysis, (str, Path)) else analysis
     return make_plan(recipe, resources, analysis=opened)
 
 
@@ -234,12 +239,11 @@ def stream(
     LeanMergeError
         What headers tell is raised at once, the rest when the tensor's turn comes.
     """
-    return _tensors(make_plan(recipe, resources, output=StreamOutput))
+    return _tensors(make_plan(recipe, resources, output=stream_kind()))
 
 
 def _tensors(plan: Plan) -> Generator[tuple[str, Tensor], None, None]:
     sink = plan.output.sink(None)
-    assert isinstance(sink, TensorSink)
     with closing(steps(plan, sink, RunResult())) as events:
         for event in events:
             yield event.name, sink.take()

@@ -17,6 +17,7 @@ from lean_merge.outputs.base import (
     Request,
     Sink,
 )
+from lean_merge.outputs.gathered import RecordedEvidence
 from lean_merge.outputs.registry import register, registered
 
 __all__ = [
@@ -26,11 +27,14 @@ __all__ = [
     "Outcome",
     "Output",
     "ReadRows",
+    "RecordedEvidence",
     "Request",
     "Sink",
     "all_outputs",
+    "evidence_kind",
     "output_of",
     "register",
+    "stream_kind",
 ]
 
 
@@ -53,3 +57,13 @@ def output_of(name: str) -> type[Output]:
     if name not in kinds:
         raise RecipeError(f"output must be one of {', '.join(sorted(kinds))}, not {shown(name)}.")
     return kinds[name]
+
+
+def evidence_kind() -> type[Output]:
+    """Give the kind that gathers evidence, from which thresholds are found."""
+    return all_outputs()["analysis"]
+
+
+def stream_kind() -> type[Output]:
+    """Give the kind that makes whole tensors in memory."""
+    return all_outputs()["stream"]

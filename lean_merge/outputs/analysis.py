@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +20,7 @@ from lean_merge.outputs.blocks import BlockSink
 from lean_merge.outputs.document import ANALYSIS, build_document
 from lean_merge.outputs.factors import factor_shapes, factors_layout, write_factors
 from lean_merge.outputs.gathered import Gathered
+from lean_merge.outputs.recorded import Analysis, open_analysis
 from lean_merge.outputs.registry import register
 from lean_merge.recipe import MergeRecipe
 from lean_merge.store import OutputFolder, Shard
@@ -105,6 +108,11 @@ class AnalysisOutput(Output):
         """Raise RecipeError for a method that has nothing to analyse."""
         Gathered.by(recipe)
 
+    @classmethod
+    def open(cls, folder: Path, *, own: bool = False) -> Analysis:
+        """Open an analysis, and check it as far as its headers and numbers go."""
+        return replace(open_analysis(folder), own=own)
+
     @property
     def bytes_written(self) -> int:
         """The most bytes of analysis.safetensors."""
@@ -113,7 +121,8 @@ class AnalysisOutput(Output):
     @property
     def bytes_on_disk(self) -> int:
         """The most bytes of that file, and of the blocks that it is made of."""
-        return factors_on_disk(self.weights, self.methods)
+        largest = _largest_factors(self.weights, self.methods)
+        return 2 * largest.size - len(largest.header)
 
     def sink(self, folder: OutputFolder | None) -> EvidenceSink:
         """Give what keeps the evidence in `folder`."""
@@ -149,20 +158,6 @@ def _watching(methods: Mapping[str, Method[Any]]) -> dict[str, Method[Any]]:
         if isinstance(method, EvidenceMethod):
             made.setdefault(id(method), Watching(method))
     return {name: made[id(method)] for name, method in methods.items()}
-
-
-def factors_on_disk(weights: Sequence[MappedWeight], methods: Mapping[str, Method[Any]]) -> int:
-    """Count the most bytes of the factors of an analysis, as blocks and as the file made of them.
-
-    Parameters
-    ----------
-    weights
-        The tensors in scope.
-    methods
-        The method of each logical weight by its canonical name.
-    """
-    largest = _largest_factors(weights, methods)
-    return 2 * largest.size - len(largest.header)
 
 
 def _largest_factors(weights: Sequence[MappedWeight], methods: Mapping[str, Method[Any]]) -> Shard:

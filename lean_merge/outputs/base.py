@@ -6,6 +6,7 @@ import abc
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,7 @@ from lean_merge.checkpoints import (
 )
 from lean_merge.mapping import LogicalWeight, MappedWeight
 from lean_merge.methods import Decision, Method
+from lean_merge.outputs.gathered import RecordedEvidence
 from lean_merge.recipe import MergeRecipe
 from lean_merge.store import Difference, OutputFolder, OutputTensor, Shard, WriteBytes
 from lean_merge.tasks import CopyTask, Stored, WeightResult, WeightTask
@@ -111,6 +113,7 @@ class Output(abc.ABC):
     """Whether `comparison` can compare it with a merge that is made again."""
 
     def __init__(self, request: Request) -> None:
+        self.request = request
         self.recipe = request.recipe
         self.mllm = request.mllm
         self.prefix = request.prefix
@@ -121,6 +124,14 @@ class Output(abc.ABC):
     def check(cls, recipe: MergeRecipe) -> None:
         """Raise RecipeError where a recipe cannot have this kind, before any file is opened."""
         del recipe
+
+    @classmethod
+    def open(cls, folder: Path, *, own: bool = False) -> RecordedEvidence:
+        """Open a complete output that holds evidence, for a merge to decide from.
+
+        `own` tells that the merge made it for itself. Raises CheckpointError for a damaged one.
+        """
+        raise NotImplementedError
 
     # --- what is laid out ---------------------------------------------------------------------
 
@@ -279,6 +290,10 @@ class Sink:
         `note` is what `finished` will tell of it, as JSON has it.
         """
         return
+
+    def take(self) -> Tensor:
+        """Give the tensor of the last task, if tensors are made in memory."""
+        raise NotImplementedError
 
     def flush(self) -> None:
         """Send to the disk what was written so far; called from a thread of its own.

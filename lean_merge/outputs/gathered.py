@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
+from lean_merge.checkpoints import Checkpoint
 from lean_merge.errors import RecipeError, shown
-from lean_merge.methods import EvidenceMethod, all_methods, canonical_name
+from lean_merge.methods import EvidenceMethod, Factors, Facts, all_methods, canonical_name
 from lean_merge.recipe import Expert, Filtered, MergeRecipe
 
 
@@ -135,3 +136,29 @@ def evidence_method(recipe: MergeRecipe) -> type[EvidenceMethod[Any]]:
             f"analysis is for {', '.join(able)}."
         )
     return kind
+
+
+class RecordedEvidence(Protocol):
+    """Evidence that is at hand, as an analysis that was opened has it."""
+
+    @property
+    def gathered(self) -> Gathered:
+        """What it depends on, beside the inputs."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What tells it from any other, for the journal of a merge from it."""
+
+    def check_inputs(
+        self, base: Checkpoint, mllm: Checkpoint, experts: Sequence[Checkpoint]
+    ) -> None:
+        """Raise CheckpointError if these are not what was analysed, and name what has changed."""
+
+    def choices(self, methods: Mapping[str, EvidenceMethod[Any]]) -> tuple[FoundThreshold, ...]:
+        """Give the threshold that the similarities of these weights suggest, for each expert."""
+
+    def facts(self, canonical: str) -> Facts | None:
+        """Give the facts of a weight; None where it was not looked at."""
+
+    def factors(self, canonical: str) -> Factors:
+        """Give the factors of a weight that has facts."""

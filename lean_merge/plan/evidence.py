@@ -12,8 +12,12 @@ from functools import partial
 from typing import Any
 
 from lean_merge.methods import EvidenceMethod, Gathering, Method, Recalling
-from lean_merge.outputs.gathered import FoundThreshold, Gathered, evidence_method
-from lean_merge.outputs.recorded import Analysis
+from lean_merge.outputs.gathered import (
+    FoundThreshold,
+    Gathered,
+    RecordedEvidence,
+    evidence_method,
+)
 from lean_merge.plan.parameters import MethodTable
 from lean_merge.plan.scope import Position
 from lean_merge.recipe import MergeRecipe
@@ -40,7 +44,7 @@ class EvidencePlan:
     """
 
     gathered: Gathered
-    source: Analysis | None = None
+    source: RecordedEvidence | None = None
     choices: tuple[FoundThreshold, ...] = ()
     anew: Mapping[str, str] = field(default_factory=dict)
 
@@ -113,7 +117,7 @@ def _gathering(
 
 
 def _recalling(
-    deciders: EvidenceMethods, analysis: Analysis
+    deciders: EvidenceMethods, analysis: RecordedEvidence
 ) -> tuple[dict[str, Method[Any]], dict[str, str]]:
     """Methods that decide from what is recorded, and the reasons of those that look anew.
 

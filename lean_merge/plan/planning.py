@@ -14,10 +14,8 @@ from lean_merge.checkpoints import FLOATING, Checkpoint, open_checkpoint, open_e
 from lean_merge.errors import CoverageError
 from lean_merge.mapping import Coverage, map_roles
 from lean_merge.methods import Method
-from lean_merge.outputs import Output, Request, output_of
-from lean_merge.outputs.analysis import factors_on_disk
+from lean_merge.outputs import Output, RecordedEvidence, Request, evidence_kind, output_of
 from lean_merge.outputs.gathered import FoundThreshold, Gathered
-from lean_merge.outputs.recorded import Analysis
 from lean_merge.plan.evidence import EvidencePlan, Methods, decide_from_evidence
 from lean_merge.plan.fitting import Concurrency, Footprint, check_fits, concurrency, fit
 from lean_merge.plan.parameters import build_method, methods_of
@@ -114,7 +112,7 @@ def plan(
     recipe: MergeRecipe,
     resources: Resources | None = None,
     *,
-    analysis: Analysis | None = None,
+    analysis: RecordedEvidence | None = None,
     output: type[Output] | None = None,
 ) -> Plan:
     """Read the headers of all checkpoints and lay out the whole merge.
@@ -300,7 +298,7 @@ def _predict(
     output = footprint.output
     disk = output.bytes_on_disk
     if not settled:
-        disk += factors_on_disk(output.weights, output.methods)
+        disk += evidence_kind()(output.request).bytes_on_disk
     return Prediction(
         peak_memory=footprint.held + shared.peak,
         peak_vram=vram,

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from lean_merge import DataError
 from lean_merge.methods.ip_merging import IPMerging, IPMergingParameters
+from lean_merge.plan import formulas
 
 NAME = "layers.0.self_attn.q_proj"
 Q_PROJ = f"model.{NAME}.weight"
@@ -59,7 +60,7 @@ def test_one_nan_stops_the_merge_and_is_named(
 
     triple = write_triple(tmp_path / "in", SMALL, dtype=dtype, edit=edit)
     if streamed:
-        monkeypatch.setattr("lean_merge.plan.formulas.resident_tiles", lambda shape, free: 0)
+        monkeypatch.setattr(formulas, "resident_tiles", lambda shape, free: 0)
     with pytest.raises(DataError, match="holds NaN or Inf") as caught:
         triple.merge(tmp_path / "out", threshold=threshold)
     assert str(caught.value).startswith(f"{tmp_path / 'in' / role / 'model.safetensors'}: tensor ")

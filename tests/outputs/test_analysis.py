@@ -45,6 +45,7 @@ from lean_merge import (
     verify,
 )
 from lean_merge.methods.plainfacts import from_plain, to_plain
+from lean_merge.plan import formulas
 from lean_merge.store.state import OWN_ANALYSIS
 
 CPU = Resources(device="cpu", threads=1)
@@ -351,7 +352,7 @@ def test_an_analysis_is_the_same_whatever_memory_and_threads(
 ):
     triple = write_triple(tmp_path / "in", SKETCHED)
     first = analyze(triple.recipe(), tmp_path / "one", resources=CPU).path
-    monkeypatch.setattr("lean_merge.plan.formulas.resident_tiles", lambda shape, free: 0)
+    monkeypatch.setattr(formulas, "resident_tiles", lambda shape, free: 0)
     other = Resources(device="cpu", threads=2)
     second = analyze(triple.recipe(), tmp_path / "two", resources=other).path
     name = "analysis.safetensors"
