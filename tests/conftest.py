@@ -1,4 +1,4 @@
-"""Families of small checkpoints, made once a session and never written to."""
+"""Small checkpoints, made once a session and never written to, and small tiles to merge them in."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ import torch
 from support.families import SKETCHED, SMALL, Triple, write_triple
 from support.family_table import build
 from support.family_table import family as entry
+from support.invariance import cut_tiles
 
 from lean_merge import MergeResult
+from lean_merge.engine import taskvectors, update
+from lean_merge.plan import budget
+from lean_merge.tasks import tiles
 
 
 @pytest.fixture(scope="session")
@@ -69,3 +73,23 @@ def sketched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[torch.dtype]
         return made[dtype]
 
     return get
+
+
+@pytest.fixture
+def many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 16 rows or a little more, cut into strips; and a process that holds no memory.
+
+    Without the latter, which tiles are resident would depend on what ran before.
+    """
+    cut_tiles(monkeypatch, tile=1 << 14, strip=1 << 12)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 16 rows, read in strips of 8 and written in strips of 4."""
+    monkeypatch.setattr(tiles, "TILE_ROWS", 16)
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", 16 * 64)
+    for module in (budget, taskvectors, update):
+        monkeypatch.setattr(module, "READ_ELEMENTS", 8 * 64)
+    for module in (budget, update):
+        monkeypatch.setattr(module, "STRIP_ELEMENTS", 4 * 64)

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.agreement import EXACT, MEDIAN, WORST, compare
 from support.families import (
     INDEX,
     SMALL,
-    Case,
     Triple,
     as_matrix,
     cases,
@@ -61,46 +61,12 @@ FIELDS = {
     "mllm_task_vector_norm",
     "expert_task_vector_norm",
 }
-EXACT = 2e-4
-"""Relative error of an update in float32 arithmetic where whole spectra are computed."""
-MEDIAN, WORST = 0.01, 0.03
-"""What the method promises for every dtype and path."""
 
 
 def tolerances(triple: Triple) -> tuple[float, float]:
     """Median and worst relative error allowed where whole spectra are computed."""
     dtypes = {t.dtype for n, t in load(triple.mllm).items() if n == triple.slots[0].mllm}
     return (EXACT, EXACT) if dtypes == {torch.float32} else (MEDIAN / 3, WORST / 5)
-
-
-def compare(
-    found: list[Case], rows: dict[str, dict[str, Any]], *, median: float, worst: float, **options
-) -> None:
-    """Assert that the merge decided and computed what the oracle says of the stored numbers."""
-    threshold = options.get("threshold", 0.4)
-    errors = []
-    for case in found:
-        row, oracle = rows[case.slot.canonical], case.oracle(**options)
-        first = float(oracle.similarity[0])
-        compared = first if options.get("select_by") != "max" else float(oracle.similarity.max())
-        assert row["similarity_first"] == pytest.approx(first, abs=0.02)
-        if abs(compared - threshold) >= 0.02:
-            assert row["selected"] is oracle.selected
-        if not row["selected"]:
-            assert row["update_norm"] == 0.0
-            assert not case.update.any()
-            continue
-        assert row["lambda"] == pytest.approx(oracle.ratio, rel=worst / 2)
-        assert row["lambda_top_q"] == pytest.approx(oracle.ratio_top_q, rel=worst / 2)
-        # A singular value may lie at the bound that the rank counts from; a sketch does not see it.
-        assert row["rank"] >= oracle.subspace - 1
-        if row["computed_rank"] >= oracle.subspace:
-            assert row["rank"] <= oracle.subspace + 1
-        assert row["update_norm"] == pytest.approx(np.linalg.norm(oracle.update), rel=worst)
-        errors.append(relative_error(case.update, oracle.update))
-    assert errors
-    assert np.median(errors) <= median
-    assert max(errors) <= worst
 
 
 # --- what is written ----------------------------------------------------------------------

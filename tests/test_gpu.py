@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.agreement import EXACT, MEDIAN, WORST, compare
 from support.families import SKETCHED, Triple, cases, load, rows_of, write_triple
-from test_determinism import identity
-from test_end_to_end import EXACT, MEDIAN, WORST, compare
+from support.invariance import identity
 
 from lean_merge import BudgetError, MergeResult, Resources, merge, verify
 from lean_merge import plan as make_plan

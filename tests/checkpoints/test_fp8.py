@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,17 +15,26 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.checkpoint_files import save_checkpoint
 from support.families import SMALL, Triple, cases, load, relative_error, rows_of, write_triple
-from support.fp8 import CONFIGS, block_of, expand, quantise, to_fp8
+from support.fp8 import (
+    CONFIGS,
+    E4M3,
+    E5M2,
+    block_of,
+    expand,
+    quantise,
+    read_rows,
+    same_bytes,
+    to_fp8,
+)
 from torch import Tensor
 
 from lean_merge import Resources, open_checkpoint, stream, verify
-from lean_merge.checkpoints import Place, TensorReader, TensorSpec, WeightSource, read_header
+from lean_merge.checkpoints import Place, TensorSpec, read_header
 from lean_merge.checkpoints.forms.fp8 import Scale, ScaledRows
 from lean_merge.checkpoints.forms.lora import LoraRows
 from lean_merge.checkpoints.rows import StoredRows, row_block
 from lean_merge.errors import CheckpointError, CoverageError, DataError, LeanMergeError
 
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 Family = Callable[..., Triple]
 
 
@@ -49,41 +57,7 @@ def fp8_copy(
     )
 
 
-def same_bytes(first: Tensor, second: Tensor) -> bool:
-    return first.dtype == second.dtype and torch.equal(
-        first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8)
-    )
-
-
 # --- rows -----------------------------------------------------------------------------------
-
-
-class Buffers:
-    """Counts what reading asks for."""
-
-    def __init__(self) -> None:
-        self.sizes: dict[str, int] = {}
-
-    def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        self.sizes[name] = max(self.sizes.get(name, 0), math.prod(shape) * dtype.itemsize)
-        return torch.full(shape, 77, dtype=torch.float32).to(dtype)
-
-
-def read_rows(source: WeightSource, rows: slice) -> Tensor:
-    """The rows, after checking that reading them costs the bytes that planning counts on."""
-    buffers = Buffers()
-    with TensorReader() as reader:
-        ready = source.load(reader)
-        assert reader.bytes_read == source.loaded
-        values = ready.read(rows, reader, buffers, "x")
-        assert reader.bytes_read == source.loaded + source.nbytes(rows)
-    scratch = sum(buffers.sizes.values()) - buffers.sizes["x"]
-    assert scratch == source.scratch(rows.stop - rows.start)
-    held = getattr(ready, "factors", None)
-    kept = [held] if isinstance(held, Tensor) else held or []
-    assert source.held == source.loaded + sum(each.nbytes for each in kept)
-    assert values.shape == (rows.stop - rows.start, source.shape[1])
-    return values.clone()
 
 
 @settings(

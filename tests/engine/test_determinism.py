@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -28,82 +27,17 @@ from support.families import (
     rows_of,
     write_triple,
 )
+from support.invariance import (
+    METHODS,
+    cut_tiles,
+    exact_smallest_memory,
+    identity,
+    residency,
+    smallest_memory,
+)
 
-from lean_merge import BudgetError, MergeResult, Plan, Resources, memory
+from lean_merge import BudgetError, Resources
 from lean_merge import plan as make_plan
-from lean_merge.tasks import tiles
-
-NAMED = re.compile(r"the smallest that works is --memory (\d+)MiB\.$")
-METHODS: dict[str, dict[str, Any]] = {
-    "ip-merging": {},
-    "stochastic": {"rounding": "stochastic", "seed": 7},
-    "adapter": {"output": "lora"},
-    "whole": {"stages": ("select", "rescale")},
-    "task-arithmetic": {"merge_method": "task_arithmetic", "symmetric": True, "scale": 0.4},
-}
-
-
-@pytest.fixture
-def many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of 16 rows or a little more, cut into strips; and a process that holds no memory.
-
-    Without the latter, which tiles are resident would depend on what ran before.
-    """
-    _cut(monkeypatch, tile=1 << 14, strip=1 << 12)
-
-
-def _cut(patch: pytest.MonkeyPatch, *, tile: int, strip: int) -> None:
-    patch.setattr(tiles, "TILE_ELEMENTS", tile)
-    patch.setattr(tiles, "STRIP_ELEMENTS", strip)
-    patch.setattr(memory, "usage", lambda: memory.Usage(anonymous=0, file_backed=0))
-
-
-def smallest_memory(triple: Triple, *, threads: int = 2, **options: Any) -> int:
-    """The bytes that BudgetError names, found as a user finds them."""
-    given_bytes = 1
-    for _ in range(10):
-        try:
-            make_plan(
-                triple.recipe(**options),
-                Resources(device="cpu", threads=threads, memory=given_bytes),
-            )
-        except BudgetError as error:
-            found = NAMED.search(str(error))
-            assert found, str(error)
-            assert int(found[1]) << 20 > given_bytes
-            given_bytes = int(found[1]) << 20
-        else:
-            return given_bytes
-    raise AssertionError("the smallest memory is never reached")
-
-
-def exact_smallest_memory(triple: Triple, **options: Any) -> int:
-    """The same to the byte, between the mebibytes that are named."""
-    high = smallest_memory(triple, **options)
-    low = high - (1 << 20)
-    while high - low > 64:
-        middle = (low + high) // 2
-        try:
-            resources = Resources(device="cpu", threads=2, memory=middle)
-            make_plan(triple.recipe(**options), resources)
-            high = middle
-        except BudgetError:
-            low = middle
-    return high
-
-
-def identity(result: MergeResult) -> dict[str, Any]:
-    """Everything of an output that must not vary: all files, and what the report decided."""
-    files = contents(result.path)
-    report = json.loads(files.pop("lean_merge_report.json"))
-    # It holds the report's digest, and tests/store/test_resume.py compares the rest.
-    del files["lean_merge_journal.jsonl"]
-    return {**files, "weights": report["weights"], "warnings": report["warnings"]}
-
-
-def residency(plan: Plan) -> list[int]:
-    return [count for task in plan.weights for count in task.resident]
-
 
 # --- memory -------------------------------------------------------------------------------
 
@@ -350,7 +284,7 @@ def test_a_streamed_merge_equals_the_oracle(
     triple = streamed(shape, dtype)
     options: dict[str, Any] = {"stages": stages, "threshold": threshold, "scale": 0.7}
     with pytest.MonkeyPatch.context() as patch:
-        _cut(patch, tile=tile, strip=strip)
+        cut_tiles(patch, tile=tile, strip=strip)
         result = triple.merge(
             tmp_path_factory.mktemp("out") / "out",
             memory=smallest_memory(triple, threads=threads, **options) + extra,

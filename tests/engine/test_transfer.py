@@ -22,7 +22,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.families import SMALL, Triple, write_triple
-from test_determinism import METHODS, _cut, exact_smallest_memory, identity, many_tiles, residency
+from support.invariance import METHODS, cut_tiles, exact_smallest_memory, identity, residency
 
 from lean_merge import (
     BudgetError,
@@ -44,8 +44,6 @@ from lean_merge.methods import spectra
 from lean_merge.outputs.checkpoint import CheckpointComparison
 from lean_merge.plan import formulas
 from lean_merge.tasks import tiles
-
-__all__ = ["many_tiles"]
 
 SHAPE = (3, 2)
 NBYTES = 24
@@ -493,7 +491,7 @@ def test_a_device_without_memory_does_not_end_a_merge(
 def plain(sketched: Callable[..., Triple], tmp_path_factory: pytest.TempPathFactory) -> MergeResult:
     """The merge of the sketched triple in bfloat16 on the CPU, by many tiles."""
     with pytest.MonkeyPatch.context() as patch:
-        _cut(patch, tile=1 << 14, strip=1 << 12)
+        cut_tiles(patch, tile=1 << 14, strip=1 << 12)
         out = tmp_path_factory.mktemp("plain") / "out"
         return merge(sketched(torch.bfloat16).recipe(), out, resources=resources(2))
 

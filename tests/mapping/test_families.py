@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.agreement import EXACT, MEDIAN, compare
 from support.families import Triple, cases, load, rows_of
 from support.family_table import FAMILIES, Family, build, page, reloaded
 from support.form_table import FORMS, Form, as_form, entries
 from support.form_table import page as page_of_forms
-from test_end_to_end import EXACT, MEDIAN, compare
 
 from lean_merge import MergeResult
 

@@ -12,10 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from support.families import Triple, load
-from support.fp8 import CONFIGS, expand, quantise
+from support.fp8 import CONFIGS, E4M3, E5M2, expand, quantise, read_rows, same_bytes
 from support.layouts import Layout
-from test_fp8 import E4M3, E5M2, read_rows, same_bytes
-from test_storage import COLUMNS, CONFIG, EACH, FUSED, INTERN, ROWS, many_tiles, write
+from support.storage import COLUMNS, CONFIG, EACH, FUSED, INTERN, ROWS, write_stored
 from torch import Tensor
 
 from lean_merge import MergeRecipe, open_checkpoint
@@ -27,7 +26,6 @@ from lean_merge.outputs import Request
 from lean_merge.outputs.checkpoint import CheckpointOutput
 from lean_merge.plan import fitting
 
-__all__ = ["many_tiles"]
 Block = tuple[int, int]
 
 
@@ -123,7 +121,7 @@ def to_fp8(folder: Path, twin: Path, kind: str) -> None:
 
 def triples(tmp_path: Path, layouts: tuple[Layout, Layout, Layout], kind: str) -> list[Triple]:
     """Roles in fp8 in their layouts, and the same numbers in float32."""
-    stored = write(tmp_path / "fp8", *layouts)
+    stored = write_stored(tmp_path / "fp8", *layouts)
     roots = {}
     for path in (stored.base, stored.mllm, *stored.experts):
         roots[path] = tmp_path / "twin" / path.name
@@ -137,7 +135,7 @@ def triples(tmp_path: Path, layouts: tuple[Layout, Layout, Layout], kind: str) -
     return [stored, twin]
 
 
-@pytest.mark.usefixtures("many_tiles")
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("kind", ["block", "fbgemm"])
 @pytest.mark.parametrize(
     ("layouts", "options"),
@@ -166,7 +164,7 @@ def test_fp8_merges_as_the_same_numbers_do_wherever_it_is_stored(
     assert all(same_bytes(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.usefixtures("many_tiles")
+@pytest.mark.usefixtures("small_tiles")
 def test_the_codes_of_whole_tiles_are_counted_where_rows_are_columns(tmp_path: Path):
     """Of base, one role and the MLLM when it is written; strips where rows are rows."""
     stored, _ = triples(tmp_path, (COLUMNS, COLUMNS, COLUMNS), "block")

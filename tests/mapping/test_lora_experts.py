@@ -19,6 +19,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from support.adapters import ALL, by_hand, factors
 from support.families import (
     SKETCHED,
     SMALL,
@@ -39,15 +40,6 @@ from lean_merge.checkpoints.forms.lora import module_pattern
 from lean_merge.errors import CheckpointError, CoverageError, LeanMergeError
 
 Family = Callable[..., Triple]
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def factors(delta: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """B and A of which scaling * B A is the best approximation of `delta` of that rank."""
-    left, sizes, right = torch.linalg.svd(delta.double(), full_matrices=False)
-    root = sizes[:rank].sqrt()
-    first, second = left[:, :rank] * root / scaling, root[:, None] * right[:rank]
-    return first.float().contiguous(), second.float().contiguous()
 
 
 def train(triple: Triple, out: Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
@@ -278,26 +270,6 @@ def test_a_weight_that_no_adapter_targets_is_not_analysed(family: Family, tmp_pa
 
 
 # --- by hand --------------------------------------------------------------------------------
-
-
-def by_hand(
-    triple: Triple, out: Path, *, rank: int = 4, prefix: str = "base_model.model.", **config: Any
-) -> tuple[Path, dict[str, Matrix]]:
-    """(an adapter of every weight of a triple made by hand, the changes that it makes)."""
-    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": ALL}
-    settings |= {"base_model_name_or_path": str(triple.base)} | config
-    scaling = settings["lora_alpha"] / settings["r"]
-    base, expert = load(triple.base), load(triple.experts[0])
-    tensors, changes = {}, {}
-    for slot in triple.slots:
-        b, a = factors((expert[slot.base] - base[slot.base]).float(), rank, scaling)
-        stem = prefix + slot.base.removesuffix(".weight")
-        tensors |= {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
-        changes[slot.base] = scaling * (b.double() @ a.double()).numpy()
-    out.mkdir()
-    save_file(tensors, out / "adapter_model.safetensors")
-    (out / "adapter_config.json").write_text(json.dumps(settings))
-    return out, changes
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from support.adapters import CONFIG, WEIGHTS, config_of, updates
 from support.families import SMALL, Triple, as_matrix, load, relative_error, rows_of, write_triple
 from support.family_table import FAMILIES, SAVED, SAVED_NAMES, Family, build
 from support.oracle import Matrix
@@ -44,29 +44,9 @@ from lean_merge.store import BlockStore, OutputFolder
 # PEFT asks transformers by a name that it has given another since.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 CPU = Resources(device="cpu", threads=1)
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LOGITS = 1e-3
 """Largest relative difference of the changes of logits."""
 Adapted = Callable[[str], tuple[Triple, MergeResult, MergeResult]]
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / CONFIG).read_text())
-
-
-def updates(folder: Path) -> dict[str, Matrix]:
-    """alpha / r B A of every module, as PEFT scales it."""
-    config, tensors = config_of(folder), load_file(folder / WEIGHTS)
-    found = {}
-    for name in config["target_modules"]:
-        key = f"base_model.model.{name}."
-        a, b = tensors.pop(f"{key}lora_A.weight"), tensors.pop(f"{key}lora_B.weight")
-        rank = config["rank_pattern"].get(name, config["r"])
-        alpha = config["alpha_pattern"].get(name, config["lora_alpha"])
-        assert a.shape[0] == b.shape[1] == rank
-        found[name] = alpha / rank * (as_matrix(b) @ as_matrix(a))
-    assert not tensors
-    return found
 
 
 def logits(model: Any, size: int) -> Tensor:

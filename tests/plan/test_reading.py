@@ -13,17 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from support.adapters import by_hand
 from support.families import SKETCHED, Triple, check_reads, rows_of, write_triple
 from support.fp8 import to_fp8
+from support.invariance import METHODS, exact_smallest_memory
 from support.scenes import Stop, stopping
-from test_determinism import METHODS, exact_smallest_memory, many_tiles
-from test_lora_experts import by_hand
 
 from lean_merge import Resources, analyze, merge
 from lean_merge.checkpoints import TensorReader, TensorSpec
 from lean_merge.methods.spectra import EXACT_BELOW
-
-__all__ = ["many_tiles"]
 
 SHAPES = {**SKETCHED, "layers.0.mlp.down_proj": (96, 400), "layers.0.mlp.up_proj": (400, 96)}
 """Wide and tall weights, sketched and decomposed whole; q_proj and down_proj are aligned."""

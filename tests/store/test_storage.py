@@ -15,88 +15,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from support.families import Slot, Triple, as_matrix, load, relative_error, rows_of, tune
-from support.layouts import EXPERT_INNER, HEADS, INNER, PAIRS, SIZE, Layout, Where, stored_as
-from test_adapter import updates
+from support.adapters import updates
+from support.families import as_matrix, load, relative_error, rows_of
+from support.layouts import Layout, Where
+from support.storage import COLUMNS, EACH, FUSED, INTERN, ROWS, SPLIT, write_stored
 
 from lean_merge import RecipeError, open_checkpoint
 from lean_merge.checkpoints import TensorReader
 from lean_merge.checkpoints.header import TensorSpec
 from lean_merge.checkpoints.rows import Place
-from lean_merge.engine import taskvectors, update
 from lean_merge.mapping import map_roles
 from lean_merge.mapping.placement import Heads, places, stack_places
-from lean_merge.tasks import tiles
-
-ONE = (0,)
-SPLIT = Layout(numbers=ONE)
-FUSED = Layout(qkv="fused", mlp="fused", numbers=ONE)
-INTERN = Layout(
-    qkv="interleaved",
-    attention="attention",
-    feed_forward="feed_forward",
-    leaves=(("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"), ("o_proj", "wo")),
-    numbers=ONE,
-)
-EACH = Layout(mlp="each", numbers=ONE)
-ROWS = Layout(mlp="rows", numbers=ONE)
-COLUMNS = Layout(mlp="columns", qkv="fused", numbers=ONE)
-CONFIG = dict(hidden_size=64, num_attention_heads=HEADS, num_key_value_heads=PAIRS, head_dim=SIZE)
 
 
-def shapes(layout: Layout) -> dict[str, tuple[int, int]]:
-    """Of the weights by canonical name."""
-    rows = {"q_proj": HEADS * SIZE, "k_proj": PAIRS * SIZE, "v_proj": PAIRS * SIZE, "o_proj": 64}
-    found = {}
-    for canonical in layout.weights():
-        leaf = canonical.rpartition(".")[2]
-        inner = EXPERT_INNER if "experts" in canonical else INNER
-        found[canonical] = (64, inner) if leaf == "down_proj" else (rows.get(leaf, inner), 64)
-    return found
-
-
-def write(
-    folder: Path,
-    base: Layout,
-    mllm: Layout,
-    expert: Layout,
-    *,
-    experts: int = 1,
-    dtype: torch.dtype = torch.float32,
-) -> Triple:
-    """A triple whose roles hold the same weights in any layouts, out of scope a norm."""
-    plain = EACH if base.mlp in ("each", "rows", "columns") else SPLIT
-    paths = []
-    for number, layout in enumerate((base, mllm, *[expert] * experts)):
-        role = ("base", "mllm")[number] if number < 2 else f"expert{number - 1}"
-        tensors = {"model.norm.weight": torch.full((8,), 1.0 + number, dtype=dtype)}
-        for at, (canonical, shape) in enumerate(shapes(plain).items()):
-            weight = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(at))
-            if number:
-                weight = tune(weight, canonical, number - 1)
-            tensors[plain.weights()[canonical].name] = weight.to(dtype)
-        paths.append(folder / role)
-        paths[-1].mkdir(parents=True)
-        stored = stored_as(plain, layout)(tensors)
-        save_file(stored, paths[-1] / "model.safetensors", metadata={"format": "pt"})
-        (paths[-1] / "config.json").write_text(json.dumps(CONFIG))
-    own, theirs = mllm.weights(), base.weights()
-    slots = tuple(Slot(canonical, theirs[canonical], own[canonical]) for canonical in own)
-    return Triple(paths[0], paths[1], tuple(paths[2:]), slots)
-
-
-@pytest.fixture
-def many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of 16 rows, read in strips of 8 and written in strips of 4."""
-    monkeypatch.setattr(tiles, "TILE_ROWS", 16)
-    monkeypatch.setattr(tiles, "TILE_ELEMENTS", 16 * 64)
-    for module in (tiles, taskvectors, update):
-        monkeypatch.setattr(module, "READ_ELEMENTS", 8 * 64)
-    for module in (tiles, update):
-        monkeypatch.setattr(module, "STRIP_ELEMENTS", 4 * 64)
-
-
-@pytest.mark.usefixtures("many_tiles")
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize(
     ("base", "mllm", "expert", "options"),
     [
@@ -119,8 +51,8 @@ def test_storage_decides_nothing(
 ):
     made = {key: options.pop(key) for key in ("experts", "dtype") if key in options}
     plain = EACH if base.mlp in ("each", "rows", "columns") else SPLIT
-    one = write(tmp_path / "one", plain, plain, plain, **made)
-    other = write(tmp_path / "other", base, mllm, expert, **made)
+    one = write_stored(tmp_path / "one", plain, plain, plain, **made)
+    other = write_stored(tmp_path / "other", base, mllm, expert, **made)
     wanted = one.merge(tmp_path / "out one", **options)
     found = other.merge(tmp_path / "out other", **options)
     same, ours = load(wanted.path), load(found.path)
@@ -140,7 +72,7 @@ def test_storage_decides_nothing(
 
 @pytest.mark.parametrize("threshold", [0.0, 0.4])
 def test_an_adapter_knows_interleaved_rows_and_refuses_stacks(tmp_path: Path, threshold: float):
-    triple = write(tmp_path / "in", INTERN, INTERN, INTERN)
+    triple = write_stored(tmp_path / "in", INTERN, INTERN, INTERN)
     whole = triple.merge(tmp_path / "whole", threshold=threshold)
     adapter = triple.merge(tmp_path / "adapter", threshold=threshold, output="lora")
     before, after = load(triple.mllm), load(whole.path)
@@ -148,7 +80,7 @@ def test_an_adapter_knows_interleaved_rows_and_refuses_stacks(tmp_path: Path, th
     change = as_matrix(after[f"{name}.weight"]) - as_matrix(before[f"{name}.weight"])
     assert relative_error(updates(adapter.path)[name], change) < 1e-3
     with pytest.raises(RecipeError, match=r"An adapter cannot hold .*experts\."):
-        write(tmp_path / "stack", ROWS, ROWS, ROWS).merge(tmp_path / "no", output="lora")
+        write_stored(tmp_path / "stack", ROWS, ROWS, ROWS).merge(tmp_path / "no", output="lora")
 
 
 # --- where the rows are -------------------------------------------------------------------
@@ -219,7 +151,7 @@ def test_spans_lead_to_the_rows_of_stacked_experts(
 
 
 def test_what_is_read_ahead_covers_what_is_read_and_no_byte_twice(tmp_path: Path):
-    triple = write(tmp_path, ROWS, EACH, COLUMNS)
+    triple = write_stored(tmp_path, ROWS, EACH, COLUMNS)
     base, mllm, expert = (open_checkpoint(p) for p in (triple.base, triple.mllm, *triple.experts))
     seen: dict[Path, int] = {}
     for weight in map_roles(base, mllm, [expert]).weights:
@@ -235,7 +167,7 @@ def test_what_is_read_ahead_covers_what_is_read_and_no_byte_twice(tmp_path: Path
 
 
 def test_rows_stored_as_columns_are_read_without_what_lies_between(tmp_path: Path):
-    triple = write(tmp_path, COLUMNS, COLUMNS, COLUMNS)
+    triple = write_stored(tmp_path, COLUMNS, COLUMNS, COLUMNS)
     mllm = open_checkpoint(triple.mllm)
     tensors = load(triple.mllm)
     for mapped in map_roles(open_checkpoint(triple.base), mllm, []).weights:

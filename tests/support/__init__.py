@@ -1,1 +1,9 @@
-"""What the tests share: checkpoints made by hand, oracles, and ways to break things."""
+"""What several tests need. Its assertions tell as much as those of the tests when they fail."""
+
+import pkgutil
+
+import pytest
+
+pytest.register_assert_rewrite(
+    *(f"support.{found.name}" for found in pkgutil.iter_modules(__path__))
+)

@@ -12,7 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lean_merge.checkpoints import TensorReader
+from lean_merge.checkpoints import WeightSource
 from support.families import load
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
 def block_of(layout: str, shape: tuple[int, int]) -> tuple[int, int]:
@@ -85,3 +89,37 @@ def to_fp8(folder: Path, twin: Path, layout: str, *, dtype: torch.dtype) -> None
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = CONFIGS[layout]
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def same_bytes(first: Tensor, second: Tensor) -> bool:
+    return first.dtype == second.dtype and torch.equal(
+        first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8)
+    )
+
+
+class Buffers:
+    """Counts what reading asks for."""
+
+    def __init__(self) -> None:
+        self.sizes: dict[str, int] = {}
+
+    def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        self.sizes[name] = max(self.sizes.get(name, 0), math.prod(shape) * dtype.itemsize)
+        return torch.full(shape, 77, dtype=torch.float32).to(dtype)
+
+
+def read_rows(source: WeightSource, rows: slice) -> Tensor:
+    """The rows, after checking that reading them costs the bytes that planning counts on."""
+    buffers = Buffers()
+    with TensorReader() as reader:
+        ready = source.load(reader)
+        assert reader.bytes_read == source.loaded
+        values = ready.read(rows, reader, buffers, "x")
+        assert reader.bytes_read == source.loaded + source.nbytes(rows)
+    scratch = sum(buffers.sizes.values()) - buffers.sizes["x"]
+    assert scratch == source.scratch(rows.stop - rows.start)
+    held = getattr(ready, "factors", None)
+    kept = [held] if isinstance(held, Tensor) else held or []
+    assert source.held == source.loaded + sum(each.nbytes for each in kept)
+    assert values.shape == (rows.stop - rows.start, source.shape[1])
+    return values.clone()

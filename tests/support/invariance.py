@@ -1,0 +1,79 @@
+"""What memory, threads and order must not change, and the smallest memory that a merge takes."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+from lean_merge import BudgetError, MergeResult, Plan, Resources, memory
+from lean_merge import plan as make_plan
+from lean_merge.plan import budget
+from lean_merge.tasks import tiles
+from support.families import Triple, contents
+
+NAMED = re.compile(r"the smallest that works is --memory (\d+)MiB\.$")
+METHODS: dict[str, dict[str, Any]] = {
+    "ip-merging": {},
+    "stochastic": {"rounding": "stochastic", "seed": 7},
+    "adapter": {"output": "lora"},
+    "whole": {"stages": ("select", "rescale")},
+    "task-arithmetic": {"merge_method": "task_arithmetic", "symmetric": True, "scale": 0.4},
+}
+
+
+def cut_tiles(patch: pytest.MonkeyPatch, *, tile: int, strip: int) -> None:
+    """Set the numbers in a tile and in a strip, and say that the process holds no memory."""
+    patch.setattr(tiles, "TILE_ELEMENTS", tile)
+    patch.setattr(budget, "STRIP_ELEMENTS", strip)
+    patch.setattr(memory, "usage", lambda: memory.Usage(anonymous=0, file_backed=0))
+
+
+def smallest_memory(triple: Triple, *, threads: int = 2, **options: Any) -> int:
+    """The bytes that BudgetError names, found as a user finds them."""
+    given_bytes = 1
+    for _ in range(10):
+        try:
+            make_plan(
+                triple.recipe(**options),
+                Resources(device="cpu", threads=threads, memory=given_bytes),
+            )
+        except BudgetError as error:
+            found = NAMED.search(str(error))
+            assert found, str(error)
+            assert int(found[1]) << 20 > given_bytes
+            given_bytes = int(found[1]) << 20
+        else:
+            return given_bytes
+    raise AssertionError("the smallest memory is never reached")
+
+
+def exact_smallest_memory(triple: Triple, **options: Any) -> int:
+    """The smallest memory to 64 bytes, between the mebibytes that are named."""
+    high = smallest_memory(triple, **options)
+    low = high - (1 << 20)
+    while high - low > 64:
+        middle = (low + high) // 2
+        try:
+            resources = Resources(device="cpu", threads=2, memory=middle)
+            make_plan(triple.recipe(**options), resources)
+            high = middle
+        except BudgetError:
+            low = middle
+    return high
+
+
+def identity(result: MergeResult) -> dict[str, Any]:
+    """Everything of an output that must not vary: all files, and the report's decisions."""
+    files = contents(result.path)
+    report = json.loads(files.pop("lean_merge_report.json"))
+    # It holds the report's digest, and tests/store/test_resume.py compares the rest.
+    del files["lean_merge_journal.jsonl"]
+    return {**files, "weights": report["weights"], "warnings": report["warnings"]}
+
+
+def residency(plan: Plan) -> list[int]:
+    """How many tiles of each weight stay in memory, task vector by task vector."""
+    return [count for task in plan.weights for count in task.resident]
