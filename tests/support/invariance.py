@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from typing import Any
 
 import pytest
 
 from lean_merge import BudgetError, MergeResult, Plan, Resources, memory
 from lean_merge import plan as make_plan
-from lean_merge.plan import budget
 from lean_merge.tasks import tiles
 from support.families import Triple, contents
 
@@ -24,10 +24,18 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+def set_everywhere(patch: pytest.MonkeyPatch, name: str, value: int) -> None:
+    """Set a constant of `lean_merge.tasks.tiles` there and in every module that imported it."""
+    assert hasattr(tiles, name)
+    for module, found in list(sys.modules.items()):
+        if module.startswith("lean_merge.") and name in vars(found):
+            patch.setattr(found, name, value)
+
+
 def cut_tiles(patch: pytest.MonkeyPatch, *, tile: int, strip: int) -> None:
     """Set the numbers in a tile and in a strip, and say that the process holds no memory."""
-    patch.setattr(tiles, "TILE_ELEMENTS", tile)
-    patch.setattr(budget, "STRIP_ELEMENTS", strip)
+    set_everywhere(patch, "TILE_ELEMENTS", tile)
+    set_everywhere(patch, "STRIP_ELEMENTS", strip)
     patch.setattr(memory, "usage", lambda: memory.Usage(anonymous=0, file_backed=0))
 
 

@@ -47,7 +47,7 @@ def write_stored(
     experts: int = 1,
     dtype: torch.dtype = torch.float32,
 ) -> Triple:
-    """A triple whose roles hold the same weights in any layouts, and a norm that is out of scope."""
+    """A triple whose roles hold the same weights in any layouts; a norm is out of scope."""
     plain = EACH if base.mlp in ("each", "rows", "columns") else SPLIT
     paths = []
     for number, layout in enumerate((base, mllm, *[expert] * experts)):
