@@ -10,9 +10,11 @@ import torch
 from support.families import SKETCHED, SMALL, Triple, write_triple
 from support.family_table import build
 from support.family_table import family as entry
-from support.invariance import cut_tiles, set_everywhere
+from support.invariance import cut_tiles
 
 from lean_merge import MergeResult
+from lean_merge.engine import taskvectors, update
+from lean_merge.tasks import tiles
 
 
 @pytest.fixture(scope="session")
@@ -84,10 +86,9 @@ def many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 16 rows, read in strips of 8 and written in strips of 4."""
-    for name, value in (
-        ("TILE_ROWS", 16),
-        ("TILE_ELEMENTS", 16 * 64),
-        ("READ_ELEMENTS", 8 * 64),
-        ("STRIP_ELEMENTS", 4 * 64),
-    ):
-        set_everywhere(monkeypatch, name, value)
+    monkeypatch.setattr(tiles, "TILE_ROWS", 16)
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", 16 * 64)
+    for module in (tiles, taskvectors, update):
+        monkeypatch.setattr(module, "READ_ELEMENTS", 8 * 64)
+    for module in (tiles, update):
+        monkeypatch.setattr(module, "STRIP_ELEMENTS", 4 * 64)

@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lean_merge.checkpoints import TensorReader
-from lean_merge.checkpoints import WeightSource
+from lean_merge.checkpoints import TensorReader, WeightSource
 from support.families import load
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from typing import Any
 
 import pytest
@@ -24,18 +23,10 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def set_everywhere(patch: pytest.MonkeyPatch, name: str, value: int) -> None:
-    """Set a constant of `lean_merge.tasks.tiles` there and in every module that imported it."""
-    assert hasattr(tiles, name)
-    for module, found in list(sys.modules.items()):
-        if module.startswith("lean_merge.") and name in vars(found):
-            patch.setattr(found, name, value)
-
-
 def cut_tiles(patch: pytest.MonkeyPatch, *, tile: int, strip: int) -> None:
     """Set the numbers in a tile and in a strip, and say that the process holds no memory."""
-    set_everywhere(patch, "TILE_ELEMENTS", tile)
-    set_everywhere(patch, "STRIP_ELEMENTS", strip)
+    patch.setattr(tiles, "TILE_ELEMENTS", tile)
+    patch.setattr(tiles, "STRIP_ELEMENTS", strip)
     patch.setattr(memory, "usage", lambda: memory.Usage(anonymous=0, file_backed=0))
 
 
