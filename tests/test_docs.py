@@ -160,7 +160,7 @@ def memory_example() -> str:
     cost, rank = method.cost(shape, item=weight.arithmetic_item), method.largest_rank(shape)
     least = formulas.host_bytes(weight, widest=cost.widest, workspace=cost.workspace, workers=2)
     resident = weight.tiles * weight.resident_tile
-    waiting = CheckpointOutput.waiting_bytes(shape, rank, weight.held)
+    waiting = CheckpointOutput.waiting_bytes(method.update_bytes(shape), 0, weight.held)
     worker, apply = formulas.worker_bytes(weight, cost.widest), formulas.apply_bytes(weight)
     lanes = f"lanes: {formulas.LANES + 1} x {weight.roles} x {shape[1]} x {cost.widest} x 4 bytes"
     rows = {

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lean_merge.checkpoints import TensorReader, common_dtype
+from lean_merge.checkpoints import TensorReader
 from lean_merge.engine.device import Accelerator, computing_on, is_out_of_memory, queues_of
 from lean_merge.engine.taskvectors import TaskVectors
 from lean_merge.engine.workers import Workers
@@ -16,7 +17,15 @@ from lean_merge.mapping import LogicalWeight
 from lean_merge.methods import Decision, ExpertRecord, Method, WeightContext
 from lean_merge.plan import Plan
 from lean_merge.plan.resources import arithmetic_dtype
-from lean_merge.tasks import Fallback, Stored, WeightResult, WeightTask, looks, needs_analysis
+from lean_merge.tasks import (
+    Fallback,
+    Stored,
+    WeightResult,
+    WeightTask,
+    looks,
+    needs_analysis,
+    task_dtype,
+)
 from lean_merge.tasks.tiles import tile_rows
 
 LONGEST_REASON = 160
@@ -88,10 +97,13 @@ class Decider:
         The methods, the seed, and the device with its memory.
     workers
         The threads that compute passes.
+    surveyed
+        What the methods' surveys of all weights found, by their keys.
     """
 
-    def __init__(self, plan: Plan, workers: Workers) -> None:
+    def __init__(self, plan: Plan, workers: Workers, surveyed: Mapping[Hashable, Any]) -> None:
         self._plan = plan
+        self._surveyed = surveyed
         self._workers = workers
         self._accelerator = _accelerator(plan, workers)
         self._fallen: dict[tuple[tuple[int, int], int], tuple[int, str]] = {}
@@ -120,7 +132,8 @@ class Decider:
         method = task.methods[number]
         if method is None:
             record = ExpertRecord(selected=False, reason=task.filtered[number])
-            return Decided(self._vectors(weight, _Site(None, 0), reader), _nothing(weight, record))
+            vectors = self._vectors(None, weight, _Site(None, 0), reader)
+            return Decided(vectors, _nothing(weight, record))
         if self._accelerator is None:
             return self._attempt(method, weight, _Site(None, resident, arena), reader)
         if not looks(method, weight):
@@ -149,10 +162,11 @@ class Decider:
     ) -> Decided:
         device = torch.device("cpu") if site.accelerator is None else site.accelerator.device
         with computing_on(device):
-            vectors = self._vectors(weight, site, reader)
-            if method.cost(weight.shape, item=4).passes and not needs_analysis(weight):
+            vectors = self._vectors(method, weight, site, reader)
+            if method.cost(weight.shape, item=4).passes and not needs_analysis(method, weight):
                 record = ExpertRecord(False, "", rank=0, update_norm=0.0)
                 return Decided(vectors, _nothing(weight, record))
+            survey = method.survey()
             context = WeightContext(
                 name=weight.canonical,
                 shape=vectors.shape,
@@ -161,6 +175,7 @@ class Decider:
                 device=device,
                 squared_norms=vectors.squared_norms,
                 parallel=self._workers.map,
+                surveyed=None if survey is None else self._surveyed[survey.key],
             )
             decision, passes = _analyze(method, vectors, context)
             if decision.update is not None:
@@ -169,18 +184,25 @@ class Decider:
         reader.count(decision.recalled)
         return Decided(vectors, _explained(decision, weight), passes)
 
-    def _vectors(self, weight: LogicalWeight, site: _Site, reader: TensorReader) -> TaskVectors:
-        task = common_dtype(source.dtype for source in weight.roles)
+    def _vectors(
+        self,
+        method: Method[Any] | None,
+        weight: LogicalWeight,
+        site: _Site,
+        reader: TensorReader,
+    ) -> TaskVectors:
+        task = task_dtype(method, weight)
         device = "cpu" if site.accelerator is None else self._plan.device
         lent = None
         if site.accelerator is not None:
-            lent = site.accelerator.lend(tile_bytes(weight), site.resident)
+            lent = site.accelerator.lend(tile_bytes(method, weight), site.resident)
         return TaskVectors(
             weight,
             reader=reader,
             workers=self._workers,
             arena=site.arena if lent is None else lent.resident,
             resident=site.resident,
+            task_dtype=task,
             dtype=arithmetic_dtype(task, device),
             uploader=None if lent is None else lent.uploader,
             landing=() if lent is None else lent.landing,
@@ -209,12 +231,16 @@ def _accelerator(plan: Plan, workers: Workers) -> Accelerator | None:
     queues = queues_of(device)
     if queues is None:
         return None
-    weights = [weight for task in plan.weights for weight in task.weight.slices]
+    tiles = [
+        tile_bytes(method, weight)
+        for task in plan.weights
+        for weight, method in zip(task.weight.slices, task.methods, strict=True)
+    ]
     return Accelerator(
         device,
         queues,
         workers,
-        largest_tile=max(map(tile_bytes, weights), default=0),
+        largest_tile=max(tiles, default=0),
         peak=plan.prediction.peak_vram,
         limit=plan.vram,
     )
@@ -244,10 +270,10 @@ def _analyze(
     return decision, passes
 
 
-def tile_bytes(weight: LogicalWeight) -> int:
+def tile_bytes(method: Method[Any] | None, weight: LogicalWeight) -> int:
     """Bytes of the largest tile of all task vectors of a weight."""
     out_features, in_features = weight.shape
-    item = common_dtype(source.dtype for source in weight.roles).itemsize
+    item = task_dtype(method, weight).itemsize
     height = min(out_features, tile_rows(in_features))
     return height * in_features * item * len(weight.others)
 

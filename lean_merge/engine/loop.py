@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lean_merge.engine.scheduler import Scheduler
+from lean_merge.engine.survey import survey
 from lean_merge.engine.workers import TorchSettings
 from lean_merge.outputs.base import Sink
 from lean_merge.plan import Plan
@@ -96,7 +97,10 @@ def steps(plan: Plan, sink: Sink, result: RunResult) -> Generator[Event, None, N
     callers = TorchSettings.now()
     known = {index: from_note(sink.finished(task)) for index, task in enumerate(plan.tasks)}
     reused = {index: note for index, note in known.items() if note is not None}
-    with Scheduler(plan, sink, reused=reused, timed=result.timed) as scheduler:
+    with result.timed("analyze"):
+        surveyed, result.bytes_read = survey(plan, reused)
+    scheduler = Scheduler(plan, sink, reused=reused, surveyed=surveyed, timed=result.timed)
+    with scheduler:
         for index, note in scheduler.finished():
             task = plan.tasks[index]
             result.add(note, task.source.name if isinstance(task, CopyTask) else task.tensor.name)

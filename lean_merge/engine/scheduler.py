@@ -28,7 +28,7 @@ that, as at the end, every thread finishes the job in hand and no other.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass
@@ -106,6 +106,8 @@ class Scheduler:
     reused : mapping of int to Note
         What is noted of the tasks, by their place in the plan, that an interrupted run finished.
         Nothing is done for them.
+    surveyed
+        What the methods' surveys of all weights found, by their keys.
     timed
         Gives a context that counts the calling thread's time as that of "analyze", "write" or
         "copy".
@@ -117,11 +119,13 @@ class Scheduler:
         sink: Sink,
         *,
         reused: Mapping[int, Note],
+        surveyed: Mapping[Hashable, Any],
         timed: Callable[[str], AbstractContextManager[None]],
     ) -> None:
         self._plan = plan
         self._sink = sink
         self._reused = reused
+        self._surveyed = surveyed
         self._timed = timed
         self._reader = TensorReader()
         self._readers = [self._reader.counting() for _ in plan.tasks]
@@ -155,7 +159,8 @@ class Scheduler:
             self._read_ahead = stack.enter_context(
                 ReadAhead(apart, list(self._sources()), ahead=READ_AHEAD)
             )
-            self._decider = stack.enter_context(closing(Decider(self._plan, self._workers)))
+            decider = Decider(self._plan, self._workers, self._surveyed)
+            self._decider = stack.enter_context(closing(decider))
             self._threads = stack.pop_all()
         return self
 

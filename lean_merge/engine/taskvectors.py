@@ -9,14 +9,14 @@ from contextlib import closing
 import torch
 from torch import Tensor
 
-from lean_merge.checkpoints import TensorReader, WeightSource, common_dtype
+from lean_merge.checkpoints import TensorReader, WeightSource
 from lean_merge.engine.transfer import Parcel, Uploader
 from lean_merge.engine.workers import Workers
 from lean_merge.errors import DataError
-from lean_merge.linalg import Pass, Products
+from lean_merge.linalg import Pass, Products, Reduction
 from lean_merge.mapping import LogicalWeight
 from lean_merge.plan.formulas import LANES
-from lean_merge.tasks.tiles import READ_ELEMENTS, row_tiles, strips
+from lean_merge.tasks.tiles import READ_ELEMENTS, STRIP_ELEMENTS, row_tiles, strips
 
 _WIDTH = 32
 """Widths of products are padded to a multiple of this."""
@@ -37,8 +37,8 @@ class TaskVectors:
         Reused memory for resident tiles, on the device of the arithmetic.
     resident : int
         How many tiles, from the first, to keep there.
-    dtype : torch.dtype
-        Arithmetic dtype of the products.
+    task_dtype, dtype : torch.dtype
+        Of the task vectors, and of products with them.
     uploader, landing
         Who brings tiles to the device, and places there for tiles that are not resident; None
         where the arithmetic runs on the CPU.
@@ -52,6 +52,7 @@ class TaskVectors:
         workers: Workers,
         arena: Tensor,
         resident: int,
+        task_dtype: torch.dtype,
         dtype: torch.dtype,
         uploader: Uploader | None = None,
         landing: Sequence[Tensor] = (),
@@ -60,7 +61,7 @@ class TaskVectors:
         self.shape = weight.shape
         self.dtype = dtype
         self.device = arena.device
-        self.task_dtype = common_dtype(source.dtype for source in weight.roles)
+        self.task_dtype = task_dtype
         self._reader = reader
         self._workers = workers
         self._uploader = uploader
@@ -225,11 +226,12 @@ class TaskVectors:
         neither on how many threads there are nor on which tiles are resident.
         """
         sums = [_Sums(self, role, request) for role, request in enumerate(wanted)]
+        inner = _InnerProducts(self, [request is not None and request.inner for request in wanted])
         if self._uploader is None:
-            self._workers.map(lambda lane: self._run_lane(lane, sums), self.lanes)
+            self._workers.map(lambda lane: self._run_lane(lane, sums, inner), self.lanes)
         else:
-            self._run_uploaded(self._uploader, sums)
-        finished = [one.finish() for one in sums]
+            self._run_uploaded(self._uploader, sums, inner)
+        finished = [one.finish(row) for one, row in zip(sums, inner.finish(), strict=True)]
         for source, products in zip(self.weight.others, finished, strict=True):
             if products is not None and not products.is_finite():
                 raise DataError(
@@ -239,14 +241,26 @@ class TaskVectors:
                 )
         return finished
 
-    def _run_lane(self, lane: int, sums: list[_Sums]) -> None:
+    def _run_lane(self, lane: int, sums: list[_Sums], inner: _InnerProducts) -> None:
         wanted = [one.request is not None for one in sums]
         for index in range(lane, len(self.tiles), LANES):
-            for one, task_vector in zip(sums, self.tile(index, wanted), strict=True):
-                if task_vector is not None:
-                    one.add(lane, self.tiles[index], task_vector, first=index == lane)
+            self._add(index, self.tile(index, wanted), sums, inner)
 
-    def _run_uploaded(self, uploader: Uploader, sums: list[_Sums]) -> None:
+    def _add(
+        self,
+        index: int,
+        tile: Sequence[Tensor | None],
+        sums: list[_Sums],
+        inner: _InnerProducts,
+    ) -> None:
+        """Take one tile into the sums of its lane."""
+        lane, rows = index % LANES, self.tiles[index]
+        for one, task_vector in zip(sums, tile, strict=True):
+            if task_vector is not None:
+                one.add(lane, rows, task_vector, first=index < LANES)
+        inner.add(lane, tile)
+
+    def _run_uploaded(self, uploader: Uploader, sums: list[_Sums], inner: _InnerProducts) -> None:
         """All lanes together, in the order of the file: each lane still gets its tiles in order."""
         wanted = [one.request is not None for one in sums]
         parcels = [
@@ -255,7 +269,7 @@ class TaskVectors:
             if index >= len(self._resident) or not self._formed[index]
         ]
         with closing(uploader.send(parcels, self._landing)) as arrivals:
-            for index, rows in enumerate(self.tiles):
+            for index in range(len(self.tiles)):
                 resident = index < len(self._resident)
                 if resident and self._formed[index]:
                     tile: list[Tensor | None] = [*self._resident[index]]
@@ -263,10 +277,7 @@ class TaskVectors:
                     tile = self._by_role(next(arrivals), self._sent(index, wanted))
                     if resident:
                         self._formed[index] = True
-                for one, task_vector in zip(sums, tile, strict=True):
-                    if task_vector is not None:
-                        lane = index % LANES
-                        one.add(lane, rows, task_vector, first=index < LANES)
+                self._add(index, tile, sums, inner)
 
     def _sent(self, index: int, wanted: Sequence[bool]) -> Sequence[bool]:
         """The roles that go over for a tile: all where they stay, for later passes too."""
@@ -318,6 +329,7 @@ class _Sums:
         self._times = empty(out_features, request.times, torch.float32)
         self._z = lanes("gram", request.gram)
         self._projected = lanes("project", request.project)
+        self._reduced: list[Tensor | None] = [None] * LANES
         self._dense = (
             torch.empty(out_features, in_features, device=device) if request.dense else None
         )
@@ -329,6 +341,8 @@ class _Sums:
             return
         if self._dense is not None:
             self._dense[rows] = tile
+        if request.reduce is not None:
+            self._reduce(request.reduce, lane, rows, tile)
         whole, tile = tile, tile.to(self._dtype)
         if request.gram is not None and self._y is not None:
             y = torch.mm(tile, request.gram, out=self._y[rows])
@@ -337,6 +351,12 @@ class _Sums:
             self._accumulate(self._projected[lane], tile, request.project[rows], first=first)
         if self._right is not None and self._times is not None:
             self._times[rows] = _product(whole, tile, self._right)[:, : self._times.shape[1]]
+
+    def _reduce(self, reduce: Reduction, lane: int, rows: slice, tile: Tensor) -> None:
+        for strip in strips(rows, tile.shape[1], STRIP_ELEMENTS):
+            part = reduce(strip, tile[strip.start - rows.start : strip.stop - rows.start])
+            total = self._reduced[lane]
+            self._reduced[lane] = part if total is None else total.add_(part)
 
     def _accumulate(self, total: Tensor, tile: Tensor, left: Tensor, *, first: bool) -> None:
         """total += tile^T left."""
@@ -347,8 +367,8 @@ class _Sums:
         else:
             total.add_(product)
 
-    def finish(self) -> Products | None:
-        """The lanes summed in order."""
+    def finish(self, inner: Tensor | None) -> Products | None:
+        """The lanes summed in order, and the inner products with other task vectors."""
         if self.request is None:
             return None
         return Products(
@@ -357,7 +377,39 @@ class _Sums:
             projected=_ordered_sum(self._projected),
             times=self._times,
             dense=self._dense,
+            reduced=_ordered_sum([lane for lane in self._reduced if lane is not None]),
+            inner=inner,
         )
+
+
+class _InnerProducts:
+    """The inner products of all task vectors that ask for them, while tiles come in."""
+
+    def __init__(self, owner: TaskVectors, wanted: Sequence[bool]) -> None:
+        self._wanted = [role for role, one in enumerate(wanted) if one]
+        self._roles = len(wanted)
+        size = len(self._wanted)
+        self._lanes = [torch.zeros(size, size, dtype=torch.float64) for _ in owner.lanes]
+
+    def add(self, lane: int, tile: Sequence[Tensor | None]) -> None:
+        """Take in one tile of all task vectors."""
+        columns = [task_vector for role in self._wanted if (task_vector := tile[role]) is not None]
+        if not columns:
+            return
+        for rows in strips(slice(0, columns[0].shape[0]), columns[0].shape[1], STRIP_ELEMENTS):
+            strip = torch.stack([each[rows].cpu().double().view(-1) for each in columns])
+            self._lanes[lane].addmm_(strip, strip.T)
+
+    def finish(self) -> list[Tensor | None]:
+        """For each task vector its inner products with every one, the lanes summed in order."""
+        total = _ordered_sum(self._lanes)
+        assert total is not None
+        rows: list[Tensor | None] = [None] * self._roles
+        for own, role in zip(total, self._wanted, strict=True):
+            row = torch.full((self._roles,), math.nan, dtype=torch.float64)
+            row[self._wanted] = own
+            rows[role] = row
+        return rows
 
 
 def _product(whole: Tensor, tile: Tensor, right: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ each `Pass` that is asked for, and hands back the `Products`.
 """
 
 from lean_merge.linalg.krylov import BlockKrylov, Deflation
+from lean_merge.linalg.magnitudes import counting_bytes, largest_magnitudes
 from lean_merge.linalg.null import Split, null_cdf, null_quantile, otsu_split, uniform_distance
-from lean_merge.linalg.passes import Pass, Products, gram64, random_block
+from lean_merge.linalg.passes import Pass, Products, Reduction, gram64, random_block
 from lean_merge.linalg.similarity import (
     Omitted,
     corresponding_cosines,
@@ -24,14 +25,17 @@ __all__ = [
     "Omitted",
     "Pass",
     "Products",
+    "Reduction",
     "SingularSums",
     "Sketch",
     "Split",
     "Truncation",
     "corresponding_cosines",
+    "counting_bytes",
     "exact_spectrum",
     "gram64",
     "importance",
+    "largest_magnitudes",
     "log_omitted",
     "null_cdf",
     "null_quantile",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,14 @@ from torch import Tensor
 
 CHUNK = 2048
 """Rows widened to float64 at a time, so that the temporaries stay small."""
+
+
+Reduction = Callable[[slice, Tensor], Tensor]
+"""Given some rows and their numbers [t, in] in B's own dtype, returns what they add to a sum.
+
+All results have one shape and dtype, int64 or float64. The sum over all rows is made in a fixed
+order, but which rows come together is not the reduction's to choose.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,27 +30,48 @@ class Pass:
     project : P [out, b] -> Products.projected = B^T P [in, b]
     times : X [in, r]    -> Products.times = B X [out, r]; in float32 where X is, whatever the rest
     dense : True         -> Products.dense = B [out, in] in float32
+    reduce : Reduction   -> Products.reduced = the sum of its results
+    inner : True         -> Products.inner [n] = <B, B_j> of all matrices that ask for it in this
+                            trip, NaN for the others
     """
 
     gram: Tensor | None = None
     project: Tensor | None = None
     times: Tensor | None = None
     dense: bool = False
+    reduce: Reduction | None = None
+    inner: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Products:
-    """What a `Pass` brought back; `y` in the arithmetic dtype, all else float32."""
+    """What a `Pass` brought back.
+
+    `y` has the arithmetic dtype, `reduced` that of the reduction, `inner` is float64 on the CPU,
+    and all else is float32.
+    """
 
     y: Tensor | None = None
     z: Tensor | None = None
     projected: Tensor | None = None
     times: Tensor | None = None
     dense: Tensor | None = None
+    reduced: Tensor | None = None
+    inner: Tensor | None = None
 
     def is_finite(self) -> bool:
         """Whether no product, summed over all rows, overflowed."""
         return all(_is_finite(one) for one in (self.z, self.projected) if one is not None)
+
+    def __add__(self, other: Products) -> Products:
+        """The sums over two matrices' rows: of what was reduced, and of inner products."""
+        return Products(
+            reduced=_added(self.reduced, other.reduced), inner=_added(self.inner, other.inner)
+        )
+
+
+def _added(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    return None if first is None or second is None else first + second
 
 
 def _is_finite(values: Tensor) -> bool:

@@ -13,6 +13,7 @@ from lean_merge.methods.base import (
     ExpertRecord,
     Method,
     Passes,
+    Survey,
     WeightContext,
     per_expert,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "Portrait",
     "Recalling",
     "RoleFacts",
+    "Survey",
     "Update",
     "Watching",
     "WeightContext",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -35,6 +35,29 @@ class WeightContext:
     """||task vector||_F^2, exact; known once the first pass is done."""
     parallel: Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
     """map() in worker threads, for the small dense problems of several task vectors."""
+    surveyed: Any = None
+    """What the method's survey of all weights returned; None if it has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """A look at many weights together, before the first of them is decided.
+
+    Attributes
+    ----------
+    key : hashable
+        Weights whose methods' surveys have equal keys are looked at together.
+    passes : int
+        How often all their rows are read at most.
+    look
+        Begins a generator as `Method.analyze` is one, whose passes ask for `reduce` and `inner`
+        alone. It is sent the sums over all those weights, and what it returns is given to each
+        weight's `analyze`, as `WeightContext.surveyed`.
+    """
+
+    key: Hashable
+    passes: int
+    look: Callable[[], Generator[Sequence[Pass | None], Sequence[Products | None], Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +121,8 @@ class AnalysisCost:
         will read is estimated with this number, and bounded with `passes`.
     recalled : int
         Bytes of stored evidence that are read.
+    scratch : int
+        `Update.scratch` at most: blocks of float32 that each worker lends for rows of the update.
     """
 
     workspace: int = 0
@@ -105,6 +130,7 @@ class AnalysisCost:
     passes: int = 0
     usual_passes: int = 0
     recalled: int = 0
+    scratch: int = 0
 
 
 P = TypeVar("P")
@@ -127,6 +153,12 @@ class Method(abc.ABC, Generic[P]):
     name: ClassVar[str]
     reference: ClassVar[str]
     parameters_type: ClassVar[type[Any]]
+    exact_differences: ClassVar[bool] = False
+    """Whether task vectors are formed in float32, where the checkpoints' own dtype is narrower."""
+    changes_by_itself: ClassVar[bool] = False
+    """Whether a weight that no expert changes may get an update, for the MLLM's own sake."""
+    multiplies: ClassVar[bool] = True
+    """Whether `analyze` asks for products of matrices, for which it pays to use a GPU."""
 
     def __init__(self, parameters: Sequence[P]) -> None:
         self.parameters = tuple(parameters)
@@ -149,12 +181,24 @@ class Method(abc.ABC, Generic[P]):
     def cost(self, shape: tuple[int, int], *, item: int) -> AnalysisCost:
         """Memory and passes of `analyze` for a weight of `shape`, at `item` bytes a product."""
 
-    def largest_rank(self, shape: tuple[int, int]) -> int:
-        """The most that the rank of an update's factors can be for a weight of `shape`."""
-        return min(shape)
+    def survey(self) -> Survey | None:
+        """The look at all weights that the method needs before it decides on any; None for none."""
+        return None
+
+    def largest_rank(self, shape: tuple[int, int]) -> int | None:
+        """The most that the rank of an update's factors can be for a weight of `shape`.
+
+        None where updates have no factors, so that no adapter holds them.
+        """
+        del shape
+        return None
+
+    def update_bytes(self, shape: tuple[int, int]) -> int:
+        """Bytes that an update of a weight of `shape` holds until it is written."""
+        return sum(shape) * (self.largest_rank(shape) or 0) * 4
 
     def reads_task_vectors(self) -> tuple[bool, ...]:
-        """Which task vectors an update adds whole: the MLLM's, then each expert's."""
+        """Which task vectors' rows an update may need: the MLLM's, then each expert's."""
         return (False,) * (len(self.parameters) + 1)
 
     @classmethod

@@ -121,9 +121,10 @@ class Gathering(Method[Any]):
             usual_passes=first.usual_passes,
         )
 
-    def largest_rank(self, shape: tuple[int, int]) -> int:
+    def largest_rank(self, shape: tuple[int, int]) -> int | None:
         """The most of either way."""
-        return max(self._decider.largest_rank(shape), self._gatherer.most_stored(shape))
+        decided = self._decider.largest_rank(shape)
+        return None if decided is None else max(decided, self._gatherer.most_stored(shape))
 
     def reads_task_vectors(self) -> tuple[bool, ...]:
         """As the method that decides."""
@@ -204,9 +205,9 @@ class Recalling(Method[Any]):
         recalled = (shape[1] + selected * shape[0]) * kept * 4
         return AnalysisCost(workspace=held, recalled=recalled)
 
-    def largest_rank(self, shape: tuple[int, int]) -> int:
+    def largest_rank(self, shape: tuple[int, int]) -> int | None:
         """That of the update, known already."""
-        return self._decider.kept(self._facts)
+        return None if any(self.reads_task_vectors()) else self._decider.kept(self._facts)
 
     def reads_task_vectors(self) -> tuple[bool, ...]:
         """Those that the update adds, known already."""

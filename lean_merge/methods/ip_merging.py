@@ -118,9 +118,9 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
         """
         return MAX_DEPTH if self.common.select_by == "max" else MIN_DEPTH
 
-    def largest_rank(self, shape: tuple[int, int]) -> int:
-        """As many as there are directions of the MLLM to project on."""
-        return self._effort(shape).largest
+    def largest_rank(self, shape: tuple[int, int]) -> int | None:
+        """As many as there are directions of the MLLM to project on; None without projection."""
+        return self._effort(shape).largest if self._projects else None
 
     def reads_task_vectors(self) -> tuple[bool, ...]:
         """The experts' without projection; with it, everything is in the factors."""

@@ -15,7 +15,6 @@ from lean_merge.methods import Decision
 from lean_merge.outputs.adaptercheck import AdapterComparison
 from lean_merge.outputs.base import Outcome, Output, ReadRows, Request, dtype_named
 from lean_merge.outputs.blocks import BlockSink
-from lean_merge.outputs.checkpoint import factor_bytes
 from lean_merge.outputs.companions import REPORT, card_facts, write_report
 from lean_merge.outputs.cutting import cut_update, cutting_bytes
 from lean_merge.outputs.peft import AdapterModule, StoredFactors, adapter_layout, write_adapter
@@ -86,11 +85,11 @@ class AdapterOutput(Output):
             )
         for part in weight.slices:
             method = self.methods.get(part.canonical)
-            if method is not None and any(method.reads_task_vectors()):
+            if method is not None and method.largest_rank(part.shape) is None:
                 raise RecipeError(
                     f"The update of {part.canonical} has full rank, which no adapter holds: "
-                    f"{method.name} adds whole task vectors. Use ip_merging with project among its "
-                    "stages, or --output checkpoint."
+                    f"{method.name} does not confine it to a few directions. Use ip_merging with "
+                    "project among its stages, or --output checkpoint."
                 )
 
     @property
@@ -112,7 +111,7 @@ class AdapterOutput(Output):
             parts = []
             for part in weight.slices:
                 method = self.methods.get(part.canonical)
-                largest = 0 if method is None else method.largest_rank(part.shape)
+                largest = (method.largest_rank(part.shape) if method else 0) or 0
                 if isinstance(rank, int):
                     largest = min(largest, rank)
                 parts.append(StoredFactors(part.row_runs, largest))
@@ -137,9 +136,9 @@ class AdapterOutput(Output):
         return cutting_bytes(rank)
 
     @staticmethod
-    def waiting_bytes(shape: tuple[int, int], rank: int, kept: int) -> int:
-        """Bytes of the factors of an update, which is cut."""
-        return factor_bytes(shape, rank) + cutting_bytes(rank)
+    def waiting_bytes(update: int, rank: int, kept: int) -> int:
+        """Bytes of an update and of cutting it."""
+        return update + cutting_bytes(rank)
 
     def described(self, *, written: int, disk: int) -> str:
         """Describe it for people, in a few words."""

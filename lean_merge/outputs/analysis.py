@@ -178,7 +178,7 @@ def _looked_at(
             method = methods.get(part.canonical)
             if isinstance(method, Watching):
                 method = method.method
-            if isinstance(method, EvidenceMethod) and needs_analysis(part):
+            if isinstance(method, EvidenceMethod) and needs_analysis(method, part):
                 yield part, method
 
 

@@ -191,13 +191,13 @@ class Output(abc.ABC):
         return 0
 
     @staticmethod
-    def waiting_bytes(shape: tuple[int, int], rank: int, kept: int) -> int:
+    def waiting_bytes(update: int, rank: int, kept: int) -> int:
         """Bytes that updates hold while the next weight is analysed.
 
         Parameters
         ----------
-        shape, rank
-            Those of a weight [out, in], and the most that the rank of its update can be.
+        update, rank
+            The most bytes that the update of a weight holds, and the most that its rank can be.
         kept
             Bytes that are kept beside the rows of such a weight.
         """

@@ -190,9 +190,9 @@ class CheckpointOutput(Output):
         return tuple(missing_from_cache(self.mllm))
 
     @staticmethod
-    def waiting_bytes(shape: tuple[int, int], rank: int, kept: int) -> int:
-        """Bytes of the factors of two updates, and of what one more weight keeps."""
-        return 2 * factor_bytes(shape, rank) + kept
+    def waiting_bytes(update: int, rank: int, kept: int) -> int:
+        """Bytes of two updates, and of what one more weight keeps."""
+        return 2 * update + kept
 
     def described(self, *, written: int, disk: int) -> str:
         """Describe it for people, in a few words."""
@@ -226,11 +226,6 @@ class CheckpointOutput(Output):
     ) -> CheckpointComparison:
         """Compare the bytes of tensors out of scope, and of those in scope that are sampled."""
         return CheckpointComparison(self.shards, tasks, stored, reader, sampled)
-
-
-def factor_bytes(shape: tuple[int, int], rank: int) -> int:
-    """Bytes of the factors [out, rank] and [rank, in] of an update of a weight, in float32."""
-    return sum(shape) * rank * 4
 
 
 def _summary(counts: Mapping[str, int]) -> str:

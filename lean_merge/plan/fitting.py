@@ -12,14 +12,21 @@ from dataclasses import dataclass
 import torch
 
 from lean_merge import memory
-from lean_merge.checkpoints import Checkpoint, WeightSource, common_dtype, torch_dtype
+from lean_merge.checkpoints import Checkpoint, WeightSource, torch_dtype
 from lean_merge.mapping import LogicalWeight
 from lean_merge.methods import AnalysisCost
 from lean_merge.outputs import Output
 from lean_merge.plan import formulas
 from lean_merge.plan.resources import Machine, arithmetic_dtype
 from lean_merge.sizes import format_size
-from lean_merge.tasks import CopyTask, WeightTask, formed_from, needs_analysis, tiles
+from lean_merge.tasks import (
+    CopyTask,
+    WeightTask,
+    formed_from,
+    needs_analysis,
+    task_dtype,
+    tiles,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +68,9 @@ class Footprint:
 
     def shape(self, weight: LogicalWeight, device: str = "") -> formulas.WeightShape:
         """The weight as the formulas see it, for `device` or else the plan's."""
-        task = common_dtype(source.dtype for source in weight.roles)
+        method = self.output.methods.get(weight.canonical)
+        task = task_dtype(method, weight)
+        strips = 0 if method is None else method.cost(weight.shape, item=task.itemsize).scratch
         out_features, in_features = weight.shape
         strip = min(out_features, tiles.strip_rows(in_features, tiles.READ_ELEMENTS))
         tile = min(out_features, tiles.tile_rows(in_features))
@@ -78,18 +87,18 @@ class Footprint:
             scratch=scratch[0] + max(scratch[1:]) + scratch[1],
             held=sum(source.held for source in weight.roles),
             columns=any(source.in_columns for source in weight.roles),
-            written=formulas.written_strips(rounding) if self.output.writes_rows else 0,
+            written=strips + formulas.written_strips(rounding) if self.output.writes_rows else 0,
         )
 
     def cost(self, weight: LogicalWeight, device: str = "") -> AnalysisCost:
         """The most that the method's analysis of a weight costs, and storing its update."""
         method = self.output.methods.get(weight.canonical)
-        if method is None or not needs_analysis(weight):
+        if method is None or not needs_analysis(method, weight):
             return AnalysisCost()
         cost = method.cost(weight.shape, item=self.shape(weight, device).arithmetic_item)
         # The update is stored when the analysis has released its workspace, and no other analysis
         # is begun before where memory is tight.
-        storing = self.output.storing_bytes(method.largest_rank(weight.shape))
+        storing = self.output.storing_bytes(method.largest_rank(weight.shape) or 0)
         return dataclasses.replace(cost, workspace=max(cost.workspace, storing))
 
     # --- what a weight holds --------------------------------------------------------------------
@@ -138,8 +147,9 @@ class Footprint:
         method = self.output.methods.get(weight.canonical)
         if method is None or not self.cost(weight).workspace:
             return 0
-        rank, kept = method.largest_rank(weight.shape), self.shape(weight).held
-        return self.output.waiting_bytes(weight.shape, rank, kept)
+        rank = method.largest_rank(weight.shape) or 0
+        update, kept = method.update_bytes(weight.shape), self.shape(weight).held
+        return self.output.waiting_bytes(update, rank, kept)
 
     def feeding(self) -> int:
         """Bytes on the host to bring tiles to the device: pinned slots, and its libraries."""
@@ -169,7 +179,11 @@ class Footprint:
             cost, height = self.cost(weight), weight.shape[0]
             kept = min(height, resident * tiles.tile_rows(weight.shape[1]))
             a_pass = _row_bytes(formed_from(weight, [True] * len(weight.others)))
-            once = cost.recalled + sum(source.loaded for source in weight.roles) + kept * a_pass
+            loaded = sum(source.loaded for source in weight.roles)
+            once = cost.recalled + loaded + kept * a_pass
+            survey = None if method is None else method.survey()
+            if survey is not None:
+                once += survey.passes * (loaded + height * a_pass)
             if self.output.samples_base and cost.passes:
                 once += weight.base.nbytes(slice(0, tiles.sampled_rows(weight.shape)))
             if self.output.writes_rows:

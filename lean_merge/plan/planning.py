@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,7 +187,9 @@ def _plan(
     # What is written, and how its weights fit into memory.
     prefix = coverage.prefixes["mllm"]
     output = kind(Request(recipe, mllm, prefix, scope.merged(coverage), methods))
-    machine = machine_for(resources)
+    # A device pays where matrices are multiplied.
+    wanted = resources if method.multiplies else dataclasses.replace(resources, device="cpu")
+    machine = machine_for(wanted)
     footprint, fallback = fit(output, machine)
     shared = concurrency(footprint)
 

@@ -11,7 +11,14 @@ from lean_merge.tasks.results import (
     from_note,
     to_note,
 )
-from lean_merge.tasks.task import CopyTask, WeightTask, formed_from, looks, needs_analysis
+from lean_merge.tasks.task import (
+    CopyTask,
+    WeightTask,
+    formed_from,
+    looks,
+    needs_analysis,
+    task_dtype,
+)
 
 __all__ = [
     "CopyTask",
@@ -27,5 +34,6 @@ __all__ = [
     "from_note",
     "looks",
     "needs_analysis",
+    "task_dtype",
     "to_note",
 ]

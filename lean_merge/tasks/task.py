@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lean_merge.checkpoints import TensorSpec, WeightSource
+import torch
+
+from lean_merge.checkpoints import TensorSpec, WeightSource, common_dtype
 from lean_merge.mapping import LogicalWeight, MappedWeight
 from lean_merge.methods import Method
 from lean_merge.store import OutputTensor
@@ -73,9 +75,17 @@ def formed_from(weight: LogicalWeight, wanted: Sequence[bool]) -> list[WeightSou
 
 def looks(method: Method[Any], weight: LogicalWeight) -> bool:
     """Tell whether the method makes any pass over the weight."""
-    return method.cost(weight.shape, item=4).passes > 0 and needs_analysis(weight)
+    return method.cost(weight.shape, item=4).passes > 0 and needs_analysis(method, weight)
 
 
-def needs_analysis(weight: LogicalWeight) -> bool:
-    """Tell whether an analysis has anything to look at, because some expert changes the weight."""
-    return not all(expert.zero_because for expert in weight.experts)
+def needs_analysis(method: Method[Any], weight: LogicalWeight) -> bool:
+    """Tell whether a method that analyses a weight has anything to look at."""
+    changed = not all(expert.zero_because for expert in weight.experts)
+    return changed or method.changes_by_itself
+
+
+def task_dtype(method: Method[Any] | None, weight: LogicalWeight) -> torch.dtype:
+    """Give the dtype in which the task vectors of a weight are formed."""
+    if method is not None and method.exact_differences:
+        return torch.float32
+    return common_dtype(source.dtype for source in weight.roles)

@@ -1,18 +1,9 @@
 """Updates: their rows, their digests, and what they say of themselves."""
 
 import torch
+from support.drive import rows_of
 
-from lean_merge.methods import Combined, Dense, LowRank, Update
-
-
-def rows_of(update: Update, rows: slice, task_vectors: list[torch.Tensor]) -> torch.Tensor:
-    """`rows` of an update, its buffers filled with NaN before."""
-    shape = rows.stop - rows.start, task_vectors[0].shape[1]
-    wanted = update.reads or (False,) * len(task_vectors)
-    given = [t[rows] if one else None for t, one in zip(task_vectors, wanted, strict=True)]
-    out, scratch = torch.full(shape, torch.nan), torch.full((update.scratch, *shape), torch.nan)
-    update.rows(rows, given, scratch, out)
-    return out
+from lean_merge.methods import Combined, Dense, LowRank
 
 
 def test_rows_are_those_of_the_whole_update():
@@ -27,7 +18,7 @@ def test_rows_are_those_of_the_whole_update():
         (Dense(first), first),
     ):
         for rows in (slice(0, 7), slice(2, 3), slice(4, 7)):
-            torch.testing.assert_close(rows_of(update, rows, [first, second]), whole[rows])
+            torch.testing.assert_close(rows_of(update, [first, second], rows), whole[rows])
 
 
 def test_digests_tell_updates_apart():

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from lean_merge.linalg import Pass, Products
-from lean_merge.methods import Decision, Method, WeightContext
+from lean_merge.methods import Decision, Method, Update, WeightContext
 
 
-def products(matrix: Tensor, request: Pass | None, dtype: torch.dtype) -> Products | None:
-    """What one pass over `matrix` [out, in] brings back."""
+def products(
+    matrix: Tensor, request: Pass | None, dtype: torch.dtype, others: Sequence[Tensor] = ()
+) -> Products | None:
+    """What one pass over `matrix` [out, in] brings back; `others` are all matrices of the pass."""
     if request is None:
         return None
     low = matrix.to(dtype)
@@ -26,6 +28,10 @@ def products(matrix: Tensor, request: Pass | None, dtype: torch.dtype) -> Produc
         if request.times is None
         else (matrix.to(request.times.dtype) @ request.times).float(),
         dense=matrix.float() if request.dense else None,
+        reduced=None if request.reduce is None else request.reduce(slice(0, len(matrix)), matrix),
+        inner=torch.stack([(matrix.double() * other.double()).sum() for other in others])
+        if request.inner
+        else None,
     )
 
 
@@ -36,6 +42,7 @@ def drive(
     dtype: torch.dtype,
     name: str = "layers.0.w",
     seed: int = 0,
+    surveyed: Any = None,
 ) -> tuple[Decision, int]:
     """The decision for one weight, and how many passes it took."""
     norms = [float(t.double().square().sum()) for t in task_vectors]
@@ -49,6 +56,7 @@ def drive(
             device=torch.device("cpu"),
             squared_norms=lambda: norms,
             parallel=lambda function, items: [function(item) for item in items],
+            surveyed=surveyed,
         )
     )
     passes = 0
@@ -57,6 +65,19 @@ def drive(
         while True:
             passes += 1
             pairs = zip(task_vectors, wanted, strict=True)
-            wanted = analysis.send([products(matrix, request, dtype) for matrix, request in pairs])
+            wanted = analysis.send(
+                [products(matrix, request, dtype, task_vectors) for matrix, request in pairs]
+            )
     except StopIteration as end:
         return end.value, passes
+
+
+def rows_of(update: Update, task_vectors: Sequence[Tensor], rows: slice = slice(None)) -> Tensor:
+    """Rows of an update, worked out in buffers that are full of NaN before."""
+    rows = slice(*rows.indices(len(task_vectors[0])))
+    shape = rows.stop - rows.start, task_vectors[0].shape[1]
+    wanted = update.reads or (False,) * len(task_vectors)
+    given = [t[rows] if one else None for t, one in zip(task_vectors, wanted, strict=True)]
+    out, scratch = torch.full(shape, torch.nan), torch.full((update.scratch, *shape), torch.nan)
+    update.rows(rows, given, scratch, out)
+    return out

@@ -20,7 +20,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "adapter": {"output": "lora"},
     "whole": {"stages": ("select", "rescale")},
     "task-arithmetic": {"merge_method": "task_arithmetic", "symmetric": True, "scale": 0.4},
+    "ties": {"merge_method": "ties", "density": 0.3},
+    "ties over the model": {"merge_method": "ties", "trim_over": "model"},
 }
+ONE_PASS = ("task-arithmetic", "ties over the model")
+"""Methods that keep no tile resident, so that memory does not change what they read."""
 
 
 def cut_tiles(patch: pytest.MonkeyPatch, *, tile: int, strip: int) -> None:

@@ -5,6 +5,7 @@ Written from the formulas of the paper with numpy alone; nothing here is shared 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,3 +80,43 @@ def ip_merging(
         gap=any(gaps),
         update=scale * ratio * update if selected else np.zeros_like(base),
     )
+
+
+def magnitude_kept(task_vectors: Sequence[Matrix], density: float) -> float:
+    """The smallest magnitude that is kept of these matrices together; infinity if none is."""
+    magnitudes = np.sort(np.concatenate([np.abs(each).ravel() for each in task_vectors]))
+    kept = round(density * len(magnitudes))
+    return float(magnitudes[-kept]) if kept else np.inf
+
+
+def ties(
+    task_vectors: Sequence[Matrix],
+    *,
+    weights: Sequence[float],
+    density: float = 0.2,
+    scale: float = 1.0,
+    thresholds: Sequence[float] | None = None,
+) -> Matrix:
+    """The update of the MLLM, whose task vector is the first, entry by entry in words.
+
+    `thresholds` are those of the whole model, if that is trimmed together.
+    """
+    if thresholds is None:
+        thresholds = [magnitude_kept([each], density) for each in task_vectors]
+    merged = np.zeros_like(task_vectors[0])
+    for place in np.ndindex(*merged.shape):
+        kept = [
+            each[place] if abs(each[place]) >= threshold else 0.0
+            for each, threshold in zip(task_vectors, thresholds, strict=True)
+        ]
+        total = sum(weight * value for weight, value in zip(weights, kept, strict=True))
+        sign = 1.0 if total >= 0 else -1.0
+        agree = [
+            (weight, value)
+            for weight, value in zip(weights, kept, strict=True)
+            if weight * value * sign > 0
+        ]
+        if agree:
+            total = sum(weight * value for weight, value in agree)
+            merged[place] = total / sum(weight for weight, _ in agree)
+    return scale * merged - task_vectors[0]

@@ -1,0 +1,127 @@
+"""The look at all weights that a method may need before the first of them is decided.
+
+It is made anew by every run, an interrupted one that goes on and a verification too. The weights
+are read in the order of their canonical names, whatever files they are in, so that the sums are
+the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lean_merge.checkpoints import TensorReader, TensorSpec
+from lean_merge.engine.background import ReadAhead
+from lean_merge.engine.scheduler import AHEAD_FILES, READ_AHEAD
+from lean_merge.engine.taskvectors import TaskVectors
+from lean_merge.engine.workers import Workers, worker_pool
+from lean_merge.linalg import Pass, Products
+from lean_merge.mapping import LogicalWeight
+from lean_merge.methods import Method, Survey
+from lean_merge.plan import Plan
+from lean_merge.tasks import WeightTask, task_dtype
+
+
+@dataclass(frozen=True, slots=True)
+class _Surveyed:
+    """A weight, how it is merged, and which parts of stored tensors it is read from."""
+
+    weight: LogicalWeight
+    method: Method[Any]
+    stored: Sequence[TensorSpec]
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """A survey, and the weights that share it."""
+
+    survey: Survey
+    weights: list[_Surveyed] = field(default_factory=list)
+
+
+def survey(plan: Plan, reused: Container[int]) -> tuple[dict[Hashable, Any], int]:
+    """Carry out the surveys of a plan's methods.
+
+    Parameters
+    ----------
+    reused
+        The tasks, by their place in the plan, that an interrupted run finished. Nothing is surveyed
+        where no weight is left to be decided.
+
+    Returns
+    -------
+    dict
+        What the surveys return, by their keys.
+    int
+        How many bytes were read.
+
+    Raises
+    ------
+    DataError
+        Some number is NaN or Inf, or a difference overflows.
+    """
+    groups: dict[Hashable, _Group] = {}
+    tasks = [each for each in enumerate(plan.tasks) if isinstance(each[1], WeightTask)]
+    if all(index in reused for index, _ in tasks):
+        return {}, 0
+    for task in plan.weights:
+        for weight, method in zip(task.weight.slices, task.methods, strict=True):
+            asked = None if method is None else method.survey()
+            if method is not None and asked is not None:
+                stored = task.weight.extents_of(weight.roles)
+                group = groups.setdefault(asked.key, _Group(asked))
+                group.weights.append(_Surveyed(weight, method, stored))
+    if not groups:
+        return {}, 0
+    with TensorReader() as reader, worker_pool(plan.workers) as workers:
+        found = {key: _carried_out(group, reader, workers) for key, group in groups.items()}
+        return found, reader.bytes_read
+
+
+def _carried_out(group: _Group, reader: TensorReader, workers: Workers) -> Any:
+    weights = sorted(group.weights, key=lambda each: each.weight.canonical)
+    look = group.survey.look()
+    try:
+        wanted = next(look)
+        while True:
+            wanted = look.send(_sums(weights, wanted, reader, workers))
+    except StopIteration as end:
+        return end.value
+
+
+def _sums(
+    weights: Sequence[_Surveyed],
+    wanted: Sequence[Pass | None],
+    reader: TensorReader,
+    workers: Workers,
+) -> list[Products | None]:
+    """The products of one pass over all rows of all weights, summed over the weights."""
+    nothing = torch.empty(0, dtype=torch.uint8)
+    sums: list[Products | None] = []
+    with (
+        TensorReader(max_files=AHEAD_FILES) as apart,
+        ReadAhead(apart, [each.stored for each in weights], ahead=READ_AHEAD) as read_ahead,
+    ):
+        for index, each in enumerate(weights):
+            read_ahead.begin(index)
+            dtype = task_dtype(each.method, each.weight)
+            vectors = TaskVectors(
+                each.weight,
+                reader=reader,
+                workers=workers,
+                arena=nothing,
+                resident=0,
+                task_dtype=dtype,
+                dtype=dtype,
+            )
+            found = vectors.run(wanted)
+            sums = [_added(*pair) for pair in zip(sums, found, strict=True)] if sums else found
+            read_ahead.done(index)
+    return sums
+
+
+def _added(first: Products | None, second: Products | None) -> Products | None:
+    return None if first is None or second is None else first + second
