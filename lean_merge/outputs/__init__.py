@@ -16,9 +16,10 @@ from lean_merge.outputs.base import (
     ReadRows,
     Request,
     Sink,
+    register,
+    registered,
 )
 from lean_merge.outputs.gathered import RecordedEvidence
-from lean_merge.outputs.registry import register, registered
 
 __all__ = [
     "DECODED_DTYPE",

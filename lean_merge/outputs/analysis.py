@@ -15,13 +15,12 @@ from lean_merge.checkpoints.jsonfile import to_json
 from lean_merge.mapping import LogicalWeight, MappedWeight
 from lean_merge.methods import Decision, Evidence, EvidenceMethod, Method, Watching
 from lean_merge.methods.plainfacts import plain_portrait, to_plain
-from lean_merge.outputs.base import RECIPE, Outcome, Output, ReadRows, Request
+from lean_merge.outputs.base import RECIPE, Outcome, Output, ReadRows, Request, register
 from lean_merge.outputs.blocks import BlockSink
 from lean_merge.outputs.document import ANALYSIS, build_document
 from lean_merge.outputs.factors import factor_shapes, factors_layout, write_factors
 from lean_merge.outputs.gathered import Gathered
 from lean_merge.outputs.recorded import Analysis, open_analysis
-from lean_merge.outputs.registry import register
 from lean_merge.recipe import MergeRecipe
 from lean_merge.store import OutputFolder, Shard
 from lean_merge.tasks import CopyTask, WeightTask, needs_analysis

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -319,3 +320,18 @@ def dtype_named(name: str) -> torch.dtype:
     """Give the dtype that a recipe names."""
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+K = TypeVar("K", bound=type[Output])
+_KINDS: dict[str, type[Output]] = {}
+
+
+def register(kind: K) -> K:
+    """Make a kind known by its `name`; used as a decorator of its class."""
+    _KINDS[kind.name] = kind
+    return kind
+
+
+def registered() -> Mapping[str, type[Output]]:
+    """Give the kinds that were registered so far."""
+    return MappingProxyType(_KINDS)

@@ -23,10 +23,10 @@ from lean_merge.outputs.base import (
     Outcome,
     Output,
     Sink,
+    register,
 )
 from lean_merge.outputs.companions import REPORT, card_facts, write_report
 from lean_merge.outputs.differing import bytes_apart, numbers_apart
-from lean_merge.outputs.registry import register
 from lean_merge.sizes import format_size
 from lean_merge.store import (
     Difference,

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from lean_merge.outputs.base import Outcome, Output, Sink
+from lean_merge.outputs.base import Outcome, Output, Sink, register
 from lean_merge.outputs.blocks import BlockSink
 from lean_merge.outputs.companions import write_report
-from lean_merge.outputs.registry import register
 from lean_merge.store import OutputFolder
 
 

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from lean_merge.checkpoints import as_bytes, torch_dtype
 from lean_merge.errors import RecipeError
-from lean_merge.outputs.base import Output, Request, Sink
+from lean_merge.outputs.base import Output, Request, Sink, register
 from lean_merge.outputs.checkpoint import CheckpointOutput
-from lean_merge.outputs.registry import register
 from lean_merge.recipe import MergeRecipe
 from lean_merge.store import OutputFolder, Spans, WriteBytes
 from lean_merge.tasks import CopyTask, WeightTask

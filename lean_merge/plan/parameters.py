@@ -16,8 +16,7 @@ from typing import Any
 from lean_merge.errors import RecipeError, shown
 from lean_merge.methods import Method, all_methods, canonical_name
 from lean_merge.plan.scope import Position, Scope, nearest
-from lean_merge.recipe import MergeRecipe, Parameters, reject_unknown
-from lean_merge.recipe.values import ANY, Filtered
+from lean_merge.recipe import ANY, Filtered, MergeRecipe, Parameters, reject_unknown
 
 
 def build_method(recipe: MergeRecipe, place: Position | None = None) -> Method[Any]:

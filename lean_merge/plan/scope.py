@@ -14,7 +14,7 @@ from functools import cache
 
 from lean_merge.errors import RecipeError, shown
 from lean_merge.mapping import Coverage, LogicalWeight, MappedWeight, layer_of
-from lean_merge.recipe.values import ANY
+from lean_merge.recipe import ANY
 
 _RANGES = re.compile(r"layers:\s*(?P<ranges>.*)")
 _RANGE = re.compile(r"(?P<first>\d+)(?P<dash>\s*-\s*(?P<last>\d+)?)?")

@@ -1,15 +1,16 @@
 """The recipe: what the user asks for, and its YAML."""
 
 from lean_merge.recipe.recipe import (
+    ANY,
     OUT_DTYPES,
     ROUNDINGS,
     Expert,
+    Filtered,
     MergeRecipe,
     NameRules,
     Parameters,
     reject_unknown,
 )
-from lean_merge.recipe.values import ANY, Filtered
 from lean_merge.recipe.yamlfile import dump_yaml, load_recipe_file, load_yaml, parse_yaml
 
 __all__ = [

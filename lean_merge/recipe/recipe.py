@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from lean_merge.errors import RecipeError, shown
-from lean_merge.recipe.values import ANY, Filtered
 from lean_merge.recipe.yamlfile import dump_yaml, load_yaml
 from lean_merge.sizes import parse_size
 
@@ -27,6 +26,18 @@ _PLAIN_FIELDS = (
 )
 Parameters = tuple[tuple[str, Any], ...]
 NameRules = tuple[tuple[str, str], ...]
+
+
+ANY = "*"
+"""The filter that every weight matches."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filtered:
+    """A parameter's value for the weights whose names match `filter`."""
+
+    filter: str
+    value: Any
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import pytest
 from support.families import Triple, write_triple
 
 from lean_merge import RecipeError, Resources, merge, plan
-from lean_merge.outputs import Outcome, Output, Sink, all_outputs, output_of, register, registry
+from lean_merge.outputs import Outcome, Output, Sink, all_outputs, base, output_of, register
 from lean_merge.outputs.blocks import BlockSink
 from lean_merge.outputs.companions import write_report
 from lean_merge.store import OutputFolder
@@ -39,7 +39,7 @@ def listing() -> Iterator[type[Output]]:
             write_report(self, folder, outcome)
 
     yield ListOutput
-    del registry._KINDS[ListOutput.name]
+    del base._KINDS[ListOutput.name]
 
 
 def test_each_kind_says_what_recipes_call_it():
