@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,15 @@ from support.invariance import cut_tiles
 from lean_merge import MergeResult
 from lean_merge.engine import taskvectors, update
 from lean_merge.tasks import tiles
+
+
+def pytest_configure() -> None:
+    """One thread for each matrix product, here and in processes that tests start.
+
+    Several workers share the processors, and OpenMP's threads spin while they wait for each other.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

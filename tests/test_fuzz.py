@@ -210,7 +210,7 @@ def test_a_header_that_would_swell_is_refused_before_it_is_parsed(tmp_path: Path
     """The largest that the format allows would take gigabytes."""
     body = b'{"a":[' + unit * (60_000_000 // len(unit)) + b"1]}"
     file = raw_file(tmp_path / "model.safetensors", body)
-    began = time.process_time()
+    began = time.thread_time()
     tracemalloc.start()
     try:
         with pytest.raises(CheckpointError, match="beyond the limit of 512"):
@@ -218,7 +218,7 @@ def test_a_header_that_would_swell_is_refused_before_it_is_parsed(tmp_path: Path
         assert tracemalloc.get_traced_memory()[1] < len(body) + MIB
     finally:
         tracemalloc.stop()
-    assert time.process_time() - began < 5
+    assert time.thread_time() - began < 5
 
 
 def deepseek_names() -> list[str]:
@@ -291,10 +291,10 @@ e: &e [*d, *d, *d, *d, *d, *d, *d, *d, *d]
 def test_yaml_that_is_too_long_or_would_run_is_refused(tmp_path: Path, text: str, words: str):
     file = tmp_path / "recipe.yml"
     file.write_text(text)
-    began = time.process_time()
+    began = time.thread_time()
     with pytest.raises(RecipeError, match=words) as caught:
         load_recipe_file(file)
-    assert time.process_time() - began < 5
+    assert time.thread_time() - began < 5
     assert len(str(caught.value)) < 400
 
 
@@ -310,12 +310,12 @@ def test_names_made_to_be_compared_for_ever_are_refused(tmp_path: Path):
     parts = {f"p{n}.layers.0.q_proj.weight": (1, 1) for n in range(4000)}
     for folder, shapes in (("kinds", kinds), ("parts", parts)):
         checkpoint = open_checkpoint(save_checkpoint(tmp_path / folder, shapes))
-        began = time.process_time()
+        began = time.thread_time()
         with pytest.raises(LeanMergeError, match="no model has"):
             map_roles(checkpoint, checkpoint, [checkpoint])
         with pytest.raises(LeanMergeError, match="no model has"):
             language_layout(checkpoint)
-        assert time.process_time() - began < 5
+        assert time.thread_time() - began < 5
 
 
 # --- names ---------------------------------------------------------------------------------
@@ -578,9 +578,9 @@ def test_the_licence_of_a_card_cannot_swell(small: Triple, tmp_path: Path):
     from lean_merge.store import license_of
 
     (tmp_path / "README.md").write_text(f"---\nlicense: mit\n{LAUGHS}---\n")
-    began = time.process_time()
+    began = time.thread_time()
     assert license_of(tmp_path) == {"license": "mit"}
-    assert time.process_time() - began < 5
+    assert time.thread_time() - began < 5
 
 
 def test_a_config_with_half_a_surrogate_is_rewritten(tmp_path: Path):

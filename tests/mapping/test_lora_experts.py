@@ -486,17 +486,17 @@ def test_keys_match_as_in_peft(pattern: str, modules: list[str]):
 @pytest.mark.parametrize("pattern", [".*.*.*.*.*.*.*.*x", "(?:a|a|a.)*x", "[^b]{3,999}x", "x"])
 def test_no_pattern_takes_for_ever(pattern: str):
     """The first takes Python's own years."""
-    began = time.process_time()
+    began = time.thread_time()
     assert not module_pattern(pattern).match("a." * 512)
-    assert time.process_time() - began < 2
+    assert time.thread_time() - began < 2
 
 
 @pytest.mark.parametrize("text", ["?" * 1000 + "[", "[" + "a-" * 500, "(?" * 500, "[a" * 500])
 def test_no_key_takes_for_ever_to_look_through(text: str):
-    began = time.process_time()
+    began = time.thread_time()
     with pytest.raises(ValueError):
         module_pattern(text)
-    assert time.process_time() - began < 2
+    assert time.thread_time() - began < 2
 
 
 def test_without_re2_a_regular_expression_is_refused_with_the_mend(

@@ -63,7 +63,7 @@ def kill_often(scene: Scene, *, kills: int, seed: int) -> Counter[str]:
     """Kill merges at random moments and let others go on; what the kills left."""
     context = multiprocessing.get_context("forkserver")
     # The server imports torch once and computes nothing, so its forks are cheap and safe.
-    context.set_forkserver_preload(["lean_merge", "scenes"])
+    context.set_forkserver_preload(["lean_merge", "support.scenes"])
     seeded, found = random.Random(seed), Counter[str]()
     root = scene.folder / "killed"
     # As long as a merge takes here; measured, for machines differ.

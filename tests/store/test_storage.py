@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from support.adapters import updates
@@ -99,6 +99,7 @@ def gathered(place: Place, stored: np.ndarray, rows: slice) -> np.ndarray:
     return numbers.reshape(width, count).T if place.width else numbers.reshape(count, width)
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.data(), st.integers(1, 4), st.integers(1, 4), st.integers(1, 5), st.integers(1, 6))
 def test_spans_lead_to_the_rows_of_interleaved_heads(
     data: st.DataObject, pairs: int, group: int, size: int, width: int
