@@ -25,6 +25,9 @@ from support.scenes import (
 )
 
 from lean_merge.errors import BudgetError, OutputError
+from lean_merge.store import JOURNAL
+
+EVERY = 13
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the layer stands for POSIX calls")
 
@@ -116,6 +119,22 @@ def test_power_may_fail_again_while_going_on(scene: Scene, overwrite: bool, caps
         cuts, disks = cuts + len(again.changes) // 2 + 1, disks + found.total()
     with capsys.disabled():
         print(f"\nagain, overwrite={overwrite}: {cuts} cut points, {disks} disks, none lost")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_power_may_fail_while_going_on_beside_a_sealed_journal(scene: Scene, overwrite: bool):
+    """A run that was cut just before its unsealed journal went, and one that goes on from there."""
+    first = record(scene, overwrite=overwrite)
+    unsealed = f"{JOURNAL}.partial"
+    cut = max(n for n, c in enumerate(first.changes) if c.kind == "remove" and unsealed in c.data)
+    start = scene.folder / "start"
+    shutil.rmtree(start, ignore_errors=True)
+    write_tree(first.after(cut, everything), start)
+    place = start / (".out.lean-merge-new" if overwrite else "out")
+    assert {JOURNAL, unsealed} <= {each.name for each in place.iterdir()}
+    again = record(scene, overwrite=overwrite, start=start)
+    found = cut_everywhere(again, scene, overwrite=overwrite, every=EVERY, chances=1)
+    assert found["complete"] > 0
 
 
 def test_the_layer_tells_a_writer_that_does_not_sync(tmp_path: Path):
