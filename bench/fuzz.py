@@ -38,12 +38,13 @@ import yaml
 from safetensors.torch import save_file
 
 from lean_merge.checkpoints import TensorReader, as_bytes, open_checkpoint, read_header
+from lean_merge.checkpoints.sidefiles import remote_code, side_files
 from lean_merge.errors import LeanMergeError, is_plain
 from lean_merge.mapping import map_roles
 from lean_merge.memory import usage
+from lean_merge.outputs.card import license_of
 from lean_merge.plan.parameters import build_method
 from lean_merge.recipe import MergeRecipe, load_recipe_file
-from lean_merge.store import license_of, remote_code, side_files
 
 SECONDS = 5
 """Time that one input may take: thousands of times the usual."""

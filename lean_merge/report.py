@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from lean_merge.checkpoints.sidefiles import remote_code
 from lean_merge.engine import RunResult
 from lean_merge.memory import PeakSampler
 from lean_merge.methods import Recalling
 from lean_merge.plan import Plan
-from lean_merge.store import remote_code
 from lean_merge.tasks import Truncated, WeightResult, Written, decision_fields
 from lean_merge.version import __version__
 

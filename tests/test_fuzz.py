@@ -23,6 +23,7 @@ from support.families import SMALL, Triple, contents, write_triple
 from lean_merge import CheckpointError, LeanMergeError, MergeRecipe, RecipeError, cli, plan
 from lean_merge.checkpoints import open_checkpoint, read_header
 from lean_merge.checkpoints.jsonfile import MAX_PARSED, parse_object, parsed_bytes
+from lean_merge.checkpoints.sidefiles import remote_code
 from lean_merge.errors import is_plain, plain, shown
 from lean_merge.mapping import map_roles
 from lean_merge.mapping.names import language_layout
@@ -30,7 +31,7 @@ from lean_merge.plan.parameters import build_method
 from lean_merge.recipe import load_recipe_file
 from lean_merge.recipe.yamlfile import MAX_TEXT, parse_yaml
 from lean_merge.sizes import parse_size
-from lean_merge.store import OutputTensor, plan_shards, remote_code
+from lean_merge.store import OutputTensor, plan_shards
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
@@ -575,7 +576,7 @@ def test_a_head_count_of_thousands_of_digits_is_no_count(tmp_path: Path, key: st
 
 
 def test_the_licence_of_a_card_cannot_swell(small: Triple, tmp_path: Path):
-    from lean_merge.store import license_of
+    from lean_merge.outputs.card import license_of
 
     (tmp_path / "README.md").write_text(f"---\nlicense: mit\n{LAUGHS}---\n")
     began = time.thread_time()

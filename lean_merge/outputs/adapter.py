@@ -15,11 +15,12 @@ from lean_merge.methods import Decision
 from lean_merge.outputs.adaptercheck import AdapterComparison
 from lean_merge.outputs.base import Outcome, Output, ReadRows, Request, dtype_named, register
 from lean_merge.outputs.blocks import BlockSink
+from lean_merge.outputs.card import adapter_card
 from lean_merge.outputs.companions import REPORT, card_facts, write_report
 from lean_merge.outputs.cutting import cut_update, cutting_bytes
 from lean_merge.outputs.peft import AdapterModule, StoredFactors, adapter_layout, write_adapter
 from lean_merge.sizes import format_size
-from lean_merge.store import Group, OutputFolder, adapter_card
+from lean_merge.store import Group, OutputFolder
 from lean_merge.tasks import CopyTask, Truncated, WeightTask
 
 

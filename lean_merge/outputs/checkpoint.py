@@ -17,6 +17,7 @@ from lean_merge.checkpoints import (
     safetensors_dtype,
     torch_dtype,
 )
+from lean_merge.checkpoints.sidefiles import missing_from_cache
 from lean_merge.outputs.base import (
     DECODED_DTYPE,
     Comparison,
@@ -25,7 +26,8 @@ from lean_merge.outputs.base import (
     Sink,
     register,
 )
-from lean_merge.outputs.companions import REPORT, card_facts, write_report
+from lean_merge.outputs.card import model_card
+from lean_merge.outputs.companions import REPORT, card_facts, copy_side_files, write_report
 from lean_merge.outputs.differing import bytes_apart, numbers_apart
 from lean_merge.sizes import format_size
 from lean_merge.store import (
@@ -34,9 +36,6 @@ from lean_merge.store import (
     Shard,
     Spans,
     WriteBytes,
-    copy_side_files,
-    missing_from_cache,
-    model_card,
     plan_shards,
 )
 from lean_merge.tasks import CopyTask, Note, WeightTask, to_note

@@ -1,15 +1,28 @@
-"""The files that lie beside the weights of a merge: its recipe and its report."""
+"""The files that lie beside the weights of a merge: recipe, report, and what the MLLM has there."""
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from lean_merge.checkpoints.jsonfile import to_json
+from lean_merge.checkpoints import torch_dtype
+from lean_merge.checkpoints.jsonfile import read_object, to_json
+from lean_merge.checkpoints.sidefiles import side_files
+from lean_merge.errors import CheckpointError
 from lean_merge.outputs.base import RECIPE, Outcome, Output
-from lean_merge.store import OutputFolder, license_of
+from lean_merge.outputs.card import license_of
+from lean_merge.store import OutputFolder
 
 REPORT = "lean_merge_report.json"
 """The file in which a merge tells what happened."""
+_QUANTISATION = ("quantization_config", "compression_config")
+# Beside config.json ModelOpt says it again, and vLLM goes by it.
+_QUANTISATION_FILE = "hf_quant_config.json"
+_MAX_CONFIG = 10_000_000
+_PART = 1 << 20
 
 
 def write_report(output: Output, folder: OutputFolder, outcome: Outcome) -> None:
@@ -28,3 +41,92 @@ def card_facts(output: Output) -> dict[str, Any]:
         "experts": [expert.model for expert in recipe.experts],
         "license_fields": license_of(output.mllm.path),
     }
+
+
+def copy_side_files(
+    mllm_path: Path, folder: OutputFolder, *, out_dtype: str | None, decoded: str | None = None
+) -> tuple[str, ...]:
+    """Copy the MLLM's side files into the output, as data, and return their names.
+
+    Parameters
+    ----------
+    mllm_path
+        The MLLM's folder.
+    folder
+        The output.
+    out_dtype
+        What the weights were converted to, as "BF16" or "bfloat16": config.json then says so. None
+        copies config.json byte for byte.
+    decoded
+        The dtype without an `out_dtype`, if quantised weights of the MLLM were written as plain
+        numbers: no file then says any longer how they are quantised. None if there were none.
+
+    Raises
+    ------
+    CheckpointError
+        A file cannot be read or is a link out of the folder.
+    OutputError, BudgetError
+        A file cannot be written.
+    ValueError
+        There is no such `out_dtype`.
+    """
+    names = []
+    for file in side_files(mllm_path):
+        name = file.relative_to(mllm_path).as_posix()
+        if decoded and name == _QUANTISATION_FILE:
+            continue
+        if name == "config.json" and (out_dtype is not None or decoded):
+            folder.write_file(name, _rewritten(file, out_dtype, decoded))
+        else:
+            folder.write_file(name, _parts(file))
+        names.append(name)
+    return tuple(names)
+
+
+def _parts(file: Path) -> Iterator[bytes]:
+    """Yield a file's bytes, a little at a time, as many as it has when it is opened."""
+    try:
+        with open(file, "rb") as stream:
+            for start in range(0, size := os.fstat(stream.fileno()).st_size, _PART):
+                yield stream.read(min(_PART, size - start))
+    except OSError as error:
+        raise CheckpointError(
+            f"{file}: cannot be read ({error.strerror}); check its rights."
+        ) from error
+
+
+def _config_word(dtype: str) -> str:
+    words = {name: str(torch_dtype(name)).removeprefix("torch.") for name in ("F16", "BF16", "F32")}
+    if dtype in words.values():
+        return dtype
+    if dtype not in words:
+        raise ValueError(f"{dtype!r} is not a dtype of an output; write one of {sorted(words)}.")
+    return words[dtype]
+
+
+def _rewritten(file: Path, out_dtype: str | None, decoded: str | None) -> bytes:
+    mend = "download or save the checkpoint again"
+    config = read_object(file, limit=_MAX_CONFIG, what="config", mend=mend, unique=False)
+    if decoded is not None:
+        for part in (config, *(v for v in config.values() if isinstance(v, dict))):
+            for key in _QUANTISATION:
+                part.pop(key, None)
+        _set_dtype(config, _config_word(decoded), only="float8")
+    if out_dtype is not None and not _set_dtype(config, word := _config_word(out_dtype)):
+        config["dtype"] = word
+    # As ASCII, since a text may hold half of a surrogate pair, which UTF-8 cannot.
+    return (json.dumps(config, indent=2) + "\n").encode("ascii")
+
+
+def _set_dtype(config: dict[str, Any], dtype: str, *, only: str = "") -> bool:
+    """Set what `config` and its nested configs say of a dtype; return whether `config` itself did.
+
+    Values that do not begin with `only` stay as they are.
+    """
+    stated = [key for key in ("torch_dtype", "dtype") if key in config]
+    stated = [key for key in stated if str(config[key]).startswith(only)]
+    config.update(dict.fromkeys(stated, dtype))
+    for key, value in config.items():
+        if key.endswith("_config") and isinstance(value, dict):
+            _set_dtype(value, dtype, only=only)
+    return bool(stated)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lean_merge.checkpoints import FLOATING, Checkpoint, open_checkpoint, open_expert
+from lean_merge.checkpoints.sidefiles import side_files
 from lean_merge.errors import CoverageError
 from lean_merge.mapping import Coverage, map_roles
 from lean_merge.methods import Method
@@ -23,7 +24,7 @@ from lean_merge.plan.parameters import build_method, methods_of
 from lean_merge.plan.resources import Resources, machine_for
 from lean_merge.plan.scope import Scope, filter_weights, positions_of
 from lean_merge.recipe import MergeRecipe
-from lean_merge.store import Shard, side_files
+from lean_merge.store import Shard
 from lean_merge.tasks import CopyTask, WeightTask
 
 

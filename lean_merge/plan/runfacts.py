@@ -14,11 +14,12 @@ import torch
 
 from lean_merge.checkpoints import identify
 from lean_merge.checkpoints.identity import by_role
+from lean_merge.checkpoints.sidefiles import side_files
 from lean_merge.errors import CheckpointError
 from lean_merge.plan import Plan
 from lean_merge.plan.resources import arithmetic_dtype
 from lean_merge.recipe import MergeRecipe
-from lean_merge.store import changed_input, side_files
+from lean_merge.store import changed_input
 from lean_merge.version import __version__
 
 
