@@ -7,6 +7,7 @@ writes docs/cli.md and the example in docs/memory.md anew.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 import re
@@ -257,26 +258,27 @@ def test_python_in_the_documentation_compiles(page: Path):
         compile(text, page.name, "exec")
 
 
-def test_the_example_of_a_new_method_works(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """The method of docs/adding-a-method.md, and its tests."""
+def test_the_examples_of_new_methods_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The two methods of docs/adding-a-method.md, and their tests."""
     from lean_merge.methods import registry
 
-    method, tests = blocks(ROOT / "docs" / "adding-a-method.md", "python")
+    linear, elementwise, tests = blocks(ROOT / "docs" / "adding-a-method.md", "python")
+    assert elementwise.count("\n") < 40
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
-    for code, name in ((method, "linear_example"), (tests, "linear_example_tests")):
+    modules = {"linear_example": linear, "magmax_example": elementwise, "example_tests": tests}
+    for name, code in modules.items():
         (tmp_path / f"{name}.py").write_text(code, encoding="utf-8")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    for name in ("linear_example", "linear_example_tests"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    import linear_example  # noqa: F401
-    import linear_example_tests as examples
+    monkeypatch.syspath_prepend(str(tmp_path))
+    examples = [importlib.import_module(name) for name in modules][-1]
 
     found = [name for name in vars(examples) if name.startswith("test_")]
-    assert len(found) == 2
+    assert len(found) == 2 and set(examples.METHODS) == {"linear", "magmax"}
     for name in found:
-        folder = tmp_path / name
-        folder.mkdir()
-        getattr(examples, name)(folder)
+        for method in examples.METHODS:
+            folder = tmp_path / f"{name} {method}"
+            folder.mkdir()
+            getattr(examples, name)(folder, method)
 
 
 # --- fields -------------------------------------------------------------------------------

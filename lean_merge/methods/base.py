@@ -177,9 +177,13 @@ class Method(abc.ABC, Generic[P]):
     def analyze(self, weight: WeightContext) -> Passes:
         """Ask for the passes that the method needs, and return its decision."""
 
-    @abc.abstractmethod
     def cost(self, shape: tuple[int, int], *, item: int) -> AnalysisCost:
-        """Memory and passes of `analyze` for a weight of `shape`, at `item` bytes a product."""
+        """Memory and passes of `analyze` for a weight of `shape`, at `item` bytes a product.
+
+        By default none, which is right for a method that decides without a pass.
+        """
+        del shape, item
+        return AnalysisCost()
 
     def survey(self) -> Survey | None:
         """The look at all weights that the method needs before it decides on any; None for none."""

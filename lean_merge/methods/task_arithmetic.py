@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from lean_merge.errors import RecipeError
-from lean_merge.linalg import Pass, Products
-from lean_merge.methods.base import (
-    AnalysisCost,
-    Decision,
-    ExpertRecord,
-    Method,
-    WeightContext,
-    per_expert,
-)
+from lean_merge.methods.base import per_expert
+from lean_merge.methods.combination import LinearMethod
 from lean_merge.methods.registry import register
-from lean_merge.methods.updates import Combined
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +30,7 @@ class TaskArithmeticParameters:
 
 
 @register
-class TaskArithmetic(Method[TaskArithmeticParameters]):
+class TaskArithmetic(LinearMethod[TaskArithmeticParameters]):
     """W = W_mllm + sum_k scale_k (W_expert_k - W_0), on every in-scope weight."""
 
     name: ClassVar[str] = "task_arithmetic"
@@ -50,30 +42,7 @@ class TaskArithmetic(Method[TaskArithmeticParameters]):
         if self.common.symmetric and len({p.scale for p in self.parameters}) > 1:
             raise RecipeError("symmetric task arithmetic has one scale; give it once, for all.")
 
-    def cost(self, shape: tuple[int, int], *, item: int) -> AnalysisCost:
-        """Nothing: no pass is made."""
-        return AnalysisCost()
-
-    def reads_task_vectors(self) -> tuple[bool, ...]:
-        """Every expert's, and the MLLM's where the merge is symmetric."""
-        return self._of_mllm() != 0.0, *(p.scale != 0.0 for p in self.parameters)
-
-    def _of_mllm(self) -> float:
-        return self.common.scale - 1.0 if self.common.symmetric else 0.0
-
-    def analyze(
-        self, weight: WeightContext
-    ) -> Generator[Sequence[Pass | None], Sequence[Products | None], Decision]:
-        """No passes: the coefficients are given."""
-        scales = tuple(p.scale for p in self.parameters)
-        coefficients = self._of_mllm(), *scales
-        records = tuple(
-            ExpertRecord(
-                selected=True,
-                reason="every in-scope weight is merged",
-                update_norm=None if scale else 0.0,
-            )
-            for scale in scales
-        )
-        return Decision(records, Combined(coefficients) if any(coefficients) else None)
-        yield  # makes this a generator, as the protocol wants
+    def coefficients(self) -> tuple[float, ...]:
+        """The experts' scales; where the merge is symmetric, the MLLM's task vector has one too."""
+        of_mllm = self.common.scale - 1.0 if self.common.symmetric else 0.0
+        return of_mllm, *(own.scale for own in self.parameters)

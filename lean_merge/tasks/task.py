@@ -79,9 +79,11 @@ def looks(method: Method[Any], weight: LogicalWeight) -> bool:
 
 
 def needs_analysis(method: Method[Any], weight: LogicalWeight) -> bool:
-    """Tell whether a method that analyses a weight has anything to look at."""
-    changed = not all(expert.zero_because for expert in weight.experts)
-    return changed or method.changes_by_itself
+    """Tell whether a method has anything to look at.
+
+    It has where some expert changes the weight, or where it changes weights for the MLLM's sake.
+    """
+    return method.changes_by_itself or not all(expert.zero_because for expert in weight.experts)
 
 
 def task_dtype(method: Method[Any] | None, weight: LogicalWeight) -> torch.dtype:

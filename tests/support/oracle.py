@@ -97,26 +97,19 @@ def ties(
     scale: float = 1.0,
     thresholds: Sequence[float] | None = None,
 ) -> Matrix:
-    """The update of the MLLM, whose task vector is the first, entry by entry in words.
+    """The update of the MLLM, whose task vector is the first.
 
     `thresholds` are those of the whole model, if that is trimmed together.
     """
     if thresholds is None:
         thresholds = [magnitude_kept([each], density) for each in task_vectors]
-    merged = np.zeros_like(task_vectors[0])
-    for place in np.ndindex(*merged.shape):
-        kept = [
-            each[place] if abs(each[place]) >= threshold else 0.0
-            for each, threshold in zip(task_vectors, thresholds, strict=True)
-        ]
-        total = sum(weight * value for weight, value in zip(weights, kept, strict=True))
-        sign = 1.0 if total >= 0 else -1.0
-        agree = [
-            (weight, value)
-            for weight, value in zip(weights, kept, strict=True)
-            if weight * value * sign > 0
-        ]
-        if agree:
-            total = sum(weight * value for weight, value in agree)
-            merged[place] = total / sum(weight for weight, _ in agree)
+    weighed = [
+        weight * np.where(np.abs(each) >= threshold, each, 0.0)
+        for weight, each, threshold in zip(weights, task_vectors, thresholds, strict=True)
+    ]
+    sign = np.where(sum(weighed) >= 0, 1.0, -1.0)
+    agree = [each * sign > 0 for each in weighed]
+    total = sum(np.where(own, each, 0.0) for own, each in zip(agree, weighed, strict=True))
+    share = sum(np.where(own, weight, 0.0) for own, weight in zip(agree, weights, strict=True))
+    merged: Matrix = np.divide(total, share, out=np.zeros_like(total), where=share > 0)
     return scale * merged - task_vectors[0]
