@@ -61,7 +61,7 @@ __all__ = [
 
 
 def all_methods() -> Mapping[str, type[Method[Any]]]:
-    """Every method by its canonical name; importing this folder's modules registers them."""
+    """Import every module of this folder, and return all methods by their canonical names."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
     return registered()

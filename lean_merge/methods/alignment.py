@@ -1,6 +1,6 @@
-"""How the experts' directions lie to the MLLM's, by the facts of one weight and the parameters.
+"""Compare the experts' singular directions of one weight with the MLLM's.
 
-The steps in the comments are those of docs/method.md.
+The step numbers in the docstrings are those of docs/method.md.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from lean_merge.methods.ip_parameters import IPMergingParameters
 from lean_merge.methods.spectra import GAP, MAX_SUBSPACE, Spectrum
 
 OMITTED = Omitted(share=3e-3, deviation=2e-2)
-"""Modelled errors of the update beyond which a larger rank is asked for."""
+"""A larger rank is asked for where the modelled errors of the update exceed these."""
 DROPPED = 2e-4
-"""Share of the importance gamma^2 whose directions are left out of the stored update."""
+"""The stored update leaves out the directions that carry this share of the importance gamma^2."""
 
 
 BY_CHANCE = 0.1
-"""Share of an update's norm that directions which align by chance may carry, to be bearable."""
+"""Directions that align by chance may carry at most this share of an update's norm."""
 
 
 @dataclass(frozen=True, slots=True)
 class Alignment:
-    """How one expert's directions lie to the MLLM's (steps 2, 3, 4 and 6)."""
+    """The result of comparing one expert's directions with the MLLM's (steps 2, 3, 4 and 6)."""
 
     similarity: Tensor
     gamma: Tensor
@@ -52,7 +52,7 @@ class Alignment:
 def facts_of(
     shape: tuple[int, int], spectra: Sequence[Spectrum], squared_norms: Sequence[float]
 ) -> Facts:
-    """What the spectra tell once their vectors are compared (steps 2, 3 and the sums of 5)."""
+    """Compare the spectra's vectors and collect the facts (steps 2 and 3, and the sums of 5)."""
     mllm, *experts = spectra
     similarity, leading = [], []
     for expert in experts:
@@ -83,12 +83,12 @@ def _role_facts(spectrum: Spectrum) -> RoleFacts:
 
 
 def subspace_of(*ranks: int) -> int:
-    """q of step 2."""
+    """Return the size q of the compared subspaces, given the task vectors' ranks (step 2)."""
     return min(MAX_SUBSPACE, *ranks)
 
 
 def align(parameters: Sequence[IPMergingParameters], facts: Facts) -> list[Alignment]:
-    """Steps 2 to 4 and 6 for every expert."""
+    """Carry out steps 2 to 4 and 6 for every expert."""
     return [_align_one(own, facts, k) for k, own in enumerate(parameters)]
 
 
@@ -98,7 +98,7 @@ def _align_one(own: IPMergingParameters, facts: Facts, k: int) -> Alignment:
     if subspace == 0:
         empty = torch.zeros(0, dtype=torch.float64)
         return Alignment(empty, empty, 0.0, False, 0, Omitted(0.0, 0.0), 0.0)
-    # Evidence may know more directions than this merge wants.
+    # Stored evidence may hold more directions than the parameters ask for.
     similarity = facts.similarity[k][: None if own.rank == "auto" else int(own.rank)]
     computed = similarity.numel()
     if own.similarity_weight == "sigma":
@@ -128,7 +128,7 @@ def _align_one(own: IPMergingParameters, facts: Facts, k: int) -> Alignment:
 def omitted_by(
     own: IPMergingParameters, similarity: Tensor, subspace: int, shape: tuple[int, int]
 ) -> Omitted:
-    """Modelled errors of knowing only these of `subspace` similarities."""
+    """Estimate the update's errors when only these of all `subspace` similarities are known."""
     return omitted_errors(
         similarity,
         omitted=subspace - similarity.numel(),
@@ -139,12 +139,15 @@ def omitted_by(
 
 
 def is_small(omitted: Omitted) -> bool:
-    """Whether no larger rank need be asked for."""
+    """Return whether the modelled errors are so small that no larger rank is needed."""
     return omitted.share <= OMITTED.share and omitted.deviation <= OMITTED.deviation
 
 
 def kept_directions(selected: Sequence[Alignment]) -> Tensor:
-    """Indices that carry all but `DROPPED` of some selected expert's importance."""
+    """Return the indices of the directions that the stored update keeps.
+
+    For each selected expert they carry all but the share `DROPPED` of its importance.
+    """
     kept: set[int] = set()
     for alignment in selected:
         fourth = alignment.gamma**4
@@ -156,14 +159,17 @@ def kept_directions(selected: Sequence[Alignment]) -> Tensor:
 
 
 def padded(gamma: Tensor, kept: Tensor) -> Tensor:
-    """gamma at the kept directions, zero where this expert computed fewer."""
+    """Return gamma at the kept directions; it is zero where fewer were computed."""
     values = torch.zeros(max(int(kept.max()) + 1, gamma.numel()), dtype=gamma.dtype)
     values[: gamma.numel()] = gamma
     return values[kept]
 
 
 def ratios(facts: Facts, k: int) -> tuple[float | None, float | None]:
-    """lambda of step 5, of full spectra and of the leading q."""
+    """Return lambda of step 5 twice: from full spectra, and from the q leading singular values.
+
+    Both are None where the sums of singular values are not known.
+    """
     mllm, expert, leading = facts.roles[0].nuclear, facts.roles[k + 1].nuclear, facts.leading[k]
     if mllm is None or expert is None or leading is None or expert == 0.0:
         return None, None
@@ -171,7 +177,7 @@ def ratios(facts: Facts, k: int) -> tuple[float | None, float | None]:
 
 
 def ratio(own: IPMergingParameters, facts: Facts, k: int) -> float:
-    """The one of them that the parameters want."""
+    """Return the one of the two `ratios` that the parameter `nuclear` chooses."""
     full, top_q = ratios(facts, k)
     chosen = full if own.nuclear == "full" else top_q
     assert chosen is not None
@@ -184,7 +190,7 @@ def records(
     aligned: Sequence[Alignment],
     norms: Sequence[float] | None,
 ) -> tuple[ExpertRecord, ...]:
-    """What the report says of every expert, given the norms of their updates, if any."""
+    """Return what the report says of every expert; `norms` are those of their updates, if known."""
     found = []
     for k, (own, alignment) in enumerate(zip(parameters, aligned, strict=True)):
         if alignment.subspace == 0:
@@ -218,14 +224,17 @@ def records(
 
 
 def _doubt(facts: Facts, k: int) -> float:
-    """Share of lambda's two sums that rounding may have made."""
+    """Return the largest share of lambda's two sums that may be rounding error."""
     return max(facts.roles[0].doubt, facts.roles[k + 1].doubt)
 
 
 def portray(
     parameters: Sequence[IPMergingParameters], evidence: Evidence
 ) -> tuple[Portrait | None, ...]:
-    """The full update of every expert as its factors have it, selected or not."""
+    """Describe the update that every expert would give if it were selected with all stages.
+
+    The entry is None where a task vector is zero.
+    """
     facts = evidence.facts
     every = torch.arange(facts.stored)
     portraits: list[Portrait | None] = []
@@ -253,7 +262,7 @@ def portray(
 
 
 def compare(parameters: Sequence[IPMergingParameters], facts: Facts) -> tuple[Compared | None, ...]:
-    """What of every expert is held against its threshold; None where a task vector is zero."""
+    """Return what is compared with each expert's threshold; None where a task vector is zero."""
     return tuple(
         None
         if alignment.subspace == 0
@@ -268,14 +277,17 @@ def compare(parameters: Sequence[IPMergingParameters], facts: Facts) -> tuple[Co
 
 
 def _bearable(own: IPMergingParameters, facts: Facts, alignment: Alignment) -> float:
-    """To a hundredth, if only s_1 stands out."""
+    """Return the smallest bearable similarity, in steps of 0.01; see `Compared.bearable`.
+
+    The model assumes that the first similarity alone is larger than chance makes it.
+    """
     width, subspace = facts.shape[1], alignment.subspace
     computed = subspace if facts.is_whole else alignment.similarity.numel()
 
     def suffices(step: int) -> bool:
         law = torch.full((computed,), width**-0.5, dtype=torch.float64)
         law[0] = max(step / 100, width**-0.5)
-        # The second is what the law takes chance to be.
+        # law[0] is the similarity that is tried; law[1] is that of directions aligned by chance.
         alone = omitted_by(own, law[:2], subspace, facts.shape)
         return alone.share <= BY_CHANCE and is_small(omitted_by(own, law, subspace, facts.shape))
 

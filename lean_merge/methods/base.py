@@ -20,9 +20,9 @@ Passes = Generator[Sequence[Pass | None], Sequence[Products | None], "Decision"]
 
 @dataclass(frozen=True, slots=True)
 class WeightContext:
-    """One logical weight as a method sees it; its numbers come through passes alone.
+    """One logical weight as a method sees it; a method reads its numbers through passes only.
 
-    The task vectors are, in this order, that of the MLLM and those of the experts, all [out, in].
+    The task vectors are all [out, in]; the MLLM's comes first, and the experts' follow.
     """
 
     name: str
@@ -41,14 +41,14 @@ class WeightContext:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """A look at many weights together, before the first of them is decided.
+    """A method's request to read many weights together before it decides on any of them.
 
     Attributes
     ----------
     key : hashable
-        Weights whose methods' surveys have equal keys are looked at together.
+        Weights whose methods' surveys have equal keys are surveyed together.
     passes : int
-        How often all their rows are read at most.
+        All their rows are read at most this many times.
     look
         Begins a generator as `Method.analyze` is one, whose passes ask for `reduce` and `inner`
         alone. It is sent the sums over all those weights, and what it returns is given to each
@@ -62,7 +62,7 @@ class Survey:
 
 @dataclass(frozen=True, slots=True)
 class ExpertRecord:
-    """What the report says of one weight and one expert; the fields are explained in docs."""
+    """What the report says of one weight and one expert; docs/formats.md explains the fields."""
 
     selected: bool
     reason: str
@@ -81,7 +81,7 @@ class ExpertRecord:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What becomes of one weight.
+    """The decision of a method on one weight.
 
     Attributes
     ----------
@@ -90,11 +90,11 @@ class Decision:
     update : Update or None
         What is added to the MLLM's weight; with None its bytes are copied.
     squared_norms : tuple of float
-        Squared Frobenius norms of the task vectors, where no pass over them tells.
+        Squared Frobenius norms of the task vectors, if the decision was made without a pass.
     evidence : Evidence, optional
-        What the decision was made from, for an analysis that keeps it.
+        The evidence that the decision was made from, if an analysis keeps it.
     recalled : int
-        Bytes of stored evidence that were read for it.
+        Bytes of stored evidence that were read for this decision.
     """
 
     experts: tuple[ExpertRecord, ...]
@@ -137,17 +137,22 @@ P = TypeVar("P")
 
 
 def per_expert(default: Any, *, words: tuple[str, ...] = ()) -> Any:
-    """A parameter that a recipe may give for each expert by itself; `words` may stand for it."""
+    """Declare a parameter that a recipe may give for each expert separately.
+
+    A recipe may write one of `words` in place of a number.
+    """
     return field(default=default, metadata={"per_expert": True, "words": words})
 
 
 class Method(abc.ABC, Generic[P]):
-    """A merge method. A new one is a module in this folder with a subclass and `@register`.
+    """The base class of merge methods.
+
+    To add a method, write a module in this folder that decorates a subclass with `@register`.
 
     Parameters
     ----------
     parameters : sequence of P
-        One for each expert: the common parameters with that expert's own put in.
+        One for each expert; it holds the common parameters and that expert's own.
     """
 
     name: ClassVar[str]
@@ -165,12 +170,12 @@ class Method(abc.ABC, Generic[P]):
 
     @property
     def is_settled(self) -> bool:
-        """Whether nothing of the parameters is to be found by an analysis of all weights."""
+        """Return whether all parameters are known, so that no analysis has to find any."""
         return True
 
     @property
     def common(self) -> P:
-        """The parameters that do not differ between experts."""
+        """Return the first expert's parameters, to read those that do not differ by expert."""
         return self.parameters[0]
 
     @abc.abstractmethod
@@ -178,34 +183,35 @@ class Method(abc.ABC, Generic[P]):
         """Ask for the passes that the method needs, and return its decision."""
 
     def cost(self, shape: tuple[int, int], *, item: int) -> AnalysisCost:
-        """Memory and passes of `analyze` for a weight of `shape`, at `item` bytes a product.
+        """Return the memory and passes that `analyze` needs for a weight of `shape`.
 
-        By default none, which is right for a method that decides without a pass.
+        An entry of a product takes `item` bytes. By default the cost is zero, which is right for a
+        method that decides without a pass.
         """
         del shape, item
         return AnalysisCost()
 
     def survey(self) -> Survey | None:
-        """The look at all weights that the method needs before it decides on any; None for none."""
+        """Return the survey of all weights that the method needs first; None if it needs none."""
         return None
 
     def largest_rank(self, shape: tuple[int, int]) -> int | None:
-        """The most that the rank of an update's factors can be for a weight of `shape`.
+        """Return the largest rank that an update's factors can have for a weight of `shape`.
 
-        None where updates have no factors, so that no adapter holds them.
+        It is None if updates have no factors, so that they cannot be stored as an adapter.
         """
         del shape
         return None
 
     def update_bytes(self, shape: tuple[int, int]) -> int:
-        """Bytes that an update of a weight of `shape` holds until it is written."""
+        """Return how many bytes an update of a weight of `shape` holds until it is written."""
         return sum(shape) * (self.largest_rank(shape) or 0) * 4
 
     def reads_task_vectors(self) -> tuple[bool, ...]:
-        """Which task vectors' rows an update may need: the MLLM's, then each expert's."""
+        """Tell for each task vector, the MLLM's first, whether an update may need its rows."""
         return (False,) * (len(self.parameters) + 1)
 
     @classmethod
     def parameter_fields(cls) -> tuple[dataclasses.Field[Any], ...]:
-        """The fields of the parameters' dataclass, in order."""
+        """Return the fields of the parameters' dataclass, in order."""
         return dataclasses.fields(cls.parameters_type)

@@ -12,14 +12,14 @@ P = TypeVar("P")
 
 
 class LinearMethod(Method[P], abc.ABC):
-    """A method that adds task vectors, on every in-scope weight and without a look at it."""
+    """A method that adds multiples of task vectors on every in-scope weight, without a pass."""
 
     @abc.abstractmethod
     def coefficients(self) -> tuple[float, ...]:
-        """The coefficient of each task vector in the update, the MLLM's first."""
+        """Return the coefficient of each task vector in the update, the MLLM's first."""
 
     def reads_task_vectors(self) -> tuple[bool, ...]:
-        """Those whose coefficient is not zero."""
+        """Tell for each task vector, the MLLM's first, whether its coefficient is not zero."""
         return tuple(coefficient != 0.0 for coefficient in self.coefficients())
 
     def analyze(self, weight: WeightContext) -> Passes:

@@ -1,7 +1,7 @@
-"""Methods that work out an entry of the update from the same entry of the task vectors.
+"""Base class of methods that compute each entry of the update from the task vectors' same entry.
 
-They may also use the rest of its row, statistics of the weight or of all weights, and random
-numbers.
+Such a method may also use the rest of the entry's row, statistics of the weight or of all weights,
+and random numbers.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ P = TypeVar("P")
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A few rows of one weight, whose update a method works out.
+    """A few rows of one weight for which a method computes the update.
 
     Attributes
     ----------
     task_vectors : sequence of Tensor [t, in], float32
         These rows of the task vectors, the MLLM's first. They are not to be changed.
     scratch : Tensor [k, t, in], float32
-        Memory to work with, with anything in it; k is the method's `scratch`.
+        Memory to work with; its contents are arbitrary. k is the method's `scratch`.
     statistics
         What the method's `statistics` returned.
     rows : slice
-        Which rows of the weight these are.
+        The indices of these rows in the weight.
     name : str
         The canonical name of the weight.
     seed : int
@@ -57,11 +57,11 @@ class Block:
     seed: int
 
     def uniform(self, purpose: str, out: Tensor) -> Tensor:
-        """Fill `out` [t, in] with random numbers from 0 up to, and without, 1.
+        """Fill `out` [t, in] with random numbers in [0, 1).
 
-        They are drawn for each row by a generator of its own, which is seeded by SHA-256 of the
-        seed, the weight's name, the purpose and the row's index. So the same numbers come whichever
-        rows make up the block, and other ones for another purpose.
+        Each row has its own generator, which is seeded by SHA-256 of the seed, the weight's name,
+        the purpose and the row's index. So a row's numbers do not depend on which rows make up the
+        block, and they differ from one purpose to another.
         """
         generator = torch.Generator()
         for row, numbers in enumerate(out, self.rows.start):
@@ -73,7 +73,7 @@ class Block:
 
 
 class ElementwiseMethod(Method[P], abc.ABC):
-    """A method that gives the update of a few rows from the same rows of the task vectors."""
+    """A method that computes rows of the update from the same rows of the task vectors."""
 
     exact_differences: ClassVar[bool] = True
     changes_by_itself: ClassVar[bool] = True
@@ -83,13 +83,13 @@ class ElementwiseMethod(Method[P], abc.ABC):
     def fill(self, block: Block, out: Tensor) -> None:
         """Write the update of a block's rows to `out` [t, in] float32.
 
-        Several threads call this at a time. An entry's update may depend on its whole row, but on
-        no other row but through `block.statistics`.
+        Several threads call this at the same time. An entry's update may depend on its whole row,
+        but on other rows only through `block.statistics`.
         """
 
     @property
     def scratch(self) -> int:
-        """How many blocks [t, in] of float32 `fill` takes, in `block.scratch` or by itself."""
+        """Return how many float32 blocks [t, in] `fill` needs, including any that it allocates."""
         return 4
 
     def statistics(
@@ -97,36 +97,36 @@ class ElementwiseMethod(Method[P], abc.ABC):
     ) -> Generator[Sequence[Pass | None], Sequence[Products | None], Any]:
         """Ask for the passes that `fill` needs, and return plain numbers in tuples.
 
-        By default, what the survey of all weights returned.
+        By default this returns the result of the survey of all weights.
         """
         return weight.surveyed
         yield  # makes this a generator, as the protocol wants
 
     def analyze(self, weight: WeightContext) -> Passes:
-        """The passes of `statistics`; every in-scope weight is merged."""
+        """Ask for the passes of `statistics`, and merge every in-scope weight."""
         statistics = yield from self.statistics(weight)
         record = ExpertRecord(selected=True, reason="every in-scope weight is merged")
         update = Elementwise(self, statistics, name=weight.name, seed=weight.seed)
         return Decision((record,) * len(self.parameters), update)
 
     def cost(self, shape: tuple[int, int], *, item: int) -> AnalysisCost:
-        """No pass, and what `fill` takes."""
+        """Return the cost without any pass; it counts only the memory that `fill` needs."""
         return AnalysisCost(scratch=self.scratch)
 
     def reads_task_vectors(self) -> tuple[bool, ...]:
-        """All of them."""
+        """Tell that an update may need the rows of every task vector."""
         return (True,) * (len(self.parameters) + 1)
 
 
 class Elementwise(Update):
-    """The update that an `ElementwiseMethod` works out a few rows at a time.
+    """The update that an `ElementwiseMethod` computes a few rows at a time.
 
     Parameters
     ----------
     method
-        Whose `fill` works it out.
+        The method whose `fill` computes the rows.
     statistics
-        What it asked for, in numbers and tuples of them, whose `repr` tells them exactly.
+        The method's statistics: numbers and tuples of them, whose `repr` is exact.
     name, seed
         The weight's canonical name, and the recipe's seed.
     """
@@ -141,24 +141,24 @@ class Elementwise(Update):
 
     @property
     def reads(self) -> tuple[bool, ...]:
-        """All task vectors."""
+        """Tell that the rows of every task vector are needed."""
         return self._method.reads_task_vectors()
 
     @property
     def scratch(self) -> int:
-        """What the method's `fill` takes."""
+        """Return how many float32 blocks [t, in] the method's `fill` needs."""
         return self._method.scratch
 
     def rows(
         self, rows: slice, task_vectors: Sequence[Tensor | None], scratch: Tensor, out: Tensor
     ) -> None:
-        """The method's `fill`."""
+        """Call the method's `fill` to write these rows of the update to `out`."""
         given = [task_vector for task_vector in task_vectors if task_vector is not None]
         block = Block(given, scratch, self._statistics, rows, self._name, self._seed)
         self._method.fill(block, out)
 
     def digest(self) -> bytes:
-        """The digest of the method, its parameters, the seed and the statistics."""
+        """Return SHA-256 of the method's name and parameters, the seed and the statistics."""
         method = self._method
         told = repr((method.name, method.parameters, self._seed, self._statistics))
         return hashlib.sha256(told.encode()).digest()

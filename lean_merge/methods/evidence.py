@@ -1,7 +1,7 @@
-"""What looking at a weight tells, apart from what is decided of it: evidence for many merges.
+"""Methods that gather evidence about a weight once and decide from it many times.
 
-A method that can tell the two apart gathers once, at full accuracy, and decides as often as there
-are thresholds, temperatures, stages or scales to try, without looking again.
+Such a method reads a weight once, at full accuracy. It can then decide for every threshold,
+temperature, set of stages or scale that is tried, without reading the weight again.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from lean_merge.methods.facts import Compared, Evidence, Factors, Facts, Portrai
 
 P = TypeVar("P")
 _CHUNK = 2048
-"""Rows of images that are held in float64 at once."""
+"""At most this many rows of images are held in float64 at once."""
 
 
 class EvidenceMethod(Method[P], abc.ABC):
-    """A method that can gather evidence apart from deciding.
+    """A method that can gather evidence first and decide later.
 
     Attributes
     ----------
     gathered_by : tuple of str
-        The parameters that gathering depends on; the others only matter when it is decided.
+        The parameters that gathering depends on; the others matter only for the decision.
     """
 
     gathered_by: ClassVar[tuple[str, ...]]
@@ -46,54 +46,56 @@ class EvidenceMethod(Method[P], abc.ABC):
 
     @abc.abstractmethod
     def gathering_cost(self, shape: tuple[int, int], *, item: int) -> AnalysisCost:
-        """Memory and passes of `gather`, as `cost` gives those of `analyze`."""
+        """Return the memory and passes that `gather` needs, as `cost` does for `analyze`."""
 
     @abc.abstractmethod
     def most_stored(self, shape: tuple[int, int]) -> int:
-        """The most directions that the evidence of a weight of `shape` has factors of."""
+        """Return how many directions the evidence of a weight of `shape` stores at most."""
 
     @abc.abstractmethod
     def lacks(self, facts: Facts) -> str | None:
-        """Why these facts do not suffice for a decision; None where they do."""
+        """Return why these facts do not suffice for a decision, or None if they do."""
 
     @abc.abstractmethod
     def decide(self, evidence: Evidence) -> Decision:
-        """What `analyze` would decide, from the evidence alone."""
+        """Decide from the evidence alone what `analyze` would decide."""
 
     @abc.abstractmethod
     def settled(self, thresholds: Sequence[float]) -> EvidenceMethod[P]:
-        """With a threshold for each expert in the place of those that are to be found."""
+        """Return this method with `thresholds`, one for each expert, in place of unknown ones."""
 
     @abc.abstractmethod
     def verdicts(self, facts: Facts) -> tuple[ExpertRecord, ...]:
-        """The records of `decide`, but for the norms of updates, which take factors."""
+        """Return the records of `decide` without the updates' norms, which need the factors."""
 
     @abc.abstractmethod
     def compared(self, facts: Facts) -> tuple[Compared | None, ...]:
-        """What of every expert decides whether it is selected; None where there is nothing."""
+        """Return what is compared with each expert's threshold; None where nothing is compared."""
 
     @abc.abstractmethod
     def kept(self, facts: Facts) -> int:
-        """How many directions the update of `decide` has."""
+        """Return how many directions the update that `decide` returns has."""
 
     @abc.abstractmethod
     def adds(self, facts: Facts) -> tuple[bool, ...]:
-        """Which task vectors the update of `decide` adds whole, as `reads_task_vectors`."""
+        """Tell for each task vector, the MLLM's first, whether the update of `decide` reads it."""
 
     @abc.abstractmethod
     def portrays(self, evidence: Evidence) -> tuple[Portrait | None, ...]:
-        """What would become of each expert; None where a task vector is zero."""
+        """Describe the update that each expert would give; None where a task vector is zero."""
 
 
 class Gathering(Method[Any]):
-    """Gathers as one method would, then decides as another does; looks again where that lacks any.
+    """A method that gathers evidence with one method and decides with another.
+
+    If the evidence does not suffice, the deciding method analyzes the weight itself.
 
     Parameters
     ----------
     decider, gatherer
-        Of the same kind. They are the same where nothing was gathered before.
+        Two methods of the same kind. They are equal if no evidence was gathered before.
     seed
-        Of the gathering's random starts.
+        The seed of the gathering's random starts.
     """
 
     def __init__(
@@ -103,7 +105,7 @@ class Gathering(Method[Any]):
         self._decider, self._gatherer, self._seed = decider, gatherer, seed
 
     def analyze(self, weight: WeightContext) -> Passes:
-        """As the decider does, once it has the evidence."""
+        """Gather evidence and decide from it, or let the decider analyze if it does not suffice."""
         evidence = yield from self._gatherer.gather(replace(weight, seed=self._seed))
         if self._decider.lacks(evidence.facts) is None:
             return self._decider.decide(evidence)
@@ -111,7 +113,7 @@ class Gathering(Method[Any]):
         return (yield from self._decider.analyze(weight))
 
     def cost(self, shape: tuple[int, int], *, item: int) -> AnalysisCost:
-        """Of both, one after the other."""
+        """Return the cost of gathering followed by the decider's own analysis."""
         first = self._gatherer.gathering_cost(shape, item=item)
         again = self._decider.cost(shape, item=item)
         return AnalysisCost(
@@ -122,27 +124,27 @@ class Gathering(Method[Any]):
         )
 
     def largest_rank(self, shape: tuple[int, int]) -> int | None:
-        """The most of either way."""
+        """Return the larger rank of the decider's updates and of the stored evidence."""
         decided = self._decider.largest_rank(shape)
         return None if decided is None else max(decided, self._gatherer.most_stored(shape))
 
     def reads_task_vectors(self) -> tuple[bool, ...]:
-        """As the method that decides."""
+        """Tell which task vectors' rows the decider's update may need."""
         return self._decider.reads_task_vectors()
 
 
 class Watching(Method[Any]):
-    """Gathers, and says what would be decided: for an analysis, which merges nothing.
+    """A method for an analysis: it gathers evidence and reports the decision, but merges nothing.
 
     Parameters
     ----------
     method
-        Which gathers, judges and portrays.
+        The method that gathers, decides and describes the updates.
 
     Attributes
     ----------
     method
-        The same.
+        The method that was given.
     """
 
     def __init__(self, method: EvidenceMethod[Any]) -> None:
@@ -150,13 +152,13 @@ class Watching(Method[Any]):
         self.method = method
 
     def analyze(self, weight: WeightContext) -> Passes:
-        """A decision without an update, with the evidence."""
+        """Gather the evidence, and return it in a decision that has no update."""
         evidence = yield from self.method.gather(weight)
         evidence = replace(evidence, portraits=self.method.portrays(evidence))
         return Decision(self.method.verdicts(evidence.facts), evidence=evidence)
 
     def cost(self, shape: tuple[int, int], *, item: int) -> AnalysisCost:
-        """Of gathering; or of the evidence, with what portraits and storing it take."""
+        """Return the cost of gathering, or of storing the evidence if that needs more memory."""
         cost = self.method.gathering_cost(shape, item=item)
         rank = self.method.most_stored(shape)
         evidence = (shape[1] + len(self.parameters) * shape[0]) * rank * 4
@@ -164,21 +166,21 @@ class Watching(Method[Any]):
         return replace(cost, workspace=max(cost.workspace, evidence + copies))
 
     def largest_rank(self, shape: tuple[int, int]) -> int:
-        """As many directions as are stored."""
+        """Return how many directions the evidence stores at most."""
         return self.method.most_stored(shape)
 
 
 class Recalling(Method[Any]):
-    """Decides from evidence that is at hand; no pass is made.
+    """A method that decides from stored evidence, without any pass.
 
     Parameters
     ----------
     decider
-        Whose `lacks` is None for `facts`.
+        The method that decides; its `lacks` must return None for `facts`.
     facts
-        Of the weight.
+        The stored facts of the weight.
     load
-        Gives its factors, once it is the weight's turn.
+        Loads the weight's factors when the weight is analyzed.
     """
 
     def __init__(
@@ -188,7 +190,7 @@ class Recalling(Method[Any]):
         self._decider, self._facts, self._load = decider, facts, load
 
     def analyze(self, weight: WeightContext) -> Passes:
-        """No passes: all is known."""
+        """Load the factors, and decide without asking for a pass."""
         factors = self._load()
         decision = self._decider.decide(Evidence(self._facts, factors))
         return replace(
@@ -197,18 +199,19 @@ class Recalling(Method[Any]):
         yield  # makes this a generator, as the protocol wants
 
     def cost(self, shape: tuple[int, int], *, item: int) -> AnalysisCost:
-        """The kept factors, read and put together."""
+        """Return the cost of reading the kept factors and multiplying them."""
         kept, experts = self._decider.kept(self._facts), len(self.parameters)
-        # Read as rows, turned, multiplied, their norms taken; those of the last are still written.
+        # The factors are read as rows, transposed and multiplied, and norms are taken of them,
+        # while those of the previous weight are still being written.
         held = (4 * shape[1] + (experts + 6) * shape[0]) * kept * 4
         selected = sum(record.selected for record in self._decider.verdicts(self._facts))
         recalled = (shape[1] + selected * shape[0]) * kept * 4
         return AnalysisCost(workspace=held, recalled=recalled)
 
     def largest_rank(self, shape: tuple[int, int]) -> int | None:
-        """That of the update, known already."""
+        """Return the rank of the update, which the facts already tell; None for a full rank."""
         return None if any(self.reads_task_vectors()) else self._decider.kept(self._facts)
 
     def reads_task_vectors(self) -> tuple[bool, ...]:
-        """Those that the update adds, known already."""
+        """Tell which task vectors the update adds; the facts already decide that."""
         return self._decider.adds(self._facts)

@@ -1,4 +1,4 @@
-"""What looking at one weight tells before any decision: numbers, and factors to decide with."""
+"""The evidence about one weight from which a method decides: numbers, and low-rank factors."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ class RoleFacts:
     Attributes
     ----------
     sigma, angles : Tensor [r], float64
-        Leading singular values, and bounds on the sine of the right vectors' errors.
+        Leading singular values, and bounds on the sine of the right vectors' angle errors.
     rank : int
-        Numerical, of the whole.
+        Numerical rank of the whole task vector.
     gap : float
         (sigma_1 - sigma_2) / sigma_1.
     nuclear : float or None
-        Sum of all singular values; None before any was estimated.
+        Sum of all singular values; None until it is estimated.
     doubt : float
-        Share of `nuclear` that may be rounding.
+        Share of `nuclear` that may be rounding error.
     is_faint : bool
-        Not zero, but its products underflow; the rank is then 0.
+        Whether the task vector is not zero, but its products underflow; the rank is then 0.
     """
 
     sigma: Tensor
@@ -39,26 +39,26 @@ class RoleFacts:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """The numbers of one weight before any parameter has touched them.
+    """The numbers measured on one weight, before any parameter is applied to them.
 
     Attributes
     ----------
     shape : (int, int)
-        out, in.
+        The numbers of rows (out) and columns (in).
     roles : tuple of RoleFacts
-        The MLLM's, then each expert's.
+        The spectrum of the MLLM's task vector, then of each expert's.
     similarity : tuple of Tensor [min(r, q)], float64
-        Of each expert: cosines between the corresponding right vectors and the MLLM's.
+        For each expert, the cosines between its right vectors and the MLLM's corresponding ones.
     leading : tuple of (float, float) or None
-        Of each expert: sums of the q leading singular values, the MLLM's and its own.
+        For each expert, the sums of the q leading singular values: the MLLM's, then its own.
     squared_norms : tuple of float
-        Of all task vectors.
+        The squared Frobenius norms of all task vectors, the MLLM's first.
     is_whole : bool
         Whether whole spectra were computed, so that no direction is unknown.
     is_exhausted : bool
-        Whether the sketches went as deep as they go, so that no better look is to be had.
+        Whether the sketches reached their largest depth, so that another would tell no more.
     stored : int
-        How many of the MLLM's leading directions the evidence has vectors and images of.
+        For how many of the MLLM's leading directions the evidence stores vectors and images.
     """
 
     shape: tuple[int, int]
@@ -72,52 +72,55 @@ class Facts:
 
 
 class Factors(Protocol):
-    """The MLLM's directions of one weight, and what the experts' task vectors make of them."""
+    """The MLLM's right singular vectors of one weight, and each expert's images of them."""
 
     @property
     def bytes_read(self) -> int:
-        """How many bytes of them were read so far."""
+        """Return how many bytes of the factors were read from files so far."""
 
     def vectors(self, kept: Tensor) -> Tensor:
-        """Right singular vectors [in, n] float32 of the directions with these indices [n]."""
+        """Return the right singular vectors [in, n] float32 with the indices `kept` [n]."""
 
     def images(self, expert: int, kept: Tensor) -> Tensor:
-        """dM v_i [out, n] float32 of the expert of that number, from 0."""
+        """Return dM v_i [out, n] float32 for i in `kept` [n]; experts are numbered from 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class FactorsInMemory:
-    """All `stored` directions: right [in, r], and for each expert its images [out, r]."""
+    """Factors of all stored directions, held in memory.
+
+    `right` is [in, r], and `of_experts` holds the images [out, r] of each expert.
+    """
 
     right: Tensor
     of_experts: tuple[Tensor, ...]
 
     @property
     def bytes_read(self) -> int:
-        """None."""
+        """Return 0, because nothing is read from files."""
         return 0
 
     def vectors(self, kept: Tensor) -> Tensor:
-        """As `Factors` has it."""
+        """Return the right singular vectors [in, n] float32 with the indices `kept` [n]."""
         return self.right[:, kept]
 
     def images(self, expert: int, kept: Tensor) -> Tensor:
-        """As `Factors` has it."""
+        """Return dM v_i [out, n] float32 for i in `kept` [n]; experts are numbered from 0."""
         return self.of_experts[expert][:, kept]
 
 
 @dataclass(frozen=True, slots=True)
 class Portrait:
-    """What the parameters make of one expert's task vector, were it selected with all stages.
+    """The update that one expert would give if it were selected with all stages.
 
     Attributes
     ----------
     gamma : Tensor [n], float64
         Importance of the computed directions.
     update_norm : float
-        Of the update at scale 1.
+        Frobenius norm of the update at scale 1.
     update_relative : float
-        Against the norm of the rescaled task vector.
+        That norm divided by the norm of the rescaled task vector.
     effective_rank : float
         (sum w)^2 / sum w^2 of the update's squared singular values w.
     energy_kept, energy_inside : float
@@ -135,7 +138,7 @@ class Portrait:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Facts and factors of one weight; `portraits` of its experts where they were asked for."""
+    """The facts and factors of one weight; `portraits` is empty unless it was asked for."""
 
     facts: Facts
     factors: Factors
@@ -144,19 +147,19 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """What of one weight and expert is held against the threshold, and what chance does to it.
+    """The similarity of one weight and expert that is compared with the expert's threshold.
 
     Attributes
     ----------
     similarity
-        Which is compared.
+        The similarity that is compared.
     directions
-        Of how many cosines it is the largest.
+        The number of cosines of which `similarity` is the largest.
     bearable
         The similarity from which directions that align by chance carry little of the update; 0 if
         they always carry most.
     threshold
-        In force.
+        The threshold that applies.
     """
 
     similarity: float

@@ -1,7 +1,7 @@
 """IP-Merging: identify, rescale, project, merge (Hu et al., NeurIPS 2025, arXiv:2510.14387).
 
-The steps in the comments are those of docs/method.md. How the spectra are found is told in
-`spectra`, what they say of each other in `alignment`; here is what is made of it.
+The step numbers in the docstrings are those of docs/method.md. The module `spectra` computes the
+spectra, and `alignment` compares them; this module decides, and builds the update.
 """
 
 from __future__ import annotations
@@ -49,21 +49,22 @@ from lean_merge.methods.spectra import (
 from lean_merge.methods.updates import Combined, LowRank
 
 START_RANK = 64
-"""Directions computed at first, where the threshold and temperature ask for no more."""
+"""So many directions are computed first, unless the threshold and temperature need more."""
 CLEAR = 0.02
-"""How far from the threshold a similarity must be to count as decided."""
+"""A similarity counts as decided if it is at least this far from the threshold."""
 GATHERED_FOR = 0.4
-"""Similarity for which the directions that evidence begins with suffice."""
+"""The directions that evidence begins with suffice for similarities of at least this much."""
 GATHERED_FROM = 0.2
-"""Similarity from which more are gathered where these do not suffice. Below, directions that align
-by chance carry so much of the update that a doubled rank would not either."""
+"""From this similarity on, more directions are gathered if the first ones do not suffice. Below it,
+directions that align by chance carry so much of the update that twice the rank would not suffice
+either."""
 
 
 @cache
 def _likely_rank(common: IPMergingParameters, threshold: float, shape: tuple[int, int]) -> int:
-    """The rank that suffices if only s_1 stands out, and by no more than its threshold.
+    """Return the rank that suffices if s_1 equals the threshold and all other s_i are chance.
 
-    Few shapes are asked about many times.
+    The result is cached, because many weights share a few shapes.
     """
     largest = min(MAX_SUBSPACE, *shape)
     rank = min(START_RANK, largest)
@@ -94,7 +95,7 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
     )
 
     def _effort(self, shape: tuple[int, int], threshold: float | None = None) -> Effort:
-        """How many directions to compute: forced, all, or what the threshold makes likely."""
+        """Choose how many directions to compute: the given rank, all, or the likely number."""
         roles, forced = len(self.parameters) + 1, self.common.rank != "auto"
         if threshold is None:
             # A threshold that is to be found is hardly below what evidence is gathered for.
@@ -105,25 +106,29 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
         return Effort.of(shape, roles=roles, start=start, forced=forced, whole=whole)
 
     def cost(self, shape: tuple[int, int], *, item: int) -> AnalysisCost:
-        """The cost of the deepest look that the parameters allow."""
+        """Return the cost of the deepest sketches that the parameters allow."""
         return self._effort(shape).cost(
             item=item, images=self._projects, usual_depth=self._usual_depth
         )
 
     @property
     def _usual_depth(self) -> int:
-        """Krylov blocks of a sketch of most of the weights that are merged.
+        """Return how many Krylov blocks a sketch has for most of the weights that are merged.
 
-        Where the largest similarity is compared, any direction may still rise, up to the last one.
+        If the largest similarity is compared, every block may still change which one it is, so that
+        sketches go to the largest depth.
         """
         return MAX_DEPTH if self.common.select_by == "max" else MIN_DEPTH
 
     def largest_rank(self, shape: tuple[int, int]) -> int | None:
-        """As many as there are directions of the MLLM to project on; None without projection."""
+        """Return how many of the MLLM's directions are projected on; None without projection."""
         return self._effort(shape).largest if self._projects else None
 
     def reads_task_vectors(self) -> tuple[bool, ...]:
-        """The experts' without projection; with it, everything is in the factors."""
+        """Tell which task vectors an update reads: the experts' if nothing is projected, else none.
+
+        A projected update is held in its factors, which need no more rows.
+        """
         return False, *(not self._projects and p.scale != 0.0 for p in self.parameters)
 
     @property
@@ -133,9 +138,9 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
     def analyze(
         self, weight: WeightContext
     ) -> Generator[Sequence[Pass | None], Sequence[Products | None], Decision]:
-        """Steps 1 to 7 for one logical weight; step 8, the sum, is the engine's.
+        """Carry out steps 1 to 7 for one logical weight; the engine does the sum of step 8.
 
-        The look ends as soon as it is clear what to do.
+        The passes end as soon as the decision is clear.
         """
 
         def facts(spectra: list[Spectrum]) -> Facts:
@@ -158,7 +163,7 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
     def gather(
         self, weight: WeightContext
     ) -> Generator[Sequence[Pass | None], Sequence[Products | None], Evidence]:
-        """Steps 1 to 3 at the accuracy of a selected weight, and dM_k V_V of the directions."""
+        """Carry out steps 1 to 3 as accurately as for a selected weight, and compute dM_k V_V."""
         last = Verdict.DONE
 
         def judge(spectra: list[Spectrum], depth: int, may_grow: bool) -> Verdict:
@@ -182,14 +187,15 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
         return Evidence(facts, factors)
 
     def gathering_cost(self, shape: tuple[int, int], *, item: int) -> AnalysisCost:
-        """The same sketches, and images of all directions, which `cost` counts already."""
+        """Return the cost of the sketches and of each expert's images of the directions."""
         effort = self._effort(shape, GATHERED_FOR)
         return effort.cost(item=item, images=True, usual_depth=self._usual_depth)
 
     def most_stored(self, shape: tuple[int, int]) -> int:
-        """Of whole spectra no more than of sketched ones.
+        """Return how many directions the evidence stores at most.
 
-        Small weights have all of them: what they take is little, and every decision is exact.
+        A small weight stores all of its directions: they take little memory and make every decision
+        exact. A larger weight stores no more directions of a whole spectrum than of a sketch.
         """
         effort = self._effort(shape, GATHERED_FOR)
         if not effort.exact or min(shape) <= EXACT_BELOW or self.common.rank != "auto":
@@ -197,7 +203,7 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
         return _likely_rank(self.common, GATHERED_FOR, shape)
 
     def lacks(self, facts: Facts) -> str | None:
-        """Where another look would tell more than these facts, and it matters."""
+        """Return why the weight must be analyzed again for a decision; None if it need not be."""
         effort = self._effort(facts.shape)
         aligned = align(self.parameters, facts)
         if not any(alignment.subspace for alignment in aligned) or facts.is_whole:
@@ -223,7 +229,7 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
         return "directions whose factors are not stored carry a part of the update"
 
     def decide(self, evidence: Evidence) -> Decision:
-        """Steps 4 to 7, without a look at the weight."""
+        """Carry out steps 4 to 7 from the evidence, without reading the weight."""
         aligned = align(self.parameters, evidence.facts)
         kept, factors = self._kept(aligned), evidence.factors
         if kept is None:
@@ -233,43 +239,46 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
 
     @property
     def is_settled(self) -> bool:
-        """Whether every threshold is a number."""
+        """Return whether every threshold is a number."""
         return all(math.isfinite(own.bound) for own in self.parameters)
 
     def settled(self, thresholds: Sequence[float]) -> IPMerging:
-        """With these in the place of thresholds that are to be found."""
+        """Return this method with `thresholds`, one for each expert, in place of unknown ones."""
         pairs = zip(self.parameters, thresholds, strict=True)
         return IPMerging(
             [p if math.isfinite(p.bound) else replace(p, threshold=t) for p, t in pairs]
         )
 
     def verdicts(self, facts: Facts) -> tuple[ExpertRecord, ...]:
-        """Step 4 of every expert, and lambda."""
+        """Return each expert's record: whether it is selected (step 4), and its lambda (step 5)."""
         return records(self.parameters, facts, align(self.parameters, facts), None)
 
     def compared(self, facts: Facts) -> tuple[Compared | None, ...]:
-        """s_1, or the largest s_i."""
+        """Return for each expert the similarity to compare: s_1, or the largest s_i."""
         return compare(self.parameters, facts)
 
     def kept(self, facts: Facts) -> int:
-        """Directions of the MLLM that the update lies in; 0 where it is none, or whole."""
+        """Return how many of the MLLM's directions the update uses.
+
+        It is 0 if there is no update, or if the update is not projected.
+        """
         kept = self._kept(align(self.parameters, facts))
         return 0 if kept is None else kept.numel()
 
     def adds(self, facts: Facts) -> tuple[bool, ...]:
-        """The selected experts' without projection."""
+        """Tell which task vectors the update adds: if nothing is projected, the selected ones."""
         aligned = align(self.parameters, facts)
         adds = zip(self.reads_task_vectors()[1:], aligned, strict=True)
         return False, *(reads and alignment.selected for reads, alignment in adds)
 
     def portrays(self, evidence: Evidence) -> tuple[Portrait | None, ...]:
-        """Of every expert."""
+        """Describe the update that each expert would give; None where a task vector is zero."""
         return portray(self.parameters, evidence)
 
     def _judge(
         self, aligned: list[Alignment], spectra: list[Spectrum], depth: int, may_grow: bool
     ) -> Verdict:
-        """Whether more passes could change any expert's selection, or its update much."""
+        """Say what to do next: whether more passes could change a selection or an update much."""
         if may_grow and any(a.selected and not is_small(a.omitted) for a in aligned):
             return Verdict.GROW
         if self.common.select_by == "max":
@@ -283,7 +292,7 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
             if alignment.compared + first < below:
                 continue
             if depth >= MIN_DEPTH:
-                # The subspaces hold the first directions by now, if not yet told apart.
+                # By now the subspaces contain the first directions, if not yet separated.
                 largest = _largest_principal_cosine(spectra[0], spectra[k + 1])
                 if largest < below - 4 * CLEAR:
                     continue
@@ -293,7 +302,7 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
         return verdict
 
     def _gathered(self, facts: Facts, spectra: list[Spectrum], may_grow: bool) -> Verdict:
-        """Whether more passes could change anything, if every expert were selected."""
+        """Say what to do next: whether more passes could change the update of any expert."""
         aligned = align(self.parameters, facts)
         likely = [alignment for alignment in aligned if alignment.compared >= GATHERED_FROM]
         if may_grow and not all(is_small(alignment.omitted) for alignment in likely):
@@ -308,7 +317,7 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
         return Verdict.MORE if max(angles, default=0.0) > ANGLE else Verdict.DONE
 
     def _kept(self, aligned: Sequence[Alignment]) -> Tensor | None:
-        """The directions that the update keeps; None where it is none, or of full rank."""
+        """Return the directions that the update keeps; None if it is empty or not projected."""
         selected = [alignment for alignment in aligned if alignment.selected]
         return kept_directions(selected) if selected and self._projects else None
 
@@ -320,9 +329,10 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
         vectors: Tensor | None = None,
         images: Sequence[Tensor | None] = (),
     ) -> Decision:
-        """Steps 5, 7 and 8: in coefficients, or in factors of the `kept` directions.
+        """Carry out steps 5, 7 and 8, and give the update as coefficients or as factors.
 
-        `vectors` [in, n] are theirs, and `images` [out, n] what each expert makes of these.
+        Factors need the right singular vectors `vectors` [in, n] of the `kept` directions, and for
+        each expert the images [out, n] of those vectors under its task vector.
         """
         if not any(alignment.selected for alignment in aligned):
             return Decision(experts=records(self.parameters, facts, aligned, None))
@@ -354,14 +364,15 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
 
 
 def _first_angle(spectra: Sequence[Spectrum], k: int) -> float:
-    """The larger error of the two first directions that s_1 of an expert compares."""
+    """Return the larger angle error of the two first directions, which s_1 compares."""
     return float(max(spectra[0].angles[0], spectra[k + 1].angles[0]))
 
 
 def _largest_principal_cosine(first: Spectrum, second: Spectrum) -> float:
-    """Cosine of the smallest angle between the two computed subspaces.
+    """Return the cosine of the smallest angle between the two computed subspaces.
 
-    No s_1 is larger once they hold v_1, long before it is told apart from its neighbours.
+    As soon as the subspaces contain the first directions, s_1 cannot exceed it. That is long before
+    these directions are separated from their neighbours.
     """
     return float(torch.linalg.matrix_norm(first.vectors.T @ second.vectors, ord=2))
 

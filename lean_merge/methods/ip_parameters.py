@@ -27,7 +27,7 @@ _CHOICES = {
 
 @dataclass(frozen=True, slots=True)
 class IPMergingParameters:
-    """Parameters of IP-Merging; steps as in docs/method.md.
+    """The parameters of IP-Merging; docs/method.md explains the steps.
 
     threshold : S_alpha of step 4, in 0 .. 1, of each expert by itself; or `auto`, from an analysis.
     scale : factor of the update in step 8, of each expert by itself.
@@ -78,5 +78,5 @@ class IPMergingParameters:
 
     @property
     def bound(self) -> float:
-        """The threshold; infinite as long as it is to be found."""
+        """Return the threshold; it is infinite while it is `auto` and not yet found."""
         return math.inf if self.threshold == AUTO else float(self.threshold)

@@ -1,4 +1,4 @@
-"""Facts as plain data, for JSON: numbers come back bit for bit, and are checked when they do."""
+"""Convert facts to plain data for JSON and back: numbers are kept bit for bit, and are checked."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lean_merge.methods.facts import Facts, Portrait, RoleFacts
 from lean_merge.methods.spectra import GAP, MAX_SUBSPACE
 
 _MOST = 1 << 31
-"""More than any count in a model."""
+"""Every count in a model is smaller than this."""
 
 
 def to_plain(facts: Facts) -> dict[str, Any]:
-    """`facts` as docs/formats.md describes a weight of analysis.json."""
+    """Return `facts` in the form that docs/formats.md gives for a weight of analysis.json."""
     mllm, *experts = (
         _plain_role(role, square)
         for role, square in zip(facts.roles, facts.squared_norms, strict=True)
@@ -51,7 +51,7 @@ def _plain_role(role: RoleFacts, square: float) -> dict[str, Any]:
 
 
 def plain_portrait(portrait: Portrait | None) -> dict[str, Any]:
-    """What the report says of an expert beside its facts; null where its task vector is zero."""
+    """Return the report's other entries of an expert; they are null if its task vector is zero."""
     return {
         "gamma": None if portrait is None else portrait.gamma.tolist(),
         "update_norm": portrait and portrait.update_norm,
@@ -63,7 +63,7 @@ def plain_portrait(portrait: Portrait | None) -> dict[str, Any]:
 
 
 def from_plain(data: Any) -> Facts:
-    """What `to_plain` was given; other keys are left out of account.
+    """Return the facts that `to_plain` was given; other keys are ignored.
 
     Raises
     ------

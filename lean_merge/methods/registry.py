@@ -13,16 +13,16 @@ _METHODS: dict[str, type[Method[Any]]] = {}
 
 
 def canonical_name(name: str) -> str:
-    """Method names are written with hyphens or underscores: ip-merging is ip_merging."""
+    """Return a method's name in lower case with underscores: ip-merging becomes ip_merging."""
     return name.strip().lower().replace("-", "_")
 
 
 def register(method: M) -> M:
-    """Class decorator that makes a method known by its `name`."""
+    """Register a method class under its `name`; use this as a class decorator."""
     _METHODS[canonical_name(method.name)] = method
     return method
 
 
 def registered() -> Mapping[str, type[Method[Any]]]:
-    """The methods registered so far."""
+    """Return the methods registered so far, by their canonical names."""
     return MappingProxyType(_METHODS)

@@ -1,7 +1,7 @@
-"""Spectra of all task vectors of one weight, in step: whole, or sketched until a verdict is clear.
+"""Compute the spectra of all task vectors of one weight, either whole or by sketches.
 
-A pass over the rows serves every task vector at once, so their sketches advance together. How far
-they may go is fixed beforehand by `Effort`, and with that what they cost.
+A pass over the rows serves every task vector at once, so their sketches advance together, until a
+verdict is clear. `Effort` fixes beforehand how far they may go, and so what they cost.
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ from lean_merge.methods.base import AnalysisCost, WeightContext
 MAX_SUBSPACE = 1024
 """The largest subspace size q that the paper uses."""
 EXACT_BELOW = 512
-"""Weights with min(out, in) up to this are decomposed whole: as cheap as a sketch, and exact."""
+"""Weights with min(out, in) up to this are decomposed whole, which costs no more than a sketch."""
 LOOK_DEPTH, MIN_DEPTH, MAX_DEPTH = 2, 4, 8
-"""Krylov blocks before the first look, before the rank may be found too small, and at most."""
+"""A sketch is first judged after 2 Krylov blocks, its rank may grow after 4, and it ends at 8."""
 GROWN_DEPTH = MIN_DEPTH + 1
-"""Krylov blocks at most once the rank has grown: its wider blocks need fewer."""
+"""A sketch whose rank has grown ends at this many Krylov blocks; wider blocks need fewer."""
 GROWN_BELOW = 8192
-"""Columns of a weight up to which the rank may grow. Beyond, random directions weigh so little that
-only a structured tail could ask for it, which `omitted_share` tells."""
+"""The rank may grow for weights with up to this many columns. With more, random directions weigh so
+little that only a structured tail could need a larger rank; `omitted_share` reports that."""
 QUADRATURE_BLOCK, QUADRATURE_DEPTHS, GROWN_QUADRATURE = 32, (3, 6), 4
-"""Probes for the sums of singular values, fewest and most quadrature nodes of each, and most where
-the rank has grown."""
+"""The sums of singular values use 32 probes. Each probe has 3 to 6 quadrature nodes, or at most 4
+if the rank has grown."""
 SPREAD = 0.05
-"""Spread of the sums above which more nodes are asked for."""
+"""More quadrature nodes are computed while the sums' relative spread is larger than this."""
 ANGLE = 0.02
-"""Sine of the angle error that directions which carry the update may have."""
+"""Directions that carry the update may have an angle error with at most this sine."""
 FAINT = 1e-30
-"""Squared norm below which float32 no longer holds the products of a sketch."""
+"""Float32 cannot hold the products of a sketch if the squared norm is smaller than this."""
 GAP = 0.05
-"""Relative distance of sigma_1 and sigma_2 below which the first direction is ill-defined."""
+"""The first direction is ill-defined if (sigma_1 - sigma_2) / sigma_1 is smaller than this."""
 
 T = TypeVar("T")
 PassesOf = Generator[Sequence[Pass | None], Sequence[Products | None], T]
-"""Asks each task vector for a pass, and returns a T."""
+"""A generator that asks each task vector for a pass, and finally returns a T."""
 
 
 class Verdict(Enum):
-    """What a look at the spectra says of the next step."""
+    """The next step, as judged from the spectra found so far."""
 
     MORE = "more passes"
     GROW = "more directions"
@@ -64,15 +64,19 @@ class Verdict(Enum):
 
 
 Judge = Callable[[list["Spectrum"], int, bool], Verdict]
-"""Judges spectra from so many Krylov blocks; the flag says whether the rank may still grow."""
+"""A function that judges the spectra.
+
+It is given the spectra, the number of Krylov blocks, and whether the rank may still grow.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """What is known of one task vector.
+    """The spectrum of one task vector, as far as it is known.
 
-    sigma [r] float64 and vectors [in, r] float32 are the leading right singular pairs, angles [r]
-    bounds the sine of the vectors' errors, rank is numerical, and sums those of the whole spectrum.
+    `sigma` [r] float64 are the leading singular values, and `vectors` [in, r] float32 their right
+    singular vectors. `angles` [r] bounds the sine of the vectors' angle errors, `rank` is the
+    numerical rank, and `sums` are the sums of the whole spectrum.
     """
 
     sigma: Tensor
@@ -83,30 +87,30 @@ class Spectrum:
     """(sigma_1 - sigma_2) / sigma_1."""
     sums: SingularSums | None = None
     is_faint: bool = False
-    """Not zero, but so small that its products underflow; its rank is then 0."""
+    """Whether the task vector is not zero, but its products underflow; its rank is then 0."""
     settled: Deflation | None = None
-    """What a second sketch may leave out, where `sums` need one."""
+    """The directions that a second sketch may leave out, if `sums` needs one."""
 
     @property
     def has_gap(self) -> bool:
-        """Whether the first direction is well separated from the second."""
+        """Return whether the first direction is well separated from the second."""
         return self.gap >= GAP
 
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How hard to look at one weight.
+    """How many directions of one weight are computed, and by which means.
 
     Attributes
     ----------
     shape : (int, int)
-        out, in.
+        The numbers of rows (out) and columns (in).
     roles : int
-        Task vectors.
+        Number of task vectors.
     exact : bool
         Whether whole spectra are computed.
     start, largest : int
-        Directions to compute at first, and at most.
+        Numbers of directions to compute at first, and at most.
     """
 
     shape: tuple[int, int]
@@ -119,7 +123,10 @@ class Effort:
     def of(
         cls, shape: tuple[int, int], *, roles: int, start: int, forced: bool, whole: bool
     ) -> Effort:
-        """The effort for `start` directions; more only if not `forced`, all if `whole`."""
+        """Return the effort for `start` directions.
+
+        The number may grow unless it is `forced`. Spectra are computed whole if `whole`.
+        """
         smaller = min(shape)
         start = min(start, smaller, MAX_SUBSPACE)
         # A sketch's last subspace has MAX_DEPTH / 2 * start columns.
@@ -131,34 +138,34 @@ class Effort:
         return cls(shape, roles, exact, start, max(start, largest))
 
     def depth_limit(self, rank: int) -> int:
-        """Krylov blocks at most for sketches of `rank` directions."""
+        """Return how many Krylov blocks a sketch of `rank` directions has at most."""
         return MAX_DEPTH if rank == self.start else GROWN_DEPTH
 
     def most_nodes(self, rank: int) -> int:
-        """Quadrature nodes of each probe at most, where sketches are of `rank` directions."""
+        """Return how many quadrature nodes each probe has at most with `rank` directions."""
         return max(QUADRATURE_DEPTHS) if rank <= self.start else GROWN_QUADRATURE
 
     def _most_passes(self) -> int:
-        """Passes where every sketch goes as deep as it may, and the sums need one of their own.
+        """Return the passes when every sketch is as deep as allowed and the sums need a second one.
 
-        That one brings the images along.
+        The second sketch computes the images in one of its passes.
         """
         count = self._sketch(MAX_DEPTH) + self._sketch(self.most_nodes(self.start))
         if self.largest > self.start:
-            # The rank grows at the first look that may tell so, or never.
+            # The rank grows after MIN_DEPTH blocks or never.
             grown = self._sketch(MIN_DEPTH) + self._sketch(self.depth_limit(self.largest))
             count = max(count, grown + self._sketch(self.most_nodes(self.largest)))
         return count
 
     def _sketch(self, depth: int) -> int:
-        """Passes of a sketch: that of a wide weight starts with a preliminary one."""
+        """Return the passes of a sketch; a wide weight's sketch has a preliminary one more."""
         return depth + (self.shape[1] > self.shape[0])
 
     def cost(self, *, item: int, images: bool, usual_depth: int) -> AnalysisCost:
-        """Bytes, which the comments name, and passes: at most, and usually.
+        """Return the largest number of bytes, and the largest and the usual number of passes.
 
-        A usual sketch has `usual_depth` Krylov blocks. `images` tells whether the experts' images
-        are wanted, which may take one more pass.
+        A product takes `item` bytes an entry. A usual sketch has `usual_depth` Krylov blocks.
+        `images` tells whether the experts' images are wanted, which may take one more pass.
         """
         out_features, in_features = self.shape
         if self.exact:
@@ -177,10 +184,10 @@ class Effort:
             self.depth_limit(rank) * _block(rank),
             max(QUADRATURE_DEPTHS) * QUADRATURE_BLOCK,
         )
-        # q and y in the arithmetic dtype, z in float32
+        # The blocks q and y are in the arithmetic dtype, and z is in float32.
         krylov = columns * (in_features * (item + 4) + out_features * item)
-        # orthonormalisation: the probes, the block, one of the basis in float32 or QR's result, and
-        # that rounded
+        # Orthonormalisation holds the probes, the block, a basis block in float32 or QR's result,
+        # and the rounded result.
         temporary = 4 * max(self.shape) * block * 4
         vectors = 3 * in_features * rank * 4
         carried = out_features * 2 * rank * 4
@@ -191,7 +198,7 @@ class Effort:
 
 
 def find_spectra(weight: WeightContext, effort: Effort, judge: Judge) -> PassesOf[list[Spectrum]]:
-    """Leading directions of every task vector; their sums too where the effort is exact."""
+    """Find the leading directions of every task vector, and the sums if the effort is exact."""
     if effort.exact:
         return (yield from _exact(weight, effort))
     return (yield from _sketched(weight, effort, judge))
@@ -200,7 +207,10 @@ def find_spectra(weight: WeightContext, effort: Effort, judge: Judge) -> PassesO
 def finish_spectra(
     weight: WeightContext, effort: Effort, spectra: list[Spectrum], carried: Tensor | None
 ) -> PassesOf[tuple[list[Spectrum], list[Tensor]]]:
-    """Spectra with accurate sums, and dM_k X [out, r] for each expert where X is `carried`."""
+    """Complete the spectra with accurate sums, and return them with each expert's images.
+
+    The images are dM_k X [out, r] for X = `carried` [in, r]; there are none if that is None.
+    """
     if any(spectrum.sums is None for spectrum in spectra):
         most = effort.most_nodes(spectra[0].sigma.numel())
         return (yield from _deflated_sums(weight, spectra, carried, most))
@@ -212,7 +222,7 @@ def finish_spectra(
 
 
 def _exact(weight: WeightContext, effort: Effort) -> PassesOf[list[Spectrum]]:
-    """Whole spectra, one after another so that one float64 Gram matrix lives at a time."""
+    """Compute whole spectra, one after another, so that only one float64 Gram matrix is held."""
     spectra = []
     for role in range(effort.roles):
         products = yield [Pass(dense=True) if r == role else None for r in range(effort.roles)]
@@ -234,7 +244,7 @@ def _exact(weight: WeightContext, effort: Effort) -> PassesOf[list[Spectrum]]:
 
 
 def _sketched(weight: WeightContext, effort: Effort, judge: Judge) -> PassesOf[list[Spectrum]]:
-    """Block Krylov sketches of all task vectors in step, until the verdict is clear."""
+    """Advance block Krylov sketches of all task vectors together until the verdict is clear."""
     rank = effort.start
     while True:
         sketches = _sketches(weight, [None] * effort.roles, _block(rank), "directions")
@@ -256,7 +266,10 @@ def _sketched(weight: WeightContext, effort: Effort, judge: Judge) -> PassesOf[l
 def _own_sums(
     weight: WeightContext, spectra: list[Spectrum], sketches: list[Sketch], most: int
 ) -> PassesOf[list[Spectrum]]:
-    """With sums from the sketches themselves, carried on if need be; else with what is settled."""
+    """Add sums to the spectra from the sketches themselves, with more passes if need be.
+
+    If a sketch cannot give the sums, add the settled directions for a second sketch instead.
+    """
     counts = [_settled_count(spectrum) for spectrum in spectra]
     norms = weight.squared_norms()
     while True:
@@ -284,7 +297,7 @@ def _own_sums(
 def _deflated_sums(
     weight: WeightContext, spectra: list[Spectrum], carried: Tensor | None, most: int
 ) -> PassesOf[tuple[list[Spectrum], list[Tensor]]]:
-    """A second sketch of each task vector, outside the directions that are settled."""
+    """Compute the sums and images with a second sketch that leaves out the settled directions."""
     settled = [spectrum.settled for spectrum in spectra]
     sketches = _sketches(weight, settled, QUADRATURE_BLOCK, "sums")
     doubted = [
@@ -310,7 +323,7 @@ def _deflated_sums(
 
 
 def _one_pass(weight: WeightContext, sketches: Sequence[Sketch]) -> PassesOf[None]:
-    """One pass over the rows, shared by all sketches."""
+    """Make one pass over the rows for all sketches together."""
     got = yield [sketch.next_pass() for sketch in sketches]
     weight.parallel(_absorb, list(zip(sketches, got, strict=True)))
 
@@ -324,7 +337,7 @@ def _absorb(pair: tuple[Sketch, Products | None]) -> None:
 def _sketches(
     weight: WeightContext, deflate: Sequence[Deflation | None], block: int, purpose: str
 ) -> list[Sketch]:
-    """A fresh sketch of each task vector, kept off the directions in `deflate`."""
+    """Begin a sketch of each task vector that leaves out the directions in `deflate`."""
 
     def make(role: int) -> Sketch:
         return Sketch(
@@ -342,7 +355,7 @@ def _sketches(
 
 
 def _block(rank: int) -> int:
-    """Columns of a Krylov block whose first look sees 2 * rank directions."""
+    """Return how many columns a Krylov block has, so that MIN_DEPTH blocks span 2 * rank."""
     return max(8, -(-2 * rank // MIN_DEPTH))
 
 
@@ -351,7 +364,10 @@ def _depth(sketches: Sequence[Sketch]) -> int:
 
 
 def _spectrum(rank: int, shape: tuple[int, int], sketch: Sketch) -> Spectrum:
-    """The leading `rank` triplets of a sketch; a rank below the subspace's size is the matrix's."""
+    """Return the leading `rank` singular triplets of a sketch.
+
+    If the subspace's numerical rank is below its size, it is the rank of the whole matrix.
+    """
     found = sketch.krylov.singular_triplets(max(rank, 2))
     numerical = numerical_rank(found.all_values, shape)
     return Spectrum(
@@ -364,7 +380,7 @@ def _spectrum(rank: int, shape: tuple[int, int], sketch: Sketch) -> Spectrum:
 
 
 def _without_faint(spectra: Sequence[Spectrum], norms: Sequence[float]) -> list[Spectrum]:
-    """The spectra; those whose products underflowed have no rank."""
+    """Return the spectra, with rank 0 for those whose products underflowed."""
     return [
         replace(spectrum, rank=0, is_faint=True) if 0 < norm < FAINT else spectrum
         for spectrum, norm in zip(spectra, norms, strict=True)
@@ -392,7 +408,7 @@ def _spreads(spectra: Sequence[Spectrum]) -> list[float]:
 
 
 def _settled_count(spectrum: Spectrum) -> int:
-    """How many leading directions have a small angle error, so that they need no further look."""
+    """Count the leading directions whose angle errors are small enough to leave them out later."""
     if not spectrum.rank:
         return 0
     good = (spectrum.angles < 5 * ANGLE) & (spectrum.sigma > 1e-5 * spectrum.sigma[0])
@@ -402,7 +418,7 @@ def _settled_count(spectrum: Spectrum) -> int:
 def _side_by_side(
     carried: Tensor | None, again: Tensor | None, dtype: torch.dtype
 ) -> Tensor | None:
-    """What to multiply by in one pass: in float32 where something is doubted, else in `dtype`."""
+    """Join the matrices to multiply by in one pass; the result is float32 if `again` is given."""
     if again is None:
         return None if carried is None else carried.to(dtype)
     return again if carried is None else torch.cat([carried.float(), again], dim=1)

@@ -43,6 +43,9 @@ class TaskArithmetic(LinearMethod[TaskArithmeticParameters]):
             raise RecipeError("symmetric task arithmetic has one scale; give it once, for all.")
 
     def coefficients(self) -> tuple[float, ...]:
-        """The experts' scales; where the merge is symmetric, the MLLM's task vector has one too."""
+        """Return the coefficient of the MLLM's task vector, then the experts' scales.
+
+        The MLLM's is scale - 1 if the merge is symmetric, because W_mllm already holds it once.
+        """
         of_mllm = self.common.scale - 1.0 if self.common.symmetric else 0.0
         return of_mllm, *(own.scale for own in self.parameters)

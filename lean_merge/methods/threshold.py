@@ -1,5 +1,6 @@
-"""Thresholds from the similarities of all weights: what is chance, and where a gap lies.
+"""Derive an expert's threshold from the similarities of all weights.
 
+The threshold lies above what chance explains, and in the gap between two groups if there is one;
 docs/method.md gives the reasons.
 """
 
@@ -15,32 +16,32 @@ from typing import Any
 from lean_merge.linalg import Split, null_cdf, null_quantile, otsu_split, uniform_distance
 
 FALSE = 0.01
-"""Probability that any of the weights passes for related by chance."""
+"""The probability that any weight at all passes for related by chance."""
 SEPARABLE = 0.8
-"""Share of the variance between two classes from which they are two; evenly spread values have
-0.75, normal ones 0.64."""
+"""Two classes count as distinct if this share of the variance lies between them. The share is 0.75
+for evenly spread values and 0.64 for normally distributed ones."""
 GAP = 0.05
-"""Distance of two neighbouring similarities that is more than the noise of either."""
+"""Two neighbouring similarities that differ by this much differ by more than their noise."""
 RELATED = 0.01
-"""p-value below which similarities are not those of unrelated task vectors."""
+"""Task vectors count as related if the p-value is smaller than this."""
 FAR = 0.5
-"""||task vector|| / ||W_0|| above which a model was hardly tuned from this base."""
+"""If ||task vector|| / ||W_0|| is larger, the model was hardly tuned from this base."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One weight and one expert.
+    """The similarity of one weight for one expert, and what is needed to judge it.
 
     Attributes
     ----------
     similarity
-        What is compared with the threshold.
+        The similarity that is compared with the threshold.
     in_features
-        n of the null law.
+        The dimension n of the null law.
     directions
-        Of how many chance cosines `similarity` is the largest: 1 for s_1.
+        The number of cosines of which `similarity` is the largest; it is 1 for s_1.
     bearable
-        Similarity from which chance carries little of the update, by the law of the omitted.
+        From this similarity on, directions aligned by chance carry little of the update.
     ratios
         ||dV|| / ||W_0|| and ||dM|| / ||W_0||.
     """
@@ -54,26 +55,26 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What the similarities of one expert say of its threshold.
+    """The threshold that one expert's similarities suggest, and how it was found.
 
     Attributes
     ----------
     chance
-        The largest similarity of all weights that chance explains.
+        The largest similarity that chance explains in any of the weights.
     bearable
-        Similarity from which chance carries little of the update.
+        From this similarity on, directions aligned by chance carry little of the update.
     split
-        Of the similarities; None where there is no gap, or none that chance does not explain.
+        The two groups of the similarities; None if there is no gap that chance cannot explain.
     auto
-        The threshold.
+        The suggested threshold.
     explanation
-        How it came about, in sentences.
+        How the threshold was found, in sentences.
     related
-        Kolmogorov and Smirnov's distance from the null law, and p-value.
+        Kolmogorov and Smirnov's distance from the null law, and its p-value.
     warnings
-        Sentences for people, where the pair looks unrelated.
+        Sentences for people that say why the pair looks unrelated, if it does.
     samples
-        As given.
+        The samples that were given.
     """
 
     chance: float
@@ -86,7 +87,7 @@ class Survey:
     samples: tuple[Sample, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """As analysis.json has it."""
+        """Return the entry of analysis.json that describes this survey."""
         quantiles = [_quantile(each, 0.99) for each in self.samples]
         values = sorted(each.similarity for each in self.samples)
         steps = [step / 100 for step in range(101)]
@@ -116,7 +117,7 @@ class Survey:
 
 
 def survey(samples: Sequence[Sample]) -> Survey:
-    """The threshold that one expert's similarities suggest, and whether it is related at all."""
+    """Suggest a threshold for one expert, and test whether the expert is related at all."""
     found = tuple(samples)
     if not found:
         text = "No weight of this expert differs from the base's, so there is nothing to select."
@@ -133,7 +134,7 @@ def survey(samples: Sequence[Sample]) -> Survey:
     ):
         split = None
     middle = 0.0 if split is None else (split.below + split.above) / 2
-    # Two decimals are what a similarity is known to.
+    # Similarities are accurate to about two decimals.
     auto = min(1.0, math.ceil(max(chance, bearable, middle) * 100 - 1e-9) / 100)
     return Survey(
         chance=chance,

@@ -18,7 +18,7 @@ from lean_merge.methods.registry import register
 
 TRIM_OVER = ("weight", "model")
 Thresholds = tuple[tuple[float, ...], ...]
-"""For each task vector the magnitude from which its entries are kept."""
+"""For each task vector, the smallest magnitude at which its entries are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +69,14 @@ class Ties(ElementwiseMethod[TiesParameters]):
     def statistics(
         self, weight: WeightContext
     ) -> Generator[Sequence[Pass | None], Sequence[Products | None], Thresholds]:
-        """The thresholds of this weight, or those of the whole model."""
+        """Return the magnitude thresholds of this weight, or those of the whole model."""
         if self.common.trim_over == "model":
             found: Thresholds = weight.surveyed
             return found
         return (yield from self._thresholds())
 
     def survey(self) -> Survey | None:
-        """The thresholds over all weights, where these are asked for."""
+        """Ask for thresholds over all weights if the parameter `trim_over` is `model`."""
         if self.common.trim_over != "model":
             return None
         return Survey(("ties", self.common.density), 2, self._thresholds)
@@ -92,7 +92,10 @@ class Ties(ElementwiseMethod[TiesParameters]):
         return len(self.parameters) + 1
 
     def cost(self, shape: tuple[int, int], *, item: int) -> AnalysisCost:
-        """Counts of magnitudes, in two passes over every weight or over all together."""
+        """Return the cost of counting magnitudes, which takes two passes over the rows.
+
+        They belong to the survey if the thresholds are those of the whole model.
+        """
         passes = 0 if self.common.trim_over == "model" else 2
         return AnalysisCost(
             counting_bytes(self._models, 1),
@@ -103,11 +106,14 @@ class Ties(ElementwiseMethod[TiesParameters]):
 
     @property
     def scratch(self) -> int:
-        """The task vectors trimmed and weighed, the elected signs, what agrees, its weights."""
+        """Return how many blocks `fill` needs: one for each task vector, and three more.
+
+        The three hold the elected signs, which entries agree with them, and the sum of weights.
+        """
         return self._models + 3
 
     def fill(self, block: Block, out: Tensor) -> None:
-        """The merged task vector, scaled, less the MLLM's own."""
+        """Write the scaled merged task vector minus the MLLM's own task vector to `out`."""
         *weighed, signs, agrees, divisor = block.scratch
         weights = self.common.mllm_weight, *(own.weight for own in self.parameters)
         signs.zero_()
@@ -116,7 +122,7 @@ class Ties(ElementwiseMethod[TiesParameters]):
             torch.abs(task_vector, out=trimmed)
             torch.ge(trimmed, threshold, out=trimmed)
             signs.add_(trimmed.mul_(task_vector).mul_(weight))
-        # +1 where the sum is not negative, and -1 elsewhere.
+        # The sign is +1 where the sum is not negative, and -1 elsewhere.
         torch.ge(signs, 0.0, out=signs).mul_(2.0).sub_(1.0)
         out.zero_()
         divisor.zero_()
@@ -125,11 +131,11 @@ class Ties(ElementwiseMethod[TiesParameters]):
             torch.gt(agrees, 0.0, out=agrees)
             out.addcmul_(trimmed, agrees)
             divisor.add_(agrees, alpha=weight)
-        # Nothing is to be divided where none agrees.
+        # Where no task vector agrees, divide by 1 instead of 0.
         divisor.add_(torch.eq(divisor, 0.0, out=agrees))
         out.div_(divisor).mul_(self.common.scale).sub_(block.task_vectors[0])
 
 
 def _kept(density: float, count: int) -> tuple[int]:
-    """How many of so many entries are kept."""
+    """Return how many of `count` entries are kept."""
     return (round(density * count),)

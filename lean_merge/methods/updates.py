@@ -23,12 +23,12 @@ class Update(abc.ABC):
 
     @property
     def reads(self) -> tuple[bool, ...]:
-        """Which task vectors' rows `rows` needs: the MLLM's, then each expert's; empty for none."""
+        """Tell for each task vector, the MLLM's first, whether `rows` needs it; empty for none."""
         return ()
 
     @property
     def scratch(self) -> int:
-        """How many blocks of the size of `out` each worker lends to `rows`."""
+        """Return how many blocks of the size of `out` each worker lends to `rows`."""
         return 0
 
     @abc.abstractmethod
@@ -42,20 +42,24 @@ class Update(abc.ABC):
         task_vectors : sequence of Tensor [t, in] or None
             These rows of the task vectors, in their own dtype; None where `reads` is False.
         scratch : Tensor [k, t, in], float32
-            Memory to work with, `scratch` blocks of it, with anything in it.
+            Memory to work with; its contents are arbitrary, and k is the property `scratch`.
         """
 
     @abc.abstractmethod
     def digest(self) -> bytes:
-        """SHA-256 that is equal for two updates of one weight only if they write equal rows."""
+        """Return a SHA-256 that two updates of one weight share only if they write equal rows."""
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """Left [out, r] and right [r, in], float32, whose product is the update; None if there
-        are none, because its rank is full or unknown."""
+        """Return the factors left [out, r] and right [r, in], float32, whose product is the update.
+
+        The result is None if the update's rank is full or unknown.
+        """
         return None
 
     def norms(self, squared_norms: Sequence[float]) -> tuple[float, ...]:
-        """Frobenius norms of what each expert adds; empty where the task vectors' do not tell.
+        """Return the Frobenius norm of what each expert adds.
+
+        The result is empty if it does not follow from the task vectors' norms.
 
         Parameters
         ----------
@@ -66,44 +70,44 @@ class Update(abc.ABC):
         return ()
 
     def on_cpu(self) -> Update:
-        """This update with everything that it holds on the CPU, where rows are written."""
+        """Return this update with all its tensors on the CPU, where rows are written."""
         return self
 
 
 @dataclass(frozen=True, slots=True)
 class Combined(Update):
-    """sum_j coefficients[j] * task_vector_j, the MLLM's task vector first."""
+    """The update sum_j coefficients[j] * task_vector_j, in which the MLLM's is the first."""
 
     coefficients: tuple[float, ...]
 
     @property
     def reads(self) -> tuple[bool, ...]:
-        """Those whose coefficient is not zero."""
+        """Tell for each task vector whether its coefficient is not zero."""
         return tuple(coefficient != 0.0 for coefficient in self.coefficients)
 
     def rows(
         self, rows: slice, task_vectors: Sequence[Tensor | None], scratch: Tensor, out: Tensor
     ) -> None:
-        """The sum, in the order of the task vectors."""
+        """Write these rows of the sum to `out`, added in the order of the task vectors."""
         out.zero_()
         for coefficient, task_vector in zip(self.coefficients, task_vectors, strict=True):
             if coefficient and task_vector is not None:
                 out.add_(task_vector, alpha=coefficient)
 
     def digest(self) -> bytes:
-        """The digest of the coefficients."""
+        """Return SHA-256 of the coefficients."""
         packed = struct.pack(f"<{len(self.coefficients)}d", *self.coefficients)
         return hashlib.sha256(packed).digest()
 
     def norms(self, squared_norms: Sequence[float]) -> tuple[float, ...]:
-        """|coefficient| times the task vector's norm."""
+        """Return |coefficient| times the task vector's norm for each expert."""
         pairs = zip(self.coefficients[1:], squared_norms[1:], strict=True)
         return tuple(abs(c) * math.sqrt(square) if c else 0.0 for c, square in pairs)
 
 
 @dataclass(frozen=True, slots=True)
 class LowRank(Update):
-    """left @ right, with left [out, r] and right [r, in] in float32."""
+    """The update left @ right, with left [out, r] and right [r, in] in float32."""
 
     left: Tensor
     right: Tensor
@@ -111,27 +115,27 @@ class LowRank(Update):
     def rows(
         self, rows: slice, task_vectors: Sequence[Tensor | None], scratch: Tensor, out: Tensor
     ) -> None:
-        """These rows of the product."""
+        """Write these rows of the product to `out`."""
         torch.mm(self.left[rows], self.right, out=out)
 
     def digest(self) -> bytes:
-        """The digest of both factors."""
+        """Return SHA-256 of both factors."""
         return _digest_of(self.left, self.right)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Both factors."""
+        """Return both factors."""
         return self.left, self.right
 
     def on_cpu(self) -> LowRank:
-        """The same factors on the CPU."""
+        """Return the same update with its factors on the CPU."""
         return LowRank(self.left.cpu(), self.right.cpu())
 
 
 @dataclass(frozen=True, slots=True)
 class Dense(Update):
-    """A matrix [out, in] in float32, which the method computed whole.
+    """The update as a whole matrix [out, in] in float32, which the method computed.
 
-    `Method.cost` counts it as workspace.
+    `Method.cost` counts the matrix as workspace.
     """
 
     matrix: Tensor
@@ -139,15 +143,15 @@ class Dense(Update):
     def rows(
         self, rows: slice, task_vectors: Sequence[Tensor | None], scratch: Tensor, out: Tensor
     ) -> None:
-        """These rows of the matrix."""
+        """Write these rows of the matrix to `out`."""
         out.copy_(self.matrix[rows])
 
     def digest(self) -> bytes:
-        """The digest of the matrix."""
+        """Return SHA-256 of the matrix."""
         return _digest_of(self.matrix)
 
     def on_cpu(self) -> Dense:
-        """The same matrix on the CPU."""
+        """Return the same update with its matrix on the CPU."""
         return Dense(self.matrix.cpu())
 
 
