@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,10 @@ def kill_often(scene: Scene, *, kills: int, seed: int) -> Counter[str]:
     context = multiprocessing.get_context("forkserver")
     # The server imports torch once and computes nothing, so its forks are cheap and safe.
     context.set_forkserver_preload(["lean_merge", "support.scenes"])
+    with pytest.MonkeyPatch.context() as patch:
+        # Where the server looks for what it imports ahead; what is missing it skips in silence.
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
     seeded, found = random.Random(seed), Counter[str]()
     root = scene.folder / "killed"
     # As long as a merge takes here; measured, for machines differ.
