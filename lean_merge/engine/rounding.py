@@ -1,4 +1,4 @@
-"""From float32 results to the output dtype: nearest, or stochastic so that small updates count."""
+"""Round float32 results to the output dtype stochastically, so that small updates count."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from torch import Tensor
 
 
 def rounding_generator(seed: int, name: str, index: int) -> torch.Generator:
-    """A CPU generator for tile `index` of weight `name`: the same in any order, on any device."""
+    """Return a CPU generator for tile `index` of weight `name`.
+
+    Its numbers depend neither on the order in which tiles are written nor on the device.
+    """
     digest = hashlib.sha256(f"{seed}\0{name}\0rounding {index}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def round_stochastic(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Each of `values` (float32, CPU) to one of its two neighbours in `dtype`, right in the mean.
+    """Round each of `values` (float32, CPU) to one of its two neighbours in `dtype` at random.
 
-    The farther neighbour is taken with the probability |error of the nearest| / spacing.
+    The farther neighbour is taken with the probability |error of the nearest| / spacing, so that
+    the mean is exact.
     """
     nearest = values.to(dtype)
     if dtype == torch.float32:
@@ -31,7 +35,7 @@ def round_stochastic(values: Tensor, dtype: torch.dtype, generator: torch.Genera
 
 
 def _next_towards(values: Tensor, direction: Tensor) -> Tensor:
-    """The next number of a 16-bit float dtype after `values`, to the side of `direction`'s sign."""
+    """Return each value's next neighbour in its 16-bit float dtype, towards `direction`'s sign."""
     bits = values.view(torch.int16).int() & 0xFFFF
     negative = bits >= 0x8000
     outward = (direction > 0) != negative

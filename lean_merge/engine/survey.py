@@ -1,8 +1,7 @@
-"""The look at all weights that a method may need before the first of them is decided.
+"""Carry out the survey of all weights that a method may need before it decides on any of them.
 
-It is made anew by every run, an interrupted one that goes on and a verification too. The weights
-are read in the order of their canonical names, whatever files they are in, so that the sums are
-the same.
+Every run repeats the survey, even a resumed run or a verification. The weights are read in the
+order of their canonical names, whatever files they are in, so that the sums are always the same.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from lean_merge.tasks import WeightTask, task_dtype
 
 @dataclass(frozen=True, slots=True)
 class _Surveyed:
-    """A weight, how it is merged, and which parts of stored tensors it is read from."""
+    """A weight, the method that merges it, and the parts of stored tensors that it is read from."""
 
     weight: LogicalWeight
     method: Method[Any]
@@ -48,15 +47,15 @@ def survey(plan: Plan, reused: Container[int]) -> tuple[dict[Hashable, Any], int
     Parameters
     ----------
     reused
-        The tasks, by their place in the plan, that an interrupted run finished. Nothing is surveyed
-        where no weight is left to be decided.
+        The places in the plan of the tasks that an interrupted run finished. Nothing is surveyed if
+        no weight is left to decide.
 
     Returns
     -------
     dict
-        What the surveys return, by their keys.
+        The results of the surveys, by their keys.
     int
-        How many bytes were read.
+        The number of bytes that were read.
 
     Raises
     ------
@@ -98,7 +97,7 @@ def _sums(
     reader: TensorReader,
     workers: Workers,
 ) -> list[Products | None]:
-    """The products of one pass over all rows of all weights, summed over the weights."""
+    """Make one pass over all rows of all weights, and add up the weights' products."""
     nothing = torch.empty(0, dtype=torch.uint8)
     sums: list[Products | None] = []
     with (

@@ -1,4 +1,7 @@
-"""The task vectors of one logical weight, tile by tile, resident or read again for every pass."""
+"""Form the task vectors of one logical weight in tiles, and compute their products in passes.
+
+Some tiles stay resident in memory; the others are read again for every pass.
+"""
 
 from __future__ import annotations
 
@@ -19,29 +22,29 @@ from lean_merge.plan.formulas import LANES
 from lean_merge.tasks.tiles import READ_ELEMENTS, STRIP_ELEMENTS, row_tiles, strips
 
 _WIDTH = 32
-"""Widths of products are padded to a multiple of this."""
+"""Products are padded to a width that is a multiple of this."""
 _UNDERFLOWN = 1e-30
-"""Squares of norms that float32 holds only in part."""
+"""Below this, a squared norm in float32 may have lost terms that underflowed."""
 
 
 class TaskVectors:
-    """Row tiles of W_role - W_0 for the MLLM and every expert.
+    """The task vectors W_role - W_0 of the MLLM and every expert, in tiles of rows.
 
     Parameters
     ----------
     weight
-        Where the numbers are.
+        The logical weight, which tells where its numbers are stored.
     reader, workers
-        Who reads, and who computes.
+        The reader of the files, and the threads that compute.
     arena : Tensor, uint8, 1-D
-        Reused memory for resident tiles, on the device of the arithmetic.
+        Reused memory for resident tiles, on the device that computes.
     resident : int
-        How many tiles, from the first, to keep there.
+        How many tiles, from the first, to keep in the arena.
     task_dtype, dtype : torch.dtype
-        Of the task vectors, and of products with them.
+        The dtypes of the task vectors, and of products with them.
     uploader, landing
-        Who brings tiles to the device, and places there for tiles that are not resident; None
-        where the arithmetic runs on the CPU.
+        The uploader that brings tiles to the device, and memory there for tiles that are not
+        resident; the uploader is None if the CPU computes.
     """
 
     def __init__(
@@ -85,19 +88,19 @@ class TaskVectors:
 
     @property
     def lanes(self) -> range:
-        """The lanes that get any tile."""
+        """Return the lanes that get at least one tile."""
         return range(min(LANES, len(self.tiles)))
 
     def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The calling thread's reused buffer of that name, on the device of the arithmetic."""
+        """Return memory on the device that computes; on the CPU, each thread reuses its buffer."""
         if self.device.type == "cpu":
             return self._workers.buffer(name, shape, dtype)
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def leave_device(self) -> None:
-        """Let go of what lies on another device: from now on tiles are formed on the CPU.
+        """Release the memory on another device, and from now on form tiles on the CPU.
 
-        Writing needs few of them, and the files' bytes wait in the page cache.
+        Writing needs few tiles, and the files' bytes are still in the page cache.
         """
         if self._uploader is not None:
             self._uploader, self._landing, self._resident = None, (), []
@@ -105,14 +108,14 @@ class TaskVectors:
             self.device = torch.device("cpu")
 
     def squared_norms(self) -> list[float]:
-        """||W_role - W_0||_F^2 of every role; NaN for one whose tiles were not all read."""
+        """Return ||W_role - W_0||_F^2 for every role; NaN if not all its tiles were read."""
         return [
             math.fsum(math.nan if square is None else square for square in of_role)
             for of_role in zip(*self._squares, strict=True)
         ]
 
     def tile(self, index: int, wanted: Sequence[bool]) -> list[Tensor | None]:
-        """The wanted task vectors of one tile, in this thread; valid until its next call."""
+        """Return one tile's wanted task vectors; they are valid until this thread's next call."""
         if index < len(self._resident):
             if not self._formed[index]:
                 self._form(index, self._resident[index])
@@ -131,14 +134,14 @@ class TaskVectors:
         return tile.stop - tile.start, self.shape[1]
 
     def _form(self, index: int, out: Sequence[Tensor | None]) -> None:
-        """The task vectors of one tile into `out` on the CPU, and their squared norms."""
+        """Write the task vectors of one tile to `out` on the CPU, and keep their squared norms."""
         squares = self._subtract(self.tiles[index], out)
         for role, task_vector in enumerate(out):
             if task_vector is not None:
                 self._squares[index][role] = squares[role]
 
     def _subtract(self, tile: slice, out: Sequence[Tensor | None]) -> list[float]:
-        """The task vectors' rows of `tile` into `out`, strip by strip, and their squared norms."""
+        """Write the task vectors' rows to `out` strip by strip, and return their squared norms."""
         squares = [0.0] * len(out)
         whole = self._turn(tile, out)
         for rows in strips(tile, self.shape[1], READ_ELEMENTS):
@@ -162,9 +165,9 @@ class TaskVectors:
         return squares
 
     def _turn(self, tile: slice, out: Sequence[Tensor | None]) -> Tensor | None:
-        """Read whole tiles of rows that are stored as columns: the roles' into `out`.
+        """Read a whole tile of each weight whose rows are stored as columns; roles go into `out`.
 
-        Returns the base's, if it is stored so and is subtracted from any.
+        Return the base's tile if its rows are stored as columns and it is subtracted from any role.
         """
         wanted = [
             (source, into)
@@ -191,7 +194,7 @@ class TaskVectors:
     def _squared_norm(self, task_vector: Tensor, source: WeightSource, rows: slice) -> float:
         wide = task_vector
         if task_vector.dtype is not torch.float32:
-            # Widened in the cache first: reductions that widen by themselves take thrice as long.
+            # Widen first, in the cache, because reductions that widen take three times as long.
             wide = self._workers.buffer("norm", tuple(task_vector.shape), torch.float32)
             wide.copy_(task_vector)
         square = float(torch.dot(wide.view(-1), wide.view(-1)))
@@ -220,10 +223,10 @@ class TaskVectors:
                 )
 
     def run(self, wanted: Sequence[Pass | None]) -> list[Products | None]:
-        """One pass over the rows for all task vectors together.
+        """Make one pass over the rows for all task vectors together.
 
-        Tile t adds to lane t mod LANES, and lanes are summed in order, so that the result depends
-        neither on how many threads there are nor on which tiles are resident.
+        Tile t adds to lane t mod LANES, and the lanes are summed in order. So the result does not
+        depend on how many threads there are or on which tiles are resident.
         """
         sums = [_Sums(self, role, request) for role, request in enumerate(wanted)]
         inner = _InnerProducts(self, [request is not None and request.inner for request in wanted])
@@ -253,7 +256,7 @@ class TaskVectors:
         sums: list[_Sums],
         inner: _InnerProducts,
     ) -> None:
-        """Take one tile into the sums of its lane."""
+        """Add one tile to the sums of its lane."""
         lane, rows = index % LANES, self.tiles[index]
         for one, task_vector in zip(sums, tile, strict=True):
             if task_vector is not None:
@@ -261,7 +264,7 @@ class TaskVectors:
         inner.add(lane, tile)
 
     def _run_uploaded(self, uploader: Uploader, sums: list[_Sums], inner: _InnerProducts) -> None:
-        """All lanes together, in the order of the file: each lane still gets its tiles in order."""
+        """Run all lanes together in the tiles' order, so that each lane gets its tiles in order."""
         wanted = [one.request is not None for one in sums]
         parcels = [
             self._parcel(index, wanted)
@@ -280,7 +283,7 @@ class TaskVectors:
                 self._add(index, tile, sums, inner)
 
     def _sent(self, index: int, wanted: Sequence[bool]) -> Sequence[bool]:
-        """The roles that go over for a tile: all where they stay, for later passes too."""
+        """Tell which roles to upload for a tile: all if it stays resident, else the wanted ones."""
         return [True] * len(wanted) if index < len(self._resident) else wanted
 
     @staticmethod
@@ -300,7 +303,7 @@ class TaskVectors:
 
 
 class _Sums:
-    """The products of one task vector's pass while tiles come in."""
+    """The products of one task vector in one pass, which grow tile by tile."""
 
     def __init__(self, owner: TaskVectors, role: int, request: Pass | None) -> None:
         self.request = request
@@ -335,7 +338,7 @@ class _Sums:
         )
 
     def add(self, lane: int, rows: slice, tile: Tensor, *, first: bool) -> None:
-        """Take in one tile [t, in], the `first` of its lane or a later one."""
+        """Add one tile [t, in]; `first` tells whether it is the first of its lane."""
         request = self.request
         if request is None:
             return
@@ -359,7 +362,7 @@ class _Sums:
             self._reduced[lane] = part if total is None else total.add_(part)
 
     def _accumulate(self, total: Tensor, tile: Tensor, left: Tensor, *, first: bool) -> None:
-        """total += tile^T left."""
+        """Add tile^T left to `total`, or set `total` to it if the tile is the `first`."""
         product = self._buffer("product", tuple(total.shape), self._dtype)
         torch.mm(tile.T, left, out=product)
         if first:
@@ -368,7 +371,7 @@ class _Sums:
             total.add_(product)
 
     def finish(self, inner: Tensor | None) -> Products | None:
-        """The lanes summed in order, and the inner products with other task vectors."""
+        """Sum the lanes in order, and return the products together with `inner`."""
         if self.request is None:
             return None
         return Products(
@@ -383,7 +386,7 @@ class _Sums:
 
 
 class _InnerProducts:
-    """The inner products of all task vectors that ask for them, while tiles come in."""
+    """The inner products of all task vectors that ask for them, which grow tile by tile."""
 
     def __init__(self, owner: TaskVectors, wanted: Sequence[bool]) -> None:
         self._wanted = [role for role, one in enumerate(wanted) if one]
@@ -392,7 +395,7 @@ class _InnerProducts:
         self._lanes = [torch.zeros(size, size, dtype=torch.float64) for _ in owner.lanes]
 
     def add(self, lane: int, tile: Sequence[Tensor | None]) -> None:
-        """Take in one tile of all task vectors."""
+        """Add one tile of all task vectors."""
         columns = [task_vector for role in self._wanted if (task_vector := tile[role]) is not None]
         if not columns:
             return
@@ -401,7 +404,7 @@ class _InnerProducts:
             self._lanes[lane].addmm_(strip, strip.T)
 
     def finish(self) -> list[Tensor | None]:
-        """For each task vector its inner products with every one, the lanes summed in order."""
+        """Sum the lanes in order, and return each task vector's inner products with all."""
         total = _ordered_sum(self._lanes)
         assert total is not None
         rows: list[Tensor | None] = [None] * self._roles
@@ -413,7 +416,10 @@ class _InnerProducts:
 
 
 def _product(whole: Tensor, tile: Tensor, right: Tensor) -> Tensor:
-    """tile @ right in the dtype of `right`: the arithmetic one, or float32, strip by strip."""
+    """Return tile @ right in the dtype of `right`.
+
+    If that is float32 and not the arithmetic dtype, multiply `whole` strip by strip instead.
+    """
     if right.dtype == tile.dtype:
         return tile @ right
     cut = strips(slice(0, whole.shape[0]), whole.shape[1], READ_ELEMENTS)
@@ -421,9 +427,9 @@ def _product(whole: Tensor, tile: Tensor, right: Tensor) -> Tensor:
 
 
 def _padded(columns: Tensor) -> Tensor:
-    """`columns` [in, r] with zero columns up to a multiple of `_WIDTH`.
+    """Append zero columns to `columns` [in, r] up to a multiple of `_WIDTH`.
 
-    Kernels are compiled for every shape and kept; r differs from weight to weight.
+    Kernels are compiled and kept for every shape, and r differs from weight to weight.
     """
     missing = -columns.shape[1] % _WIDTH
     return torch.nn.functional.pad(columns, (0, missing)) if missing else columns

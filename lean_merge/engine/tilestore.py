@@ -1,4 +1,4 @@
-"""The MLLM's rows of one tile, read and written strip by strip wherever they are stored."""
+"""Read the MLLM's rows of one tile, and write the output's, strip by strip."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from lean_merge.store import WriteBytes
 
 
 class TileStore:
-    """One tile's rows in the input and in the output, in this thread.
+    """The rows of one tile in the input and in the output, for use by one thread.
 
-    Rows that are stored as columns are read, and written, a whole tile at a time: a few of them
-    would be a few bytes from each of very many places.
+    Rows that are stored as columns are read and written a whole tile at a time, because a few rows
+    would be a few bytes in each of very many places.
 
     Parameters
     ----------
     weight
         The logical weight.
     tile
-        Its rows.
+        The rows of the weight that make up the tile.
     dtype, write
-        Of the output, and what writes its tensor's bytes.
+        The output's dtype, and the function that writes the bytes of its tensor.
     reader, workers
-        Who reads, and whose buffers are used.
+        The reader of the files, and the workers whose buffers are used.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class TileStore:
         return self._weight.mllm.read(rows, self._reader, self._workers.buffer, "mllm")
 
     def within(self, rows: slice) -> slice:
-        """`rows` of the weight counted from the tile's first."""
+        """Return the weight's `rows`, counted from the tile's first row."""
         return slice(rows.start - self.rows.start, rows.stop - self.rows.start)
 
     def read(self, rows: slice) -> Tensor:
-        """The MLLM's rows [t, in] as they are stored; valid until the next call."""
+        """Return the MLLM's rows [t, in] in their stored dtype, valid until the next call."""
         return self._load(rows) if self._whole is None else self._whole[self.within(rows)]
 
     def write(self, rows: slice, values: Tensor) -> None:

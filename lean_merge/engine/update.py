@@ -1,4 +1,4 @@
-"""Writing one tensor: its bytes copied, or its rows with the update added and rounded once."""
+"""Write one tensor: copy its bytes, or add the update to its rows and round once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LOOKED_AT = FLOATING | {"F64"}
 
 @dataclass(frozen=True, slots=True)
 class OutputRows:
-    """How one logical weight's rows are written."""
+    """The dtype, rounding, seed and output with which one logical weight's rows are written."""
 
     dtype: torch.dtype
     rounding: str
@@ -33,10 +33,11 @@ class OutputRows:
 
 
 class RowWriter:
-    """Writes W_mllm + update, rounded once, for all rows of one logical weight.
+    """A writer of W_mllm + update, rounded once, for all rows of one logical weight.
 
-    Without an update the rows are the MLLM's own, byte for byte where the dtype is the same. All is
-    done on the CPU, where the MLLM's bytes are and the output's are to be; so is the update.
+    Without an update the MLLM's own rows are written, byte for byte if the dtype is the same. The
+    work is done on the CPU, which holds the MLLM's bytes and the output's; the update must be there
+    too.
     """
 
     def __init__(
@@ -53,17 +54,17 @@ class RowWriter:
         self._reader = reader
         self._workers = workers
         self._wanted = () if update is None else update.reads
-        # Rows that no pass has read have not been checked for NaN and Inf.
+        # If no pass has read the rows, they have not been checked for NaN and Inf.
         self._seen = not math.isnan(vectors.squared_norms()[0])
 
     @property
     def tiles(self) -> range:
-        """The numbers of the tiles."""
+        """Return the indices of the tiles."""
         return range(len(self._vectors.tiles))
 
     @property
     def reads_task_vectors(self) -> bool:
-        """Whether the task vectors must stay until all tiles are written."""
+        """Return whether the task vectors are needed until all tiles are written."""
         return any(self._wanted)
 
     def write_tile(self, index: int) -> Written:
@@ -118,14 +119,15 @@ class RowWriter:
         rounded = self._rounded(after, generator)
         change = self._workers.buffer("change", shape, torch.float32).copy_(rounded).sub_(before)
         along, squared = _dot(change, update), _dot(update, update)
-        # Any NaN or Inf in the result is one in the product, which else is finite unless huge.
+        # A NaN or Inf in the result makes this product NaN or Inf; otherwise it is finite, unless
+        # it is huge.
         if not math.isfinite(along):
             self._check_finite(after, rounded)
         store.write(rows, rounded)
         return Written(along, squared)
 
     def _write_unchanged(self, rows: slice, store: TileStore) -> None:
-        """The MLLM's rows: as they are, or in another dtype."""
+        """Write the MLLM's rows as they are, or converted to another dtype."""
         weights = store.read(rows)
         if not self._seen or weights.dtype != self._output.dtype:
             values = self._workers.buffer("before", tuple(weights.shape), torch.float32)
@@ -143,7 +145,7 @@ class RowWriter:
         return out.copy_(values)
 
     def _check_finite(self, values: Tensor, rounded: Tensor) -> None:
-        """Refuse `rounded` if it holds NaN or Inf, saying which of the two ways they came."""
+        """Refuse `rounded` if it holds NaN or Inf, and say whether the rounding caused them."""
         if bool(torch.isfinite(rounded).all()):
             return
         source = self._vectors.weight.mllm
@@ -159,12 +161,12 @@ class RowWriter:
 
 
 def _dot(first: Tensor, second: Tensor) -> float:
-    """Inner product of a strip, in float32: its sum is short."""
+    """Return the inner product of two strips; they are so short that float32 suffices."""
     return float(torch.dot(first.view(-1), second.view(-1)))
 
 
 def torch_name(dtype: torch.dtype) -> str:
-    """The name of a dtype as users write it: float16."""
+    """Return the name of a dtype as users write it, such as float16."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -1,7 +1,7 @@
 """Pure mathematics on torch tensors: Krylov subspaces, spectra, nuclear norms, similarity.
 
-Nothing here knows of files. A matrix is never held: its owner makes one pass over its rows for
-each `Pass` that is asked for, and hands back the `Products`.
+Nothing here knows of files or holds a whole matrix. The code asks for a `Pass`; the matrix's owner
+makes one pass over its rows and hands back the `Products`.
 """
 
 from lean_merge.linalg.krylov import BlockKrylov, Deflation

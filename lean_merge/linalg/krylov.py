@@ -1,9 +1,9 @@
 """Block Krylov subspaces of B^T B and their Ritz pairs, in few passes over B.
 
-Musco and Musco 2015 (arXiv:1504.05477) for the accuracy of block Krylov; Golub and Kahan 1965 for
-the two sides. The subspace is built with products in a cheap dtype (bfloat16 where it pays); the
-small problems are float64 and use the rounded basis as it is, so that rounding moves the subspace a
-little (second order in every angle) but never the projected matrix.
+Musco and Musco 2015 (arXiv:1504.05477) prove the accuracy of block Krylov subspaces; Golub and
+Kahan 1965 introduce the two sides. The subspace is built with products in a cheap dtype (bfloat16
+where it pays). The small problems are solved in float64 and use the rounded basis as it is, so that
+rounding moves the subspace a little (second order in every angle) but not the projected matrix.
 """
 
 from __future__ import annotations
@@ -16,28 +16,30 @@ from torch import Tensor
 from lean_merge.linalg.passes import Pass, Products, gram64, orthonormalize, remove_components
 
 _INDEPENDENT = 1e-12
-"""Directions of a scaled basis whose squared norm falls below this share are dropped."""
+"""Directions of a scaled basis are dropped if their squared norm falls below this share."""
 _DISTINCT = 1e-2
-"""The same for right blocks: orthonormal but for rounding, unless nothing new was left to find."""
+"""This is the same share for right blocks. They are orthonormal except for rounding, unless nothing
+new was left to find."""
 
 
 _NEARLY = 0.9
-"""Distance from the identity up to which a scaled metric has no direction to leave out."""
+"""A scaled metric that is closer to the identity than this has no direction to leave out."""
 
 
 @dataclass(frozen=True, slots=True)
 class Triplets:
-    """Leading singular triplets of a sketch.
+    """The leading singular triplets of a sketch.
 
     Attributes
     ----------
     sigma : Tensor [k], float64
+        Singular values, descending.
     vectors : Tensor [in, k], float32
         Right singular vectors.
     angles : Tensor [k], float64
-        Sine between each vector and its estimate half an iteration before.
+        Sine of the angle between each vector and its estimate half an iteration earlier.
     all_values : Tensor [m], float64
-        Every Ritz value's root, from products that are accurate far below sigma_1.
+        Square roots of all Ritz values, from products that are accurate far below sigma_1.
     """
 
     sigma: Tensor
@@ -48,7 +50,7 @@ class Triplets:
 
 @dataclass(frozen=True, slots=True)
 class Deflation:
-    """Directions that are settled and kept out of a later sketch.
+    """The settled directions, which a later sketch leaves out.
 
     `vectors` [in, c] float32 are orthonormal, `images` [out, c] float32 are B times them and
     orthogonal, and `sigma` [c] float64 are the images' lengths, descending.
@@ -61,23 +63,26 @@ class Deflation:
 
 @dataclass(frozen=True, slots=True)
 class Ritz:
-    """Ritz pairs: `theta` [k] descending approximates sigma^2; `coefficients` [m, k] in a basis."""
+    """Ritz values `theta` [k], descending, and Ritz vectors as `coefficients` [m, k] in a basis.
+
+    The Ritz values approximate sigma^2.
+    """
 
     theta: Tensor
     coefficients: Tensor
 
 
 class BlockKrylov:
-    """The Krylov subspace span{Q, A Q, A^2 Q, ...} of A = B^T B, one block a pass.
+    """The Krylov subspace span{Q, A Q, A^2 Q, ...} of A = B^T B; each pass adds a block.
 
     Parameters
     ----------
     start : Tensor [in, b], float32
-        Any full-rank start; it is orthonormalised here.
+        Any full-rank start block; it is orthonormalised here.
     dtype : torch.dtype
         Arithmetic dtype of the products with B.
     deflate : Tensor [in, c], optional
-        Orthonormal right singular vectors kept out of the subspace.
+        Orthonormal right singular vectors that are kept out of the subspace.
 
     Attributes
     ----------
@@ -101,20 +106,20 @@ class BlockKrylov:
 
     @property
     def depth(self) -> int:
-        """Blocks absorbed so far."""
+        """Return how many blocks were absorbed so far."""
         return len(self.z)
 
     @property
     def columns(self) -> int:
-        """Columns of the subspace so far; fewer Ritz values than these mean a smaller rank."""
+        """Return how many columns the subspace has; fewer Ritz values mean a smaller rank."""
         return self.qq.shape[0]
 
     def next_pass(self) -> Pass:
-        """The pass that the next `absorb` expects."""
+        """Return the pass whose products the next `absorb` expects."""
         return Pass(gram=self._next)
 
     def absorb(self, products: Products) -> None:
-        """Take in y = B Q and z = B^T y of the pass last asked for, and extend the subspace."""
+        """Extend the subspace by y = B Q and z = B^T y, the products of the last `next_pass`."""
         assert products.y is not None and products.z is not None
         z = products.z
         if self._deflate is not None:
@@ -129,7 +134,8 @@ class BlockKrylov:
         self._next = self._orthonormal(z.clone())
 
     def _orthonormal(self, block: Tensor) -> Tensor:
-        # A basis that is rounded when stored is orthonormal only to 1e-3, whatever is done here.
+        # One round suffices for a basis that is rounded when stored: that is orthonormal only to
+        # about 1e-3 anyway.
         for _ in range(1 if self._rounded else 2):
             if self._deflate is not None:
                 remove_components(block, self._deflate)
@@ -138,18 +144,21 @@ class BlockKrylov:
         return orthonormalize(block).to(self._dtype)
 
     def right(self) -> Ritz:
-        """Ritz pairs of B^T B on the span of the right blocks `q`."""
+        """Return the Ritz pairs of B^T B on the span of the right blocks `q`."""
         if self._right is None:
-            # Asked for by a look, by the sums, and by what is settled, between two passes.
+            # The result is kept until the next pass, because several callers ask for it.
             self._right = generalized_ritz(self.yy, self.qq, independent=_DISTINCT)
         return self._right
 
     def left(self) -> Ritz:
-        """Ritz pairs of B B^T on the span of the left blocks `y`: half an iteration further."""
+        """Return the Ritz pairs of B B^T on the span of the left blocks `y`.
+
+        They are half an iteration ahead of those of the right blocks.
+        """
         return generalized_ritz(self.zz, self.yy)
 
     def settled(self, count: int) -> Deflation:
-        """The leading `count` directions in the right blocks' span, whose images are at hand."""
+        """Return the leading `count` directions in the right blocks' span, and their images."""
         right = self.right()
         weights = right.coefficients[:, :count].float()
         return Deflation(
@@ -159,16 +168,16 @@ class BlockKrylov:
         )
 
     def singular_triplets(self, count: int) -> Triplets:
-        """The leading `count` triplets.
+        """Return the leading `count` singular triplets.
 
-        V comes from the left Ritz vectors, V = B^T U / sigma. The angle is taken between it and
-        the right Ritz vector of the same rank, one half-iteration older: an error estimate that
-        bounds V's own error from above where the iteration converges.
+        V is computed from the left Ritz vectors: V = B^T U / sigma. Its angle is measured to the
+        right Ritz vector of the same index, which is half an iteration older. Where the iteration
+        converges, this angle bounds V's own error from above.
 
-        Columns of y that share one large direction cancel it only down to their rounding, and
-        there z is no longer B^T y: left vectors that lie so low would pass for large ones. The left
-        problem is therefore solved above the rounding alone, and what is below keeps its right
-        vector, with no claim to an angle.
+        Columns of y that share one large direction cancel it only down to their rounding, where z
+        is no longer B^T y. Left vectors of so small a size would pass for large ones. The left
+        problem is therefore solved only for directions above the rounding. Those below keep their
+        right Ritz vector, and the sine of their angle is given as 1.
         """
         right = self.right()
         # z has an error of eps sigma_1^2, which a direction of size sigma_i divides by sigma_i.
@@ -186,7 +195,7 @@ class BlockKrylov:
         below = slice(above, min(count, int((right.theta > 0).sum())))
         rest = right.theta[below].sqrt()
         if rest.numel():
-            # Below what the left problem found, so that the order is one.
+            # These are capped at the left problem's smallest value, so that all stay in order.
             sigma = torch.cat([sigma, rest.minimum(sigma[-1:]) if above else rest])
             vectors = torch.cat([vectors, combine(self.q, right.coefficients[:, below])], dim=1)
             angles = torch.cat([angles, torch.ones_like(rest)])
@@ -198,7 +207,7 @@ def generalized_ritz(
 ) -> Ritz:
     """Solve N s = theta M s for symmetric N and semidefinite M [m, m] in float64, on M's range.
 
-    The range leaves out what is below `independent` of the largest eigenvalue of the scaled M.
+    Eigenvalues of the scaled M that are below `independent` times its largest are left out.
     """
     if not metric.numel():
         return Ritz(metric.new_zeros(0), metric)
@@ -217,7 +226,10 @@ def generalized_ritz(
 
 
 def _inverse_root(metric: Tensor) -> Tensor:
-    """X [m, m] with X^T M X = 1 for a definite M, by Cholesky: a sixteenth of an eigenproblem."""
+    """Return X [m, m] with X^T M X = 1 for a positive definite M [m, m].
+
+    It uses Cholesky's decomposition, which takes a sixteenth of the time of an eigenproblem.
+    """
     lower = torch.linalg.cholesky(metric)
     identity = torch.eye(len(metric), dtype=metric.dtype)
     inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
@@ -225,7 +237,7 @@ def _inverse_root(metric: Tensor) -> Tensor:
 
 
 def combine(blocks: list[Tensor], coefficients: Tensor) -> Tensor:
-    """sum_j blocks[j] @ coefficients[rows of j]: [n, k] float32."""
+    """Return [n, k] float32: the blocks, side by side, times `coefficients` [m, k]."""
     out = torch.zeros(
         blocks[0].shape[0], coefficients.shape[1], dtype=torch.float32, device=blocks[0].device
     )
@@ -238,7 +250,10 @@ def combine(blocks: list[Tensor], coefficients: Tensor) -> Tensor:
 
 
 def grow_gram(gram: Tensor, old: list[Tensor], new: Tensor, *, rounded: bool) -> Tensor:
-    """The Gram matrix of [old..., new], given that of the old blocks; `rounded` as in `gram64`."""
+    """Extend `gram`, the Gram matrix of the `old` blocks, by the block `new`.
+
+    `gram64` explains `rounded`.
+    """
     size, width = gram.shape[0], new.shape[1]
     grown = gram.new_zeros(size + width, size + width)
     grown[:size, :size] = gram

@@ -1,9 +1,9 @@
-"""Exact order statistics of magnitudes, from counts of their bits.
+"""Find the k-th largest magnitude exactly by counting bit patterns.
 
-The bits of a floating-point number, its sign left out, are ordered as its magnitude is. So counts
-of bit patterns, which add up over rows and over weights, tell the k-th largest magnitude exactly:
-in one round for numbers of 16 bits, whose magnitudes have 32,768 patterns, and in two for float32,
-where the first round counts by the upper bits and the second by the lower ones.
+Without the sign, the bits of floating-point numbers are in the same order as their magnitudes. So
+counts of bit patterns, which add up over rows and over weights, tell the k-th largest magnitude
+exactly. For 16-bit numbers, whose magnitudes have 32,768 patterns, one round of counting suffices.
+For float32, a first round counts by the upper bits and a second one by the lower bits.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from torch import Tensor
 from lean_merge.linalg.passes import Pass, Products
 
 UPPER = 1 << 15
-"""Patterns of the upper 15 bits of a magnitude, which are all of it in 16-bit dtypes."""
+"""The number of patterns of a magnitude's upper 15 bits; 16-bit dtypes have no others."""
 LOWER = 1 << 16
-"""Patterns of the lower 16 bits of a magnitude in float32."""
+"""The number of patterns of the lower 16 bits of a magnitude in float32."""
 
 Ranks = Callable[[int], Sequence[int]]
-"""Given how many numbers there are, which of them are asked for: 1 for the largest."""
+"""A function from how many numbers there are to the ranks to find; rank 1 is the largest."""
 
 
 def count_upper(rows: slice, values: Tensor) -> Tensor:
-    """Counts [32768] int64 of `values` by the upper 15 bits of their magnitudes.
+    """Count `values` by the upper 15 bits of their magnitudes: [32768] int64.
 
     Parameters
     ----------
     rows
-        Not used; a `Reduction` is told which rows it is given.
+        This is not used, but every `Reduction` is given it.
     values : Tensor of float32, bfloat16 or float16
     """
     del rows
@@ -44,7 +44,7 @@ def count_upper(rows: slice, values: Tensor) -> Tensor:
 
 
 def count_lower(rows: slice, values: Tensor, *, uppers: Sequence[int]) -> Tensor:
-    """Counts [len(uppers), 65536] int64 of float32 `values` by the lower 16 bits.
+    """Count float32 `values` by their lower 16 bits: [len(uppers), 65536] int64.
 
     Row i counts those whose magnitudes have the upper bits `uppers[i]`.
     """
@@ -59,15 +59,15 @@ def count_lower(rows: slice, values: Tensor, *, uppers: Sequence[int]) -> Tensor
 def largest_magnitudes(
     ranks: Ranks, dtype: torch.dtype, *, count: int
 ) -> Generator[Sequence[Pass | None], Sequence[Products | None], tuple[tuple[float, ...], ...]]:
-    """The `ranks`-th largest magnitudes of each of `count` matrices of `dtype`.
+    """Find the `ranks`-th largest magnitudes of each of `count` matrices of `dtype`.
 
-    The generator asks for one pass, or for two where `dtype` is float32. What it is sent may be the
-    products of one weight, or their sums over many: the magnitudes are then those of all.
+    The generator asks for one pass, or for two if `dtype` is float32. It may be sent the products
+    of one weight, or their sums over many weights; then the magnitudes are those of all together.
 
     Returns
     -------
     tuple of tuple of float
-        For each matrix its magnitudes, in the order of `ranks`; infinity for the rank 0.
+        For each matrix, its magnitudes in the order of `ranks`; rank 0 gives infinity.
     """
     got = yield [Pass(reduce=count_upper)] * count
     places = [_places(products, ranks) for products in got]
@@ -85,18 +85,18 @@ def largest_magnitudes(
 
 
 def counting_bytes(matrices: int, ranks: int) -> int:
-    """Bytes that `largest_magnitudes` holds of so many matrices, with partial sums, at most."""
+    """Return how many bytes `largest_magnitudes` holds at most, with partial sums."""
     return matrices * max(1, ranks) * 8 * LOWER * 8
 
 
 def _places(products: Products | None, ranks: Ranks) -> list[tuple[int, int]]:
-    """For each rank the upper bits of its magnitude, and its rank among those that share them."""
+    """Return for each rank its magnitude's upper bits, and its rank among those that share them."""
     counts = _reduced(products)
     return [_kth(counts, rank) for rank in ranks(int(counts.sum()))]
 
 
 def _kth(counts: Tensor, rank: int) -> tuple[int, int]:
-    """The bin of the `rank`-th largest, counted from 1, and its rank inside that bin."""
+    """Return the bin that holds the `rank`-th largest, counted from 1, and its rank in that bin."""
     down_to = counts.flip(0).cumsum(0)
     place = int(torch.searchsorted(down_to, rank))
     above = int(down_to[place - 1]) if place else 0
@@ -109,7 +109,7 @@ def _reduced(products: Products | None) -> Tensor:
 
 
 def _magnitude(bits: int, dtype: torch.dtype) -> float:
-    """The magnitude of these bits; infinity for those of NaN, which stand for the rank 0."""
+    """Return the magnitude that has these bits; the bits of NaN stand for rank 0: infinity."""
     integer = torch.int32 if dtype.itemsize == 4 else torch.int16
     magnitude = float(torch.tensor([bits], dtype=integer).view(dtype))
     return math.inf if math.isnan(magnitude) else magnitude

@@ -1,4 +1,4 @@
-"""The vocabulary between mathematics and data: what one pass over a matrix's rows computes."""
+"""Define what one pass over a matrix's rows can compute, and helpers for its products."""
 
 from __future__ import annotations
 
@@ -11,28 +11,30 @@ import torch
 from torch import Tensor
 
 CHUNK = 2048
-"""Rows widened to float64 at a time, so that the temporaries stay small."""
+"""So many rows are widened to float64 at a time, which keeps the temporaries small."""
 
 
 Reduction = Callable[[slice, Tensor], Tensor]
-"""Given some rows and their numbers [t, in] in B's own dtype, returns what they add to a sum.
+"""A function of some rows' indices and numbers [t, in], in B's own dtype, that returns a summand.
 
-All results have one shape and dtype, int64 or float64. The sum over all rows is made in a fixed
-order, but which rows come together is not the reduction's to choose.
+All summands have the same shape and dtype, int64 or float64. They are added over all rows in a
+fixed order, but the reduction cannot choose which rows it is given together.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """What one trip over the rows of B [out, in] shall compute; None and False ask for nothing.
+    """A request for what one pass over the rows of B [out, in] computes.
+
+    A field that is None or False asks for nothing.
 
     gram : Q [in, b]     -> Products.y = B Q [out, b] and Products.z = B^T y [in, b]
     project : P [out, b] -> Products.projected = B^T P [in, b]
-    times : X [in, r]    -> Products.times = B X [out, r]; in float32 where X is, whatever the rest
+    times : X [in, r]    -> Products.times = B X [out, r]; computed in float32 if X is float32
     dense : True         -> Products.dense = B [out, in] in float32
     reduce : Reduction   -> Products.reduced = the sum of its results
     inner : True         -> Products.inner [n] = <B, B_j> of all matrices that ask for it in this
-                            trip, NaN for the others
+                            pass, NaN for the others
     """
 
     gram: Tensor | None = None
@@ -45,10 +47,10 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class Products:
-    """What a `Pass` brought back.
+    """The results of a `Pass`.
 
-    `y` has the arithmetic dtype, `reduced` that of the reduction, `inner` is float64 on the CPU,
-    and all else is float32.
+    `y` has the arithmetic dtype, and `reduced` has that of the reduction. `inner` is float64 on the
+    CPU, and all other results are float32.
     """
 
     y: Tensor | None = None
@@ -60,11 +62,11 @@ class Products:
     inner: Tensor | None = None
 
     def is_finite(self) -> bool:
-        """Whether no product, summed over all rows, overflowed."""
+        """Return whether none of the products that are summed over all rows overflowed."""
         return all(_is_finite(one) for one in (self.z, self.projected) if one is not None)
 
     def __add__(self, other: Products) -> Products:
-        """The sums over two matrices' rows: of what was reduced, and of inner products."""
+        """Add the reductions and the inner products of two matrices; other products are dropped."""
         return Products(
             reduced=_added(self.reduced, other.reduced), inner=_added(self.inner, other.inner)
         )
@@ -80,10 +82,11 @@ def _is_finite(values: Tensor) -> bool:
 
 
 def random_block(rows: int, columns: int, *, seed: int, name: str, role: str) -> Tensor:
-    """Gaussian [rows, columns] in float32 on the CPU, the same on every machine and in any order.
+    """Return Gaussian random numbers [rows, columns] in float32 on the CPU.
 
-    The generator is seeded by SHA-256 of (seed, name, role): a start shared by two matrices would
-    make unconverged subspaces look aligned.
+    The generator is seeded by SHA-256 of (seed, name, role), so that the numbers are the same on
+    every machine and in any order of calls. Each matrix needs its own start, because a shared one
+    would make unconverged subspaces look aligned.
     """
     digest = hashlib.sha256(f"{seed}\0{name}\0{role}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -91,7 +94,7 @@ def random_block(rows: int, columns: int, *, seed: int, name: str, role: str) ->
 
 
 def gram64(a: Tensor, b: Tensor, *, rounded: bool = False) -> Tensor:
-    """a^T b [m, n] in float64 for a [k, m] and b [k, n] of any floating dtype.
+    """Return a^T b [m, n] in float64 for a [k, m] and b [k, n] of any floating dtype.
 
     The result is on the CPU, where small problems are solved faster than on any device. A device
     that lacks float64 sends its chunks there too.
@@ -99,8 +102,8 @@ def gram64(a: Tensor, b: Tensor, *, rounded: bool = False) -> Tensor:
     Parameters
     ----------
     rounded
-        The blocks are products rounded to 16 bits, whose own error of 4e-3 hides that of float32
-        sums over a chunk; three times as fast.
+        Whether the blocks are products rounded to 16 bits. Their own error of 4e-3 hides that of
+        float32 sums over a chunk, which are then used because they are three times as fast.
     """
     if not has_float64(a.device):
         a, b = a.cpu(), b.cpu()
@@ -113,17 +116,20 @@ def gram64(a: Tensor, b: Tensor, *, rounded: bool = False) -> Tensor:
 
 
 def has_float64(device: torch.device) -> bool:
-    """Whether a device computes in float64; Apple's does not."""
+    """Return whether a device can compute in float64; Apple's cannot."""
     return device.type != "mps"
 
 
 def remove_components(block: Tensor, basis: Tensor) -> None:
-    """block -= basis (basis^T block), in place, float32; `basis` [in, c] nearly orthonormal."""
+    """Subtract basis (basis^T block) from the float32 `block` [in, b] in place.
+
+    The columns of `basis` [in, c] must be nearly orthonormal.
+    """
     wide = basis.float()
     block.addmm_(wide, wide.T @ block, alpha=-1.0)
 
 
 def orthonormalize(block: Tensor) -> Tensor:
-    """Q [n, b] of the thin QR of `block` [n, b], float32."""
+    """Return the factor Q [n, b], float32, of the thin QR decomposition of `block` [n, b]."""
     q: Tensor = torch.linalg.qr(block)[0]
     return q

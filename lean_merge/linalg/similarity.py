@@ -1,4 +1,4 @@
-"""Similarity of corresponding singular directions, and the importance it gives them."""
+"""Compute how similar corresponding singular directions are, and how important that makes them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def corresponding_cosines(first: Tensor, second: Tensor) -> Tensor:
-    """s_i = |a_i . b_i| [r] float64 for vectors in the columns of a, b [in, r] (step 3)."""
+    """Return s_i = |a_i . b_i| [r] float64 for the columns of a and b [in, r] (step 3)."""
     count = min(first.shape[1], second.shape[1])
     first, second = first[:, :count].cpu(), second[:, :count].cpu()
     dots = (first * second).sum(0, dtype=torch.float64)
@@ -22,12 +22,12 @@ def corresponding_cosines(first: Tensor, second: Tensor) -> Tensor:
 def log_omitted(
     omitted: int, *, in_features: int, temperature: float, observed: Tensor | None = None
 ) -> float:
-    """Log of what `omitted` random directions add to the softmax denominator (computed rank).
+    """Return the logarithm of what `omitted` random directions add to the softmax denominator.
 
-    For i beyond the computed rank, s_i ~ |N(0, 1/in)|, so that exp(tau s_i) has the mean
-    2 exp(tau^2 / (2 in)) Phi(tau / sqrt(in)), and no draw of so many lies far beyond
-    sqrt(2 log(2 omitted) / in). Where the last quarter of the `observed` similarities is larger
-    than random ones are, its mean square takes the place of 1/in, and its largest the bound's.
+    For i beyond the computed rank, s_i ~ |N(0, 1/in)| is assumed, so that exp(tau s_i) has the mean
+    2 exp(tau^2 / (2 in)) Phi(tau / sqrt(in)), and none of the s_i lies far beyond the bound
+    sqrt(2 log(2 omitted) / in). If the last quarter of the `observed` similarities is larger than
+    random ones are, its mean square replaces 1/in, and its largest value may raise the bound.
     """
     if omitted <= 0:
         return -math.inf
@@ -48,7 +48,7 @@ def log_omitted(
 def importance(
     similarity: Tensor, *, temperature: float, relative: bool, log_tail: float = -math.inf
 ) -> Tensor:
-    """gamma [r] float64: softmax(tau s), or exp(tau (s - max s)) where `relative` (step 6)."""
+    """Return gamma [r] float64: softmax(tau s), or exp(tau (s - max s)) if `relative` (step 6)."""
     if similarity.numel() == 0:
         return similarity
     logits = temperature * similarity
@@ -60,10 +60,11 @@ def importance(
 
 @dataclass(frozen=True, slots=True)
 class Omitted:
-    """Modelled relative errors of the update when directions beyond the rank are not computed.
+    """The modelled relative errors of the update when directions beyond the rank are not computed.
 
-    `share` is the norm of the missing directions' weights gamma^2 against that of the computed;
-    `deviation` is what their random contribution to the denominator does to all weights.
+    `share` is the norm of the missing directions' weights gamma^2, divided by that of the computed
+    ones. `deviation` is the error of all weights that comes from the missing directions' random
+    contribution to the denominator.
     """
 
     share: float
@@ -73,7 +74,7 @@ class Omitted:
 def omitted_errors(
     similarity: Tensor, *, omitted: int, in_features: int, temperature: float, relative: bool
 ) -> Omitted:
-    """What leaving `omitted` directions out costs; holds only under the law of `log_omitted`."""
+    """Estimate the errors of leaving out `omitted` directions, by the model of `log_omitted`."""
     if omitted <= 0:
         return Omitted(0.0, 0.0)
 
@@ -89,7 +90,7 @@ def omitted_errors(
     share = math.exp(min(0.0, 0.5 * log_moment(4) - computed))
     if relative:
         return Omitted(share, 0.0)
-    # The denominator is corrected by the tail's mean; its deviation is what is left.
+    # The denominator is corrected by the tail's mean, so that only its deviation is an error.
     tail, second = log_moment(1), log_moment(2)
     spread = -math.expm1(min(0.0, 2 * tail - second - math.log(omitted)))
     total = _log_add(float(torch.logsumexp(temperature * similarity, 0)), tail)

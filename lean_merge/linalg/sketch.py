@@ -1,11 +1,12 @@
-"""A random sketch of one matrix: its leading singular triplets and the sums of its spectrum.
+"""Sketch a matrix at random to find its leading singular triplets and the sums of its spectrum.
 
-The sums are deflated stochastic Lanczos quadrature (Ubaru, Chen and Saad 2017; Golub and Meurant
-2010 for the Gauss-Radau rule). Four things make them accurate to a few parts in a thousand with 32
-probes and four passes:
+The sums come from deflated stochastic Lanczos quadrature (Ubaru, Chen and Saad 2017; Golub and
+Meurant 2010 for the Gauss-Radau rule). Four things make them accurate to a few parts in a thousand
+with 32 probes and four passes:
 
-- the probes stand on the smaller side of B, and what is computed already is left out: its nodes are
-  dropped from the sketch that found it (`own_sums`), or a second sketch is kept off it (`sums`);
+- the probes stand on the smaller side of B, and directions that are known already are left out:
+  `own_sums` drops their nodes from the sketch that found them, and `sums` uses a second sketch that
+  is orthogonal to them;
 - they are the start of one block Krylov space, so that all share its nodes;
 - the exact Frobenius norm is a control variate for the random error;
 - a Gauss and a Gauss-Radau rule are averaged 2 : 1. Where the spectrum touches zero, sqrt(theta) is
@@ -32,38 +33,38 @@ from lean_merge.linalg.passes import (
 )
 
 _ROUNDING = 1e-5
-"""Share of the whole squared norm that is not told from the rounding of float32 products."""
+"""This share of the squared norm cannot be told from the rounding of float32 products."""
 _UNSEEN = 4.0
-"""How many times what random probes see of a squared norm is more than they can have missed."""
+"""A squared norm of more than this many times what random probes see of it is not trusted."""
 FEWEST_PROBES = 32
-"""With fewer, chance shows in the sums."""
+"""With fewer probes, the sums are visibly random."""
 _CHANCE = 4.0
-"""Standard deviations that the probes' share of some fixed directions may be above its mean."""
+"""The probes' share of fixed directions may exceed its mean by this many standard deviations."""
 _NEARLY_ALL = 0.02
-"""Share below which what 16-bit products leave of the squared norm may be their rounding."""
+"""If 16-bit products leave a smaller share of the squared norm, it may be their rounding error."""
 
 
 @dataclass(frozen=True, slots=True)
 class SingularSums:
-    """A spectrum as counted values: `values` [k] descending, each standing for `counts` [k]."""
+    """A spectrum given by `values` [k], descending, and how many each stands for, `counts` [k]."""
 
     values: Tensor
     counts: Tensor
     nuclear: float
-    """Sum of all singular values."""
+    """The sum of all singular values."""
     spread: float = 0.0
-    """Distance of the two rules' results, as a share of `nuclear`; their mean is a tenth as far off
-    at most on spectra with a noise floor."""
+    """The difference of the two rules' results, as a share of `nuclear`. The error of their mean is
+    at most a tenth of it on spectra with a noise floor."""
     doubt: float = 0.0
-    """Share of `nuclear` that is estimated where products hold little but rounding."""
+    """The share of `nuclear` that is estimated from products that are mostly rounding error."""
 
     @classmethod
     def of_spectrum(cls, sigma: Tensor) -> SingularSums:
-        """The sums of a spectrum that is known whole: `sigma` [n] descending."""
+        """Return the sums of a whole spectrum `sigma` [n], descending."""
         return cls(values=sigma, counts=torch.ones_like(sigma), nuclear=float(sigma.sum()))
 
     def leading(self, count: int) -> float:
-        """Sum of the `count` largest singular values."""
+        """Return the sum of the `count` largest singular values."""
         before = torch.cumsum(self.counts, 0) - self.counts
         taken = (count - before).clamp_min(0).minimum(self.counts)
         return float((taken * self.values).sum())
@@ -77,23 +78,23 @@ class _Rule:
     mass: Tensor
 
     def beyond(self, count: int) -> _Rule:
-        """Without the first `count` nodes."""
+        """Return the rule without its first `count` nodes."""
         return _Rule(self.theta[count:], self.mass[count:])
 
 
 class Sketch:
-    """Random block Krylov sketch of B [out, in], fed by one `Pass` after another.
+    """A random block Krylov sketch of B [out, in], which one `Pass` after another extends.
 
     Parameters
     ----------
     shape : (int, int)
-        out, in.
+        The numbers of rows (out) and columns (in).
     block : int
-        Columns of the start, which are also the probes of the quadrature.
+        Number of columns of the start, which are also the probes of the quadrature.
     dtype, device
-        Arithmetic dtype of the products with B, and where they are made.
+        Arithmetic dtype of the products with B, and the device that computes them.
     seed, name, role
-        Seed of the start, see `random_block`.
+        What the random start is seeded by; see `random_block`.
     deflate : Deflation, optional
         Leading directions that are known already.
     """
@@ -137,23 +138,26 @@ class Sketch:
 
     @property
     def krylov(self) -> BlockKrylov:
-        """The subspace; there once the preliminary pass, if any, is absorbed."""
+        """Return the subspace; it exists once the preliminary pass, if any, is absorbed."""
         assert self._krylov is not None
         return self._krylov
 
     @property
     def depth(self) -> int:
-        """Krylov blocks absorbed so far."""
+        """Return how many Krylov blocks were absorbed so far."""
         return 0 if self._krylov is None else self._krylov.depth
 
     def next_pass(self) -> Pass:
-        """The pass that the next `absorb` expects; the first of a wide sketch is preliminary."""
+        """Return the pass whose products the next `absorb` expects.
+
+        The first pass of a wide matrix is preliminary.
+        """
         if self._krylov is not None:
             return self._krylov.next_pass()
         return Pass(project=self._probe)
 
     def absorb(self, products: Products) -> None:
-        """Take in what the pass last asked for brought back."""
+        """Extend the sketch by the products of the last `next_pass`."""
         if self._krylov is not None:
             self._krylov.absorb(products)
             return
@@ -164,10 +168,10 @@ class Sketch:
         self._begin()
 
     def doubted(self, squared_norm: float) -> Tensor | None:
-        """Vectors [in, c] float32 whose products `recheck` expects; None if all are sound.
+        """Return the vectors [in, c] float32 whose products `recheck` needs; None if it needs none.
 
-        Where the deflated vectors hold nearly all of B, what they leave is a difference of two
-        large sums, which takes float32 products.
+        If the deflated vectors hold nearly all of B, the remainder is a difference of two large
+        sums, and needs float32 products.
         """
         if self._deflate is None or not self._rounded or not self._deflate.shape[1]:
             return None
@@ -176,10 +180,10 @@ class Sketch:
         return self._deflate.float()
 
     def recheck(self, times: Tensor) -> None:
-        """Take in B times the doubted vectors, [out, c] float32."""
+        """Correct the deflated singular values by `times` [out, c] float32: B times `doubted`."""
         assert self._deflate is not None
         vectors = self._deflate.float()
-        # Lengths that are not quite 1 would pass for what is left.
+        # Without this metric, vectors whose lengths are not quite 1 would falsify the remainder.
         pairs = generalized_ritz(gram64(times, times), gram64(vectors, vectors))
         self._leading = pairs.theta.sqrt()
 
@@ -187,20 +191,22 @@ class Sketch:
         return squared_norm - float((self._leading**2).sum())
 
     def sums(self, squared_norm: float) -> SingularSums:
-        """The spectrum's sums, given the exact ||B||_F^2."""
+        """Return the spectrum's sums, given the exact ||B||_F^2."""
         if self._rest <= 0 or squared_norm == 0.0:
             return SingularSums.of_spectrum(self._leading)
         return _estimate(self._leading, self._rest, self._rules(), squared_norm)
 
     def own_sums(self, squared_norm: float, found: int) -> SingularSums | None:
-        """The same where nothing is deflated, but the `found` leading directions have converged.
+        """Return the sums from this sketch alone, without any deflation.
 
-        Each of these counts once, whatever probes hold of it, and what they hold of the others
-        speaks for the rest, which a second sketch kept off the same directions would ask.
+        The `found` leading directions have converged, so each counts once, however much of it the
+        probes hold. The probes' parts in other directions represent the rest of the spectrum, just
+        as the probes of a second sketch that leaves out the found directions would.
 
-        Returns None where only that second one can tell: there are few probes; what is left is lost
-        in the rounding of products; or so many singular values are alike that the probes themselves
-        decided which of their directions were found, and hold more of these than chance gives.
+        Return None if only a second sketch can give the sums. That is so if there are few probes,
+        or if the remainder is lost in the rounding of products, or if the probes hold more of the
+        found directions than chance explains. The last happens if so many singular values are alike
+        that the probes themselves decided which of their directions were found.
         """
         probes, rest = self._probe.shape[1], self._rest - found
         leading = self.krylov.right().theta[:found].sqrt()
@@ -217,7 +223,7 @@ class Sketch:
         return _estimate(leading, rest, (gauss, radau, total), squared_norm)
 
     def _rules(self) -> tuple[_Rule, _Rule, float]:
-        """The Gauss and the Gauss-Radau rule, and the probes' whole mass."""
+        """Return the Gauss rule, the Gauss-Radau rule, and the probes' whole mass."""
         krylov = self.krylov
         right = krylov.right()
         if not self._wide:
@@ -243,7 +249,7 @@ class Sketch:
 def _estimate(
     leading: Tensor, rest: int, rules: tuple[_Rule, _Rule, float], squared_norm: float
 ) -> SingularSums:
-    """The sums of `leading` singular values and of `rest` more, of which the rules tell."""
+    """Return the sums of the `leading` singular values and of `rest` more, which the rules give."""
     gauss, radau, total = rules
     remaining = squared_norm - float((leading**2).sum())
     # The difference of two large sums tells nothing once it is of the size of their rounding.
@@ -253,7 +259,7 @@ def _estimate(
     above = _mean_root(gauss, total, second_moment)
     below = _mean_root(radau, total, second_moment) if _is_sound(radau, total) else above
     tail = rest * max(0.0, (2 * above + below) / 3)
-    # Cauchy and Schwarz: what is left of the norm bounds the sum, even if only up to rounding.
+    # By Cauchy and Schwarz the rest of the norm bounds the sum, even if only up to rounding.
     tail = min(tail, math.sqrt(rest * max(remaining, _ROUNDING * squared_norm)))
     nuclear = float(leading.sum()) + tail
     nodes, counts = gauss.theta.sqrt(), rest * gauss.mass / total
@@ -270,12 +276,15 @@ def _estimate(
 
 
 def _is_sound(radau: _Rule, total: float) -> bool:
-    """False where nothing but rounding is left: the rule has more mass than the probes then."""
+    """Return whether the Radau rule holds more than rounding error.
+
+    If only rounding error is left, the rule has more mass than the probes.
+    """
     return float(radau.mass.sum()) <= 1.05 * total
 
 
 def _left(deflate: Deflation) -> Tensor:
-    """Orthonormal left directions [out, c] of the settled ones."""
+    """Return the orthonormal left singular vectors [out, c] of the settled directions."""
     inverse = torch.where(deflate.sigma > 0, 1 / deflate.sigma, torch.zeros_like(deflate.sigma))
     return deflate.images * inverse.float().to(deflate.images.device)
 
@@ -289,7 +298,10 @@ def _positive(theta: Tensor) -> Tensor:
 
 
 def _mean_root(rule: _Rule, total: float, second_moment: float | None) -> float:
-    """Mean of sqrt(theta) under `rule`, corrected by the known mean of theta (control variate)."""
+    """Return the mean of sqrt(theta) under `rule`.
+
+    The known mean of theta, `second_moment`, corrects it as a control variate.
+    """
     theta, mass = rule.theta, rule.mass / total
     root, mean = float((mass * theta.sqrt()).sum()), float((mass * theta).sum())
     if second_moment is None:

@@ -1,4 +1,4 @@
-"""Whole spectra of matrices that fit: the reference, and the small weights' shortest way."""
+"""Compute whole spectra of matrices that fit in memory, as a reference and for small weights."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ _RANK_EPS = torch.finfo(torch.float32).eps
 
 
 def exact_spectrum(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """All singular values [min(out, in)] and the leading `count` right vectors [in, count].
+    """Return all singular values [min(out, in)] and the leading `count` right vectors [in, count].
 
-    Eigen-decomposition in float64 of the smaller Gram matrix of `matrix` [out, in]; singular values
-    below 1e-8 of the largest are lost in rounding, far below the numerical rank's threshold.
-    Values are float64 on the CPU, vectors float32.
+    They come from a float64 eigendecomposition of the smaller Gram matrix of `matrix` [out, in].
+    Singular values below 1e-8 of the largest are lost in rounding, which is far below the numerical
+    rank's threshold. The values are float64 on the CPU, and the vectors are float32.
     """
     device = matrix.device
     work = matrix if has_float64(device) else matrix.cpu()
     wide = matrix.shape[1] > matrix.shape[0]
     tall = work.T if wide else work
-    # A large eigenproblem is the device's, if it can.
+    # The device solves the eigenproblem if it has float64.
     values, vectors = torch.linalg.eigh(gram64(tall, tall).to(work.device))
     sigma, leading = values.flip(0).clamp_min(0).sqrt(), vectors.flip(1)[:, :count]
     if wide:
@@ -30,7 +30,7 @@ def exact_spectrum(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _images(matrix: Tensor, vectors: Tensor, sigma: Tensor) -> Tensor:
-    """matrix @ vectors / sigma [n, k] in float32.
+    """Return matrix @ vectors / sigma [n, k] in float32.
 
     Its error of eps sigma_1 / sigma_i is far below 1e-3 wherever sigma_i counts for the rank.
     """
@@ -39,7 +39,7 @@ def _images(matrix: Tensor, vectors: Tensor, sigma: Tensor) -> Tensor:
 
 
 def numerical_rank(sigma: Tensor, shape: tuple[int, int]) -> int:
-    """Count of sigma_i > sigma_1 * max(out, in) * eps, eps that of float32 (method.md, step 2).
+    """Count the sigma_i > sigma_1 * max(out, in) * eps, with float32's eps (method.md, step 2).
 
     Task vectors are differences of numbers stored with at most float32's precision.
     """

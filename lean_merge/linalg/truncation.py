@@ -1,4 +1,4 @@
-"""Cutting a product of two factors to the smallest rank that keeps it, without forming it."""
+"""Cut a product of two factors to the smallest sufficient rank, without forming the product."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 _NOTHING = 1e-14
-"""Share of the energy below which a direction is rounding error of the Gram matrices."""
+"""A direction with a smaller share of the energy is rounding error of the Gram matrices."""
 
 
 @dataclass(frozen=True, slots=True)
 class Truncation:
-    """left @ right cut to rank k: (left @ of_left) @ (of_right @ right).
+    """The product left @ right cut to rank k, which is (left @ of_left) @ (of_right @ right).
 
     Attributes
     ----------
@@ -30,7 +30,7 @@ class Truncation:
 
     @property
     def rank(self) -> int:
-        """k."""
+        """Return the rank k."""
         return int(self.of_left.shape[1])
 
 
@@ -45,7 +45,7 @@ def truncate(left: Tensor, right: Tensor, *, error: float, rank: int | None = No
     ----------
     left, right : Tensor [out, r], [r, in], float32
     error : float
-        Largest relative Frobenius norm to cut off, if no rank is given.
+        The largest relative Frobenius norm that may be cut off, if no rank is given.
     rank : int, optional
         Keep this many directions, or all if there are fewer.
     """
@@ -56,7 +56,8 @@ def truncate(left: Tensor, right: Tensor, *, error: float, rank: int | None = No
     to_basis, from_basis = axes[:, kept] * root, axes[:, kept] / root
     energy, turn = torch.linalg.eigh(to_basis.T @ of_left @ to_basis)
     energy, turn = energy.flip(0).clamp(min=0.0), turn.flip(1)
-    # What is cut off with k directions kept, for k = 0 .. r; summed from the smallest.
+    # tails[k] is the energy that is cut off if k = 0 .. r directions are kept; the smallest are
+    # added first.
     tails = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
     total = float(tails[0])
     if total == 0.0:
@@ -73,11 +74,11 @@ def truncate(left: Tensor, right: Tensor, *, error: float, rank: int | None = No
 
 
 _STRIP = 1 << 17
-"""Numbers of a factor that are held in float64 at once."""
+"""At most about this many numbers of a factor are held in float64 at once."""
 
 
 def _gram(factor: Tensor) -> Tensor:
-    """factor.T @ factor [r, r] in float64, on the CPU."""
+    """Return factor.T @ factor [r, r] in float64 on the CPU."""
     columns = factor.shape[1]
     gram = torch.zeros(columns, columns, dtype=torch.float64)
     height = max(1, _STRIP // max(1, columns))
