@@ -36,7 +36,7 @@ OnEvent = Callable[[Event], None]
 
 @dataclass(frozen=True, slots=True)
 class MergeResult:
-    """A finished merge: where it is, None if nothing was written, and its report.
+    """A finished merge: its folder, or None if nothing was written, and its report.
 
     `reused` is how many tensors an interrupted run had written; `was_complete` tells that the
     output was there already and nothing was done.
@@ -63,24 +63,25 @@ def merge(
     That is a checkpoint that `from_pretrained` loads, an adapter that PEFT loads, or with `none`
     the report alone, into `out` if there is one.
 
-    Onto the unfinished output of the same merge it goes on where that stopped; onto the complete
-    one there is nothing to do.
+    If `out` holds the unfinished output of the same merge, that is continued; if it holds the
+    complete one, nothing is done.
 
     Parameters
     ----------
     work
         A recipe, or a plan of one.
     out
-        Output folder. Until the last rename it is visibly unfinished.
+        The output folder. Until the last rename it is visibly unfinished.
     analysis
-        An analysis of the same inputs, or its folder, to decide from. It is for a recipe; a plan
-        has its own. What it lacks is looked at again, and the report says how much and why.
+        An analysis of the same inputs, or its folder, to decide from. It is given with a recipe; a
+        plan has its own. Weights for which it lacks something are analysed again, and the report
+        says how many and why.
     resources
-        Device, memory and threads, for a recipe; a plan has its own.
+        Device, memory and threads. They are given with a recipe; a plan has its own.
     overwrite
-        Replace what `out` holds, once the new is complete.
+        Whether to replace what `out` holds, once the new output is complete.
     resume
-        Use what an interrupted run left; else it is removed, and all is written anew.
+        Whether to use what an interrupted run left; else it is removed, and all is written anew.
     on_event
         Called after each tensor is written.
 
@@ -160,9 +161,10 @@ def carry_out(
 
 
 def _settled(plan: Plan, folder: OutputFolder) -> Plan:
-    """Give the plan with the thresholds that an analysis finds, inside the unfinished output.
+    """Analyse inside the unfinished output, and give the plan with the thresholds found.
 
-    The analysis goes when that is sealed; a merge that was interrupted takes it up again.
+    The analysis is deleted when the output is sealed; until then, a merge that was interrupted
+    uses it again.
     """
     resources = Resources(plan.device, plan.memory, plan.vram or None, plan.threads)
     with memory.PeakSampler() as sampler:
@@ -220,24 +222,24 @@ def check_has_folder(recipe: MergeRecipe, out: str | Path | None) -> None:
 def stream(
     recipe: MergeRecipe, *, resources: Resources | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Merge in memory: the name and the finished tensor of everything that the MLLM holds.
+    """Merge in memory: give the name and the finished tensor of everything that the MLLM holds.
 
     They come under the MLLM's own names, in the order of its files, each as it is made. A tensor is
-    on the CPU, in memory of its own, and the caller's from then on: `resources.memory` covers what
-    the engine holds beside it, one tensor in the making included. Nothing is written. Leaving the
+    on the CPU, in memory of its own, and belongs to the caller from then on:
+    `resources.memory` covers what the engine holds beside it, one tensor in the making included. Nothing is written. Leaving the
     loop early, or closing the iterator, ends the merge.
 
     Parameters
     ----------
     recipe
-        Its output is `checkpoint`, whose tensors these are, byte for byte.
+        What to merge. The tensors are, byte for byte, those of its `checkpoint` output.
     resources
         Device, memory and threads.
 
     Raises
     ------
     LeanMergeError
-        What headers tell is raised at once, the rest when the tensor's turn comes.
+        Errors that the headers show are raised at once, all others when the tensor is made.
     """
     return _tensors(make_plan(recipe, resources, output=stream_kind()))
 

@@ -1,8 +1,8 @@
-"""Who runs when: the one place that decides what is done beside what.
+"""Who runs when: the one place that decides what is done at the same time.
 
 The calling thread takes the plan's tensors in their order. It has those out of scope copied. For
 each logical weight of the others it waits for the decision, and then has the result stored. When
-all of a tensor is stored it says so, again in order. Beside it are at work
+all of a tensor is stored it says so, again in order. These threads work beside it:
 
 - one or two **analysis threads**, each of which brings one logical weight to its decision;
 - the **worker threads**, which compute the passes that analyses ask for and, while none asks,
@@ -14,12 +14,13 @@ Four rules say what may overlap:
 
 1. Analyses begin in order. The arena, where tiles stay in memory, has two halves; an analysis takes
    one of them or both, and begins once they are free.
-2. None begins while more updates wait to be stored than `Plan.waiting`, for which there is memory.
+2. No analysis begins while more than `Plan.waiting` updates wait to be stored; there is memory for
+   that many beside it.
 3. An analysis leaves the arena when it has decided or, where rows of task vectors are added to the
    MLLM's, when these are written.
-4. A few tensors may be on their way to the output, but one weight at most when the next decision is
-   waited for. Where no update may wait, a tensor is finished, and the caller has taken it, before
-   anything is done for the next.
+4. A few tensors may be on their way to the output, but no more than one weight may be while the
+   calling thread waits for the next decision. Where no update may wait, a tensor is finished, and
+   the caller has taken it, before anything is done for the next.
 
 An error in any thread is raised in the calling thread when it comes to the part that failed. After
 that, as at the end, every thread finishes the job in hand and no other.
@@ -58,7 +59,7 @@ AHEAD_FILES = 8
 MOST_UNDER_WAY = 8
 """Parts that may be on their way to the output at a time."""
 RELEASE_ABOVE = 16 << 20
-"""Bytes that free memory may grow by before it is given back; they are part of the slack."""
+"""Bytes by which memory may grow before what is free of it is given back; part of `SLACK`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,15 +98,15 @@ class _UnderWay:
 
 
 class Scheduler:
-    """Carries out a plan; a context, whose threads end with it.
+    """Carries out a plan. It is a context manager, and its threads end with the context.
 
     Parameters
     ----------
     plan, sink
         What is done, and where its results go.
     reused : mapping of int to Note
-        What is noted of the tasks, by their place in the plan, that an interrupted run finished.
-        Nothing is done for them.
+        The notes of the tasks that an interrupted run finished, by their place in the plan. Nothing
+        is done for these tasks.
     surveyed
         What the methods' surveys of all weights found, by their keys.
     timed
@@ -129,7 +130,8 @@ class Scheduler:
         self._timed = timed
         self._reader = TensorReader()
         self._readers = [self._reader.counting() for _ in plan.tasks]
-        # In order: weights whose analysis is not begun, those in the arena, and what is not stored.
+        # Each in order: weights whose analysis has not begun, those in the arena, and parts that
+        # are not stored yet.
         self._to_analyse = deque(self._weights())
         self._analyses: deque[_Analysis] = deque()
         self._under_way: deque[_UnderWay] = deque()
@@ -150,7 +152,7 @@ class Scheduler:
         small = any(task.halves[number] == 1 for task, number, _ in self._to_analyse)
         with ExitStack() as stack:
             stack.enter_context(self._reader)
-            # The workers write, so they end before what sends to the disk what they wrote.
+            # The workers write, so they end before the flusher, which syncs what they wrote.
             self._flusher = stack.enter_context(Flusher(self._sink.flush))
             # Analyses wait for the workers, and so end after them.
             self._analysts = stack.enter_context(worker_pool(2 if small else 1, "analysis"))
@@ -204,7 +206,7 @@ class Scheduler:
             yield from self._finish()
 
     def _is_full(self) -> bool:
-        """Whether the first part under way is finished before another is begun."""
+        """Whether the first part under way must be finished before another is begun."""
         return (
             not self._plan.waiting
             or self._under_way[0].is_stored
@@ -213,7 +215,7 @@ class Scheduler:
         )
 
     def _parts(self, index: int, task: CopyTask | WeightTask) -> list[Callable[[], _UnderWay]]:
-        """What begins each part of a task."""
+        """The functions that begin the parts of a task, one for each part."""
         if index in self._reused:
             return [partial(_UnderWay, index)]
         if isinstance(task, CopyTask):
@@ -261,12 +263,12 @@ class Scheduler:
         return self._arena[halves[0] * size : (halves[0] + 1) * size]
 
     def _leave_arena(self) -> None:
-        """Let others have the room of the weight that was decided first."""
+        """Give the room of the weight that was decided first to the analyses that wait for it."""
         self._analyses.popleft()
         self._begin_analyses()
 
     def _store(self, index: int, task: WeightTask, number: int, decided: Decided) -> _UnderWay:
-        """Begin to store a weight; its room in the arena is left."""
+        """Begin to store a weight, and leave its room in the arena."""
         is_last = number == len(task.weight.slices) - 1
         reader, write = self._readers[index], self._sink.writer(task)
         if write is None:
@@ -289,7 +291,7 @@ class Scheduler:
         return _UnderWay(index, is_last, jobs, decided.without_evidence())
 
     def _finish(self) -> Iterator[tuple[int, Note]]:
-        """Wait until the first part under way is stored; give its task if it is the last part."""
+        """Wait until the first part under way is stored; give its task if it is the last."""
         first = self._under_way[0]
         task = self._plan.tasks[first.index]
         with self._timed("copy" if isinstance(task, CopyTask) else "write"):
@@ -304,7 +306,7 @@ class Scheduler:
         if not first.is_last:
             return
         index = first.index
-        # While the caller holds what is given, its update is not to take memory any more.
+        # While the caller holds the tensor, its update should no longer take memory.
         del first
         self._read_ahead.done(index)
         note = self._reused.get(index)
@@ -313,12 +315,12 @@ class Scheduler:
             note = Note(self._results, self._readers[index].bytes_read, non_finite=non_finite)
             self._results = []
             self._sink.finish(task, to_note(note))
-            # A line in the journal is to be written, even where there are no bytes.
+            # The journal's line is to reach the disk even where the tensor has no bytes.
             self._flusher.wrote(task.tensor.nbytes if results else 1)
         yield index, note
 
     def _release_memory(self) -> None:
-        """Give free memory back where it has grown: pages that come back cost the system time."""
+        """Give free memory back where it has grown; to get it again costs the system time."""
         if usage().anonymous > self._settled + RELEASE_ABOVE:
             release_free_memory()
             self._settled = usage().anonymous

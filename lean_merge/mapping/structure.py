@@ -27,8 +27,9 @@ from lean_merge.mapping.placement import (
 
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 _WEIGHT = ".weight"
-# Finding the language model compares every part with every other, kind of layer by kind of layer:
-# a checkpoint made of thousands would keep it busy for hours. Real ones have tens.
+# Finding the language model compares every part (what lies under one prefix) with every other, and
+# every kind of layer (a set of names) too. A hostile checkpoint of thousands would keep it
+# busy for hours; real ones have tens.
 _MAX_PARTS = 100
 _MAX_KINDS = 300
 _LAYERS = "layers"
@@ -41,22 +42,24 @@ Key = tuple[int, str]
 class Decoder:
     """The tensors under one prefix of a checkpoint, if they look like layers.
 
+    A tensor's name is the prefix, the layer's number and the rest. In keys, the rest is canonical.
+
     Attributes
     ----------
     prefix
-        Up to and with "layers.".
+        The names' beginning, up to and including "layers." or what stands for it.
     weights
         In-scope logical weights by (layer, rest), in the file's order.
     exact
-        Those of them whose stored name is the canonical one.
+        The keys of those weights whose stored name is the canonical one.
     unclear
-        Tensors of stacked experts whose logical weights cannot be told, and why.
+        Tensors of stacked experts whose logical weights cannot be told, by name, and why not.
     unknown
         Stored matrices by (layer, rest) that are neither in scope nor known to stay out of it.
     others
         Every other tensor that ends in ".weight", by (layer, rest).
     extra
-        Layers of another kind than the base's, which are not counted.
+        The numbers of layers that the base does not have, which `numbered_as` leaves out.
     """
 
     prefix: str
@@ -73,7 +76,7 @@ class Decoder:
         return 1 + max((layer for layer, _ in self.weights), default=-1)
 
     def rests(self) -> dict[int, frozenset[str]]:
-        """The names that each layer is made of."""
+        """The rests of the in-scope weights of each layer."""
         found: dict[int, set[str]] = {}
         for layer, rest in self.weights:
             found.setdefault(layer, set()).add(rest)
@@ -94,15 +97,15 @@ class Decoder:
         return any(theirs <= each for theirs in other.layers for each in mine)
 
     def rank(self) -> tuple[int, int]:
-        """How much it looks like the language model: fullness of its layers, then its numbers."""
+        """How much it looks like the language model: names in a layer, then numbers in all."""
         return len(self.one_layer()), sum(math.prod(each.shape) for each in self.weights.values())
 
     def numbered_as(self, base: Decoder) -> Decoder:
-        """The same with its layers counted as the base counts them.
+        """This decoder with its layers numbered as the base numbers them.
 
-        Cross-attention layers may stand between those that came from the base. If exactly as many
-        layers as the base has are made of what all of the base's have in common, these are the
-        base's, in order.
+        Cross-attention layers may stand between those that came from the base. Some
+        names are common to all of the base's layers. If exactly as many layers as the base has
+        contain these names, those are taken for the base's layers, in order.
         """
         common = frozenset.intersection(*base.layers)
         rests = self.rests()
@@ -127,7 +130,8 @@ class Decoder:
 def split_name(name: str) -> tuple[str, int, str] | None:
     """(prefix, layer, rest) of "<prefix>layers.<layer>.<rest>", None where there is no number.
 
-    Where nothing is called "layers", the first number counts them: "lm.blocks.<layer>.<rest>".
+    Where nothing is called "layers", the first number in the name counts the layers:
+    "lm.blocks.<layer>.<rest>".
     """
     parts = name.split(".")
     # The bound on digits keeps hostile names from becoming huge integers.
@@ -144,14 +148,14 @@ def split_name(name: str) -> tuple[str, int, str] | None:
 
 
 def decoders(tensors: Mapping[str, TensorSpec], heads: Sequence[Heads] = ()) -> dict[str, Decoder]:
-    """What could be a language model's layers, by prefix.
+    """All that could be the layers of a language model, by prefix. May raise CoverageError.
 
     Parameters
     ----------
     tensors
-        By the name to go by, which need not be the one on the disk.
+        By the name to use for them, which need not be the one on the disk.
     heads
-        What is known of the heads, the likeliest first.
+        The attention heads' numbers and sizes that are possible, the likeliest first.
     """
     found: dict[str, Decoder] = {}
     stacks: dict[tuple[str, int, str], dict[str, str]] = {}
@@ -181,7 +185,7 @@ def decoders(tensors: Mapping[str, TensorSpec], heads: Sequence[Heads] = ()) -> 
             decoder.others[layer, at] = spec
             if len(spec.shape) >= 2 and leaf not in _ROUTERS:
                 decoder.unknown[layer, at] = spec
-    # Names that are canonical already come first: another of the same meaning keeps its own.
+    # Canonical names were entered first. Where another name means the same, its tensor keeps it.
     for decoder, layer, stem, spec in renamed:
         parts = places(canonical(stem), spec, heads)
         if any((layer, part) in decoder.weights for part in parts):

@@ -34,8 +34,9 @@ class Prediction:
 
     `bytes_read` is an estimate, and `most_read` the most that can be. They differ where rows do not
     stay in memory, because they are then read again in every pass of an analysis, and how many
-    passes it takes depends on the data. `exact_writes` is False for an adapter, whose ranks depend
-    on the data. `disk` is the most that the output takes while it is made, together with an
+    passes it takes depends on the data. `exact_writes` is False if `bytes_written` is an
+    estimate, as for an adapter, whose ranks depend on the data.
+    `disk` is the most that the output takes while it is made, together with an
     analysis that it makes for itself.
     """
 
@@ -67,7 +68,7 @@ class Plan:
     threads: int
     workers: int
     arena: int
-    """Bytes on the host for the tiles that stay of all weights that are analysed at a time."""
+    """Bytes of host memory for the tiles that stay in memory while their weights are analysed."""
     waiting: int
     """How many updates may wait to be stored while another weight is analysed."""
     prediction: Prediction
@@ -133,7 +134,7 @@ def plan(
     Raises
     ------
     RecipeError
-        A parameter, or the device, makes no sense, or the output cannot hold what is asked for.
+        A parameter or the device makes no sense, or the output cannot hold what is asked for.
     CheckpointError, CoverageError
         A checkpoint is damaged, or the roles do not share one foundation.
     BudgetError
@@ -169,7 +170,7 @@ def _plan(
     base = open_checkpoint(recipe.base_model)
     mllm = open_checkpoint(recipe.mllm_model)
     experts = tuple(open_expert(expert.model) for expert in recipe.experts)
-    side_files(mllm.path)  # refused now, if at all, and not after the work is done
+    side_files(mllm.path)  # what it refuses is refused now, not after the work is done
     coverage = map_roles(
         base, mllm, experts, allow_partial=recipe.allow_partial, names=recipe.name_rules()
     )
@@ -188,7 +189,7 @@ def _plan(
     # What is written, and how its weights fit into memory.
     prefix = coverage.prefixes["mllm"]
     output = kind(Request(recipe, mllm, prefix, scope.merged(coverage), methods))
-    # A device pays where matrices are multiplied.
+    # A GPU is worth its transfers only where matrices are multiplied.
     wanted = resources if method.multiplies else dataclasses.replace(resources, device="cpu")
     machine = machine_for(wanted)
     footprint, fallback = fit(output, machine)
@@ -245,9 +246,10 @@ def _check_numbers(coverage: Coverage) -> None:
 def _tasks(
     output: Output, scope: Scope, footprint: Footprint, shared: Concurrency
 ) -> tuple[CopyTask | WeightTask, ...]:
-    """The tasks in the order of the bytes that are written, or else of those that are read.
+    """The tasks in the order of the output's bytes or, without known files, of its tensors.
 
-    A tensor of which nothing is merged is copied, or left alone where nothing is copied.
+    A tensor of which nothing is merged is copied if the output holds whole tensors; else it has no
+    task.
     """
     merged = {weight.mllm.name: weight for weight in output.weights}
     ordered = [(0, name) for name in output.tensors]

@@ -66,7 +66,7 @@ class WriteBytes(Protocol):
 class OutputFolder:
     """Receives the bytes of the output; threads may share one.
 
-    As a context manager it aborts on leaving the block, unless it was sealed.
+    As a context manager it calls `abort` on leaving the block, unless it was sealed.
 
     Attributes
     ----------
@@ -75,12 +75,12 @@ class OutputFolder:
     shards
         Its weight files.
     finished
-        What `finish_tensor` was told of the tensors that an interrupted run had written, by name:
-        they are on the disk, were read again, and need not be written.
+        The tensors that an interrupted run had written, by name, each with the result that
+        `finish_tensor` was given. They are on the disk, were read again, and need not be written.
     blocks
-        Numbers that wait until a file's layout is known; an interrupted run's are among them.
+        Numbers that wait until a file's layout is known, those of an interrupted run included.
     sealed
-        Whether it is whole.
+        Whether the output is whole.
     """
 
     def __init__(self, place: Workplace, shards: Sequence[Shard], start: Record) -> None:
@@ -112,7 +112,7 @@ class OutputFolder:
         resume: bool = True,
         disk: int = 0,
     ) -> OutputFolder:
-        """Check that the output may be written, then make its files or take up its own.
+        """Check that the output may be written, then make its files or continue with its own.
 
         Parameters
         ----------
@@ -128,18 +128,19 @@ class OutputFolder:
             What must be the same for bytes of an interrupted run to be used, as JSON has it;
             docs/durability.md lists its keys.
         resume
-            Whether to use such bytes; else what an interrupted run left in `out` is removed.
+            Whether to use an interrupted run's bytes; else what it left in `out` is removed.
         disk
-            The most bytes that it takes of the disk, if that is more than `shards` do. Whether they
-            are free is looked at once, before anything is made.
+            The most bytes that the output takes on the disk, if that is more than `shards` take. A
+            new output is refused before anything is made if they are not free.
 
         Raises
         ------
         OutputError
-            `out` is a file, an input, inside or around one, holds the unfinished output of another
-            run, is not empty without `overwrite`, holds what is no model, or cannot be written.
+            `out` is a file, or is an input, or lies inside or around one; or it holds the
+            unfinished output of another run, or what is no model; or it is not empty and
+            `overwrite` is not set; or it cannot be written.
         BudgetError
-            The disk lacks the space.
+            The disk has too little space.
         """
         final = checked_place(out, inputs)
         start = start_record(run or {}, shards)
@@ -159,8 +160,8 @@ class OutputFolder:
 
     def _begin(self, journal: Journal | None) -> None:
         self._journal.open(0 if journal is None else journal.length)
-        # No shard is there without a journal that tells whose it is, or beside a sealed one, which
-        # an interrupted run may have written.
+        # A shard must never be there without a journal that tells whose it is, nor beside a sealed
+        # journal, which an interrupted run may have written.
         (self.path / JOURNAL).unlink(missing_ok=True)
         sync_folder(self.path)
         for shard in self.shards:
@@ -209,7 +210,7 @@ class OutputFolder:
 
     @property
     def path(self) -> Path:
-        """Where the files are now: beside `final` while that still holds what is replaced."""
+        """Where the files are now: beside `final` while that holds what is to be replaced."""
         return self.final if self.sealed else self._place.path
 
     def _partial(self, name: str) -> Path:
@@ -218,7 +219,7 @@ class OutputFolder:
     def own_analysis(self) -> Path:
         """Return the folder in which this output may keep an analysis until it is sealed.
 
-        Raises OutputError if a link is in its place: what that leads to is not to be written.
+        Raises OutputError if a link is in its place, since nothing may be written where that leads.
         """
         folder = self.path / OWN_ANALYSIS
         if folder.is_symlink():
@@ -226,7 +227,7 @@ class OutputFolder:
         return folder
 
     def note_analysis(self, found: Mapping[str, Any]) -> None:
-        """Note for the sealed journal what that analysis found, as JSON has it."""
+        """Note for the sealed journal what the output's own analysis found, as JSON has it."""
         self._journal.add_analysis(found)
 
     def __enter__(self) -> OutputFolder:
@@ -244,11 +245,11 @@ class OutputFolder:
     def add(self, shard: Shard) -> None:
         """Make one more weight file, whose layout only the run could tell.
 
-        All that is finished is on the disk before. Raises OutputError or BudgetError where the disk
-        refuses.
+        Before it is made, all that is finished is brought to the disk. Raises OutputError or
+        BudgetError where the disk refuses.
         """
         self._check_open()
-        # What it is laid out from must not be lost with it.
+        # The blocks from which it is laid out must be on the disk before it is begun.
         self.flush()
         with self._explained(self._partial(shard.file_name)):
             self._journal.add_shard(shard)
@@ -257,10 +258,10 @@ class OutputFolder:
         self.shards = (*self.shards, shard)
 
     def writer(self, shard: Shard, name: str) -> WriteBytes:
-        """Return what writes the bytes of a tensor, each of them once.
+        """Return the function that writes the bytes of a tensor; each byte must be written once.
 
-        It returns before they are on the disk, and raises BudgetError where the disk is full,
-        OutputError where it refuses otherwise, and ValueError for bytes outside the tensor.
+        That function returns before they are on the disk, and raises BudgetError where the disk is
+        full, OutputError where it refuses otherwise, and ValueError for bytes outside the tensor.
 
         Parameters
         ----------
@@ -294,8 +295,8 @@ class OutputFolder:
     def finish_tensor(self, shard: Shard, name: str, result: Any = None) -> None:
         """Note that a tensor's bytes were all written, so that no later run need write them again.
 
-        `result` is what `finished` tells of it then, as JSON has it. Raises ValueError if not every
-        byte of it was written, or some were twice.
+        `result`, as JSON has it, is what a later run finds for it in `finished`. Raises ValueError
+        if some byte of the tensor was not written, or was written twice.
         """
         start, length = self._extents[shard.file_name][name]
         self._journal.finish(
@@ -348,12 +349,12 @@ class OutputFolder:
         name
             A plain file name, or one in additional_chat_templates/; not that of a weight file.
         data
-            Its content, at once or by parts.
+            Its content, whole or in parts.
 
         Raises
         ------
         OutputError
-            The name is not such a name, or the disk refuses.
+            The name is none of these, or the disk refuses.
         BudgetError
             The disk is full.
         """
@@ -399,12 +400,12 @@ class OutputFolder:
         if mark is not None and mark not in names:
             self._write_new(self._partial(mark), mark, index_json(self.shards))
         write_new(path / JOURNAL, [self._journal.sealed(self.shards, self.blocks.sealed())])
-        # Windows renames no open file.
+        # Windows cannot rename an open file.
         self._close_files()
         discard_analysis(path)
         for folder in {(path / name).parent for name in self._journal.files} | {path}:
             sync_folder(folder)
-        # From here on the output is sealed, and whoever comes next ends what is cut.
+        # From here on the output is sealed: if this run is interrupted, the next one does the rest.
         self._partial(JOURNAL).unlink()
         sync_folder(path)
         publish(path, names)
@@ -429,7 +430,7 @@ class OutputFolder:
     def abort(self) -> None:
         """Close the files and leave the output visibly unfinished; may be called twice.
 
-        What is finished of it is noted, so that the next run goes on from there.
+        The journal notes the tensors that are finished, so that the next run goes on from there.
         """
         try:
             if self._journal.has_waiting and not (self._failed or self._closed):
