@@ -226,7 +226,8 @@ def stream(
 
     They come under the MLLM's own names, in the order of its files, each as it is made. A tensor is
     on the CPU, in memory of its own, and belongs to the caller from then on:
-    `resources.memory` covers what the engine holds beside it, one tensor in the making included. Nothing is written. Leaving the
+    `resources.memory` covers what the engine holds beside it, one tensor in the making included.
+    Nothing is written. Leaving the
     loop early, or closing the iterator, ends the merge.
 
     Parameters
