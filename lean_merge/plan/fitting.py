@@ -17,7 +17,7 @@ from lean_merge.mapping import LogicalWeight
 from lean_merge.methods import AnalysisCost
 from lean_merge.outputs import Output
 from lean_merge.plan import formulas
-from lean_merge.plan.resources import Machine, arithmetic_dtype
+from lean_merge.plan.resources import ResolvedResources, arithmetic_dtype
 from lean_merge.sizes import format_size
 from lean_merge.tasks import (
     CopyTask,
@@ -197,7 +197,7 @@ class Footprint:
         return usual, most
 
 
-def fit(output: Output, machine: Machine) -> tuple[Footprint, tuple[str, ...]]:
+def fit(output: Output, machine: ResolvedResources) -> tuple[Footprint, tuple[str, ...]]:
     """Find what the output's weights hold on the machine; with notes, in sentences for people.
 
     Where the device was not asked for and is too small, the CPU takes its place.

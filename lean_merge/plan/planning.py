@@ -21,7 +21,7 @@ from lean_merge.outputs.gathered import FoundThreshold, Gathered
 from lean_merge.plan.evidence import EvidencePlan, Methods, decide_from_evidence
 from lean_merge.plan.fitting import Concurrency, Footprint, check_fits, concurrency, fit
 from lean_merge.plan.parameters import build_method, methods_of
-from lean_merge.plan.resources import Resources, machine_for
+from lean_merge.plan.resources import Resources, resolve_resources
 from lean_merge.plan.scope import Scope, filter_weights, positions_of
 from lean_merge.recipe import MergeRecipe
 from lean_merge.store import Shard
@@ -166,17 +166,18 @@ def _plan(
     kind.check(recipe)
     method = build_method(recipe)
 
-    # The checkpoints, and whose weight is whose.
+    # Open the checkpoints, and find whose weight is whose.
     base = open_checkpoint(recipe.base_model)
     mllm = open_checkpoint(recipe.mllm_model)
     experts = tuple(open_expert(expert.model) for expert in recipe.experts)
-    side_files(mllm.path)  # what it refuses is refused now, not after the work is done
+    # Side files that cannot be copied are refused now, and not after the work is done.
+    side_files(mllm.path)
     coverage = map_roles(
         base, mllm, experts, allow_partial=recipe.allow_partial, names=recipe.name_rules()
     )
     _check_numbers(coverage)
 
-    # What is merged, and how each weight is decided.
+    # Choose what is merged, and how each weight is decided.
     positions = positions_of(coverage)
     scope = filter_weights(list(positions.values()), include=recipe.include, exclude=recipe.exclude)
     methods: Methods = methods_of(recipe, positions, scope)
@@ -186,16 +187,16 @@ def _plan(
         methods, evidence = decide_from_evidence(methods, positions, recipe, evidence)
     settled = evidence is not None or all(each.is_settled for each in methods.values())
 
-    # What is written, and how its weights fit into memory.
+    # Lay out what is written, and fit its weights into memory.
     prefix = coverage.prefixes["mllm"]
     output = kind(Request(recipe, mllm, prefix, scope.merged(coverage), methods))
     # A GPU is worth its transfers only where matrices are multiplied.
     wanted = resources if method.multiplies else dataclasses.replace(resources, device="cpu")
-    machine = machine_for(wanted)
+    machine = resolve_resources(wanted)
     footprint, fallback = fit(output, machine)
     shared = concurrency(footprint)
 
-    # What is done for each tensor.
+    # List what is done for each tensor.
     tasks = _tasks(output, scope, footprint, shared)
     check_fits(tasks, footprint)
     return Plan(

@@ -33,7 +33,7 @@ class Resources:
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class ResolvedResources:
     """What a merge uses of this machine.
 
     Attributes
@@ -58,7 +58,7 @@ class Machine:
     notes: tuple[str, ...]
 
 
-def machine_for(resources: Resources) -> Machine:
+def resolve_resources(resources: Resources) -> ResolvedResources:
     """Look up what of this machine `resources` stand for.
 
     Where a device that was not asked for cannot be used, the CPU takes its place.
@@ -84,7 +84,7 @@ def machine_for(resources: Resources) -> Machine:
             notes = [*notes, f"{device} cannot be used ({reason}), so the CPU is"]
             device, vram = "cpu", 0
     is_default = resources.device == "auto" and resources.vram is None
-    return Machine(device, threads, memory_of(resources), vram, is_default, tuple(notes))
+    return ResolvedResources(device, threads, memory_of(resources), vram, is_default, tuple(notes))
 
 
 def threads_of(resources: Resources) -> int:
