@@ -7,8 +7,10 @@ writes docs/cli.md and the example in docs/memory.md anew.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
+import io
 import os
 import re
 import subprocess
@@ -20,7 +22,7 @@ from typing import Any, get_args
 import pytest
 from typer.models import ArgumentInfo, OptionInfo
 
-from lean_merge import MergeRecipe
+from lean_merge import MergeRecipe, cli
 from lean_merge.checkpoints import open_checkpoint
 from lean_merge.cli import app
 from lean_merge.cli.describe import inspect_dict, methods_list, plan_dict
@@ -121,14 +123,11 @@ def test_the_command_line_page_is_up_to_date():
 
 def help_text(*arguments: str) -> str:
     """What --help prints, in a terminal of 100 columns."""
-    done = subprocess.run(
-        [sys.executable, "-m", "lean_merge", *arguments, "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "COLUMNS": "100", "TERMINAL_WIDTH": "100"},
-    )
-    return done.stdout
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setenv("COLUMNS", "100")
+        cli.main([*arguments, "--help"])
+    return printed.getvalue()
 
 
 def test_every_command_and_option_of_help_is_documented():
@@ -377,7 +376,7 @@ def test_every_key_of_a_recipe_and_parameter_of_a_method_is_documented():
 
 
 def test_exit_codes_are_those_of_the_program():
-    from lean_merge import cli, errors
+    from lean_merge import errors
 
     text = section("formats.md", "## Exit codes")
     codes = {int(code) for code in re.findall(r"^\| (\d) \|", text, re.MULTILINE)}
