@@ -415,7 +415,11 @@ def test_internal_links_resolve(page: Path):
 def test_files_that_the_documentation_names_exist():
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        example = {"lean_merge/methods/linear.py", "tests/test_linear.py"}
+        example = {
+            "lean_merge/methods/linear.py",
+            "lean_merge/methods/magmax.py",
+            "tests/methods/test_linear_and_magmax.py",
+        }
         for name in set(re.findall(r"`((?:tests|bench|docs|lean_merge)/[\w./-]+)`", text)):
             assert name in example or (ROOT / name).exists(), f"{page.name}: {name}"
 
