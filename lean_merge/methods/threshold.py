@@ -54,7 +54,7 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
+class Suggestion:
     """The threshold that one expert's similarities suggest, and how it was found.
 
     Attributes
@@ -87,7 +87,7 @@ class Survey:
     samples: tuple[Sample, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the entry of analysis.json that describes this survey."""
+        """Return the entry of analysis.json that describes this suggestion."""
         quantiles = [_quantile(each, 0.99) for each in self.samples]
         values = sorted(each.similarity for each in self.samples)
         steps = [step / 100 for step in range(101)]
@@ -116,12 +116,12 @@ class Survey:
         }
 
 
-def survey(samples: Sequence[Sample]) -> Survey:
+def suggest_threshold(samples: Sequence[Sample]) -> Suggestion:
     """Suggest a threshold for one expert, and test whether the expert is related at all."""
     found = tuple(samples)
     if not found:
         text = "No weight of this expert differs from the base's, so there is nothing to select."
-        return Survey(1.0, 0.0, None, 1.0, text, (0.0, 1.0), (), ())
+        return Suggestion(1.0, 0.0, None, 1.0, text, (0.0, 1.0), (), ())
     chance = max(_quantile(each, 1 - FALSE / len(found)) for each in found)
     bearable = max(each.bearable for each in found)
     related = sorted(each.similarity for each in found if each.similarity >= chance)
@@ -136,7 +136,7 @@ def survey(samples: Sequence[Sample]) -> Survey:
     middle = 0.0 if split is None else (split.below + split.above) / 2
     # Similarities are accurate to about two decimals.
     auto = min(1.0, math.ceil(max(chance, bearable, middle) * 100 - 1e-9) / 100)
-    return Survey(
+    return Suggestion(
         chance=chance,
         bearable=bearable,
         split=split,

@@ -9,7 +9,7 @@ from lean_merge.linalg import null_quantile
 from lean_merge.mapping import layer_of
 from lean_merge.methods import Compared, EvidenceMethod, ExpertRecord
 from lean_merge.methods.plainfacts import from_plain
-from lean_merge.methods.threshold import Sample, Survey, survey
+from lean_merge.methods.threshold import Sample, Suggestion, suggest_threshold
 from lean_merge.outputs.base import Outcome
 from lean_merge.outputs.gathered import Gathered
 from lean_merge.recipe import MergeRecipe
@@ -92,9 +92,9 @@ def surveys_of(
     evidence: KeptEvidence,
     compared: Mapping[str, tuple[Compared | None, ...]],
     experts: int,
-) -> list[Survey]:
-    """Survey the compared similarities of each expert, which suggest its threshold."""
-    return [survey(_samples(evidence, compared, expert)) for expert in range(experts)]
+) -> list[Suggestion]:
+    """Suggest each expert's threshold from the similarities that are compared."""
+    return [suggest_threshold(_samples(evidence, compared, expert)) for expert in range(experts)]
 
 
 def _samples(

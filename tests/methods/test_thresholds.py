@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lean_merge.linalg import null_cdf, null_quantile, otsu_split, uniform_distance
-from lean_merge.methods.threshold import FALSE, Sample, survey
+from lean_merge.methods.threshold import FALSE, Sample, suggest_threshold
 
 NUMBERS = st.lists(st.floats(0, 1, allow_nan=False), min_size=2, max_size=40)
 
@@ -74,14 +74,14 @@ def test_unrelated_similarities_select_nothing_and_warn():
     random = np.random.default_rng(1)
     false = warned = 0
     for _ in range(100):
-        found = survey(samples(np.abs(random.standard_normal(200)) / 32))
+        found = suggest_threshold(samples(np.abs(random.standard_normal(200)) / 32))
         false += any(each.similarity >= found.auto for each in found.samples)
         warned += any("looks unrelated" in line for line in found.warnings)
     assert false <= 5 and warned >= 95
 
 
 def test_two_groups_are_told_apart_and_the_gap_is_named():
-    found = survey(samples([*np.linspace(0.2, 0.3, 40), *np.linspace(0.6, 0.7, 40)]))
+    found = suggest_threshold(samples([*np.linspace(0.2, 0.3, 40), *np.linspace(0.6, 0.7, 40)]))
     assert 0.3 < found.auto < 0.6 and found.split is not None
     assert "none between 0.300 and 0.600" in found.explanation
     assert "40 weights are selected" in found.explanation and not found.warnings
@@ -91,38 +91,38 @@ def test_the_gap_may_lie_between_chance_and_the_related():
     """A handful of near equal similarities is one group, not two."""
     random = np.random.default_rng(2)
     null = np.abs(random.standard_normal(50)) / 32
-    found = survey(samples([*null, 0.798, 0.8, 0.801]))
+    found = suggest_threshold(samples([*null, 0.798, 0.8, 0.801]))
     assert found.split is not None and found.split.above == 0.798
     assert null.max() < found.auto < 0.798
-    assert survey(samples([0.798, 0.8, 0.801])).split is None
+    assert suggest_threshold(samples([0.798, 0.8, 0.801])).split is None
 
 
 def test_without_a_gap_what_chance_does_not_explain_is_selected():
-    found = survey(samples(np.linspace(0.2, 0.7, 60)))
+    found = suggest_threshold(samples(np.linspace(0.2, 0.7, 60)))
     assert found.split is None and "no gap" in found.explanation
     bound = null_quantile(1 - FALSE / 60, 1024)
     assert found.chance == pytest.approx(bound) and bound <= found.auto <= bound + 0.01
 
 
 def test_where_chance_would_carry_the_update_the_threshold_is_higher():
-    found = survey(samples(np.linspace(0.15, 0.7, 60), bearable=0.33))
+    found = suggest_threshold(samples(np.linspace(0.15, 0.7, 60), bearable=0.33))
     assert found.auto == 0.33 and "directions that align by chance" in found.explanation
 
 
 def test_a_model_that_is_far_from_the_base_is_said():
-    found = survey(samples(np.linspace(0.4, 0.9, 30), ratio=1.3))
+    found = suggest_threshold(samples(np.linspace(0.4, 0.9, 30), ratio=1.3))
     lines = [line for line in found.warnings if "hardly tuned from this base" in line]
     assert len(lines) == 2 and "1.30" in lines[0]
 
 
 def test_no_weight_at_all_is_no_error():
-    found = survey([])
+    found = suggest_threshold([])
     assert found.auto == 1.0 and found.to_dict()["counts"][0] == {"threshold": 0.0, "selected": 0}
 
 
 @given(st.lists(st.floats(0, 1), max_size=60), st.sampled_from([8, 300, 5000]), st.floats(0, 1))
 def test_any_similarities_give_a_threshold_that_counts(values: list[float], width, bearable):
-    found = survey(samples(values, width, bearable))
+    found = suggest_threshold(samples(values, width, bearable))
     plain = found.to_dict()
     counts = [each["selected"] for each in plain["counts"]]
     assert 0 <= found.auto <= 1 and counts == sorted(counts, reverse=True)
