@@ -304,7 +304,7 @@ def _predict(
                 vram = max(vram, footprint.fixed(part)[1] + footprint.kept(part))
     output = footprint.output
     disk = output.bytes_on_disk
-    if not settled:
+    if not settled and not isinstance(output, evidence_kind()):
         disk += evidence_kind()(output.request).bytes_on_disk
     return Prediction(
         peak_memory=footprint.held + shared.peak,

@@ -99,10 +99,10 @@ class Stage:
         )
         reused: Any = dict.fromkeys(self.reused, "note")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(scheduler, "Decider", lambda plan, workers: FakeDecider(self))
+            patch.setattr(scheduler, "Decider", lambda plan, workers, surveyed: FakeDecider(self))
             patch.setattr(scheduler, "RowWriter", lambda decided, *rest: FakeRows(decided))
             patch.setattr(scheduler, "copy_pieces", self.copy_pieces)
-            made = Scheduler(plan, FakeSink(self), reused=reused, timed=nullcontext)
+            made = Scheduler(plan, FakeSink(self), reused=reused, surveyed={}, timed=nullcontext)
             with made as self.scheduler:
                 for index, note in made.finished():
                     assert (note == "note") == (index in self.reused)
