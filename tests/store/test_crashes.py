@@ -27,7 +27,7 @@ from support.scenes import (
 from lean_merge.errors import BudgetError, OutputError
 from lean_merge.store import JOURNAL
 
-EVERY = 13
+EVERY = 23
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the layer stands for POSIX calls")
 
