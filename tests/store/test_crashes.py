@@ -27,8 +27,6 @@ from support.scenes import (
 from lean_merge.errors import BudgetError, OutputError
 from lean_merge.store import JOURNAL
 
-EVERY = 23
-
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the layer stands for POSIX calls")
 
 
@@ -121,9 +119,8 @@ def test_power_may_fail_again_while_going_on(scene: Scene, overwrite: bool, caps
         print(f"\nagain, overwrite={overwrite}: {cuts} cut points, {disks} disks, none lost")
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_power_may_fail_while_going_on_beside_a_sealed_journal(scene: Scene, overwrite: bool):
-    """A run that was cut just before its unsealed journal went, and one that goes on from there."""
+def go_on_nearly_sealed(scene: Scene, *, overwrite: bool) -> Recorder:
+    """A run that goes on from one that was cut just before its unsealed journal went."""
     first = record(scene, overwrite=overwrite)
     unsealed = f"{JOURNAL}.partial"
     cut = max(n for n, c in enumerate(first.changes) if c.kind == "remove" and unsealed in c.data)
@@ -132,9 +129,22 @@ def test_power_may_fail_while_going_on_beside_a_sealed_journal(scene: Scene, ove
     write_tree(first.after(cut, everything), start)
     place = start / (".out.lean-merge-new" if overwrite else "out")
     assert {JOURNAL, unsealed} <= {each.name for each in place.iterdir()}
-    again = record(scene, overwrite=overwrite, start=start)
-    found = cut_everywhere(again, scene, overwrite=overwrite, every=EVERY, chances=1)
+    return record(scene, overwrite=overwrite, start=start)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_power_may_fail_beside_a_sealed_journal_now_and_then(scene: Scene, overwrite: bool):
+    again = go_on_nearly_sealed(scene, overwrite=overwrite)
+    every = len(again.changes) // 3
+    found = cut_everywhere(again, scene, overwrite=overwrite, every=every, chances=0)
     assert found["complete"] > 0
+
+
+@pytest.mark.durability
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_power_may_fail_beside_a_sealed_journal_after_any_change(scene: Scene, overwrite: bool):
+    again = go_on_nearly_sealed(scene, overwrite=overwrite)
+    cut_everywhere(again, scene, overwrite=overwrite, every=1, chances=1)
 
 
 def test_the_layer_tells_a_writer_that_does_not_sync(tmp_path: Path):
