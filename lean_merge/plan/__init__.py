@@ -2,13 +2,13 @@
 
 `planning` has the steps. In their order, these modules carry them out:
 
-    scope         which weights are merged: include and exclude
-    parameters    with which method, and which parameters at each weight
-    evidence      which of them decide from an analysis
-    resources     what of the machine may be used
-    formulas      what each allocation takes
-    fitting       what stays in memory, what is analysed at a time, what is read
-    runfacts      what must agree for a journal to be continued
+    scope         choose the weights that are merged, by `include` and `exclude`
+    parameters    give each weight its method and the method's parameters
+    evidence      replace methods by those that decide from an analysis
+    resources     find what of the machine may be used
+    formulas      count the bytes of each allocation
+    fitting       choose what stays in memory and what is analysed at the same time
+    runfacts      collect the facts that must agree for a journal to be continued
 """
 
 from lean_merge.plan.planning import Plan, Prediction, plan, plan_again

@@ -1,4 +1,4 @@
-"""Methods that decide from the evidence of an analysis, in the place of looking at each weight.
+"""Let methods decide from the evidence of an analysis, instead of looking at each weight.
 
 A merge from an analysis must come out the same whether the evidence is read back or gathered again
 in the same way, as `verify` does. So what the gathering depended on is kept with it.
@@ -29,7 +29,7 @@ EvidenceMethods = Mapping[str, EvidenceMethod[Any]]
 
 @dataclass(frozen=True, slots=True)
 class EvidencePlan:
-    """How a merge comes by the evidence that it decides from.
+    """The evidence that a merge decides from, and its source.
 
     Attributes
     ----------
@@ -40,7 +40,7 @@ class EvidencePlan:
     choices
         The threshold of each expert, if thresholds were to be found; else empty.
     anew
-        Why some weights are looked at although there is an analysis, by canonical name.
+        Why some weights are analysed again in spite of the evidence, by canonical name.
     """
 
     gathered: Gathered
@@ -50,14 +50,14 @@ class EvidencePlan:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the journal of a merge from an analysis says of the evidence."""
+        """Return the entry that the journal of a merge from an analysis has for the evidence."""
         assert self.source is not None
         found = {"thresholds": [each.threshold for each in self.choices]} if self.choices else {}
         return {**self.source.identity, **found}
 
     @property
     def notes(self) -> list[str]:
-        """Sentences for people: how many weights are looked at again, for each reason."""
+        """Return sentences for people that say how many weights are analysed again, and why."""
         reasons: dict[str, int] = {}
         for reason in self.anew.values():
             reasons[reason] = reasons.get(reason, 0) + 1
@@ -102,7 +102,7 @@ def _gathering(
     recipe: MergeRecipe,
     gathered: Gathered,
 ) -> dict[str, Method[Any]]:
-    """Methods that gather in the way of `gathered` before they decide."""
+    """Return methods that gather in the way of `gathered` before they decide."""
     table = MethodTable(gathered.recipe(recipe))
     made: dict[tuple[int, int], Method[Any]] = {}
     found = {}
@@ -119,10 +119,10 @@ def _gathering(
 def _recalling(
     deciders: EvidenceMethods, analysis: RecordedEvidence
 ) -> tuple[dict[str, Method[Any]], dict[str, str]]:
-    """Methods that decide from what is recorded, and the reasons of those that look anew.
+    """Return methods that decide from recorded evidence, and why other weights are analysed again.
 
-    A weight of which nothing is recorded has no such method: its evidence is gathered in the same
-    way. A weight whose evidence does not suffice is looked at as if there were no analysis.
+    A weight without recorded evidence has no such method: its evidence is gathered in the same way.
+    A weight whose evidence does not suffice is analysed as if there were no evidence.
     """
     found: dict[str, Method[Any]] = {}
     anew = {}

@@ -1,6 +1,6 @@
-"""How weights fit into memory: what stays resident, and what may be analysed at a time.
+"""Fit weights into memory: choose what stays resident, and what is analysed at the same time.
 
-This is decided from headers, the method's costs and the formulas. Numbers do not depend on it.
+The choice follows from headers, the methods' costs and the formulas. No result depends on it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lean_merge.tasks import (
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What each weight of an output holds and reads under given ceilings, in bytes.
+    """The bytes that each weight of an output holds and reads under given ceilings.
 
     Attributes
     ----------
@@ -58,16 +58,16 @@ class Footprint:
 
     @property
     def weights(self) -> list[LogicalWeight]:
-        """The logical weights of all tensors in scope."""
+        """Return the logical weights of all tensors in scope."""
         return [part for weight in self.output.weights for part in weight.slices]
 
     @property
     def on_cpu(self) -> bool:
-        """Whether the arithmetic runs on the CPU."""
+        """Return whether the arithmetic runs on the CPU."""
         return torch.device(self.device).type == "cpu"
 
     def shape(self, weight: LogicalWeight, device: str = "") -> formulas.WeightShape:
-        """The weight as the formulas see it, for `device` or else the plan's."""
+        """Return the sizes of a weight that the formulas need, for `device` or else the plan's."""
         method = self.output.methods.get(weight.canonical)
         task = task_dtype(method, weight)
         strips = 0 if method is None else method.cost(weight.shape, item=task.itemsize).scratch
@@ -91,7 +91,7 @@ class Footprint:
         )
 
     def cost(self, weight: LogicalWeight, device: str = "") -> AnalysisCost:
-        """The most that the method's analysis of a weight costs, and storing its update."""
+        """Return the most that analysing a weight and storing its update may cost."""
         method = self.output.methods.get(weight.canonical)
         if method is None or not needs_analysis(method, weight):
             return AnalysisCost()
@@ -104,7 +104,7 @@ class Footprint:
     # --- what a weight holds --------------------------------------------------------------------
 
     def fixed(self, weight: LogicalWeight) -> tuple[int, int]:
-        """Bytes on the host and on the device with no tile resident."""
+        """Return the bytes held on the host and on the device with no tile resident."""
         # The CPU needs its share on any device: it solves the small problems, and does all of the
         # analysis if the device runs out of memory.
         cost = self.cost(weight, "cpu")
@@ -123,7 +123,7 @@ class Footprint:
         return host, device
 
     def resident(self, weight: LogicalWeight) -> int:
-        """How many tiles stay in the memory that is left."""
+        """Return how many tiles of a weight stay resident in the memory that is left."""
         shape = self.shape(weight)
         if self.cost(weight).passes == 0:
             return 0
@@ -134,16 +134,16 @@ class Footprint:
         return formulas.resident_tiles(shape, self.vram - self.fixed(weight)[1])
 
     def kept(self, weight: LogicalWeight) -> int:
-        """Bytes of the tiles that stay."""
+        """Return the bytes of a weight's resident tiles."""
         return self.resident(weight) * self.shape(weight).resident_tile
 
     def second(self, weight: LogicalWeight) -> int:
-        """Bytes on the host of a weight that is analysed beside another, without its tiles."""
+        """Return the host bytes of a weight analysed beside another, without its resident tiles."""
         cost, shape = self.cost(weight), self.shape(weight)
         return formulas.second_bytes(shape, widest=cost.widest, workspace=cost.workspace)
 
     def waiting(self, weight: LogicalWeight) -> int:
-        """Bytes on the host of updates that are stored while the next weight is analysed."""
+        """Return the host bytes of updates that wait while the next weight is analysed."""
         method = self.output.methods.get(weight.canonical)
         if method is None or not self.cost(weight).workspace:
             return 0
@@ -152,7 +152,7 @@ class Footprint:
         return self.output.waiting_bytes(update, rank, kept)
 
     def feeding(self) -> int:
-        """Bytes on the host to bring tiles to the device: pinned slots, and its libraries."""
+        """Return the host bytes for bringing tiles to the device: pinned slots and libraries."""
         if self.on_cpu or not any(self.cost(weight).passes for weight in self.weights):
             return 0
         largest = max(self.shape(weight).resident_tile for weight in self.weights)
@@ -162,13 +162,13 @@ class Footprint:
     # --- what a task reads ----------------------------------------------------------------------
 
     def bytes_copied(self, task: CopyTask) -> int:
-        """Bytes that a task out of scope reads."""
+        """Return how many bytes a task out of scope reads."""
         if not task.decoded:
             return task.source.nbytes
         return sum(each.loaded + each.nbytes(slice(0, each.shape[0])) for each in task.decoded)
 
     def bytes_read(self, task: WeightTask) -> tuple[int, int]:
-        """Bytes that an in-scope task reads: usually, and if the analysis makes all its passes.
+        """Return how many bytes an in-scope task reads usually, and if all passes are made.
 
         Rows that stay resident are read once. The others are read again in every pass, and are
         counted as if each pass wanted them of every role.
@@ -251,7 +251,7 @@ def check_fits(tasks: Sequence[CopyTask | WeightTask], footprint: Footprint) -> 
 
 
 def _decoding_bytes(mllm: Checkpoint, workers: int) -> int:
-    """The most bytes that it takes to write tensors out of scope that are stored with scales.
+    """Return the most bytes held to write tensors out of scope that are stored with scales.
 
     Each worker has a strip as it is stored, in float32, and rounded. At most eight tensors wait,
     with their scales.
@@ -273,7 +273,7 @@ def _row_bytes(sources: Sequence[WeightSource]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Concurrency:
-    """Which weights may be at work at a time in the host's memory.
+    """The weights that may share the host's memory at the same time.
 
     Attributes
     ----------
@@ -294,7 +294,7 @@ class Concurrency:
 
 
 def concurrency(footprint: Footprint) -> Concurrency:
-    """Take one weight after another, or two at a time of those that are small enough for it."""
+    """Choose which weights are analysed two at a time; all others are analysed one by one."""
     waiting = max((footprint.waiting(weight) for weight in footprint.weights), default=0)
     found, count = _beside_waiting(footprint, waiting), footprint.output.most_waiting
     if footprint.held + found.peak + waiting > footprint.memory:

@@ -1,6 +1,6 @@
 """Formulas for the bytes that a merge allocates.
 
-Every formula names the allocations that it counts, and docs/memory.md tells the same in words. All
+Every formula names the allocations that it counts, and docs/memory.md explains them in words. All
 counts are bytes of anonymous memory, or of device memory where the arithmetic runs on a device.
 """
 
@@ -32,14 +32,14 @@ HANDLE = 64 << 20
 """Device memory that cuBLAS, cuBLASLt and cuSOLVER keep for a thread that calls them: 32 MiB for
 each of the first two on the largest devices. This is an allowance, not a measurement."""
 DEVICE_SLACK = 64 << 20
-"""What torch rounds up on a device: large blocks to 2 MiB, and pools of small ones to 20 MiB."""
+"""Torch rounds up on a device: large blocks to 2 MiB, and pools of small ones to 20 MiB."""
 DEVICE_LIBRARIES = 256 << 20
 """Host memory that the device's libraries take once they are used. This is an allowance as well."""
 
 
 @dataclass(frozen=True, slots=True)
 class WeightShape:
-    """What the formulas need to know about one logical weight."""
+    """The sizes of one logical weight that the formulas need."""
 
     out_features: int
     in_features: int
@@ -52,42 +52,42 @@ class WeightShape:
     arithmetic_item: int
     """Bytes of a number in the dtype of products."""
     widened: bool = False
-    """Whether any input is stored in another dtype than the task vectors'."""
+    """True if any input is stored in another dtype than the task vectors'."""
     scratch: int = 0
     """Bytes that a worker holds to decode strips of base, one role and the MLLM's rows."""
     held: int = 0
     """Bytes that are kept beside the rows while the weight is merged, such as scales."""
     columns: bool = False
-    """Whether a role's rows are stored as columns, and so are read a tile at a time."""
+    """True if a role's rows are stored as columns, and so are read a tile at a time."""
     written: int = 6
     """Strips of 4-byte numbers that adding and rounding an update takes, from `written_strips`; 0
     where no rows are written."""
 
     @property
     def tile(self) -> int:
-        """Elements of a full tile."""
+        """Return the number of elements of a full tile."""
         return min(self.out_features, tiles.tile_rows(self.in_features)) * self.in_features
 
     @property
     def tiles(self) -> int:
-        """Number of tiles."""
+        """Return the number of tiles."""
         return -(-self.out_features // tiles.tile_rows(self.in_features))
 
     @property
     def read_strip(self) -> int:
-        """Elements of a strip that is read at once."""
+        """Return the number of elements of a strip that is read at once."""
         return min(
             self.tile, tiles.strip_rows(self.in_features, tiles.READ_ELEMENTS) * self.in_features
         )
 
     @property
     def resident_tile(self) -> int:
-        """Bytes of one tile of all task vectors."""
+        """Return the bytes of one tile of all task vectors."""
         return self.roles * self.tile * self.task_item
 
 
 def worker_bytes(weight: WeightShape, widest: int) -> int:
-    """Buffers of one worker thread during a pass.
+    """Return the bytes of one worker thread's buffers during a pass.
 
     They are raw strips of the base and of one role, and what decoding them takes; their copies in
     the task vectors' dtype where any is stored in another, and one in float32 whose norm is taken;
@@ -106,7 +106,7 @@ def worker_bytes(weight: WeightShape, widest: int) -> int:
 
 
 def written_strips(rounding: str) -> int:
-    """The number of strips of 4-byte numbers that adding and rounding an update takes.
+    """Return the number of strips of 4-byte numbers that adding and rounding an update takes.
 
     They are the update, the rows before and after, their change, and the rounded rows, which may
     have 8 bytes a number. Stochastic rounding takes ten more to find each number's neighbour.
@@ -115,7 +115,7 @@ def written_strips(rounding: str) -> int:
 
 
 def apply_bytes(weight: WeightShape) -> int:
-    """Buffers of one worker while it adds and rounds, or copies what is out of scope.
+    """Return the bytes of one worker's buffers while it writes rows or copies tensors.
 
     They are a raw strip, strips of 4-byte numbers, and the buffer for copies. Where rows are
     written as columns, a raw tile and a tile of the output, which waits until it is whole, come on
@@ -132,12 +132,12 @@ def apply_bytes(weight: WeightShape) -> int:
 
 
 def lane_bytes(weight: WeightShape, widest: int) -> int:
-    """Partial sums [in, widest] in float32 for every lane and task vector, and their total."""
+    """Count the bytes of float32 sums [in, widest] of all lanes and task vectors, and of totals."""
     return (LANES + 1) * weight.roles * weight.in_features * widest * 4
 
 
 def host_bytes(weight: WeightShape, *, widest: int, workspace: int, workers: int) -> int:
-    """Everything that merging one logical weight holds on the CPU with no tile resident there.
+    """Return all bytes that merging one weight holds on the CPU with no tile resident there.
 
     `workspace` and `widest` are from the method's cost. They are counted where the analysis runs on
     another device, too: the CPU solves its small problems, and takes over if the device runs out
@@ -150,7 +150,7 @@ def host_bytes(weight: WeightShape, *, widest: int, workspace: int, workers: int
 
 
 def second_bytes(weight: WeightShape, *, widest: int, workspace: int) -> int:
-    """What a weight holds that is analysed beside another, without its resident tiles.
+    """Return the bytes of a weight that is analysed beside another, without its resident tiles.
 
     Worker threads have one set of buffers, whichever weight's tiles they compute.
     """
@@ -158,7 +158,7 @@ def second_bytes(weight: WeightShape, *, widest: int, workspace: int) -> int:
 
 
 def device_bytes(weight: WeightShape, *, widest: int, workspace: int, workers: int) -> int:
-    """Everything that analysing one logical weight holds on another device, with no tile resident.
+    """Return all bytes that analysing one weight holds on another device with no tile resident.
 
     These are the partial sums and the method's workspace; tiles that land, the one in use in the
     arithmetic dtype, and its product; and what libraries keep for each worker and for the main
@@ -173,22 +173,22 @@ def device_bytes(weight: WeightShape, *, widest: int, workspace: int, workers: i
 
 
 def ring_slots(workers: int) -> int:
-    """Slots for tiles on their way to a device: one for each worker, and one that is copied."""
+    """Return the slots for tiles on their way to a device: one per worker, and one being copied."""
     return workers + 1
 
 
 def ring_bytes(largest_tile: int, slots: int) -> int:
-    """Bytes of pinned memory for `slots` tiles: one block, whose size is a power of two."""
+    """Return the bytes of pinned memory for `slots` tiles: one block, a power of two in size."""
     return 1 << max(0, slots * (largest_tile + 256) - 1).bit_length()
 
 
 def aligned(nbytes: int) -> int:
-    """`nbytes` rounded up to a multiple of `ALIGNMENT`."""
+    """Return `nbytes` rounded up to a multiple of `ALIGNMENT`."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def resident_tiles(weight: WeightShape, free: int) -> int:
-    """How many tiles of all task vectors may stay in `free` bytes."""
+    """Return how many tiles of all task vectors may stay in `free` bytes."""
     return max(0, min(weight.tiles, free // weight.resident_tile))
 
 

@@ -20,10 +20,10 @@ from lean_merge.recipe import ANY, Filtered, MergeRecipe, Parameters, reject_unk
 
 
 def build_method(recipe: MergeRecipe, place: Position | None = None) -> Method[Any]:
-    """The recipe's method with its parameters at one weight, checked.
+    """Return the recipe's method with its parameters at one weight, checked.
 
-    Without a place, of a value that differs between weights the entry without a filter counts, or
-    the value at the first layer.
+    If no place is given, a value that differs between weights is that of the entry without a
+    filter, or that at the first layer.
 
     Raises
     ------
@@ -37,7 +37,7 @@ def build_method(recipe: MergeRecipe, place: Position | None = None) -> Method[A
 def methods_of(
     recipe: MergeRecipe, positions: Mapping[str, Position], scope: Scope
 ) -> dict[str, Method[Any]]:
-    """The method of each weight that is merged, by the weight's canonical name.
+    """Return the method of each weight that is merged, by the weight's canonical name.
 
     Raises
     ------
@@ -83,7 +83,7 @@ def _all_parameters(recipe: MergeRecipe) -> list[Parameters]:
 
 
 def _resolved(recipe: MergeRecipe, place: Position | None) -> list[dict[str, Any]]:
-    """Each expert's values at one weight, but for parameters of which no filter matches it."""
+    """Return each expert's values at one weight, without parameters whose filters do not match."""
     resolved = []
     for expert in recipe.experts:
         values = {**dict(recipe.parameters), **dict(expert.parameters)}
@@ -93,7 +93,7 @@ def _resolved(recipe: MergeRecipe, place: Position | None) -> list[dict[str, Any
 
 
 def _at(value: Any, place: Position | None) -> Any:
-    """The value at one weight, or `_DEFAULT` where none of its filters matches."""
+    """Return the value at one weight, or `_DEFAULT` where none of its filters matches."""
     if _is_filtered(value):
         for entry in value:
             if entry.filter == ANY or (place is not None and place.matches(entry.filter)):
@@ -117,7 +117,7 @@ def _is_gradient(value: Any) -> bool:
 
 
 def _interpolated(points: tuple[float, ...], depth: float) -> float:
-    """The value at `depth` between equidistant points: the first is at depth 0, the last at 1."""
+    """Return the value at `depth` between equidistant points, from depth 0 to depth 1."""
     position = depth * (len(points) - 1)
     before = min(math.floor(position), len(points) - 1)
     after = min(before + 1, len(points) - 1)
@@ -175,7 +175,7 @@ class MethodTable:
         self._kind, self._fields = _checked_names(self.recipe)
 
     def at(self, place: Position) -> Method[Any]:
-        """The method for one weight. Raises RecipeError where a value makes no sense."""
+        """Return the method for one weight. Raises RecipeError where a value makes no sense."""
         values = _resolved(self.recipe, place)
         key = repr(values)
         if key not in self._made:

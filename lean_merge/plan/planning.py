@@ -1,4 +1,4 @@
-"""A plan: from a recipe and the headers of its checkpoints to everything that a merge will do.
+"""Make a plan of everything that a merge will do from a recipe and its checkpoints' headers.
 
 `_plan` has the steps in their order.
 """
@@ -70,14 +70,14 @@ class Plan:
     arena: int
     """Bytes of host memory for the tiles that stay in memory while their weights are analysed."""
     waiting: int
-    """How many updates may wait to be stored while another weight is analysed."""
+    """The number of updates that may wait to be stored while another weight is analysed."""
     prediction: Prediction
     notes: tuple[str, ...]
     evidence: EvidencePlan | None = None
 
     @property
     def inputs(self) -> tuple[Path, ...]:
-        """The folders that are read, and the files that links in them lead to.
+        """Return the folders that are read, and the files that links in them lead to.
 
         Nothing is ever written there.
         """
@@ -90,24 +90,24 @@ class Plan:
 
     @property
     def shards(self) -> tuple[Shard, ...]:
-        """The output's weight files, as far as their layout is known before the run."""
+        """Return the output's weight files, as far as their layout is known before the run."""
         return self.output.shards
 
     @property
     def is_settled(self) -> bool:
-        """Whether every threshold is known before anything is merged."""
+        """Return whether every threshold is known before anything is merged."""
         return self.evidence is not None or all(
             method is None or method.is_settled for task in self.weights for method in task.methods
         )
 
     @property
     def weights(self) -> tuple[WeightTask, ...]:
-        """The tasks in scope."""
+        """Return the tasks in scope."""
         return tuple(task for task in self.tasks if isinstance(task, WeightTask))
 
     @property
     def copies(self) -> tuple[CopyTask, ...]:
-        """The tasks out of scope."""
+        """Return the tasks out of scope."""
         return tuple(task for task in self.tasks if isinstance(task, CopyTask))
 
 
@@ -166,7 +166,7 @@ def _plan(
     kind.check(recipe)
     method = build_method(recipe)
 
-    # Open the checkpoints, and find whose weight is whose.
+    # Open the checkpoints, and find the weights that correspond.
     base = open_checkpoint(recipe.base_model)
     mllm = open_checkpoint(recipe.mllm_model)
     experts = tuple(open_expert(expert.model) for expert in recipe.experts)
@@ -247,7 +247,7 @@ def _check_numbers(coverage: Coverage) -> None:
 def _tasks(
     output: Output, scope: Scope, footprint: Footprint, shared: Concurrency
 ) -> tuple[CopyTask | WeightTask, ...]:
-    """The tasks in the order of the output's bytes or, without known files, of its tensors.
+    """Return the tasks in the order of the output's bytes or, without known files, of its tensors.
 
     A tensor of which nothing is merged is copied if the output holds whole tensors; else it has no
     task.

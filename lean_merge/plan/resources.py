@@ -1,4 +1,4 @@
-"""The part of the machine that a merge may use: device, memory, threads, and the fast dtype."""
+"""Choose the part of the machine that a merge may use: device, memory, threads, fast dtype."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lean_merge.errors import RecipeError
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What a merge may use of the machine. This decides its speed, never its numbers.
+    """The part of the machine that a merge may use. It decides the speed, never the numbers.
 
     Parameters
     ----------
@@ -34,7 +34,7 @@ class Resources:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedResources:
-    """What a merge uses of this machine.
+    """The part of this machine that a merge uses.
 
     Attributes
     ----------
@@ -59,7 +59,7 @@ class ResolvedResources:
 
 
 def resolve_resources(resources: Resources) -> ResolvedResources:
-    """Look up what of this machine `resources` stand for.
+    """Find the device, memory and threads of this machine that `resources` ask for.
 
     Where a device that was not asked for cannot be used, the CPU takes its place.
 
@@ -88,7 +88,7 @@ def resolve_resources(resources: Resources) -> ResolvedResources:
 
 
 def threads_of(resources: Resources) -> int:
-    """The number of threads: as many as are wanted, or as this process has processors."""
+    """Return the number of threads: as wanted, or one for each processor of this process."""
     if resources.threads is not None:
         if resources.threads < 1:
             raise RecipeError(f"threads must be 1 or more, not {resources.threads}.")
@@ -99,12 +99,12 @@ def threads_of(resources: Resources) -> int:
 
 
 def memory_of(resources: Resources) -> int:
-    """The ceiling on anonymous memory in bytes: as wanted, or half of what is free on top."""
+    """Return the ceiling on anonymous bytes: as wanted, or half of what is free on top."""
     return resources.memory or memory.usage().anonymous + memory.available() // 2
 
 
 def _resolved(wanted: str) -> tuple[str, list[str]]:
-    """The torch device that `wanted` stands for, and notes. Raises RecipeError."""
+    """Return the torch device for `wanted`, and sentences for people. Raises RecipeError."""
     if wanted == "auto":
         return ("cuda" if torch.cuda.is_available() else "cpu"), []
     try:
@@ -123,7 +123,7 @@ def _resolved(wanted: str) -> tuple[str, list[str]]:
 
 
 def arithmetic_dtype(task: torch.dtype, device: str) -> torch.dtype:
-    """The dtype of products on `device` with task vectors of dtype `task`.
+    """Return the dtype of products on `device` with task vectors of dtype `task`.
 
     It is bfloat16 where the task vectors are and the machine is fast at it, and float32 elsewhere.
     """

@@ -1,4 +1,4 @@
-"""Facts that must agree for two runs to write the same bytes: recipe, inputs and machine."""
+"""Collect the facts by which two runs write the same bytes: recipe, inputs and machine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lean_merge.version import __version__
 
 
 def run_facts(plan: Plan, out: Path) -> dict[str, Any]:
-    """The `run` of the journal (docs/durability.md) of an output of `plan` in the folder `out`.
+    """Return the journal's `run` (docs/durability.md) for an output of `plan` in the folder `out`.
 
     Raises
     ------
@@ -45,13 +45,13 @@ def run_facts(plan: Plan, out: Path) -> dict[str, Any]:
 
 
 def recipe_digest(recipe: MergeRecipe) -> str:
-    """SHA-256 of the recipe's canonical JSON."""
+    """Return the SHA-256 of the recipe's canonical JSON."""
     text = json.dumps(recipe.to_dict(), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def input_facts(plan: Plan, out: Path) -> list[dict[str, Any]]:
-    """Each role's folder, relative to `out`, and its files. Raises CheckpointError."""
+    """Return each role's folder, relative to `out`, and its files. Raises CheckpointError."""
     roles = by_role(plan.base, plan.mllm, plan.experts)
     final = out.expanduser().resolve()
     return [
@@ -78,7 +78,7 @@ def check_unchanged(plan: Plan, out: Path, facts: dict[str, Any]) -> None:
 
 
 def seen_from(folder: Path, path: Path) -> str:
-    """`path` relative to `folder`, as journals name it; absolute if it is on another drive."""
+    """Return `path` relative to `folder`, as journals name it; absolute if on another drive."""
     try:
         return Path(os.path.relpath(path, folder)).as_posix()
     except ValueError:
@@ -86,7 +86,7 @@ def seen_from(folder: Path, path: Path) -> str:
 
 
 def environment(device: str) -> dict[str, str]:
-    """The versions and the hardware that decide the last bits of arithmetic on `device`."""
+    """Return the versions and the hardware that decide the last bits of arithmetic on `device`."""
     facts = {
         "lean_merge": __version__,
         "torch": torch.__version__,

@@ -22,7 +22,7 @@ _RANGE = re.compile(r"(?P<first>\d+)(?P<dash>\s*-\s*(?P<last>\d+)?)?")
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a logical weight stands in the model. Filters and interpolated values need this.
+    """The place of a logical weight in the model, for filters and interpolated values.
 
     Attributes
     ----------
@@ -41,16 +41,16 @@ class Position:
 
     @property
     def layer(self) -> int:
-        """The number of its layer, from 0; 0 too for a weight outside of layers."""
+        """Return the number of its layer from 0; it is also 0 outside of layers."""
         return layer_of(self.canonical) or 0
 
     @property
     def depth(self) -> float:
-        """Its layer's place between the first, 0.0, and the last, 1.0."""
+        """Return its layer's place between the first, 0.0, and the last, 1.0."""
         return self.layer / (self.layers - 1) if self.layers > 1 else 0.0
 
     def matches(self, entry: str) -> bool:
-        """Whether a filter matches this weight. Raises RecipeError where it makes no sense."""
+        """Return whether a filter matches this weight. Raises RecipeError if it makes no sense."""
         found = _RANGES.fullmatch(entry.strip())
         if found:
             return any(self.layer in layers for layers in _ranges(entry, found["ranges"]))
@@ -91,7 +91,7 @@ def _ranges(entry: str, text: str) -> tuple[range, ...]:
 
 
 def positions_of(coverage: Coverage) -> dict[str, Position]:
-    """The positions of all logical weights, by canonical name."""
+    """Return the positions of all logical weights, by canonical name."""
     places = [
         Position(part.canonical, _mllm_name(weight, part), 0)
         for weight in coverage.weights
@@ -115,11 +115,11 @@ class Scope:
     filtered: dict[str, str]
 
     def reason(self, weight: LogicalWeight) -> str:
-        """Why a weight is left out; empty for a weight that is merged."""
+        """Return why a weight is left out; empty for a weight that is merged."""
         return self.filtered.get(weight.canonical, "")
 
     def merged(self, coverage: Coverage) -> tuple[MappedWeight, ...]:
-        """The tensors of which at least one logical weight is merged."""
+        """Return the tensors of which at least one logical weight is merged."""
         return tuple(
             weight
             for weight in coverage.weights
@@ -156,7 +156,7 @@ def filter_weights(
 
 
 def nearest(entry: str, places: Sequence[Position]) -> str:
-    """A hint at what a filter that matches nothing may have meant."""
+    """Return a hint at what a filter that matches nothing may have meant."""
     layers = max((place.layers for place in places), default=0)
     if _RANGES.fullmatch(entry.strip()):
         return f"the layers are 0-{layers - 1}."

@@ -1,6 +1,6 @@
-"""Writing the output: layout known beforehand, bytes at their offsets, whole or visibly unfinished.
+"""Write an output folder so that it is whole or visibly unfinished, even after a crash.
 
-All files of an output become a model by one last rename.
+The layout of its files is known before a byte is written, and one last rename makes it whole.
 """
 
 from lean_merge.store.blocks import Block, BlockStore, Group

@@ -1,8 +1,8 @@
-"""Named blocks of numbers that wait in an unfinished output until what they end up in is laid out.
+"""Keep named blocks of numbers in an unfinished output until their file can be laid out.
 
-How large an adapter or an analysis becomes is known only once every weight was analysed, and a
-safetensors file begins with all shapes. So numbers wait in a file of their own, which goes when the
-output is sealed. docs/durability.md specifies it.
+A safetensors file begins with all shapes, but how large an adapter or an analysis becomes is known
+only when every weight has been analysed. Until then the numbers wait in a file of their own, which
+is removed when the output is sealed. docs/durability.md specifies it.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ _STEP = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Float32 numbers of a `BlockStore`.
+    """A block of float32 numbers in a `BlockStore`.
 
     Attributes
     ----------
     shape
-        Their lengths.
+        The lengths of its dimensions.
     crc32
-        The CRC-32 of their bytes.
+        The CRC-32 of its bytes.
     start
-        Where their first byte lies in the store's file.
+        The offset of its first byte in the store's file.
     """
 
     shape: tuple[int, ...]
@@ -55,32 +55,33 @@ class Block:
 
     @property
     def nbytes(self) -> int:
-        """Their length in bytes."""
+        """Return the block's length in bytes."""
         return math.prod(self.shape) * ITEM
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Blocks by name that are finished together, and what `BlockStore.finish` was told of them."""
+    """Blocks, by name, that were finished together, and the `result` that `finish` was given."""
 
     blocks: Mapping[str, Block]
     result: Any
 
 
 class BlockStore:
-    """Blocks on the disk of an unfinished output; for one thread, but for `sync`.
+    """The blocks of an unfinished output, in a file. One thread uses it; any may call `sync`.
 
     Parameters
     ----------
     file
-        Made when the first block comes.
+        The file, which is made when the first block comes.
     finished
-        Called with the journal's record of every group that is finished.
+        A function that is called with the journal's record of each finished group.
 
     Attributes
     ----------
     groups
-        What is finished, by name: by this run, and by interrupted ones whose bytes were read again.
+        The finished groups by name. Those of an interrupted run are among them if their bytes, when
+        read again, were intact.
     """
 
     def __init__(self, file: Path, finished: Callable[[Record], None]) -> None:
@@ -92,20 +93,20 @@ class BlockStore:
         self._open_group: dict[str, Block] = {}
 
     def restore(self, groups: Mapping[str, Group]) -> None:
-        """Take groups as finished; to be called before anything else."""
+        """Count `groups` as finished; this must be called before any other method."""
         self.groups.update(groups)
         blocks = [block for group in groups.values() for block in group.blocks.values()]
         self._end = max((block.start + block.nbytes for block in blocks), default=0)
 
     def put(self, name: str, shape: tuple[int, ...], parts: Iterable[Tensor]) -> Block:
-        """Keep a block of the group that `finish` will name.
+        """Write a block of the group that the next call of `finish` names.
 
         Parameters
         ----------
         name
-            Its name in that group.
+            The block's name in that group.
         shape
-            Its lengths.
+            The lengths of its dimensions.
         parts
             Its numbers in order: contiguous float32 tensors on the CPU.
 
@@ -114,7 +115,7 @@ class BlockStore:
         OutputError, BudgetError
             The disk refuses.
         ValueError
-            The parts have not that many numbers, or the group has such a block.
+            The parts have too few or too many numbers, or the group has a block of that name.
         """
         start, digest = self._end, 0
         try:
@@ -132,9 +133,9 @@ class BlockStore:
         return block
 
     def finish(self, name: str, result: Any) -> None:
-        """Finish a group, all of whose blocks were put, so that no later run need put them again.
+        """Finish the group of the blocks put so far; no later run has to put them again.
 
-        `result` is what `groups` tells of it then, as JSON has it. A group may have no block.
+        `groups` keeps the `result`, which must be plain data for JSON. A group may have no blocks.
         """
         group = Group(self._open_group, result)
         self._open_group = {}
@@ -156,7 +157,7 @@ class BlockStore:
             )
 
     def sync(self) -> None:
-        """Wait until the blocks are on the disk. OSError."""
+        """Wait until the blocks are on the disk. Raises OSError."""
         if self._descriptor is not None:
             sync_data(self._descriptor)
 
@@ -173,7 +174,7 @@ class BlockStore:
     def _opened(self) -> int:
         if self._descriptor is None:
             self._descriptor = open_own(self._file)
-            # What stands after the end belongs to no finished group.
+            # Bytes after the end belong to no finished group.
             os.ftruncate(self._descriptor, self._end)
             sync_folder(self._file.parent)
         return self._descriptor
@@ -189,7 +190,7 @@ def to_record(name: str, group: Group, *, sealed: bool = False) -> dict[str, Any
 
 
 def intact_groups(records: Mapping[str, Record], file: Path) -> dict[str, Group]:
-    """Return the groups whose blocks, read again from `file`, are those that were put. OSError."""
+    """Return the groups whose blocks in `file` still have their digests. Raises OSError."""
     groups = {}
     for name, record in records.items():
         blocks = {

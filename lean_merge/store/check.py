@@ -1,4 +1,4 @@
-"""Reading a complete output again and comparing all of it with its journal."""
+"""Read a complete output again, and compare all of it with its journal."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _MEND = "pass the folder of a complete lean-merge output"
 
 @dataclass
 class FolderCheck:
-    """What reading a folder again has shown.
+    """The result of reading a complete output again.
 
     Attributes
     ----------
     journal
-        None if it is damaged, and then nothing else was compared.
+        The journal; None if it is damaged, and then nothing else was compared.
     differences
-        In the order in which they were found.
+        The differences in the order in which they were found.
     tensors
-        Those whose digest agrees, by name.
+        The tensors whose digests agree, by name.
     files
         How many files were compared, the journal among them.
     """
@@ -55,7 +55,7 @@ def check_folder(folder: Path, on_bytes: Callable[[int], None]) -> FolderCheck:
     folder
         The output.
     on_bytes
-        Called with the number of bytes of tensors that were read.
+        A function that is called with the number of the tensors' bytes that were read.
 
     Raises
     ------
@@ -151,7 +151,7 @@ def _sha256(file: Path) -> tuple[int, str]:
 
 
 def _check_index(index: Path, journal: Journal, check: FolderCheck) -> None:
-    """Compare the index with the headers of the shards that are as they were."""
+    """Compare the index with the headers of the undamaged shards."""
     try:
         named = read_index(index)
     except CheckpointError:

@@ -1,4 +1,4 @@
-"""CRC-32 of bytes that arrive in any order, from any thread.
+"""Compute the CRC-32 of bytes that arrive in any order, from any thread.
 
 CRC-32s of neighbouring parts combine to that of the whole (M. Adler, zlib's crc32_combine), so a
 digest depends on the bytes alone and not on how they were cut.
@@ -48,32 +48,32 @@ def _shift(length: int) -> int:
 
 
 def combine_crc32(first: int, second: int, length: int) -> int:
-    """Return the CRC-32 of two parts from those of each, the second of `length` bytes."""
+    """Return the CRC-32 of two joined parts from those of each; the second has `length` bytes."""
     return _multiply(_shift(length), first) ^ second
 
 
 class RangeDigests:
-    """CRC-32s of what is written to one file; threads may share one.
+    """The CRC-32s of the bytes that are written to one file; several threads may use it.
 
     Parameters
     ----------
     starts
-        Offsets that begin a range to be asked for: nothing is put together across them.
+        The offsets of the ranges that `take` will be asked for; parts do not join across them.
     """
 
     def __init__(self, starts: Iterable[int]) -> None:
         self._starts = frozenset(starts)
         self._runs: dict[int, tuple[int, int]] = {}
-        """Ends and digests of what is written without a gap, by where it begins."""
+        """For each part that is written without a gap, by its start: its end and its digest."""
         self._begins: dict[int, int] = {}
-        """Where each begins, by its end."""
+        """The start of each part, by its end."""
         self._lock = threading.Lock()
 
     def add(self, offset: int, data: memoryview) -> None:
-        """Take `data` into account, which is written at `offset`."""
+        """Add `data`, which is written at `offset`, to the digests."""
         with self._lock:
             start, digest = self._before(offset) or (offset, 0)
-        # Outside the lock: other threads may run meanwhile.
+        # This is done without the lock, so that other threads can run meanwhile.
         digest = crc32(data, digest)
         end = offset + data.nbytes
         with self._lock:
@@ -90,7 +90,7 @@ class RangeDigests:
             self._begins[end] = start
 
     def _before(self, offset: int) -> tuple[int, int] | None:
-        """Take out what ends at `offset`: where it begins, and its digest."""
+        """Remove the part that ends at `offset`, and return its start and its digest."""
         if offset in self._starts or offset not in self._begins:
             return None
         start = self._begins.pop(offset)
@@ -99,7 +99,7 @@ class RangeDigests:
     def take(self, start: int, length: int) -> int:
         """Return the digest of a range, which is then forgotten.
 
-        Raises ValueError if not every byte of it was written, or some were twice.
+        Raises ValueError if some byte of it was not written, or was written twice.
         """
         if length == 0:
             return 0

@@ -1,4 +1,4 @@
-"""The output folder: written at known offsets, whole or visibly unfinished, never in between.
+"""Write the output folder at known offsets; it is whole or visibly unfinished, never in between.
 
 Shards are named *.partial and state a header of length 0, which every loader refuses, until all
 bytes are on the disk. The last rename, of the index or of the only shard, makes the output whole.
@@ -57,14 +57,14 @@ Spans = Sequence[tuple[int, int]]
 
 
 class WriteBytes(Protocol):
-    """Writes bytes of one tensor, from any thread."""
+    """A function that writes bytes of one tensor; any thread may call it."""
 
     def __call__(self, offset: int, data: memoryview, spans: Spans | None = None) -> None:
         """Write `data` at `offset` from the tensor's start, or in parts at `spans` from there."""
 
 
 class OutputFolder:
-    """Receives the bytes of the output; threads may share one.
+    """The folder of an output, to which several threads may write.
 
     As a context manager it calls `abort` on leaving the block, unless it was sealed.
 
@@ -117,9 +117,9 @@ class OutputFolder:
         Parameters
         ----------
         out
-            The folder; made if absent.
+            The folder, which is made if it is absent.
         shards
-            From `plan_shards`.
+            The weight files, from `plan_shards`.
         inputs
             Folders or files of the run's checkpoints.
         overwrite
@@ -174,7 +174,7 @@ class OutputFolder:
             self.blocks.restore(intact_groups(journal.groups, self.path / BLOCKS))
 
     def _make(self, shard: Shard) -> None:
-        """Make a weight file in its whole length, with a header whose length is 0. OSError."""
+        """Make a weight file of full length whose header has the length 0. Raises OSError."""
         file = self._partial(shard.file_name)
         descriptor = open_own(file)
         try:
@@ -187,7 +187,7 @@ class OutputFolder:
         self._digests[shard.file_name] = RangeDigests(shard.offsets.values())
 
     def _intact_tensors(self, journal: Journal) -> dict[str, Record]:
-        """The records of tensors whose bytes, read again, are those that were written. OSError."""
+        """Return the records of tensors whose bytes still have their digests. Raises OSError."""
         found: dict[str, Record] = {}
         buffer = memoryview(bytearray(_STEP))
         for shard in self.shards:
@@ -202,7 +202,7 @@ class OutputFolder:
         return found
 
     def _remove(self) -> None:
-        """Leave nothing of an output that was not even begun."""
+        """Remove all of an output that could not even be begun."""
         with suppress(OSError):
             for name in (*(shard.file_name for shard in self.shards), JOURNAL):
                 self._partial(name).unlink(missing_ok=True)
@@ -210,7 +210,7 @@ class OutputFolder:
 
     @property
     def path(self) -> Path:
-        """Where the files are now: beside `final` while that holds what is to be replaced."""
+        """Return where the files are now: beside `final` while that holds an old output."""
         return self.final if self.sealed else self._place.path
 
     def _partial(self, name: str) -> Path:
@@ -415,7 +415,7 @@ class OutputFolder:
         self._close()
 
     def _complete(self, shard: Shard) -> None:
-        """Give a shard, whose data is on the disk, its header length. OSError."""
+        """Write the header length of a shard whose data is on the disk. Raises OSError."""
         file = self._partial(shard.file_name)
         with self._files.use(file) as descriptor:
             write_all(descriptor, memoryview(shard.header)[:8], 0)

@@ -1,4 +1,4 @@
-"""The journal: which tensors are on the disk, with which digests, and what they were made from.
+"""The journal tells which tensors are on the disk, their digests, and what they were made from.
 
 docs/durability.md specifies the format. Lines are only ever appended; one that does not match its
 CRC-32, and all after it, do not count.
@@ -75,7 +75,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Journal:
-    """What a journal says.
+    """The content of a journal.
 
     Attributes
     ----------
@@ -85,11 +85,11 @@ class Journal:
         The records of weight files, tensors, groups of blocks, and other files, by name; the last
         record of each counts.
     analysis
-        What a merge that made its analysis itself found by it; only sealed journals have it.
+        What a merge found in an analysis that it made itself; only sealed journals have it.
     sealed
         Whether it ends in a matching `end` record, as that of a complete output does.
     length
-        Bytes of the first lines that count, up to those that only sealed journals have.
+        Bytes of all lines that count, except for those that only sealed journals have.
     """
 
     start: dict[str, Any]
@@ -113,7 +113,7 @@ def commit_mark(names: Sequence[str]) -> str | None:
 
 
 def read_journal(file: Path) -> Journal | None:
-    """Return what `file` says; None if there is none, or its first line does not count. OSError."""
+    """Return the journal in `file`; None if its first line is absent or torn. Raises OSError."""
     if file.is_symlink() or not file.is_file():
         return None
     records: list[dict[str, Any]] = []
@@ -196,7 +196,7 @@ class JournalWriter:
         self._length = 0
 
     def open(self, length: int) -> None:
-        """Go on after `length` bytes of an interrupted run's journal, or begin at 0. OSError."""
+        """Continue after `length` bytes of a journal, or begin at 0. Raises OSError."""
         self._descriptor = open_own(self._file)
         self._length = length
         os.ftruncate(self._descriptor, length)
@@ -204,7 +204,7 @@ class JournalWriter:
             self._append([self._start])
 
     def _append(self, records: Sequence[Record]) -> None:
-        """Add lines, which are on the disk when this returns. OSError."""
+        """Add lines, which are on the disk when this returns. Raises OSError."""
         if self._descriptor is None:
             raise ValueError("The journal is closed.")
         data = b"".join(map(encode, records))
@@ -213,7 +213,7 @@ class JournalWriter:
         self._length += len(data)
 
     def add_shard(self, shard: Shard) -> None:
-        """Add a weight file whose layout was not known at the start. OSError."""
+        """Add a weight file whose layout was not known at the start. Raises OSError."""
         record = {"record": "shard", **_described(shard)}
         self._append([record])
         self._added.append(record)
@@ -227,11 +227,11 @@ class JournalWriter:
 
     @property
     def has_waiting(self) -> bool:
-        """Whether something is finished that the file does not tell of."""
+        """Return whether any finished record is not yet in the file."""
         return bool(self._waiting)
 
     def take_waiting(self) -> list[Record]:
-        """Take what is finished and the file does not tell of, to be saved once it is synced.
+        """Take the finished records that are not in the file; they are saved once bytes are synced.
 
         Whoever fails to sync them must not try again: some systems report a failure once only.
         """
@@ -240,7 +240,7 @@ class JournalWriter:
         return taken
 
     def save(self, records: Sequence[Record]) -> None:
-        """Add the lines of `records`, whose bytes are on the disk. OSError."""
+        """Add the lines of `records`, whose bytes are on the disk. Raises OSError."""
         if records:
             self._append(records)
 

@@ -1,4 +1,4 @@
-"""Where every byte of the output will lie, before the first is written.
+"""Lay out every byte of the output before the first is written.
 
 Shards are cut as transformers cuts them, and each is laid out as `safetensors.torch.save_file`
 would, so that the same tensors give the same files.
@@ -39,7 +39,7 @@ class Shard:
     header
         Everything before the data: u64 little-endian length, then JSON padded with spaces.
     offsets
-        Of each tensor's first byte, by name, counted from the start of the file; in file order.
+        The offset of each tensor's first byte in the file, by name and in file order.
     size
         Length of the whole file in bytes.
     """
@@ -66,7 +66,7 @@ def plan_shards(tensors: Sequence[OutputTensor], *, shard_size: int) -> tuple[Sh
     Parameters
     ----------
     tensors
-        In the order in which to fill the shards.
+        The tensors in the order in which to fill the shards.
     shard_size
         Most bytes of data in a shard; a tensor that is larger has a shard of its own, and the
         shard before it is filled further, as transformers does.
@@ -74,7 +74,7 @@ def plan_shards(tensors: Sequence[OutputTensor], *, shard_size: int) -> tuple[Sh
     Returns
     -------
     tuple of Shard
-        At least one, named "model.safetensors" if single, else "model-00001-of-0000N.safetensors".
+        One, "model.safetensors", or several, named "model-00001-of-0000N.safetensors" and so on.
 
     Raises
     ------
@@ -112,7 +112,7 @@ def plan_shards(tensors: Sequence[OutputTensor], *, shard_size: int) -> tuple[Sh
 
 
 def single_file(file_name: str, tensors: Sequence[OutputTensor]) -> Shard:
-    """Lay out all tensors in one file of that name. Raises OutputError as `plan_shards`."""
+    """Lay out all tensors in one file of that name. Raises OutputError as `plan_shards` does."""
     # Rust, which writes save_file's header, compares names as UTF-8 bytes.
     ordered = sorted(tensors, key=lambda each: (-LAYOUT_RANK[each.dtype], _utf8(each.name)))
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}

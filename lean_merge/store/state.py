@@ -1,4 +1,4 @@
-"""What an output folder holds, and what that allows: nothing, going on, or only replacing it."""
+"""Tell what an output folder holds, and whether a run may begin, continue or replace it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ UNSEALED = f"{JOURNAL}{PARTIAL}"
 OWN_ANALYSIS = f"lean_merge_analysis{PARTIAL}"
 """The folder of the analysis that an unfinished output makes for itself."""
 DISCARDED = f"lean_merge_discarded{PARTIAL}"
-"""What that folder is called while it is deleted."""
+"""The name of that folder while it is deleted."""
 _OURS = frozenset({"additional_chat_templates", ".cache", OWN_ANALYSIS, DISCARDED})
 _START_OVER = "start over with --no-resume, or choose another folder"
 
 
 class State(enum.Enum):
-    """What a folder is.
+    """The state of a folder.
 
     An output is complete once its journal is sealed and the unsealed one is gone, and its files are
     there in their lengths. A crash may leave some of them with the names that they had before.
@@ -36,7 +36,7 @@ class State(enum.Enum):
 
 
 class Step(enum.Enum):
-    """What may be done with a folder."""
+    """The step that a run takes with a folder."""
 
     BEGIN = "begin"
     GO_ON = "go on"
@@ -50,7 +50,7 @@ def look(folder: Path) -> tuple[State, Journal | None]:
         return State.EMPTY, None
     names = {each.name for each in folder.iterdir()}
     journal = read_journal(folder / UNSEALED)
-    # A journal without a first line is all that a run cut at its very beginning leaves.
+    # A run that is cut at its very beginning leaves a journal without a first line.
     if not names or (journal is None and names == {UNSEALED}):
         return State.EMPTY, None
     if UNSEALED in names:
@@ -64,7 +64,7 @@ def look(folder: Path) -> tuple[State, Journal | None]:
 
 
 def _has_all(folder: Path, journal: Journal) -> bool:
-    """Whether every file is there in its length, under its name or the one that it had before."""
+    """Return whether every file has its length, under its name or the one that it had before."""
     sizes = {name: record["size"] for name, record in (journal.shards | journal.files).items()}
     return all(
         size in (_size(folder / name), _size(folder / f"{name}{PARTIAL}"))
@@ -134,7 +134,7 @@ def _refuse_to_lose(folder: Path, *, overwrite: bool, known: str) -> None:
 
 
 def is_complete(folder: Path, start: Mapping[str, Any]) -> bool:
-    """Whether `folder` holds the complete output of a run whose journal begins with `start`.
+    """Return whether `folder` holds the complete output of a run whose journal begins with `start`.
 
     The machine may be another. Raises OSError.
     """

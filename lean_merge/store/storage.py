@@ -1,4 +1,4 @@
-"""System calls of the output folder, with what stands in for them where a system lacks them."""
+"""Make the output folder's system calls, with substitutes where a system lacks one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _seek_lock = threading.Lock()
 
 
 def explain(path: Path, error: OSError) -> LeanMergeError:
-    """Return what a failed write is to users: BudgetError if space ran out, else OutputError."""
+    """Return the error for a failed write: BudgetError if space ran out, else OutputError."""
     if error.errno in _FULL:
         return BudgetError(f"{path}: the disk is full or over quota; free space or pass another.")
     return OutputError(
@@ -32,7 +32,7 @@ def explain(path: Path, error: OSError) -> LeanMergeError:
 
 
 def set_length(descriptor: int, size: int) -> None:
-    """Make a file `size` bytes long and reserve their space where the system can. OSError."""
+    """Make a file `size` bytes long, and reserve the space if possible. Raises OSError."""
     if os.fstat(descriptor).st_size > size:
         os.ftruncate(descriptor, size)
     if hasattr(os, "posix_fallocate"):
@@ -46,7 +46,7 @@ def set_length(descriptor: int, size: int) -> None:
 
 
 def write_all(descriptor: int, data: memoryview, offset: int) -> None:
-    """Write `data` at `offset`, and move no file position that others rely on. OSError."""
+    """Write `data` at `offset`, and move no file position that others rely on. Raises OSError."""
     done = 0
     while done < data.nbytes:
         part = data[done : done + _LARGEST_WRITE]
@@ -59,7 +59,7 @@ def write_all(descriptor: int, data: memoryview, offset: int) -> None:
 
 
 def read_all(descriptor: int, out: memoryview, offset: int) -> int:
-    """Fill `out` from `offset` on; return how many bytes there were. OSError."""
+    """Fill `out` from `offset` on; return how many bytes there were. Raises OSError."""
     done = 0
     while done < out.nbytes:
         part = out[done : done + _LARGEST_WRITE]
@@ -78,7 +78,7 @@ def read_all(descriptor: int, out: memoryview, offset: int) -> int:
 
 
 def open_own(file: Path) -> int:
-    """Open a file to be written in place, and make it if it is absent. OSError.
+    """Open a file to be written in place, and make it if it is absent. Raises OSError.
 
     A link, symbolic or hard, is refused: a file elsewhere would change, an input perhaps.
     """
@@ -97,7 +97,7 @@ def write_new(file: Path, parts: Iterable[bytes]) -> tuple[int, str]:
 
     Return its length and SHA-256. Raises OSError.
     """
-    # Never through a link: what it leads to stays as it is.
+    # A link is not followed, so that the file that it leads to stays as it is.
     with suppress(FileNotFoundError):
         os.unlink(file)
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _PLAIN, 0o666)
@@ -126,7 +126,7 @@ def make_folder(folder: Path) -> list[Path]:
 
 
 def sync_data(descriptor: int) -> None:
-    """Wait until a file's bytes are on the disk. OSError."""
+    """Wait until a file's bytes are on the disk. Raises OSError."""
     if hasattr(os, "fdatasync"):
         os.fdatasync(descriptor)
     else:
@@ -140,7 +140,7 @@ def forget(descriptor: int) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until a folder's entries are on the disk, where the system can. OSError."""
+    """Wait until a folder's entries are on the disk, where the system can. Raises OSError."""
     if os.name == "nt":
         return
     try:
@@ -159,7 +159,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def lock_folder(folder: Path) -> int | None:
-    """Take the folder for this process until the returned descriptor is closed.
+    """Lock the folder for this process until the returned descriptor is closed.
 
     Return None where the system has no such locks. Raises OSError if there is no such folder, and
     OutputError if another process, or another writer in this one, has it.
@@ -177,7 +177,7 @@ def lock_folder(folder: Path) -> int | None:
             f"{folder}: another lean-merge is writing there; wait for it or choose another folder."
         ) from None
     except OSError:
-        # A file system without locks: go on without.
+        # The file system has no locks, so go on without one.
         pass
     # Meanwhile the one who had it may have put another folder in this one's place.
     if not _is_at(descriptor, folder):
@@ -196,7 +196,7 @@ def _is_at(descriptor: int, folder: Path) -> bool:
 def check_free_space(folder: Path, needed: int, *, freed: int) -> None:
     """Raise BudgetError unless `folder`'s disk has `needed` bytes free.
 
-    `folder` may not be there yet; `freed` is how many bytes of leftovers go before.
+    `folder` need not exist yet. Before the write, `freed` bytes of leftovers are removed.
     """
     there = next(each for each in (folder, *folder.parents) if each.exists())
     free = shutil.disk_usage(there).free + freed
@@ -208,7 +208,7 @@ def check_free_space(folder: Path, needed: int, *, freed: int) -> None:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Return the bytes of the disk that the files beneath `folder` occupy. OSError."""
+    """Return the bytes of the disk that the files beneath `folder` occupy. Raises OSError."""
     if folder.is_symlink():
         return 0
     files = (os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names)

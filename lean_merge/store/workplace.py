@@ -1,4 +1,4 @@
-"""Where an output is written, under whose lock; and how it gets its name when it is sealed.
+"""Find and lock the folder in which an output is written, and rename it when it is sealed.
 
 An output that replaces another is written beside it, so that a crash at any moment leaves the old
 folder or the new one whole:
@@ -6,7 +6,7 @@ folder or the new one whole:
     .out.lean-merge-new          the new one, while it is written
     .out.lean-merge-old          the old one, between two renames and while it is deleted
 
-Between those two renames alone `out` itself is missing; the next run then ends the switch.
+Only between those two renames is `out` itself missing; the next run then completes the switch.
 """
 
 from __future__ import annotations
@@ -99,14 +99,14 @@ def checked_place(out: Path, inputs: Sequence[Path]) -> Path:
 
 
 def _beside(final: Path) -> tuple[Path, Path]:
-    """The folders through which `final` is replaced: the new one's, and the old one's."""
+    """Return the folders through which `final` is replaced: the new one's, and the old one's."""
     hidden = f".{final.name}.lean-merge"
     return final.parent / f"{hidden}-new", final.parent / f"{hidden}-old"
 
 
 def _refuse_input(out: Path, given: Path) -> None:
     source = given.resolve()
-    # Compared by inode too: names alone lie on file systems that fold case.
+    # Inodes are compared too, because names mislead on file systems that ignore case.
     for one, other, where in ((out, source, "inside"), (source, out, "around")):
         for parent in (one, *one.parents):
             if parent == other or _same(parent, other):
@@ -166,10 +166,10 @@ def _step_beside(folder: Path, start: Mapping[str, Any], *, resume: bool) -> Ste
 
 
 def _check_disk(place: Workplace, start: Mapping[str, Any], disk: int) -> None:
-    """Raise BudgetError where the disk lacks the space for a whole new output. OSError.
+    """Raise BudgetError where the disk lacks the space for a whole new output. Raises OSError.
 
-    An output that goes on is not asked: its weight files have their space already, and how much of
-    the rest is still to be written is not known.
+    An unfinished output that is continued is not checked: its weight files have their space
+    already, and how much of the rest is still to be written is not known.
     """
     needed = max(disk, sum(each["size"] for each in start["shards"]))
     leftovers = {place.path, _beside(place.final)[0]}
@@ -177,9 +177,9 @@ def _check_disk(place: Workplace, start: Mapping[str, Any], disk: int) -> None:
 
 
 def _clear(place: Workplace) -> None:
-    """Remove what an unfinished run left, files of others never. OSError.
+    """Remove what an unfinished run left, but no files of anyone else. Raises OSError.
 
-    The unsealed journal goes last: as long as anything else is there, so is what tells whose it is.
+    The unsealed journal is removed last, because it tells whose the other files are.
     """
     folder = place.path
     if not folder.is_dir():
@@ -188,7 +188,7 @@ def _clear(place: Workplace) -> None:
         _remove(folder)
         return
     _, journal = look(folder)
-    # The journal may be a stranger's: nothing outside the folder is removed.
+    # The journal may come from a stranger, so nothing outside the folder is removed.
     ours = {INDEX, *(Path(name).name for name in (journal.shards if journal else ()))}
     for name in (*(f"{name}{PARTIAL}" for name in sorted(ours)), BLOCKS, JOURNAL):
         (folder / name).unlink(missing_ok=True)
@@ -199,9 +199,9 @@ def _clear(place: Workplace) -> None:
 
 
 def discard_analysis(path: Path) -> None:
-    """Delete the analysis that an unfinished output made for itself, if there is one. OSError.
+    """Delete the analysis that an unfinished output made for itself, if any. Raises OSError.
 
-    Under its own name it is always what a run of it left, never half deleted.
+    It is renamed first, so that an analysis under its own name is never half deleted.
     """
     analysis, gone = path / OWN_ANALYSIS, path / DISCARDED
     if gone.is_dir():
@@ -218,7 +218,7 @@ def publish(folder: Path, names: Sequence[str]) -> None:
     """Give the files of a sealed output their names, and drop what only unfinished ones have.
 
     `names` are those of its weight files. A file that has its name already keeps it, so that a
-    later run can end what a crash cut. OSError.
+    later run can complete what a crash interrupted. Raises OSError.
     """
     (folder / BLOCKS).unlink(missing_ok=True)
     mark = commit_mark(names)
@@ -251,9 +251,9 @@ def switch(final: Path) -> None:
 
 
 def recover(final: Path) -> None:
-    """End what a crash cut between the renames of `publish` and `switch`.
+    """Complete what a crash interrupted between the renames of `publish` and `switch`.
 
-    Raises OSError, and OutputError where the run that is at it still lives.
+    Raises OSError, and OutputError if the run that renames is still alive.
     """
     new, old = _beside(final)
     for folder in (final, new):
@@ -298,7 +298,7 @@ def _delete(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    # Half deleted it must not pass for sealed.
+    # A half-deleted folder must not look like a sealed one.
     (folder / JOURNAL).unlink(missing_ok=True)
     shutil.rmtree(folder)
 
@@ -313,7 +313,7 @@ def check_output(
     resume: bool = True,
     disk: int = 0,
 ) -> None:
-    """Raise what `OutputFolder.create` would, and touch nothing; for plans."""
+    """Raise what `OutputFolder.create` would raise, but touch nothing; plans call this."""
     final = checked_place(out, inputs)
     start = start_record(run or {}, shards)
     try:
@@ -332,7 +332,7 @@ def find_complete(
 ) -> Path | None:
     """Return the folder, if `out` holds the complete output of `run` already. Raises OutputError.
 
-    What a crash left of sealing or replacing it is ended first.
+    If a crash interrupted the sealing or replacing of it, that is completed first.
     """
     final = checked_place(out, inputs)
     try:
