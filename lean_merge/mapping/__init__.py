@@ -1,4 +1,4 @@
-"""Whose weight is whose: logical weights of the base, found in the MLLM and in every expert."""
+"""Find the logical weights of the base in the MLLM and in every expert."""
 
 from lean_merge.mapping.modules import module_name
 from lean_merge.mapping.names import (

@@ -1,4 +1,4 @@
-"""Which weights of the base an adapter changes: found by structure, as for whole models."""
+"""Find the weights of the base that an adapter changes, by structure as for whole models."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from lean_merge.mapping.structure import Decoder, Key, split_name
 
 @dataclass(frozen=True, slots=True)
 class AdapterMap:
-    """An adapter's changes by the base's weights.
+    """The changes that an adapter makes to the base's weights.
 
     Attributes
     ----------
     prefix
-        Where the language model's layers are in the names of its modules.
+        The beginning of the names of its modules, up to the language model's layers.
     rows
-        What it adds to the base's logical weights, by (layer, rest).
+        The rows that it adds to the base's logical weights, by (layer, rest).
     file
         The file with the adapter's tensors.
     warnings
-        Sentences about what of the adapter is not merged.
+        Sentences about the parts of the adapter that are not merged.
     """
 
     prefix: str
@@ -44,7 +44,7 @@ class AdapterMap:
     warnings: tuple[str, ...]
 
     def task_vector(self, key: Key, base: WeightSource) -> WeightSource:
-        """The rows of what the adapter adds to the base's weight at `key`, which may be nothing."""
+        """Return the rows that the adapter adds to the base's weight at `key`; they may be zero."""
         return self.rows.get(key) or ZeroRows(base, self.file)
 
 
@@ -104,7 +104,7 @@ def map_adapter(
     faults: Faults,
     named: Mapping[str, TensorSpec],
 ) -> AdapterMap:
-    """Maps an adapter's changes to the in-scope weights of the base.
+    """Map an adapter's changes to the in-scope weights of the base.
 
     Parameters
     ----------
@@ -154,7 +154,7 @@ def map_adapter(
 
 
 def _in_scope(module: str) -> tuple[str, int, str] | None:
-    """(prefix, layer, canonical rest) of a module of a language model's layers, else None."""
+    """Return a module's (prefix, layer, canonical rest); None if it is not in a layer."""
     split = split_name(f"{module}.weight")
     if split is None:
         return None
@@ -165,7 +165,7 @@ def _in_scope(module: str) -> tuple[str, int, str] | None:
 def _parts(
     split: tuple[str, int, str], change: Change, known: Heads | None
 ) -> Iterator[tuple[Key, Place]]:
-    """The logical weights in a module, which may be fused, and where they lie in its weight."""
+    """Return the logical weights in a module, which may be fused, and their places in it."""
     if change.shape is not None:
         whole = replace(change.tensor, shape=change.shape)
         for rest, place in places(split[2], whole, [] if known is None else [known]).items():
@@ -173,7 +173,7 @@ def _parts(
 
 
 def _refuse_whole_weights(names: Sequence[str], tensors: Mapping[str, TensorSpec]) -> None:
-    """Raises CheckpointError for a whole weight in scope, which PEFT saves for modules_to_save."""
+    """Raise CheckpointError for a whole weight in scope, which PEFT saves for modules_to_save."""
     for name in names:
         split, spec = split_name(name), tensors[name]
         if split is None or not name.endswith(".weight") or len(spec.shape) < 2:
@@ -188,7 +188,7 @@ def _refuse_whole_weights(names: Sequence[str], tensors: Mapping[str, TensorSpec
 
 
 def _prefix(source: str, changes: Mapping[str, Change], base: Decoder, known: Heads | None) -> str:
-    """Where the language model's layers are in the adapter's names: where most shapes fit."""
+    """Return the prefix of the language model's layers: the one under which most shapes fit."""
     scores: dict[str, tuple[int, int]] = {}
     for module, change in changes.items():
         split = _in_scope(module)
@@ -228,7 +228,7 @@ def _warnings(
 
 
 def _same_model(named: str, base: Checkpoint) -> bool:
-    """Whether a name in an adapter's config may mean this base; folders move, so by last part."""
+    """Return whether an adapter's base may be this one; folders move, so only last parts count."""
     known = {base.source.split("@")[0], base.path.name}
     stated = base.config.get("_name_or_path") if base.config is not None else None
     if isinstance(stated, str):

@@ -1,4 +1,4 @@
-"""The coverage gate: what stands in the way of a merge, said before any weight is read."""
+"""The coverage gate reports all that prevents a merge before any weight is read."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ _SHOWN = 8
 
 
 def title(role: str) -> str:
-    """A role's name in a sentence."""
+    """Return a role's name as it stands in a sentence."""
     return "MLLM" if role == "mllm" else role
 
 
 @dataclass(slots=True)
 class Faults:
-    """Collects what does not map, a line each."""
+    """A list of all that does not map, with a line for each fault."""
 
     lines: list[str] = field(default_factory=list)
 
     def add(self, role: str, key: Key, fault: str) -> None:
-        """Notes that `role` has a `fault` at (layer, rest)."""
+        """Note that `role` has a `fault` at (layer, rest)."""
         self.lines.append(f"layers.{key[0]}.{key[1]}: the {title(role)} {fault}")
 
     def check_decoder(self, role: str, decoder: Decoder, base: Decoder) -> None:
-        """Notes what no weight of the base would reveal: unclear stacks and surplus layers."""
+        """Note the faults that no weight of the base reveals: unclear stacks and surplus layers."""
         self.lines += [
             f"{name}: the {title(role)} stores these experts in one tensor {why}, so it cannot be "
             "told which numbers are whose"
@@ -49,7 +49,7 @@ class Faults:
     def counterpart(
         self, role: str, checkpoint: Checkpoint, decoder: Decoder, key: Key, base: Place
     ) -> Place | None:
-        """Where a role's decoder has what the base has at `key`; else notes why not."""
+        """Return the place of a role's weight at `key`, or note why it does not fit the base."""
         place, other = decoder.weights.get(key), decoder.others.get(key)
         if place is None and other is None:
             self.add(role, key, "lacks it")
@@ -69,7 +69,7 @@ def locate(
     others: Mapping[str, Checkpoint],
     named: Mapping[str, Mapping[str, TensorSpec]] = MappingProxyType({}),
 ) -> dict[str, Decoder]:
-    """The language model in each role, "base" first.
+    """Return the language model in each role, "base" first.
 
     Parameters
     ----------
@@ -151,7 +151,7 @@ def _only_best(role: str, source: Checkpoint, scores: Mapping[str, tuple[int, ..
 
 
 def check_heads(base: Checkpoint, others: Mapping[str, Checkpoint]) -> None:
-    """Raises CoverageError if heads differ, for then equal shapes do not mean equal functions."""
+    """Raise CoverageError if heads differ, for then equal shapes do not mean equal functions."""
     ours = head_counts(base)
     for role, other in others.items():
         theirs = head_counts(other)
@@ -171,7 +171,7 @@ def report(
     *,
     mapped: int,
 ) -> str:
-    """The gate's message: which sizes differ, which weights do not map, and the mend."""
+    """Return the gate's message: the sizes that differ, the weights that do not map, the mend."""
     ours = sizes(checkpoints["base"], found["base"])
     differences = []
     for role, checkpoint in checkpoints.items():

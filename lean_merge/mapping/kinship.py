@@ -1,4 +1,4 @@
-"""What configurations and tokenizers say about whether two models are of one foundation."""
+"""Judge by configurations and tokenizers whether two models were tuned from one foundation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lean_merge.mapping.structure import Decoder
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 _MAX_TOKENIZER = 100_000_000
 _TOKENIZER_MEMORY = 1 << 30
-"""Bytes that parsing one may take; the largest real ones, of 33 MB, need three quarters."""
+"""Bytes that parsing a tokenizer may take; the largest real ones, of 33 MB, need three quarters."""
 _CHUNK = 1 << 20
 HEADS = {
     "num_attention_heads": "attention heads",
@@ -28,7 +28,7 @@ HEADS = {
 
 
 def text_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """The part of config.json that describes the language model; empty if there is none."""
+    """Return the part of config.json that describes the language model; it may be empty."""
     config = checkpoint.config or {}
     for key in ("thinker_config", *_TEXT_CONFIGS):
         inner = config.get(key)
@@ -38,14 +38,14 @@ def text_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
 
 
 def head_counts(checkpoint: Checkpoint) -> dict[str, int]:
-    """What the config states of `HEADS`; a value that it leaves to a default is absent."""
+    """Return the values of `HEADS` that the config states; those left to a default are absent."""
     config = text_config(checkpoint)
     stated = {key: config.get(key) for key in HEADS}
     return {key: value for key, value in stated.items() if type(value) is int and 0 < value < 2**31}
 
 
 def heads(checkpoint: Checkpoint) -> Heads | None:
-    """The heads of the language model; None if the config does not tell."""
+    """Return the heads of the language model; None if the config does not tell."""
     stated = head_counts(checkpoint)
     queries = stated.get("num_attention_heads")
     if queries is None:
@@ -61,7 +61,7 @@ def heads(checkpoint: Checkpoint) -> Heads | None:
 
 
 def sizes(checkpoint: Checkpoint, decoder: Decoder) -> dict[str, int]:
-    """The language model's sizes in words, from its shapes, and from its config for heads."""
+    """Return the language model's sizes by words: heads are from its config, others from shapes."""
     result = {"number of layers": decoder.depth}
     for (_, rest), place in decoder.weights.items():
         rows, columns = place.shape
@@ -79,7 +79,7 @@ def sizes(checkpoint: Checkpoint, decoder: Decoder) -> dict[str, int]:
 
 
 def config_warnings(base: Checkpoint, other: Checkpoint, role: str) -> list[str]:
-    """Differences that do not forbid a merge but may cost quality."""
+    """Return a sentence for each difference that allows a merge but may cost quality."""
     warnings = []
     ours, theirs = rope_theta(base), rope_theta(other)
     if ours and theirs and ours != theirs:
@@ -96,7 +96,7 @@ def config_warnings(base: Checkpoint, other: Checkpoint, role: str) -> list[str]
 
 
 def rope_theta(checkpoint: Checkpoint) -> dict[str, float]:
-    """rope_theta by kind of layer; one kind, "", where all layers share it."""
+    """Return rope_theta by kind of layer; the only kind is "" if all layers share it."""
     config = text_config(checkpoint)
     parameters = config.get("rope_parameters")
     places = {"": config}
@@ -104,7 +104,7 @@ def rope_theta(checkpoint: Checkpoint) -> dict[str, float]:
         places = {"": parameters} | {k: v for k, v in parameters.items() if isinstance(v, dict)}
     found = {kind: place.get("rope_theta") for kind, place in places.items()}
     found = found if any(found.values()) else {"": config.get("rope_theta")}
-    # An int beyond the range of floats is no frequency.
+    # An integer beyond the range of floats is not a frequency.
     return {
         k: float(v)
         for k, v in found.items()
@@ -113,12 +113,12 @@ def rope_theta(checkpoint: Checkpoint) -> dict[str, float]:
 
 
 def plain_theta(thetas: Mapping[str, float]) -> str:
-    """Frequencies by kind of layer in a sentence."""
+    """Return frequencies by kind of layer as they stand in a sentence."""
     return ", ".join(f"{kind} {value:g}".strip() for kind, value in thetas.items())
 
 
 def tokenizer_warnings(base: Checkpoint, others: Mapping[str, Checkpoint]) -> list[str]:
-    """Says for each role how many of the tokens it shares with the base have another id."""
+    """Return a sentence for each role that says how many of the base's tokens have another id."""
     ours_digest = _tokenizer_digest(base)
     if ours_digest is None:
         return []
@@ -142,7 +142,7 @@ def tokenizer_warnings(base: Checkpoint, others: Mapping[str, Checkpoint]) -> li
 
 
 def _tokenizer_digest(checkpoint: Checkpoint) -> bytes | None:
-    """What tells two tokenizer.json apart; None where there is none that could be parsed."""
+    """Return a digest of tokenizer.json; None if there is none that could be parsed."""
     file = checkpoint.path / "tokenizer.json"
     digest = hashlib.sha256()
     try:
@@ -159,7 +159,7 @@ def _tokenizer_digest(checkpoint: Checkpoint) -> bytes | None:
 
 
 def vocabulary(checkpoint: Checkpoint) -> dict[str, int]:
-    """Token ids by token, as far as tokenizer.json can be understood."""
+    """Return token ids by token, as far as tokenizer.json can be understood."""
     try:
         content = read_object(
             checkpoint.path / "tokenizer.json",

@@ -1,9 +1,9 @@
-"""What a model's modules are called once transformers has loaded it, where the files differ.
+"""Name a model's modules as transformers names them once it has loaded the model.
 
 Since 4.52 transformers nests the language model of every multimodal class inside `model`; models
-that hear joined them after 5.0. Checkpoints of the families below that were saved before, or that
-are saved under their published names still, are renamed while they load. Every other class, those
-with code of their own included, has modules named as its tensors are.
+of audio followed after 5.0. Checkpoints of the families below that were saved earlier, or that are
+still saved under their published names, are renamed while they load. In every other class, even in
+one that brings its own code, modules have the names that their tensors have.
 """
 
 from __future__ import annotations
@@ -61,21 +61,21 @@ _RENAMED: Mapping[tuple[str, str], frozenset[str]] = {
     ),
     ("text_model.model.", "model.text_model."): frozenset({"emu3"}),
 }
-"""Model types whose language model moves, by the prefixes from which and to which it does.
+"""The model types whose language model is renamed, by its old and its new prefix.
 
 tests/outputs/test_adapter.py compares this with the tables of the installed transformers.
 """
 
 
 def module_name(tensor: str, *, prefix: str, config: Mapping[str, Any] | None) -> str:
-    """The module that holds a weight of the language model.
+    """Return the name of the module that holds a weight of the language model.
 
     Parameters
     ----------
     tensor
-        The weight's name on the disk: "language_model.model.layers.0.self_attn.q_proj.weight".
+        The weight's name on disk, such as "language_model.model.layers.0.self_attn.q_proj.weight".
     prefix
-        Up to and with "layers.", as `Coverage.prefixes` has it.
+        The names' beginning, up to and including "layers.", as `Coverage.prefixes` has it.
     config
         The content of the model's config.json.
     """

@@ -1,4 +1,4 @@
-"""Whose weight is whose: maps each in-scope weight of the base to the MLLM and every expert."""
+"""Map each in-scope weight of the base to its counterparts in the MLLM and every expert."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 def layer_of(canonical: str) -> int | None:
-    """Give the number of the layer in a weight's canonical name, from 0; None if it is in none."""
+    """Return the layer's number in a weight's canonical name, from 0; None if it names no layer."""
     match = _LAYER.search(canonical)
     return int(match[1]) if match else None
 
 
 @dataclass(frozen=True, slots=True)
 class LogicalWeight:
-    """One matrix of the model's mathematics, and how its rows are had in every role.
+    """One matrix of the model's mathematics, with the source of its rows in every role.
 
     Attributes
     ----------
     canonical
-        Its name in the words of Llama, whatever the storage: "layers.3.self_attn.q_proj", with the
+        Its name as Llama would have it, whatever the storage: "layers.3.self_attn.q_proj", with the
         number of the base's layer.
     place
-        Where it lies in the MLLM's stored tensor, and so is written.
+        Its place in the MLLM's stored tensor, and therefore in the output.
     base, mllm
         Its rows in these roles, counted from 0.
     experts
@@ -63,23 +63,23 @@ class LogicalWeight:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The weight's out and in."""
+        """Return the weight's out and in."""
         return self.base.shape
 
     @property
     def others(self) -> tuple[WeightSource, ...]:
-        """The roles that have a task vector: the MLLM, then the experts."""
+        """Return the roles that have a task vector: the MLLM, then the experts."""
         return self.mllm, *self.experts
 
     @property
     def row_runs(self) -> tuple[tuple[int, int], ...]:
-        """(first, count) of the rows of the MLLM's stored matrix that it lies in, in its order."""
+        """Return each run of its rows in the MLLM's stored matrix as (first, count), in order."""
         width = self.shape[1]
         spans = self.place.spans(slice(0, self.shape[0]))
         return tuple((first // width, count // width) for first, count in spans)
 
     def load(self, reader: TensorReader) -> LogicalWeight:
-        """The same, with all that is read once and kept; see `WeightSource.load`."""
+        """Return the same weight with all sources loaded; see `WeightSource.load`."""
         return replace(
             self,
             base=self.base.load(reader),
@@ -89,7 +89,7 @@ class LogicalWeight:
 
     @property
     def roles(self) -> tuple[WeightSource, ...]:
-        """All roles, the base first."""
+        """Return all roles, the base first."""
         return self.base, *self.others
 
 
@@ -102,8 +102,8 @@ class MappedWeight:
     mllm
         The tensor.
     slices
-        The logical weights: one whole, or q, k, v, or gate, up, or those of many experts; together
-        they are all of the tensor.
+        The logical weights that make up the tensor: a single one, or q, k and v, or gate and up, or
+        those of many experts.
     """
 
     mllm: TensorSpec
@@ -111,18 +111,18 @@ class MappedWeight:
 
     @property
     def stored(self) -> tuple[TensorSpec, ...]:
-        """Every tensor that is read to merge it, each once."""
+        """Return every tensor that is read to merge it, each once."""
         roles = (source for rows in self.slices for source in rows.roles)
         return tuple(dict.fromkeys(spec for source in roles for spec in source.stored))
 
     @property
     def extents(self) -> tuple[TensorSpec, ...]:
-        """The parts of them that are read, none of them twice."""
+        """Return the parts of those tensors that are read, none of them twice."""
         return self.extents_of(role for each in self.slices for role in each.roles)
 
     @staticmethod
     def extents_of(sources: Iterable[WeightSource]) -> tuple[TensorSpec, ...]:
-        """The parts of tensors that these read, none of them twice."""
+        """Return the parts of tensors that `sources` read, none of them twice."""
         found: list[TensorSpec] = []
         parts = {part for source in sources for part in source.extents}
         for part in sorted(parts, key=lambda each: (each.file, each.offset)):
@@ -137,16 +137,16 @@ class MappedWeight:
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """What will be merged, and what the caller should know about it.
+    """The weights that will be merged, and what the caller should know about them.
 
     Attributes
     ----------
     weights
-        In the order of the MLLM's tensors.
+        The MLLM's tensors in scope, in their order.
     left_out
         With `allow_partial`, a line for each in-scope weight that could not be mapped.
     prefixes
-        Where each role's language model was found, by role: "base", "mllm", "expert 1", ...
+        The prefix of each role's language model, by role: "base", "mllm", "expert 1", ...
     warnings
         Sentences about what may cost quality.
     """
@@ -165,7 +165,7 @@ def map_roles(
     allow_partial: bool = False,
     names: Mapping[str, NameRules] = MappingProxyType({}),
 ) -> Coverage:
-    """Maps every in-scope weight of the base, or says why that cannot be done.
+    """Map every in-scope weight of the base, or say why that cannot be done.
 
     In scope are the matrices of attention and feed-forward layers, experts of a mixture included,
     however they are stored. Norms, biases, routers, embeddings and everything outside the language
@@ -180,9 +180,10 @@ def map_roles(
     experts
         Language models tuned from `base`, or adapters of it.
     allow_partial
-        Leave out what does not map, instead of raising.
+        Whether to leave out weights that do not map, instead of raising.
     names
-        By role ("mllm", "expert 1", "base"), how names become the base's; see `renamed`.
+        The rules that turn a role's names into the base's, by role: "mllm", "expert 1", "base".
+        `renamed` explains them.
 
     Raises
     ------
@@ -249,9 +250,9 @@ def map_roles(
 def _by_tensor(
     base: Decoder, mllm: Decoder, mapped: Mapping[Key, LogicalWeight], faults: Faults
 ) -> dict[str, MappedWeight]:
-    """The stored tensors of the MLLM that are all made of mapped weights, by name.
+    """Return the stored tensors of the MLLM whose weights are all mapped, by name.
 
-    One that holds a weight that does not map is left alone as a whole.
+    A tensor that holds a weight that does not map is left alone as a whole.
     """
     parts: dict[TensorSpec, list[Key]] = {}
     for key, place in mllm.weights.items():
@@ -273,7 +274,7 @@ def _by_tensor(
 
 
 def _scope_warnings(base: Decoder, mllm: Decoder) -> list[str]:
-    """What is merged as one, and what of the language layers is copied although it might matter."""
+    """Warn of fused weights merged as one, and of tensors in the layers that are only copied."""
     unsplit = Counter(rest.rpartition(".")[2] for _, rest in base.weights)
     warnings = [
         f"{unsplit[leaf]} fused {leaf} weights are merged as one matrix each, because nothing says "

@@ -1,6 +1,7 @@
-"""Where the logical weights of a model lie inside its stored tensors, and what they are called.
+"""Find the places of a model's logical weights inside its stored tensors, and name them.
 
-Storage fuses, stacks, interleaves and transposes; mathematics knows q, k, v, o, gate, up and down.
+Stored tensors may be fused, stacked, interleaved or transposed, while the mathematics knows the
+weights q, k, v, o, gate, up and down.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ LEAVES = FUSED | frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """How many query heads and key/value heads there are, and how many rows each has."""
+    """The numbers of query heads and of key/value heads, and the rows that each head has."""
 
     queries: int
     pairs: int
@@ -33,18 +34,18 @@ class Heads:
 
     @property
     def rows(self) -> int:
-        """Rows of q, k and v together."""
+        """Return the number of rows of q, k and v together."""
         return (self.queries + 2 * self.pairs) * self.size
 
 
 def canonical(rest: str) -> str:
-    """A weight's name inside its layer in the words of Llama: "mlp.gate_proj"."""
+    """Return a weight's name inside its layer as Llama has it, such as "mlp.gate_proj"."""
     *modules, leaf = rest.split(".")
     return ".".join([*(_MODULES.get(each, each) for each in modules), _LEAVES.get(leaf, leaf)])
 
 
 def places(rest: str, tensor: TensorSpec, heads: Sequence[Heads]) -> dict[str, Place]:
-    """The logical weights in a stored matrix [out, in], by canonical name in its layer.
+    """Return the logical weights in a stored matrix [out, in], by canonical name in its layer.
 
     Parameters
     ----------
@@ -53,8 +54,8 @@ def places(rest: str, tensor: TensorSpec, heads: Sequence[Heads]) -> dict[str, P
     tensor
         A matrix.
     heads
-        What configurations say of the heads; the first that fits splits q, k and v. What cannot be
-        split is one weight.
+        The heads that configurations state. The first that fit decide how q, k and v are split; a
+        matrix that cannot be split is one weight.
     """
     parent, _, leaf = rest.rpartition(".")
     stem = f"{parent}." if parent else ""
@@ -77,7 +78,7 @@ def places(rest: str, tensor: TensorSpec, heads: Sequence[Heads]) -> dict[str, P
 
 
 def _interleaved(parent: str, tensor: TensorSpec, heads: Heads) -> dict[str, Place]:
-    """q, k and v of InternLM2's wqkv: of each key/value head, its query heads, key and value."""
+    """Return q, k and v of InternLM2's wqkv: groups of query heads, each with its key and value."""
     group, width = heads.queries // heads.pairs, tensor.shape[1]
     found = {}
     for leaf, start, count in (("q", 0, group), ("k", group, 1), ("v", group + 1, 1)):
@@ -94,7 +95,7 @@ def _interleaved(parent: str, tensor: TensorSpec, heads: Heads) -> dict[str, Pla
 def stack_places(
     stack: dict[str, TensorSpec], hidden: int | None
 ) -> dict[str, dict[str, Place]] | None:
-    """The logical weights of experts that are stacked along a first dimension.
+    """Return the logical weights of experts that are stacked along a first dimension.
 
     Rows may be stored as rows or as columns; the shapes of the parts together tell which, since a
     gate has as many rows as down has columns.

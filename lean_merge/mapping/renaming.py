@@ -1,4 +1,4 @@
-"""Names as the recipe's rules have them, for checkpoints that structure alone does not explain."""
+"""Rename tensors by the recipe's rules if structure alone does not explain a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NameRules = tuple[tuple[str, str], ...]
 
 
 def renamed(checkpoint: Checkpoint, role: str, rules: NameRules) -> Mapping[str, TensorSpec]:
-    """All tensors of a checkpoint by the names that the rules give them.
+    """Return all tensors of a checkpoint by the names that the rules give them.
 
     Where a rule's pattern is first found in a name, the template takes its place, as in `re.sub`.
     A tensor that no rule fits keeps its name.

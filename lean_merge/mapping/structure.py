@@ -1,8 +1,8 @@
-"""Finds language models inside checkpoints by the structure of their tensors' names.
+"""Find language models inside checkpoints by the structure of their tensors' names.
 
 A decoder stores `<prefix>layers.<N>.<rest>`, and a vision tower often does too, with some of the
-same leaves. What tells them apart is not the prefix, which changes between families and between
-versions of one library, but which names a whole layer is made of.
+same leaves. The prefix does not tell them apart, because it changes between families and between
+versions of one library. The set of names that make up a whole layer does.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from lean_merge.mapping.placement import (
 
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 _WEIGHT = ".weight"
-# Finding the language model compares every part (what lies under one prefix) with every other, and
-# every kind of layer (a set of names) too. A hostile checkpoint of thousands would keep it
-# busy for hours; real ones have tens.
+# To find the language model, every part (the tensors under one prefix) is compared with every
+# other, and so is every kind of layer (a set of names). A hostile checkpoint with thousands of them
+# would take hours; real ones have tens.
 _MAX_PARTS = 100
 _MAX_KINDS = 300
 _LAYERS = "layers"
@@ -72,11 +72,11 @@ class Decoder:
 
     @property
     def depth(self) -> int:
-        """Number of layers."""
+        """Return the number of layers."""
         return 1 + max((layer for layer, _ in self.weights), default=-1)
 
     def rests(self) -> dict[int, frozenset[str]]:
-        """The rests of the in-scope weights of each layer."""
+        """Return the rests of the in-scope weights of each layer."""
         found: dict[int, set[str]] = {}
         for layer, rest in self.weights:
             found.setdefault(layer, set()).add(rest)
@@ -84,24 +84,24 @@ class Decoder:
 
     @cached_property
     def layers(self) -> list[frozenset[str]]:
-        """The distinct sets of rests that its layers are made of."""
+        """Return the distinct sets of rests that its layers are made of."""
         return sorted(set(self.rests().values()), key=lambda each: (-len(each), sorted(each)))
 
     def one_layer(self) -> frozenset[str]:
-        """The rests of its fullest layer."""
+        """Return the rests of its fullest layer."""
         return self.layers[0]
 
     def has_whole_layer_of(self, other: Decoder) -> bool:
-        """Whether one layer here has every in-scope name of some layer of `other`."""
+        """Return whether one layer here has every in-scope name of some layer of `other`."""
         mine = self.layers
         return any(theirs <= each for theirs in other.layers for each in mine)
 
     def rank(self) -> tuple[int, int]:
-        """How much it looks like the language model: names in a layer, then numbers in all."""
+        """Return what ranks candidates: the names in the fullest layer, then the numbers in all."""
         return len(self.one_layer()), sum(math.prod(each.shape) for each in self.weights.values())
 
     def numbered_as(self, base: Decoder) -> Decoder:
-        """This decoder with its layers numbered as the base numbers them.
+        """Return this decoder with its layers numbered as the base numbers them.
 
         Cross-attention layers may stand between those that came from the base. Some
         names are common to all of the base's layers. If exactly as many layers as the base has
@@ -128,7 +128,7 @@ class Decoder:
 
 
 def split_name(name: str) -> tuple[str, int, str] | None:
-    """(prefix, layer, rest) of "<prefix>layers.<layer>.<rest>", None where there is no number.
+    """Split "<prefix>layers.<layer>.<rest>" into its parts; return None if there is no number.
 
     Where nothing is called "layers", the first number in the name counts the layers:
     "lm.blocks.<layer>.<rest>".
@@ -148,14 +148,14 @@ def split_name(name: str) -> tuple[str, int, str] | None:
 
 
 def decoders(tensors: Mapping[str, TensorSpec], heads: Sequence[Heads] = ()) -> dict[str, Decoder]:
-    """All that could be the layers of a language model, by prefix. May raise CoverageError.
+    """Return all that may be the layers of a language model, by prefix. May raise CoverageError.
 
     Parameters
     ----------
     tensors
-        By the name to use for them, which need not be the one on the disk.
+        The tensors by the names to use for them, which may differ from those on the disk.
     heads
-        The attention heads' numbers and sizes that are possible, the likeliest first.
+        The possible numbers and sizes of attention heads, the likeliest first.
     """
     found: dict[str, Decoder] = {}
     stacks: dict[tuple[str, int, str], dict[str, str]] = {}
@@ -227,7 +227,7 @@ def _add_stack(
 
 
 def language_layout(checkpoint: Checkpoint) -> Mapping[str, int]:
-    """Prefixes under which a language model's layers may lie, and the number of layers of each.
+    """Return the prefixes under which a language model may lie, and the layers of each.
 
     The likeliest comes first; towers that share leaf names follow.
     """

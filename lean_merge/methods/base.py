@@ -1,4 +1,4 @@
-"""What a merge method is: parameters, an analysis that asks for passes, and a row-local update."""
+"""A merge method has parameters, an analysis that asks for passes, and an update local to rows."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class WeightContext:
     parallel: Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
     """map() in worker threads, for the small dense problems of several task vectors."""
     surveyed: Any = None
-    """What the method's survey of all weights returned; None if it has none."""
+    """The result of the method's survey of all weights; None if it has no survey."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class Survey:
 
 @dataclass(frozen=True, slots=True)
 class ExpertRecord:
-    """What the report says of one weight and one expert; docs/formats.md explains the fields."""
+    """The report's entries on one weight and one expert; docs/formats.md explains the fields."""
 
     selected: bool
     reason: str
@@ -106,7 +106,7 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class AnalysisCost:
-    """What the analysis of one logical weight costs.
+    """The cost of the analysis of one logical weight.
 
     Attributes
     ----------
@@ -159,11 +159,11 @@ class Method(abc.ABC, Generic[P]):
     reference: ClassVar[str]
     parameters_type: ClassVar[type[Any]]
     exact_differences: ClassVar[bool] = False
-    """Whether task vectors are formed in float32, where the checkpoints' own dtype is narrower."""
+    """If True, task vectors are formed in float32, even if the checkpoints' dtype is narrower."""
     changes_by_itself: ClassVar[bool] = False
-    """Whether a weight that no expert changes may get an update, for the MLLM's own sake."""
+    """If True, a weight that no expert changes may get an update too, as the MLLM changed it."""
     multiplies: ClassVar[bool] = True
-    """Whether `analyze` asks for products of matrices, for which it pays to use a GPU."""
+    """True if `analyze` asks for products of matrices, for which it pays to use a GPU."""
 
     def __init__(self, parameters: Sequence[P]) -> None:
         self.parameters = tuple(parameters)

@@ -87,7 +87,7 @@ class Spectrum:
     """(sigma_1 - sigma_2) / sigma_1."""
     sums: SingularSums | None = None
     is_faint: bool = False
-    """Whether the task vector is not zero, but its products underflow; its rank is then 0."""
+    """True if the task vector is not zero, but its products underflow; its rank is then 0."""
     settled: Deflation | None = None
     """The directions that a second sketch may leave out, if `sums` needs one."""
 
@@ -99,7 +99,7 @@ class Spectrum:
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How many directions of one weight are computed, and by which means.
+    """The number of directions of one weight that are computed, and the means to do it.
 
     Attributes
     ----------

@@ -1,7 +1,7 @@
-"""What a method adds to the MLLM's rows of one weight: an `Update`, in one of four kinds.
+"""An `Update` is the matrix that a method adds to the MLLM's rows of one weight.
 
-Every kind is local to rows: row i of the update needs row i of the task vectors and nothing else
-of them. So the engine reads, adds, rounds and writes a few rows at a time, and asks no update
+Every kind is local to rows: row i of the update needs row i of the task vectors and nothing
+else of them. So the engine reads, adds, rounds and writes a few rows at a time, and asks no update
 which kind it is.
 """
 

@@ -1,4 +1,4 @@
-"""What is done for each tensor of the output, and what came of it."""
+"""The tasks of a plan, one for each tensor of the output, and their results."""
 
 from lean_merge.tasks.results import (
     Fallback,

@@ -1,4 +1,4 @@
-"""What happened to a weight, also as plain data, so that a later run need not compute it again."""
+"""The results of tasks, also as plain data, so that a later run need not compute them again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lean_merge.methods import ExpertRecord
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What storing an update kept of it: sums over the rows written.
+    """The sums over the written rows that tell how much of an update storing kept.
 
     `along` is <stored change, update>, `squared` is ||update||_F^2.
     """
@@ -22,7 +22,7 @@ class Written:
 
     @classmethod
     def of(cls, parts: Sequence[Written]) -> Written:
-        """Add up parts."""
+        """Return the sums over all `parts`."""
         return cls(
             along=math.fsum(part.along for part in parts),
             squared=math.fsum(part.squared for part in parts),
@@ -31,14 +31,14 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Truncated:
-    """What an adapter keeps of an update: its rank, and the relative Frobenius error of the cut."""
+    """The rank that an adapter keeps of an update, and the relative Frobenius error of the cut."""
 
     rank: int
     error: float
 
 
 Stored = Written | Truncated | None
-"""What was kept of an update when it was stored; None if nothing was lost or nothing stored."""
+"""A record of what was kept of a stored update; None if nothing was lost or nothing stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +50,16 @@ class Fallback:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether other arithmetic made the numbers."""
+        """Return whether the numbers are from the CPU's arithmetic instead of the device's."""
         return self.place == "cpu"
 
 
 @dataclass(frozen=True, slots=True)
 class WeightResult:
-    """What happened to one logical weight; `squared_norms` are those of its task vectors.
+    """The result for one logical weight; `squared_norms` are those of its task vectors.
 
-    `stored` is what the sink kept of the update, None where it stored none. `fallback` is None
-    where the analysis went as planned.
+    `stored` tells what the sink kept of the update; it is None if no update was stored. `fallback`
+    is None if the analysis went as planned.
     """
 
     name: str
@@ -73,7 +73,7 @@ class WeightResult:
 
 
 def decision_fields(record: ExpertRecord, *, rank: str) -> dict[str, Any]:
-    """Give what was decided of an expert as JSON has it, with its rank under the name `rank`."""
+    """Return the decision on an expert as JSON has it, with its rank under the name `rank`."""
     return {
         "selected": record.selected,
         "reason": record.reason,
@@ -90,10 +90,10 @@ def decision_fields(record: ExpertRecord, *, rank: str) -> dict[str, Any]:
 
 
 class Note(NamedTuple):
-    """What is kept of a finished task.
+    """The record of a finished task.
 
-    It tells what happened to the weights of the task, how many bytes were read for it, and whether
-    a tensor that was copied holds NaN or Inf.
+    It holds the results for the weights of the task, the number of bytes that were read, and
+    whether a tensor that was copied holds NaN or Inf.
     """
 
     weights: list[WeightResult]

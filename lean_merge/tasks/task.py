@@ -18,7 +18,7 @@ from lean_merge.store import OutputTensor
 class CopyTask:
     """A tensor out of scope, whose bytes are copied, or whose numbers are written in another dtype.
 
-    `decoded` holds the matrices from which its numbers are read then, and is empty otherwise.
+    In the second case, `decoded` holds the matrices from which its numbers are read.
     """
 
     shard: int
@@ -28,7 +28,7 @@ class CopyTask:
 
     @property
     def stored(self) -> tuple[TensorSpec, ...]:
-        """All tensors that are read for it."""
+        """Return all tensors that are read for it."""
         parts = (spec for source in self.decoded for spec in source.stored)
         return tuple(dict.fromkeys((self.source, *parts)))
 
@@ -37,9 +37,9 @@ class CopyTask:
 class WeightTask:
     """A tensor in scope, which is one logical weight or several.
 
-    For each of them, `resident` tells how many tiles are kept, `methods` how it is merged, and
-    `filtered` why not: a part of a fused tensor that a filter takes has no method.
-    `halves` tells whether its analysis takes one half of the arena, beside another, or both.
+    For each logical weight, `resident` is the number of tiles that are kept, and `methods` holds
+    the method. A part of a fused tensor that a filter leaves out has no method, and `filtered`
+    gives the reason. `halves` is the number of halves of the arena that the analysis takes.
     """
 
     shard: int
@@ -51,7 +51,7 @@ class WeightTask:
     halves: tuple[int, ...]
 
     def read(self, *, rows: bool) -> tuple[TensorSpec, ...]:
-        """Give the parts of stored tensors that are read; with `rows`, merged rows are written."""
+        """Return the parts of stored tensors that are read; `rows` tells if rows are written."""
         sources: list[WeightSource] = []
         for part, method in zip(self.weight.slices, self.methods, strict=True):
             if method is not None and looks(method, part):
@@ -63,7 +63,7 @@ class WeightTask:
 
 
 def formed_from(weight: LogicalWeight, wanted: Sequence[bool]) -> list[WeightSource]:
-    """Give the sources that are read to form the wanted task vectors of a weight.
+    """Return the sources that are read to form the wanted task vectors of a weight.
 
     The base is among them if any of these is a difference from it.
     """
@@ -74,20 +74,20 @@ def formed_from(weight: LogicalWeight, wanted: Sequence[bool]) -> list[WeightSou
 
 
 def looks(method: Method[Any], weight: LogicalWeight) -> bool:
-    """Tell whether the method makes any pass over the weight."""
+    """Return whether the method makes any pass over the weight."""
     return method.cost(weight.shape, item=4).passes > 0 and needs_analysis(method, weight)
 
 
 def needs_analysis(method: Method[Any], weight: LogicalWeight) -> bool:
-    """Tell whether a method has anything to look at.
+    """Return whether a method has to look at the weight.
 
-    It has where some expert changes the weight, or where it changes weights for the MLLM's sake.
+    It has to if an expert changes the weight, or if the method may change a weight that none does.
     """
     return method.changes_by_itself or not all(expert.zero_because for expert in weight.experts)
 
 
 def task_dtype(method: Method[Any] | None, weight: LogicalWeight) -> torch.dtype:
-    """Give the dtype in which the task vectors of a weight are formed."""
+    """Return the dtype in which the task vectors of a weight are formed."""
     if method is not None and method.exact_differences:
         return torch.float32
     return common_dtype(source.dtype for source in weight.roles)

@@ -1,4 +1,4 @@
-"""The rows of a weight are cut into tiles and strips, whatever the memory and the threads."""
+"""Cut the rows of a weight into tiles and strips, always the same for any memory and threads."""
 
 from __future__ import annotations
 
