@@ -1,4 +1,4 @@
-"""What a merge makes, one file for each kind, found by the names that they register."""
+"""The kinds of output that a merge can make, one file each, found by the names they register."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ __all__ = [
 
 
 def all_outputs() -> Mapping[str, type[Output]]:
-    """Give every kind by its name; importing this folder's modules registers them."""
+    """Return every kind by its name; importing this folder's modules registers them."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
     return registered()
 
 
 def output_of(name: str) -> type[Output]:
-    """Give the kind that a recipe calls `name`.
+    """Return the kind that a recipe calls `name`.
 
     Raises
     ------
     RecipeError
-        There is no such kind, or none that a recipe may ask for.
+        There is no such kind, or a recipe may not ask for it.
     """
     kinds = {each: kind for each, kind in all_outputs().items() if kind.in_recipes}
     if name not in kinds:
@@ -61,10 +61,10 @@ def output_of(name: str) -> type[Output]:
 
 
 def evidence_kind() -> type[Output]:
-    """Give the kind that gathers evidence, from which thresholds are found."""
+    """Return the kind that gathers evidence, from which thresholds are found."""
     return all_outputs()["analysis"]
 
 
 def stream_kind() -> type[Output]:
-    """Give the kind that makes whole tensors in memory."""
+    """Return the kind that makes whole tensors in memory."""
     return all_outputs()["stream"]

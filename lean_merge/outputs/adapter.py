@@ -1,4 +1,4 @@
-"""A LoRA adapter in PEFT's format: what a merge adds to the MLLM, as factors of low rank."""
+"""A LoRA adapter in PEFT's format, which holds a merge's updates as factors of low rank."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from lean_merge.tasks import CopyTask, Truncated, WeightTask
 
 
 class AdapterSink(BlockSink):
-    """Keeps the factors of every update, cut to the rank that the recipe wants.
+    """A sink that keeps the factors of every update, cut to the rank that the recipe wants.
 
     Parameters
     ----------
     folder
-        Where the factors wait.
+        The output folder, in whose blocks the factors wait.
     rank
-        What the recipe says of it: a number, or "auto".
+        The recipe's `lora_rank`: a number, or "auto".
     """
 
     def __init__(self, folder: OutputFolder, rank: int | str) -> None:
@@ -42,7 +42,7 @@ class AdapterSink(BlockSink):
     def keep(
         self, task: WeightTask, weight: LogicalWeight, decision: Decision, read: ReadRows
     ) -> Truncated | None:
-        """Cut the update, and put B [out, k] and A [k, in] into blocks."""
+        """Cut the update to its rank k, and put B [out, k] and A [k, in] into blocks."""
         update = cut_update(decision, self._rank)
         if update is None:
             return None
@@ -55,13 +55,13 @@ class AdapterSink(BlockSink):
 
 @register
 class AdapterOutput(Output):
-    """An adapter for the MLLM, of which it holds no tensor.
+    """An adapter for the MLLM, without any of the MLLM's own tensors.
 
     Parameters
     ----------
     request
-        All updates must be of low rank, and of weights that transformers does not stack when it
-        loads them; else RecipeError is raised.
+        RecipeError is raised unless all updates are of low rank, and of weights that transformers
+        does not stack when it loads them.
     """
 
     name: ClassVar[str] = "lora"
@@ -76,7 +76,7 @@ class AdapterOutput(Output):
             self._check(weight)
 
     def _check(self, weight: MappedWeight) -> None:
-        """Raise RecipeError for an update that no adapter holds."""
+        """Raise RecipeError for a weight whose update an adapter cannot hold."""
         if ".experts." in weight.mllm.name or len(weight.mllm.shape) != 2:
             raise RecipeError(
                 f"An adapter cannot hold {weight.mllm.name}: transformers stacks the experts of a "
@@ -94,18 +94,18 @@ class AdapterOutput(Output):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the factors in the file."""
+        """Return the dtype of the factors in the file."""
         wanted = self.recipe.out_dtype
         return torch.float32 if wanted == "auto" else dtype_named(wanted)
 
     def module(self, weight: MappedWeight, parts: tuple[StoredFactors, ...] = ()) -> AdapterModule:
-        """Give the module of a tensor in scope, named as transformers loads it."""
+        """Return the module of a tensor in scope, named as transformers loads it."""
         name = module_name(weight.mllm.name, prefix=self.prefix, config=self.mllm.config)
         return AdapterModule(name, weight.mllm.shape[1], parts)
 
     @cached_property
     def _largest(self) -> tuple[AdapterModule, ...]:
-        """All modules with the largest ranks that there can be."""
+        """Return all modules with the largest ranks that they can have."""
         rank, modules = self.recipe.lora_rank, []
         for weight in self.weights:
             parts = []
@@ -120,40 +120,40 @@ class AdapterOutput(Output):
 
     @cached_property
     def bytes_written(self) -> int:
-        """The most bytes of adapter_model.safetensors."""
+        """Return the most bytes of adapter_model.safetensors."""
         return adapter_layout(self._largest, self.dtype).size
 
     @property
     def bytes_on_disk(self) -> int:
-        """The most bytes of that file, and of the blocks that it is made of."""
+        """Return the most bytes of that file, and of the blocks that it is made of."""
         numbers = sum(module.rank * module.in_features for module in self._largest)
         numbers += sum(part.rows * part.rank for module in self._largest for part in module.parts)
         return self.bytes_written + 4 * numbers
 
     @staticmethod
     def storing_bytes(rank: int) -> int:
-        """Bytes that it takes to cut an update of at most `rank`."""
+        """Return how many bytes it takes to cut an update of at most `rank`."""
         return cutting_bytes(rank)
 
     @staticmethod
     def waiting_bytes(update: int, rank: int, kept: int) -> int:
-        """Bytes of an update and of cutting it."""
+        """Return the bytes of one update, and of cutting it."""
         return update + cutting_bytes(rank)
 
     def described(self, *, written: int, disk: int) -> str:
-        """Describe it for people, in a few words."""
+        """Return a description for people, in a few words."""
         return (
             f"adapter, at most {format_size(written)} on disk, and {format_size(disk)} while it is "
             "made"
         )
 
     def sink(self, folder: OutputFolder | None) -> AdapterSink:
-        """Give what keeps the factors in `folder`."""
+        """Return a sink that keeps the factors in `folder`."""
         assert folder is not None
         return AdapterSink(folder, self.recipe.lora_rank)
 
     def lay_out(self, folder: OutputFolder, tasks: Sequence[WeightTask]) -> None:
-        """Write adapter_model.safetensors and adapter_config.json, from all that was kept."""
+        """Write adapter_model.safetensors and adapter_config.json from the kept factors."""
         groups = folder.blocks.groups
         modules = [
             self.module(
@@ -172,14 +172,14 @@ class AdapterOutput(Output):
         write_report(self, folder, outcome)
 
     def names(self, task: CopyTask | WeightTask) -> tuple[str, ...]:
-        """Name the factors of a module, which it has if it gets an update."""
+        """Return the names of a module's factors, which it has if it gets an update."""
         if isinstance(task, CopyTask):
             return ()
         module = self.module(task.weight)
         return module.key_a, module.key_b
 
     def can_hold(self, names: Set[str]) -> bool:
-        """Tell whether these are factors of modules; which of them only a merge can tell."""
+        """Return whether all are names of possible factors; only a merge tells which there are."""
         modules = map(self.module, self.weights)
         return names <= {key for module in modules for key in (module.key_a, module.key_b)}
 
@@ -191,7 +191,7 @@ class AdapterOutput(Output):
         reader: TensorReader,
         sampled: Set[str],
     ) -> AdapterComparison:
-        """Compare the factors of the sampled weights, which are as the journal has them."""
+        """Return what compares the factors of the sampled weights with a merge."""
         return AdapterComparison(
             self.module, self.dtype, self.recipe.lora_rank, stored, reader, sampled
         )
@@ -203,7 +203,7 @@ def _stored(weight: LogicalWeight, group: Group) -> StoredFactors:
 
 
 def _summary(report: Mapping[str, Any]) -> str:
-    """Write a few sentences for the adapter's card."""
+    """Return a few sentences for the adapter's card."""
     counts = report["counts"]
     ranks = [row["lora_rank"] for row in report["weights"] if row["lora_rank"]]
     errors = [row["lora_error"] for row in report["weights"] if row["lora_rank"]]

@@ -1,4 +1,4 @@
-"""Comparing an adapter with a merge that is made again, a few rows at a time."""
+"""Compare an adapter with a merge that is made again, a few rows at a time."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from lean_merge.tasks import CopyTask, Note, Truncated, WeightTask, to_note
 from lean_merge.tasks.tiles import STRIP_ELEMENTS
 
 _STEP = 1 << 18
-"""Numbers that are compared at once: so few that no budget need count them."""
+"""The count of numbers that are compared at once, which is too small to matter to the budget."""
 TOLERATED_UPDATE = 0.01
-"""Share of its norm by which an adapter's update may differ there (docs/durability.md)."""
+"""On another machine, an adapter's update may differ by this share (docs/durability.md)."""
 
 
 @dataclass
 class _Found:
-    """What is wrong with one module: bytes of A and of B, and the share of the update's norm."""
+    """The differences of one module: in bytes of A and B, and as a share of the update's norm."""
 
     module: AdapterModule
     fault: str = ""
@@ -38,16 +38,16 @@ class _Found:
 
 
 class AdapterComparison(Comparison):
-    """Compares the factors that a merge gives with those of an adapter, a few rows at a time.
+    """A sink that compares a merge's factors with those of an adapter, a few rows at a time.
 
     Parameters
     ----------
     module
-        Gives the module of a tensor in scope, without its parts.
+        A function that returns the module of a tensor in scope, without its parts.
     dtype
         The dtype of the factors in the file.
     rank
-        What the recipe says of it: a number, or "auto".
+        The recipe's `lora_rank`: a number, or "auto".
     stored, reader, sampled
         As `Output.comparison` has them.
     """
@@ -71,13 +71,13 @@ class AdapterComparison(Comparison):
         self._found: dict[str, _Found] = {}
 
     def finished(self, task: CopyTask | WeightTask) -> Any:
-        """Say of tensors that are not to be compared that they are done."""
+        """Report that tensors which are not to be compared are done."""
         return None if task.tensor.name in self._sampled else to_note(Note([]))
 
     def keep(
         self, task: WeightTask, weight: LogicalWeight, decision: Decision, read: ReadRows
     ) -> Truncated | None:
-        """Compare the rows of a module that a logical weight lies in."""
+        """Compare the rows of a module that belong to a logical weight."""
         found = self._found.setdefault(task.tensor.name, _Found(self._module(task.weight)))
         update = cut_update(decision, self._rank)
         stored = self._factors(found.module, weight.shape[1], task)
@@ -90,7 +90,7 @@ class AdapterComparison(Comparison):
         return None if update is None else update.truncated
 
     def finish(self, task: CopyTask | WeightTask, note: Any) -> None:
-        """Compare the sum of the parts' ranks with the module's."""
+        """Compare the sum of the parts' ranks with the module's rank."""
         found, done = self._found[task.tensor.name], self._done
         self._done = 0
         spec = self._stored.get(found.module.key_a)
@@ -100,7 +100,7 @@ class AdapterComparison(Comparison):
     def _factors(
         self, module: AdapterModule, in_features: int, task: WeightTask
     ) -> tuple[TensorSpec, TensorSpec] | str | None:
-        """Find A and B as they are stored; say what is wrong with them, or None if none are."""
+        """Return the stored A and B, the fault that they have, or None if absent."""
         a, b = self._stored.get(module.key_a), self._stored.get(module.key_b)
         if a is None and b is None:
             return None
@@ -133,7 +133,7 @@ class AdapterComparison(Comparison):
             found.apart = max(found.apart, self._apart(update, a, b, runs))
 
     def _compare_a(self, spec: TensorSpec, first: int, update: CutUpdate | None) -> int:
-        """Count bytes of A's rows from `first` on that are not those of the update."""
+        """Count the bytes of A's rows, from `first` on, that differ from the update's."""
         off = 0
         for strip in () if update is None else update.a():
             off += self._off(spec, first * strip.shape[1], strip)
@@ -148,7 +148,7 @@ class AdapterComparison(Comparison):
         update: CutUpdate | None,
         runs: tuple[tuple[int, int], ...],
     ) -> int:
-        """Do the same with B's rows in `runs`, zero but in columns `left` to left + rank."""
+        """Count the same for the rows of B in `runs`, which are zero in all other columns."""
         off = done = 0
         width = spec.shape[1]
         for strip in self._rows_of_b(update, runs, width):
@@ -172,7 +172,7 @@ class AdapterComparison(Comparison):
             yield torch.empty(min(height, rows - first), 0)
 
     def _off(self, spec: TensorSpec, first: int, numbers: Tensor) -> int:
-        """Count bytes of a factor, from its number `first` on, that are not those of `numbers`."""
+        """Count the bytes of a factor, from its number `first` on, that differ from `numbers`."""
         dtype, off = self._dtype, 0
         flat = numbers.reshape(-1)
         for start in range(0, flat.numel(), _STEP):
@@ -195,8 +195,8 @@ class AdapterComparison(Comparison):
     ) -> float:
         """Compute ||stored - update|| / ||update||, Frobenius, of the rows in `runs`.
 
-        Inner products of the factors tell it, so that neither matrix is formed. The factors
-        themselves are unique up to a rotation only, and another machine may find another.
+        It is computed from inner products of the factors, so that neither matrix is formed. The
+        factors themselves are unique only up to a rotation, which may differ between machines.
         """
         rank = a.shape[0]
         kept = 0 if update is None else update.rank
@@ -223,7 +223,7 @@ class AdapterComparison(Comparison):
         return (max(0.0, float(products.sum())) / norm) ** 0.5 if norm else float("inf")
 
     def differences(self, elsewhere: Set[str]) -> list[Difference]:
-        """Tell what differs.
+        """Return the differences.
 
         The update of a tensor in `elsewhere` may differ by `TOLERATED_UPDATE` of its norm.
         """
@@ -248,7 +248,7 @@ class AdapterComparison(Comparison):
 def _inside(
     runs: tuple[tuple[int, int], ...], start: int, count: int
 ) -> Iterator[tuple[int, int, int]]:
-    """Yield where rows [start, start + count) of those in `runs`, counted one after another, lie.
+    """Yield the places of rows [start, start + count), counted through all `runs` in order.
 
     Each item is (row of the whole, row counted from `start`, how many rows).
     """

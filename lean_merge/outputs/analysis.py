@@ -1,4 +1,4 @@
-"""An analysis: what merges can be decided from, of every weight; no weight is written."""
+"""An analysis holds the evidence of every weight from which merges are decided, but no weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lean_merge.tasks.tiles import STRIP_ELEMENTS, sampled_rows
 
 
 class EvidenceSink(BlockSink):
-    """Keeps facts beside the engine's notes, and factors as blocks.
+    """A sink that keeps facts beside the engine's notes, and factors as blocks.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ class EvidenceSink(BlockSink):
     def keep(
         self, task: WeightTask, weight: LogicalWeight, decision: Decision, read: ReadRows
     ) -> None:
-        """Keep the evidence of one weight, if it was looked at."""
+        """Keep the evidence of one weight, if it was analysed."""
         evidence = decision.evidence
         self._waiting[weight.canonical] = None
         if evidence is not None:
@@ -55,14 +55,14 @@ class EvidenceSink(BlockSink):
             self._put_factors(weight, evidence)
 
     def _put_factors(self, weight: LogicalWeight, evidence: Evidence) -> None:
-        """Put directions as rows, so that few of them can be read at once."""
+        """Put directions into blocks as rows, so that a few of them can be read alone."""
         every, factors = torch.arange(evidence.facts.stored), evidence.factors
         self._put_rows(f"{weight.canonical}.mllm.vectors", factors.vectors(every))
         for k in range(len(weight.experts)):
             self._put_rows(f"{weight.canonical}.expert{k + 1}.images", factors.images(k, every))
 
     def _put_rows(self, name: str, columns: Tensor) -> None:
-        """Put `columns` [length, r] as rows, a few at a time."""
+        """Put `columns` [length, r] into a block as rows, a few at a time."""
         length, count = columns.shape
         height = max(1, STRIP_ELEMENTS // length)
         firsts = range(0, count, height)
@@ -70,12 +70,12 @@ class EvidenceSink(BlockSink):
         self.put(name, (count, length), rows)
 
     def finished(self, task: CopyTask | WeightTask) -> Any:
-        """Look up the engine's note in the folder's journal."""
+        """Return the engine's note from the folder's journal."""
         result = super().finished(task)
         return result.get("note") if isinstance(result, dict) else None
 
     def finish(self, task: CopyTask | WeightTask, note: Any) -> None:
-        """Write the facts there too."""
+        """Note the facts in the journal too."""
         super().finish(task, {"note": note, "evidence": self._waiting})
         self._waiting = {}
 
@@ -87,7 +87,7 @@ class AnalysisOutput(Output):
     Parameters
     ----------
     request
-        Its methods gather evidence, and decide nothing that is written.
+        The request; its methods are replaced by ones that gather evidence.
     """
 
     name: ClassVar[str] = "analysis"
@@ -104,7 +104,7 @@ class AnalysisOutput(Output):
 
     @classmethod
     def check(cls, recipe: MergeRecipe) -> None:
-        """Raise RecipeError for a method that has nothing to analyse."""
+        """Raise RecipeError for a method that gathers no evidence."""
         Gathered.by(recipe)
 
     @classmethod
@@ -114,17 +114,17 @@ class AnalysisOutput(Output):
 
     @property
     def bytes_written(self) -> int:
-        """The most bytes of analysis.safetensors."""
+        """Return the most bytes of analysis.safetensors."""
         return _largest_factors(self.weights, self.methods).size
 
     @property
     def bytes_on_disk(self) -> int:
-        """The most bytes of that file, and of the blocks that it is made of."""
+        """Return the most bytes of that file, and of the blocks that it is made of."""
         largest = _largest_factors(self.weights, self.methods)
         return 2 * largest.size - len(largest.header)
 
     def sink(self, folder: OutputFolder | None) -> EvidenceSink:
-        """Give what keeps the evidence in `folder`."""
+        """Return a sink that keeps the evidence in `folder`."""
         assert folder is not None
         return EvidenceSink(folder)
 
@@ -151,7 +151,7 @@ class AnalysisOutput(Output):
 
 
 def _watching(methods: Mapping[str, Method[Any]]) -> dict[str, Method[Any]]:
-    """Give methods that gather as these do, and keep the evidence."""
+    """Return methods that gather as these do, and keep the evidence."""
     made: dict[int, Method[Any]] = {}
     for method in methods.values():
         if isinstance(method, EvidenceMethod):
@@ -160,7 +160,7 @@ def _watching(methods: Mapping[str, Method[Any]]) -> dict[str, Method[Any]]:
 
 
 def _largest_factors(weights: Sequence[MappedWeight], methods: Mapping[str, Method[Any]]) -> Shard:
-    """Lay out the factors of an analysis of these weights with as many directions as can be."""
+    """Lay out the factors of these weights with the most directions that they can have."""
     shapes: dict[str, tuple[int, int]] = {}
     for part, method in _looked_at(weights, methods):
         count = method.most_stored(part.shape)
@@ -171,7 +171,7 @@ def _largest_factors(weights: Sequence[MappedWeight], methods: Mapping[str, Meth
 def _looked_at(
     weights: Sequence[MappedWeight], methods: Mapping[str, Method[Any]]
 ) -> Iterator[tuple[LogicalWeight, EvidenceMethod[Any]]]:
-    """Yield the weights that have something to look at, with what gathers their evidence."""
+    """Yield the weights that are analysed, with the methods that gather their evidence."""
     for weight in weights:
         for part in weight.slices:
             method = methods.get(part.canonical)
@@ -182,7 +182,7 @@ def _looked_at(
 
 
 def base_norm(weight: LogicalWeight, read: ReadRows) -> float:
-    """Estimate ||W_0||_F from the first rows, for a comparison of magnitudes."""
+    """Estimate ||W_0||_F from the first rows, well enough to compare magnitudes."""
     out_features, in_features = weight.shape
     values = read(weight.base, slice(0, sampled_rows(weight.shape)))
     mean = float(values.double().square().mean())

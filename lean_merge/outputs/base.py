@@ -1,4 +1,4 @@
-"""What an output is: one class for each kind, of which a plan holds an instance; and its sink."""
+"""The base classes of outputs and of their sinks; a plan holds an instance of one kind."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ from lean_merge.store import Difference, OutputFolder, OutputTensor, Shard, Writ
 from lean_merge.tasks import CopyTask, Stored, WeightResult, WeightTask
 
 DECODED_DTYPE = torch.bfloat16
-"""What weights that are stored with scales are written in unless the recipe says otherwise."""
+"""The dtype for weights that are stored with scales, unless the recipe gives another."""
 RECIPE = "lean_merge_recipe.yml"
-"""The file in which an output tells its recipe."""
+"""The file of an output that holds its recipe."""
 ReadRows = Callable[[WeightSource, slice], Tensor]
-"""Reads rows of a weight as one role stores it; they are valid until the next call."""
+"""A function that reads rows of one role's weight; they are valid until the next call."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a plan knows when it asks for an output.
+    """The facts that a plan gives to the output that it asks for.
 
     Attributes
     ----------
     recipe, mllm
         What the user asked for, and the checkpoint whose tensors are written.
     prefix : str
-        What the names of the MLLM's language model begin with, up to and with "layers.".
+        The beginning of names in the MLLM's language model, up to and including "layers.".
     weights : tuple of MappedWeight
         The MLLM's tensors in scope.
     methods : Mapping
-        The method of each logical weight by its canonical name; none of one that is filtered out.
+        The method of each logical weight by its canonical name; filtered weights have none.
     """
 
     recipe: MergeRecipe
@@ -61,7 +61,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run tells the output that it ends.
+    """The facts of a run that an output needs to write its last files.
 
     Attributes
     ----------
@@ -79,39 +79,39 @@ class Outcome:
 
 
 class Output(abc.ABC):
-    """What a merge makes. A new kind is a module in this folder with a subclass and `@register`.
+    """A kind of output. To add one, write a module in this folder with a subclass and `@register`.
 
     Parameters
     ----------
     request
-        What is asked for. A kind raises RecipeError where it cannot hold that.
+        The facts of the merge. A kind raises RecipeError if it cannot hold what is asked for.
     """
 
     name: ClassVar[str]
-    """What recipes call it."""
+    """The kind's name in recipes."""
     in_recipes: ClassVar[bool] = True
-    """Whether a recipe may ask for it. Other kinds are asked for by the function that is called."""
+    """True if a recipe may ask for it; the other kinds belong to functions of the program."""
     needs_folder: ClassVar[bool] = True
     writes_rows: ClassVar[bool] = False
-    """Whether the MLLM's rows are read once more and written, and other tensors are copied."""
+    """True if the MLLM's rows are read once more and written, and other tensors are copied."""
     samples_base: ClassVar[bool] = False
-    """Whether the first rows of the base's weights are read too."""
+    """True if the first rows of the base's weights are read too."""
     in_pairs: ClassVar[bool] = True
-    """Whether two weights may be analysed at a time."""
+    """True if two weights may be analysed at a time."""
     most_waiting: ClassVar[int] = 0
-    """How many updates may wait to be stored, given memory, while the next is found."""
+    """The most updates that may wait to be stored while the next weight is analysed."""
     may_be_empty: ClassVar[bool] = True
-    """Whether it can be made where no weight gets an update."""
+    """True if it can be made although no weight gets an update."""
     done: ClassVar[str] = "merged"
-    """What was done with the weights that get one, in a word."""
+    """The word for what is done with the weights that get an update."""
     exact: ClassVar[bool] = True
-    """Whether `bytes_written` is what is written, and not the most that it can be."""
+    """True if `bytes_written` is the exact count; otherwise it is an upper bound."""
     is_model: ClassVar[bool] = True
-    """Whether it is a model, or tells of one, that may run code which comes with the MLLM."""
+    """True if loading the output may run code that comes with the MLLM."""
     called: ClassVar[str] = ""
-    """What its journal calls it, so that it is not mistaken for a merge of the same recipe."""
+    """The journal's name for it, so that it is not mistaken for a merge of the same recipe."""
     compares: ClassVar[bool] = False
-    """Whether `comparison` can compare it with a merge that is made again."""
+    """True if `comparison` can compare it with a merge that is made again."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
@@ -123,14 +123,14 @@ class Output(abc.ABC):
 
     @classmethod
     def check(cls, recipe: MergeRecipe) -> None:
-        """Raise RecipeError where a recipe cannot have this kind, before any file is opened."""
+        """Raise RecipeError if a recipe cannot have this kind, before any file is opened."""
         del recipe
 
     @classmethod
     def open(cls, folder: Path, *, own: bool = False) -> RecordedEvidence:
         """Open a complete output that holds evidence, for a merge to decide from.
 
-        `own` tells that the merge made it for itself. Raises CheckpointError for a damaged one.
+        `own` tells that the merge made it for itself. Raises CheckpointError if it is damaged.
         """
         raise NotImplementedError
 
@@ -138,7 +138,7 @@ class Output(abc.ABC):
 
     @cached_property
     def tensors(self) -> Mapping[str, OutputTensor]:
-        """The MLLM's tensors by name, in its order, with the dtypes in which they are written."""
+        """Return the MLLM's tensors by name, in its order, with the dtypes of the output."""
         in_scope = {weight.mllm.name for weight in self.weights}
         wanted = self.recipe.out_dtype
         found = {}
@@ -157,43 +157,43 @@ class Output(abc.ABC):
 
     @property
     def shards(self) -> tuple[Shard, ...]:
-        """The weight files whose layout is known before the run."""
+        """Return the weight files whose layout is known before the run."""
         return ()
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Warnings for people, in sentences."""
+        """Return warnings for people, in sentences."""
         return ()
 
     # --- what it takes ------------------------------------------------------------------------
 
     @property
     def bytes_written(self) -> int:
-        """Bytes of all weight files, at most."""
+        """Return the most bytes that all weight files can have."""
         return sum(shard.size for shard in self.shards)
 
     @property
     def bytes_on_disk(self) -> int:
-        """The most bytes that its files take while it is made."""
+        """Return the most bytes that its files take while it is made."""
         return self.bytes_written
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of memory that it holds all the time."""
+        """Return the bytes of memory that it holds all the time."""
         return 0
 
     @staticmethod
     def storing_bytes(rank: int) -> int:
-        """Bytes of memory that it takes to store an update of at most `rank`.
+        """Return the bytes of memory that it takes to store an update of at most `rank`.
 
-        They are taken once the analysis has let go of its own.
+        They are allocated after the analysis has released its own.
         """
         del rank
         return 0
 
     @staticmethod
     def waiting_bytes(update: int, rank: int, kept: int) -> int:
-        """Bytes that updates hold while the next weight is analysed.
+        """Return the bytes that waiting updates hold while the next weight is analysed.
 
         Parameters
         ----------
@@ -205,17 +205,17 @@ class Output(abc.ABC):
         return 0
 
     def described(self, *, written: int, disk: int) -> str:
-        """Describe it for people, in a few words."""
+        """Return a description for people, in a few words."""
         return self.name
 
     # --- how it is made -----------------------------------------------------------------------
 
     @abc.abstractmethod
     def sink(self, folder: OutputFolder | None) -> Sink:
-        """Give what takes the results of a run; `folder` is None if the output needs none."""
+        """Return the sink for the results of a run; `folder` is None if the output needs none."""
 
     def lay_out(self, folder: OutputFolder, tasks: Sequence[WeightTask]) -> None:
-        """Write the files that only a whole run can lay out. Raises OutputError, BudgetError."""
+        """Write files that can be laid out only after the run. Raises OutputError, BudgetError."""
         del folder, tasks
 
     def end(self, folder: OutputFolder, outcome: Outcome) -> None:
@@ -225,11 +225,11 @@ class Output(abc.ABC):
     # --- what is there once it is complete ----------------------------------------------------
 
     def names(self, task: CopyTask | WeightTask) -> tuple[str, ...]:
-        """Name the tensors that come of a task."""
+        """Return the names of the tensors that a task may make."""
         return (task.tensor.name,)
 
     def can_hold(self, names: Set[str]) -> bool:
-        """Tell whether a complete output may consist of the tensors of these names."""
+        """Return whether a complete output may consist of the tensors of these names."""
         return names == {name for shard in self.shards for name in shard.offsets}
 
     def comparison(
@@ -240,33 +240,33 @@ class Output(abc.ABC):
         reader: TensorReader,
         sampled: Set[str],
     ) -> Comparison:
-        """Give what compares a complete output with a merge that is made again.
+        """Return a sink that compares a complete output with a merge that is made again.
 
         Parameters
         ----------
         tasks
-            Those of the plan.
+            The tasks of the plan.
         stored, reader
-            The output's tensors whose bytes are as they were written, and what reads them.
+            The output's undamaged tensors, and the reader for them.
         sampled
-            Names of the tensors in scope that are to be merged again.
+            The names of the tensors in scope that are to be merged again.
         """
         raise NotImplementedError
 
 
 class Sink:
-    """Takes the results of a merge, task by task in the order of the plan.
+    """The receiver of a merge's results, task by task in the order of the plan.
 
-    The engine computes; a sink only stores. Where it gives a writer for a task, the engine reads
-    the MLLM's rows, adds the update and writes the tensor's bytes through it, from several threads.
-    Where it gives none, no row is read again, and the sink keeps of the update itself what it
-    wants. This class stores nothing at all.
+    The engine computes; a sink only stores. If it gives a writer for a task, the engine reads the
+    MLLM's rows, adds the update and writes the tensor's bytes through it, from several threads. If
+    it gives none, no row is read again, and the sink itself keeps what it wants of the update. This
+    class stores nothing at all.
     """
 
     def writer(self, task: CopyTask | WeightTask) -> WriteBytes | None:
-        """Give what writes the bytes of a tensor; None where they are not wanted.
+        """Return the function that writes the bytes of a tensor; None if they are not wanted.
 
-        It is asked for once for a tensor out of scope, and once for each logical weight of another.
+        The engine asks once for a tensor out of scope, and once for each logical weight in scope.
         """
         del task
         return None
@@ -274,30 +274,30 @@ class Sink:
     def keep(
         self, task: WeightTask, weight: LogicalWeight, decision: Decision, read: ReadRows
     ) -> Stored:
-        """Store the update of `weight`, one of those of `task`, where there is no writer."""
+        """Store the update of `weight`, which belongs to `task`, if there is no writer for it."""
         return None
 
     def finished(self, task: CopyTask | WeightTask) -> Any:
-        """Tell what `finish` was given by an interrupted run whose bytes are used; None if nothing.
+        """Return the note that an interrupted run gave to `finish`; None if there is none.
 
-        The engine then does nothing else for the task.
+        With a note, the engine does nothing else for the task, whose bytes are there already.
         """
         del task
         return None
 
     def finish(self, task: CopyTask | WeightTask, note: Any) -> None:
-        """Take note that a task is stored as a whole; tasks are finished in their order.
+        """Record that a task is stored completely; tasks are finished in their order.
 
-        `note` is what `finished` will tell of it, as JSON has it.
+        A later run gets `note`, which is plain data for JSON, from `finished`.
         """
         return
 
     def take(self) -> Tensor:
-        """Give the tensor of the last task, if tensors are made in memory."""
+        """Return the tensor of the last task, if tensors are made in memory."""
         raise NotImplementedError
 
     def flush(self) -> None:
-        """Send to the disk what was written so far; called from a thread of its own.
+        """Send the bytes written so far to the disk; a thread of its own calls this.
 
         Raises OutputError or BudgetError where the disk refuses.
         """
@@ -305,19 +305,19 @@ class Sink:
 
 
 class Comparison(Sink):
-    """Compares what a merge gives with what a complete output holds, and stores nothing."""
+    """A sink that compares a merge's results with a complete output, and stores nothing."""
 
     @abc.abstractmethod
     def differences(self, elsewhere: Set[str]) -> list[Difference]:
-        """Tell what differs.
+        """Return the differences.
 
-        The tensors of the MLLM that are named in `elsewhere` were merged by other arithmetic, and
-        need not agree to the last bit.
+        The MLLM's tensors named in `elsewhere` were merged by other arithmetic, and need not agree
+        to the last bit.
         """
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """Give the dtype that a recipe names."""
+    """Return the dtype that a recipe names."""
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
@@ -327,11 +327,11 @@ _KINDS: dict[str, type[Output]] = {}
 
 
 def register(kind: K) -> K:
-    """Make a kind known by its `name`; used as a decorator of its class."""
+    """Register a kind of output under its `name`; use this as a class decorator."""
     _KINDS[kind.name] = kind
     return kind
 
 
 def registered() -> Mapping[str, type[Output]]:
-    """Give the kinds that were registered so far."""
+    """Return the kinds that were registered so far."""
     return MappingProxyType(_KINDS)

@@ -1,4 +1,4 @@
-"""The sink of what cannot be laid out before every weight was analysed."""
+"""A sink for outputs whose files can be laid out only when every weight has been analysed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lean_merge.tasks import CopyTask, WeightTask
 
 
 class BlockSink(Sink):
-    """Numbers wait in the blocks of an unfinished output until their file is laid out.
+    """A sink that keeps numbers in the blocks of an unfinished output.
 
-    By itself it keeps nothing but what the engine tells of each task, so that a run without weights
-    to write can be taken up again too. Others put the blocks of a task before it is finished.
+    By itself it keeps only the engine's note on each task, so that a run that writes no weights can
+    be resumed too. Subclasses put the blocks of a task before it is finished.
 
     Parameters
     ----------
@@ -28,18 +28,18 @@ class BlockSink(Sink):
         self._folder = folder
 
     def put(self, name: str, shape: tuple[int, ...], parts: Iterable[Tensor]) -> None:
-        """Keep a block of the task in hand, as `BlockStore.put` does."""
+        """Write a block of the present task, as `BlockStore.put` does."""
         self._folder.blocks.put(name, shape, parts)
 
     def finished(self, task: CopyTask | WeightTask) -> Any:
-        """Look it up in the folder's journal."""
+        """Return the note from the folder's journal."""
         group = self._folder.blocks.groups.get(task.tensor.name)
         return None if group is None else group.result
 
     def finish(self, task: CopyTask | WeightTask, note: Any) -> None:
-        """Write to the folder's journal, once the blocks are on the disk."""
+        """Note the task in the folder's journal, once the blocks are on the disk."""
         self._folder.blocks.finish(task.tensor.name, note)
 
     def flush(self) -> None:
-        """Send what is finished to the disk."""
+        """Send finished blocks to the disk."""
         self._folder.flush()

@@ -1,4 +1,4 @@
-"""The model card: what was merged from what, under which licence, and how to do it again."""
+"""Write the model card: what was merged, its licence, and the recipe to repeat the merge."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def model_card(
     recipe_yaml
         The recipe, as YAML.
     base, mllm, experts
-        The sources, as the user named them. Of a local folder only its name appears.
+        The sources, as the user named them. For a local folder, only its name appears in the card.
     license_fields
         From `license_of`.
     summary
@@ -107,7 +107,7 @@ def _public_name(source: str) -> str:
     match = _HUB_ID.fullmatch(source)
     if match and not path.exists():
         return match[1]
-    # Without ends of lines, which would end a heading.
+    # Line ends are replaced, because they would end a heading.
     return " ".join((path.resolve().name or source).split())
 
 

@@ -1,4 +1,4 @@
-"""A whole checkpoint, which transformers loads as it loads the MLLM."""
+"""A whole checkpoint, which transformers loads in the way that it loads the MLLM."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ from lean_merge.store import (
 from lean_merge.tasks import CopyTask, Note, WeightTask, to_note
 
 _STEP = 1 << 18
-"""Bytes that are compared at once: so few that no budget need count them."""
+"""The count of bytes that are compared at once, which is too small to matter to the budget."""
 TOLERATED = 0.001
-"""Share of a weight's entries that another machine or library may round differently by more than
+"""Another machine or library may round this share of a weight's entries differently by more than
 one unit in the last place (docs/method.md)."""
 
 
 class CheckpointSink(Sink):
-    """Writes every tensor at its place in the files of an `OutputFolder`.
+    """A sink that writes every tensor at its place in the files of an `OutputFolder`.
 
     Parameters
     ----------
     shards
-        Those of `folder`.
+        The weight files of `folder`.
     folder
-        Open; it stays unsealed.
+        The open folder, which stays unsealed.
     """
 
     def __init__(self, shards: Sequence[Shard], folder: OutputFolder) -> None:
@@ -63,29 +63,29 @@ class CheckpointSink(Sink):
         self._folder = folder
 
     def writer(self, task: CopyTask | WeightTask) -> WriteBytes:
-        """Write at the tensor's place in its shard."""
+        """Return the function that writes at the tensor's place in its shard."""
         return self._folder.writer(self._shards[task.shard], task.tensor.name)
 
     def finished(self, task: CopyTask | WeightTask) -> Any:
-        """Look it up in the folder's journal."""
+        """Return the note from the folder's journal."""
         return self._folder.finished.get(task.tensor.name)
 
     def finish(self, task: CopyTask | WeightTask, note: Any) -> None:
-        """Write to the folder's journal, once the bytes are on the disk."""
+        """Note the task in the folder's journal, once the bytes are on the disk."""
         self._folder.finish_tensor(self._shards[task.shard], task.tensor.name, note)
 
     def flush(self) -> None:
-        """Send what was written to the disk."""
+        """Send the written bytes to the disk."""
         self._folder.flush()
 
 
 class CheckpointComparison(Comparison):
-    """Compares what a merge gives with what is stored, tile by tile, in the place of writing.
+    """A sink that compares a merge's bytes with the stored ones, tile by tile, instead of writing.
 
     Parameters
     ----------
     shards
-        Those of the output.
+        The weight files of the output.
     tasks, stored, reader, sampled
         As `Output.comparison` has them.
     """
@@ -108,14 +108,14 @@ class CheckpointComparison(Comparison):
         self._local = threading.local()
 
     def finished(self, task: CopyTask | WeightTask) -> Any:
-        """Say of tensors that are not to be compared that they are done."""
+        """Report that tensors which are not to be compared are done."""
         wanted = isinstance(task, CopyTask) or task.tensor.name in self._sampled
         return None if wanted and task.tensor.name in self._stored else to_note(Note([]))
 
     def writer(self, task: CopyTask | WeightTask) -> WriteBytes:
-        """Read what is stored where a merge would write, and count what differs."""
+        """Return a function that reads where a merge would write, and counts what differs."""
         name = task.tensor.name
-        # Of a tensor out of scope every byte is the MLLM's.
+        # In a tensor out of scope, every byte is the MLLM's.
         dtype = torch.uint8 if isinstance(task, CopyTask) else torch_dtype(task.tensor.dtype)
 
         def compare(offset: int, data: memoryview, spans: Spans | None = None) -> None:
@@ -139,16 +139,17 @@ class CheckpointComparison(Comparison):
         return compare
 
     def _buffer(self) -> Tensor:
-        """Give this thread's buffer."""
+        """Return this thread's buffer."""
         found: Tensor | None = getattr(self._local, "buffer", None)
         if found is None:
             found = self._local.buffer = torch.empty(_STEP, dtype=torch.uint8)
         return found
 
     def differences(self, elsewhere: Set[str]) -> list[Difference]:
-        """Tell what differs.
+        """Return the differences.
 
-        Of tensors in `elsewhere`, entries may differ by a last place, `TOLERATED` of them by more.
+        In tensors in `elsewhere`, entries may differ by one unit in the last place, and a share of
+        `TOLERATED` by more.
         """
         found = []
         for task in self._tasks:
@@ -171,7 +172,7 @@ def _entries(task: CopyTask | WeightTask) -> int:
 
 @register
 class CheckpointOutput(Output):
-    """Every tensor of the MLLM, those in scope with their update, in shards of safetensors."""
+    """All tensors of the MLLM in safetensors shards, those in scope with their updates added."""
 
     name: ClassVar[str] = "checkpoint"
     writes_rows: ClassVar[bool] = True
@@ -180,25 +181,25 @@ class CheckpointOutput(Output):
 
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
-        """The weight files, as large as the recipe wants them."""
+        """Return the weight files, as large as the recipe wants them."""
         return plan_shards(list(self.tensors.values()), shard_size=self.recipe.shard_size)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """A warning if side files are missing that the output should have."""
+        """Return a warning if side files are missing that the output should have."""
         return tuple(missing_from_cache(self.mllm))
 
     @staticmethod
     def waiting_bytes(update: int, rank: int, kept: int) -> int:
-        """Bytes of two updates, and of what one more weight keeps."""
+        """Return the bytes of two updates, and those that one more weight keeps."""
         return 2 * update + kept
 
     def described(self, *, written: int, disk: int) -> str:
-        """Describe it for people, in a few words."""
+        """Return a description for people, in a few words."""
         return f"{len(self.shards)} shard(s), {format_size(written)} on disk"
 
     def sink(self, folder: OutputFolder | None) -> CheckpointSink:
-        """Give what writes into the shards of `folder`."""
+        """Return a sink that writes into the shards of `folder`."""
         assert folder is not None
         return CheckpointSink(self.shards, folder)
 
@@ -223,12 +224,12 @@ class CheckpointOutput(Output):
         reader: TensorReader,
         sampled: Set[str],
     ) -> CheckpointComparison:
-        """Compare the bytes of tensors out of scope, and of those in scope that are sampled."""
+        """Return what compares tensors out of scope, and those in scope that are sampled."""
         return CheckpointComparison(self.shards, tasks, stored, reader, sampled)
 
 
 def _summary(counts: Mapping[str, int]) -> str:
-    """Write a few sentences for the model card."""
+    """Return a few sentences for the model card."""
     return (
         f"{counts['merged']} weights of the language model were merged, {counts['unchanged']} were "
         f"in scope but kept as they were, and {counts['copied']} tensors out of scope (vision "

@@ -1,4 +1,4 @@
-"""The files that lie beside the weights of a merge: recipe, report, and what the MLLM has there."""
+"""Write the files beside the weights of a merge: recipe, report, and the MLLM's side files."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from lean_merge.outputs.card import license_of
 from lean_merge.store import OutputFolder
 
 REPORT = "lean_merge_report.json"
-"""The file in which a merge tells what happened."""
+"""The file with the report of a merge."""
 _QUANTISATION = ("quantization_config", "compression_config")
-# Beside config.json ModelOpt says it again, and vLLM goes by it.
+# ModelOpt states it again in this file beside config.json, and vLLM reads it there.
 _QUANTISATION_FILE = "hf_quant_config.json"
 _MAX_CONFIG = 10_000_000
 _PART = 1 << 20
@@ -32,7 +32,7 @@ def write_report(output: Output, folder: OutputFolder, outcome: Outcome) -> None
 
 
 def card_facts(output: Output) -> dict[str, Any]:
-    """Give what every card says of a merge. Raises CheckpointError."""
+    """Return the facts that every card states. Raises CheckpointError."""
     recipe = output.recipe
     return {
         "recipe_yaml": recipe.to_yaml(),
@@ -55,11 +55,11 @@ def copy_side_files(
     folder
         The output.
     out_dtype
-        What the weights were converted to, as "BF16" or "bfloat16": config.json then says so. None
-        copies config.json byte for byte.
+        The dtype that the weights were converted to, as "BF16" or "bfloat16", which config.json
+        then states. None copies config.json byte for byte.
     decoded
-        The dtype without an `out_dtype`, if quantised weights of the MLLM were written as plain
-        numbers: no file then says any longer how they are quantised. None if there were none.
+        The dtype, without an `out_dtype`, of the MLLM's quantised weights, which were written as
+        plain numbers; the files then no longer say how they are quantised. None if it has none.
 
     Raises
     ------
@@ -84,7 +84,7 @@ def copy_side_files(
 
 
 def _parts(file: Path) -> Iterator[bytes]:
-    """Yield a file's bytes, a little at a time, as many as it has when it is opened."""
+    """Yield a file's bytes a few at a time, up to the length that it has when it is opened."""
     try:
         with open(file, "rb") as stream:
             for start in range(0, size := os.fstat(stream.fileno()).st_size, _PART):
@@ -114,12 +114,12 @@ def _rewritten(file: Path, out_dtype: str | None, decoded: str | None) -> bytes:
         _set_dtype(config, _config_word(decoded), only="float8")
     if out_dtype is not None and not _set_dtype(config, word := _config_word(out_dtype)):
         config["dtype"] = word
-    # As ASCII, since a text may hold half of a surrogate pair, which UTF-8 cannot.
+    # It is written as ASCII, because a text may hold half of a surrogate pair, which UTF-8 cannot.
     return (json.dumps(config, indent=2) + "\n").encode("ascii")
 
 
 def _set_dtype(config: dict[str, Any], dtype: str, *, only: str = "") -> bool:
-    """Set what `config` and its nested configs say of a dtype; return whether `config` itself did.
+    """Set the dtype in `config` and in nested configs; return whether `config` itself has one.
 
     Values that do not begin with `only` stay as they are.
     """

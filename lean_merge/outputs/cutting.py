@@ -1,4 +1,4 @@
-"""Cutting the update of a weight to the rank that an adapter keeps of it."""
+"""Cut the update of a weight to the rank that an adapter keeps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lean_merge.tasks import Truncated
 from lean_merge.tasks.tiles import STRIP_ELEMENTS
 
 ADAPTER_ERROR = 2e-4
-"""Largest relative Frobenius error of an update that `--lora-rank auto` cuts off."""
+"""The largest relative Frobenius error that `--lora-rank auto` allows for an update."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +24,9 @@ class CutUpdate:
     Attributes
     ----------
     left, right : Tensor [out, r], [r, in]
-        The update before.
+        The factors of the whole update.
     cut
-        What it is cut to.
+        The truncation that is applied to them.
     """
 
     left: Tensor
@@ -35,12 +35,12 @@ class CutUpdate:
 
     @property
     def rank(self) -> int:
-        """The rank that is kept, k."""
+        """Return the rank k that is kept."""
         return self.cut.rank
 
     @property
     def truncated(self) -> Truncated:
-        """What the report tells of the cut."""
+        """Return the record of the cut for the report."""
         return Truncated(self.rank, self.cut.error)
 
     def b(self) -> Iterator[Tensor]:
@@ -53,15 +53,15 @@ class CutUpdate:
 
 
 def cut_update(decision: Decision, rank: int | str) -> CutUpdate | None:
-    """Cut a decision's update; None if there is none.
+    """Cut a decision's update to a rank; return None if it has no update.
 
     Parameters
     ----------
     decision
-        Its update is of low rank.
+        The decision, whose update must have factors.
     rank
-        The rank to cut it to; "auto" for the smallest whose relative Frobenius error is at most
-        `ADAPTER_ERROR`.
+        The rank to cut it to, or "auto" for the smallest rank whose relative Frobenius error is at
+        most `ADAPTER_ERROR`.
     """
     factors = None if decision.update is None else decision.update.factors()
     if factors is None:
@@ -71,10 +71,10 @@ def cut_update(decision: Decision, rank: int | str) -> CutUpdate | None:
 
 
 def cutting_bytes(rank: int) -> int:
-    """Bytes that it takes to cut factors of `rank`: a dozen matrices [rank, rank] in float64.
+    """Return the bytes that it takes to cut factors of `rank`.
 
-    They are Gram matrices, eigenvectors, their products and LAPACK's workspace; beside them, strips
-    of the factors in float64, and of the cut ones.
+    They are a dozen matrices [rank, rank] in float64: Gram matrices, eigenvectors, their products
+    and LAPACK's workspace. Strips of the factors in float64, and of the cut ones, are added.
     """
     return 12 * rank**2 * 8 + 4 * STRIP_ELEMENTS * 8
 

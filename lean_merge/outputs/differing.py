@@ -1,4 +1,4 @@
-"""How far stored numbers are from those that a merge gives."""
+"""Count how far stored numbers are from those that a merge gives."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def bytes_apart(one: Tensor, other: Tensor) -> int:
 def numbers_apart(one: Tensor, other: Tensor) -> int:
     """Count the floating-point numbers of two tensors that differ by more than one last place.
 
-    Bytes are apart if they differ at all.
+    Numbers of one byte are counted if they differ at all.
     """
     if one.dtype == torch.uint8:
         return bytes_apart(one, other)
@@ -22,7 +22,7 @@ def numbers_apart(one: Tensor, other: Tensor) -> int:
 
 
 def rank_of(numbers: Tensor) -> Tensor:
-    """Give the place of each number among all numbers of its dtype, as int64; both zeros are 0."""
+    """Return each number's place among all numbers of its dtype, as int64; both zeros are 0."""
     width = numbers.element_size() * 8
     kind = {16: torch.int16, 32: torch.int32, 64: torch.int64}[width]
     bits = numbers.view(kind).long()

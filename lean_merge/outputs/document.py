@@ -1,4 +1,4 @@
-"""The content of analysis.json; docs/formats.md explains every field."""
+"""Build the content of analysis.json; docs/formats.md explains every field."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from lean_merge.version import __version__
 ANALYSIS = "analysis.json"
 ANALYSIS_VERSION = 1
 _MEASURES = ("seconds", "bytes", "memory", "device", "threads", "workers")
-"""What an analysis tells of its run, in the words of the report."""
+"""The fields of the report that an analysis states too."""
 KeptEvidence = Mapping[str, Mapping[str, Any] | None]
-"""What was kept of every weight, by canonical name; None where it was not looked at."""
+"""The evidence kept of every weight, by canonical name; None if it was not analysed."""
 
 
 def build_document(
@@ -31,20 +31,20 @@ def build_document(
     evidence: KeptEvidence,
     outcome: Outcome,
 ) -> dict[str, Any]:
-    """Give the content of analysis.json.
+    """Return the content of analysis.json.
 
     Parameters
     ----------
     recipe
-        What was asked for.
+        The recipe of the analysis.
     gathered
-        What the evidence depends on.
+        The parameters and the seed that the evidence depends on.
     methods
-        How each weight that was looked at would be merged, by its canonical name.
+        The method of each weight that was analysed, by its canonical name.
     evidence
-        What was kept of every weight.
+        The evidence kept of every weight.
     outcome
-        What happened.
+        The facts of the run.
     """
     found = {name: from_plain(plain) for name, plain in evidence.items() if plain is not None}
     compared = {name: methods[name].compared(facts) for name, facts in found.items()}
@@ -122,7 +122,7 @@ def _samples(
 
 
 def _in_force(compared: Sequence[Compared | None]) -> float | None:
-    """Give the one threshold that decides; None where weights have their own."""
+    """Return the one threshold that decides; None if weights have different ones."""
     thresholds = {each.threshold for each in compared if each is not None}
     return thresholds.pop() if len(thresholds) == 1 else None
 
@@ -133,7 +133,7 @@ def _row(
     compared: tuple[Compared | None, ...] | None,
     records: Sequence[ExpertRecord],
 ) -> dict[str, Any]:
-    """Give the row of one weight."""
+    """Return the entry of one weight."""
     about = {
         "weight": weight.canonical,
         "name": weight.name,
@@ -157,7 +157,7 @@ def _row(
 
 
 def _explained(weight: WeightResult, records: Sequence[ExpertRecord]) -> list[ExpertRecord]:
-    """Take the engine's record of an expert that cannot change a weight, else ours."""
+    """Return for each expert our record, or the engine's if it cannot change the weight."""
     pairs = zip(weight.experts, records, strict=True)
     return [ours if ours.rank else theirs for theirs, ours in pairs]
 

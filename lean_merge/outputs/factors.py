@@ -1,4 +1,4 @@
-"""The factors of an analysis: they wait in blocks, and are written as one safetensors file."""
+"""Write the factors of an analysis, which wait in blocks, as one safetensors file."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lean_merge.store.layout import OutputTensor, Shard, single_file
 
 FACTORS = "analysis.safetensors"
 _CHUNK = 1 << 20
-"""How many numbers pass through memory at once."""
+"""The count of numbers that pass through memory at once."""
 
 
 def factor_shapes(
     canonical: str, shape: tuple[int, int], experts: int, count: int
 ) -> dict[str, tuple[int, int]]:
-    """Name the tensors that hold `count` directions of a weight [out, in], with their shapes."""
+    """Return the shapes, by name, of the tensors that hold `count` directions of a weight."""
     images = {f"{canonical}.expert{k + 1}.images": (count, shape[0]) for k in range(experts)}
     return {f"{canonical}.mllm.vectors": (count, shape[1]), **images}
 
@@ -33,7 +33,7 @@ def factors_layout(shapes: Mapping[str, tuple[int, ...]]) -> Shard:
 
 
 def write_factors(folder: OutputFolder, blocks: Mapping[str, Block]) -> Shard:
-    """Write analysis.safetensors into an open folder, which stays unsealed, and give its layout.
+    """Write analysis.safetensors into an open folder, which stays unsealed; return its layout.
 
     Raises OutputError or BudgetError where the disk refuses.
     """

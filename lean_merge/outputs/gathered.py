@@ -1,4 +1,4 @@
-"""What an analysis gathers depends on, and the thresholds that it finds."""
+"""The settings that evidence depends on, and the thresholds that an analysis finds in it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lean_merge.recipe import Expert, Filtered, MergeRecipe
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """What evidence depends on beside the inputs: a method's parameters, and the seed.
+    """The settings that evidence depends on beside the inputs: a method's parameters and a seed.
 
-    A merge from an analysis must come out the same whether its evidence is read back or gathered
-    again in the same way, as `verify` does. So this is kept with the evidence.
+    They are kept with the evidence, because a merge from an analysis must give the same bytes when
+    its evidence is gathered again in the same way, as `verify` does.
     """
 
     method: str
@@ -26,7 +26,7 @@ class Gathered:
 
     @classmethod
     def by(cls, recipe: MergeRecipe) -> Gathered:
-        """Tell what gathering for a recipe depends on.
+        """Return the settings by which evidence is gathered for a recipe.
 
         Raises
         ------
@@ -39,7 +39,7 @@ class Gathered:
         return cls(kind.name, tuple((name, values[name]) for name in kind.gathered_by), recipe.seed)
 
     def recipe(self, recipe: MergeRecipe) -> MergeRecipe:
-        """Give `recipe` with these parameters alone, for the methods that gather."""
+        """Return `recipe` with only these parameters, for the methods that gather."""
         experts = tuple(Expert(expert.model) for expert in recipe.experts)
         return replace(
             recipe,
@@ -50,7 +50,7 @@ class Gathered:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Write it as JSON has it; parameters are written as a recipe writes them."""
+        """Return plain data for JSON; parameters have the form that they have in recipes."""
         plain = MergeRecipe("b", "m", (Expert("e"),), parameters=self.parameters).to_dict()
         return {"method": self.method, "seed": self.seed, **plain["parameters"]}
 
@@ -78,7 +78,7 @@ class Gathered:
 
 
 def _values(value: Any) -> Iterator[Any]:
-    """Yield what a parameter is at any weight: it may differ by filters, or over the layers."""
+    """Yield all values that a parameter has at some weight: by filters, or over the layers."""
     if isinstance(value, tuple):
         for each in value:
             yield from _values(each.value if isinstance(each, Filtered) else each)
@@ -95,19 +95,19 @@ def _check(kind: type[EvidenceMethod[Any]], name: str, value: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class FoundThreshold:
-    """A threshold that an analysis found for an expert, and how, in sentences."""
+    """A threshold that an analysis found for an expert, and the explanation in sentences."""
 
     threshold: float
     explanation: str = ""
 
 
 def found_thresholds(told: Any, experts: int) -> tuple[FoundThreshold, ...]:
-    """Read the thresholds of a journal, one for each expert, or none at all.
+    """Read the thresholds in a journal: one for each expert, or none at all.
 
     Raises
     ------
     RecipeError
-        There is something else in their place.
+        The journal holds something else in their place.
     """
     if told is None:
         return ()
@@ -120,12 +120,12 @@ def found_thresholds(told: Any, experts: int) -> tuple[FoundThreshold, ...]:
 
 
 def evidence_method(recipe: MergeRecipe) -> type[EvidenceMethod[Any]]:
-    """Give the recipe's method, which gathers evidence.
+    """Return the recipe's method, if it gathers evidence.
 
     Raises
     ------
     RecipeError
-        It gathers none, because it decides without looking at the weights.
+        The method gathers none, because it decides without looking at the weights.
     """
     name = canonical_name(recipe.merge_method)
     kind = all_methods().get(name)
@@ -139,26 +139,26 @@ def evidence_method(recipe: MergeRecipe) -> type[EvidenceMethod[Any]]:
 
 
 class RecordedEvidence(Protocol):
-    """Evidence that is at hand, as an analysis that was opened has it."""
+    """The evidence of an analysis that was opened."""
 
     @property
     def gathered(self) -> Gathered:
-        """What it depends on, beside the inputs."""
+        """Return the settings that it depends on beside the inputs."""
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What tells it from any other, for the journal of a merge from it."""
+        """Return the facts that tell it from any other, for the journal of a merge from it."""
 
     def check_inputs(
         self, base: Checkpoint, mllm: Checkpoint, experts: Sequence[Checkpoint]
     ) -> None:
-        """Raise CheckpointError if these are not what was analysed, and name what has changed."""
+        """Raise CheckpointError if the inputs are not those analysed, and name what has changed."""
 
     def choices(self, methods: Mapping[str, EvidenceMethod[Any]]) -> tuple[FoundThreshold, ...]:
-        """Give the threshold that the similarities of these weights suggest, for each expert."""
+        """Return the threshold that these weights' similarities suggest, for each expert."""
 
     def facts(self, canonical: str) -> Facts | None:
-        """Give the facts of a weight; None where it was not looked at."""
+        """Return the facts of a weight; None if it was not analysed."""
 
     def factors(self, canonical: str) -> Factors:
-        """Give the factors of a weight that has facts."""
+        """Return the factors of a weight that has facts."""

@@ -1,4 +1,4 @@
-"""Nothing but the report: what a merge would decide."""
+"""An output without weights: only the report of what a merge would decide."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from lean_merge.store import OutputFolder
 
 @register
 class NoOutput(Output):
-    """No weights; a folder, if there is one, gets recipe and report."""
+    """An output without weights; its folder, if there is one, gets the recipe and the report."""
 
     name: ClassVar[str] = "none"
     needs_folder: ClassVar[bool] = False
     done: ClassVar[str] = "selected"
 
     def described(self, *, written: int, disk: int) -> str:
-        """Describe it for people, in a few words."""
+        """Return a description for people, in a few words."""
         return "none, the report alone"
 
     def sink(self, folder: OutputFolder | None) -> Sink:
-        """Keep in the journal what was decided, if there is one."""
+        """Return a sink that notes decisions in the journal, if there is a folder."""
         return Sink() if folder is None else BlockSink(folder)
 
     def end(self, folder: OutputFolder, outcome: Outcome) -> None:

@@ -1,6 +1,6 @@
-"""PEFT's format of a LoRA adapter: how factors are laid out and written.
+"""Lay out and write the factors of a LoRA adapter in PEFT's format.
 
-Ranks are known only once a weight was analysed, so until then the factors are blocks of the output.
+Their ranks are known only when all weights are analysed; until then, factors wait in blocks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 _KEY = "base_model.model."
 _CHUNK = 1 << 20
-"""How many numbers pass through memory at once."""
+"""The count of numbers that pass through memory at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +35,11 @@ class StoredFactors:
     Attributes
     ----------
     runs
-        (first, count) of the module's rows, in the order of those of b.
+        The (first, count) of the module's rows, in the order of b's rows.
     rank
-        0 without an update.
+        The rank of the update; 0 if there is none.
     a, b
-        Blocks of the output; None without an update, or while only sizes matter.
+        Blocks of the output; None if there is no update, or while only sizes matter.
     """
 
     runs: tuple[tuple[int, int], ...]
@@ -49,7 +49,7 @@ class StoredFactors:
 
     @property
     def rows(self) -> int:
-        """The number of rows that it updates."""
+        """Return the number of rows that it updates."""
         return sum(count for _, count in self.runs)
 
 
@@ -57,8 +57,8 @@ class StoredFactors:
 class AdapterModule:
     """One module of the adapter; each of its rows is in one of its parts.
 
-    A fused weight has a part for each projection: A holds their rows below each other, and B is
-    zero where the row of one meets the column of another, so that the ranks add up.
+    A fused weight has a part for each projection. Their rows of A are stacked, and an entry of B is
+    zero if its row and its column belong to different parts, so that the ranks add up.
     """
 
     name: str
@@ -67,22 +67,22 @@ class AdapterModule:
 
     @property
     def out_features(self) -> int:
-        """The number of rows of the module's weight."""
+        """Return the number of rows of the module's weight."""
         return sum(part.rows for part in self.parts)
 
     @property
     def rank(self) -> int:
-        """The rank of A and B."""
+        """Return the rank of A and B."""
         return sum(part.rank for part in self.parts)
 
     @property
     def key_a(self) -> str:
-        """The name of A [rank, in] as PEFT saves it."""
+        """Return the name of A [rank, in] as PEFT saves it."""
         return f"{_KEY}{self.name}.lora_A.weight"
 
     @property
     def key_b(self) -> str:
-        """The name of B [out, rank]."""
+        """Return the name of B [out, rank]."""
         return f"{_KEY}{self.name}.lora_B.weight"
 
 
@@ -118,7 +118,7 @@ def write_adapter(
     dtype
         The dtype of the factors in the file.
     base_model
-        What the adapter belongs to: the MLLM, as the user named it.
+        The model that the adapter belongs to: the MLLM, as the user named it.
 
     Raises
     ------
@@ -199,11 +199,12 @@ def cast_factors(numbers: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 
 def adapter_config(modules: Sequence[AdapterModule], *, base_model: str) -> dict[str, Any]:
-    """Give the content of adapter_config.json.
+    """Return the content of adapter_config.json.
 
-    Every alpha is its rank, so PEFT's scaling alpha / rank is 1 everywhere, for loaders too that
-    know one alpha only. `r` is the largest rank; the patterns name the modules below it. What
-    follows the @ of a hub id has a key of its own: loaders take the rest for a repository's name.
+    Every alpha equals its rank, so PEFT's scaling alpha / rank is 1 everywhere, even for loaders
+    that know only one alpha. `r` is the largest rank, and patterns name the modules of lower rank.
+    The revision after the @ of a hub id has a key of its own, because loaders take `base_model` for
+    a repository's name.
     """
     name, revision = base_model, ""
     if not Path(base_model).expanduser().exists():

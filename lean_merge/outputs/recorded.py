@@ -1,4 +1,4 @@
-"""An analysis folder that is opened again: it is checked, and merges are decided from it."""
+"""Open a stored analysis again and check it, so that merges can be decided from it."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class Analysis:
     Attributes
     ----------
     path
-        Its folder.
+        The folder of the analysis.
     document
         The content of analysis.json.
     gathered
-        What its evidence depends on, beside the inputs.
+        The settings that its evidence depends on beside the inputs.
     sha256
         The digest of analysis.json.
     own
-        Whether a merge made it for itself, and removes it when it ends.
+        Whether a merge made it for itself, and removes it at its end.
     """
 
     path: Path
@@ -52,7 +52,7 @@ class Analysis:
     own: bool = False
 
     def choices(self, methods: Mapping[str, EvidenceMethod[Any]]) -> tuple[FoundThreshold, ...]:
-        """Give the threshold that the similarities of these weights suggest, for each expert."""
+        """Return the threshold that these weights' similarities suggest, for each expert."""
         rows = {row["weight"]: row for row in self.document["weights"]}
         known = {name: method for name, method in methods.items() if name in self._facts}
         compared = {n: method.compared(self._facts[n]) for n, method in known.items()}
@@ -60,16 +60,16 @@ class Analysis:
         return tuple(FoundThreshold(each.auto, each.explanation) for each in surveys)
 
     def facts(self, canonical: str) -> Facts | None:
-        """Give the facts of a weight; None where it was not looked at."""
+        """Return the facts of a weight; None if it was not analysed."""
         return self._facts.get(canonical)
 
     def factors(self, canonical: str) -> Factors:
-        """Give the factors of a weight that has facts; they are read when they are asked for."""
+        """Return the factors of a weight that has facts; they are read when they are asked for."""
         return _StoredFactors(self._tensors, canonical, self._facts[canonical])
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """Tell its evidence from any other, for the journal of a merge from it."""
+        """Return the facts that tell it from any other, for the journal of a merge from it."""
         return {
             **({"own": True} if self.own else {"sha256": self.sha256}),
             "gathered": self.gathered.to_dict(),
@@ -79,7 +79,7 @@ class Analysis:
     def check_inputs(
         self, base: Checkpoint, mllm: Checkpoint, experts: Sequence[Checkpoint]
     ) -> None:
-        """Raise CheckpointError if these are not what was analysed, and name what has changed."""
+        """Raise CheckpointError if the inputs are not those analysed, and name what has changed."""
         roles = by_role(base, mllm, experts)
         change = changed_weights(self.document["inputs"], roles)
         if change is not None:
@@ -97,15 +97,15 @@ class _StoredFactors:
         self.bytes_read = 0
 
     def vectors(self, kept: Tensor) -> Tensor:
-        """Give the MLLM's right directions of these indices, as columns."""
+        """Return the MLLM's right directions with the indices `kept`, as columns."""
         return self._columns("mllm.vectors", kept)
 
     def images(self, expert: int, kept: Tensor) -> Tensor:
-        """Give what an expert makes of these directions, as columns."""
+        """Return an expert's images of those directions, as columns."""
         return self._columns(f"expert{expert + 1}.images", kept)
 
     def _columns(self, name: str, kept: Tensor) -> Tensor:
-        """Read the rows of these indices, and give them as columns."""
+        """Read the rows with the indices `kept`, and return them as columns."""
         spec = self._tensors[f"{self._canonical}.{name}"]
         rows = torch.empty(kept.numel(), spec.shape[1])
         with TensorReader() as reader:

@@ -1,4 +1,4 @@
-"""Whole tensors in memory, given to the caller one after another."""
+"""An output that gives whole tensors in memory to the caller, one after another."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class StreamOutput(Output):
     Parameters
     ----------
     request
-        Its methods must have found their thresholds, or RecipeError is raised.
+        The facts of the merge. RecipeError is raised if a method's threshold is still unknown.
     """
 
     name: ClassVar[str] = "stream"
@@ -39,7 +39,7 @@ class StreamOutput(Output):
 
     @classmethod
     def check(cls, recipe: MergeRecipe) -> None:
-        """Raise RecipeError for a recipe of anything but a checkpoint, whose tensors these are."""
+        """Raise RecipeError unless the recipe asks for a checkpoint, whose tensors these are."""
         if recipe.output != CheckpointOutput.name:
             raise RecipeError(
                 f"A stream gives whole tensors, and the recipe asks for output {recipe.output}; "
@@ -48,28 +48,28 @@ class StreamOutput(Output):
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the largest tensor, which is in the making."""
+        """Return the bytes of the largest tensor, which is held while it is made."""
         return max((tensor.nbytes for tensor in self.tensors.values()), default=0)
 
     def sink(self, folder: OutputFolder | None) -> TensorSink:
-        """Give what makes the tensors."""
+        """Return the sink that makes the tensors."""
         return TensorSink()
 
 
 class TensorSink(Sink):
-    """Makes whole tensors, one at a time: each must be taken before the next is begun."""
+    """A sink that makes one whole tensor at a time; it must be taken before the next is begun."""
 
     def __init__(self) -> None:
         self._tensor: Tensor | None = None
 
     def take(self) -> Tensor:
-        """Give the tensor of the last task, which is the caller's from now on."""
+        """Return the tensor of the last task, which is the caller's from now on."""
         assert self._tensor is not None
         tensor, self._tensor = self._tensor, None
         return tensor
 
     def writer(self, task: CopyTask | WeightTask) -> WriteBytes:
-        """Write into the tensor, which is made for the first of its weights."""
+        """Return a function that writes into the tensor, which its first weight creates."""
         if self._tensor is None:
             dtype = torch_dtype(task.tensor.dtype)
             self._tensor = torch.empty(task.tensor.shape, dtype=dtype)
