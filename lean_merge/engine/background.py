@@ -1,4 +1,4 @@
-"""Two quiet threads beside a merge: one brings bytes into the page cache, one sends them on."""
+"""Two threads beside a merge: one brings bytes into the page cache, the other flushes files."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lean_merge.checkpoints import TensorReader, TensorSpec
 
 _STEP = 8 << 20
 FLUSH_EVERY = 128 << 20
-"""Bytes after which written ones are sent to the disk and finished tensors journalled."""
+"""After this many bytes, written bytes are sent to the disk and finished tensors journalled."""
 FLUSH_SECONDS = 5.0
-"""The same in seconds, for runs that write slowly."""
+"""After this many seconds the same is done, for runs that write slowly."""
 
 
 B = TypeVar("B", bound="_Background")
@@ -31,7 +31,7 @@ class _Background(abc.ABC):
 
     @abc.abstractmethod
     def _run(self) -> None:
-        """What the thread does."""
+        """Do the thread's work until `_closed` is set."""
 
     def __enter__(self: B) -> B:
         self._thread.start()
@@ -50,15 +50,15 @@ class _Background(abc.ABC):
 
 
 class ReadAhead(_Background):
-    """Brings the bytes of coming tasks into the page cache before they are used.
+    """A thread that brings the bytes of coming tasks into the page cache before they are used.
 
-    There they are not this program's memory, and the system takes them back under pressure. If
-    bytes do not arrive in time, nothing is lost but the overlap.
+    Bytes in the page cache are not this program's memory, and the system takes them back when it
+    needs the space. If bytes do not arrive in time, nothing is lost but the overlap.
 
     Parameters
     ----------
     reader
-        A reader of this thread's own, because the system knows a sequence of reads by the open
+        A reader for this thread alone, because the system recognises sequential reads by the open
         file.
     tasks
         The tensors that each task reads, in the order of their use.
@@ -95,18 +95,18 @@ class ReadAhead(_Background):
             self._changed.notify_all()
 
     def _run(self) -> None:
-        # Bytes that are in the cache before us are others', and stay. Later they could not be told
-        # from those that the system itself reads beyond what it is asked for.
+        # Bytes that others have cached before us stay in the cache. This is found out at once,
+        # because later they could not be told from bytes that the system reads ahead by itself.
         cached = bytearray(
             self._reader.is_cached(spec, start, length)
             for _, spec, start, length in self._steps()
             if not self._closed
         )
-        # There is one byte for each step, or fewer if the context was closed meanwhile.
+        # `cached` has one byte for each step, or fewer if the context was closed meanwhile.
         for (index, spec, start, length), was_cached in zip(self._steps(), cached, strict=False):
             if not self._wait_for_room():
                 break
-            # A task that was faster needs nothing more.
+            # If a task was faster than this thread, its bytes are not fetched.
             if index >= self._past and not was_cached:
                 self._drop(length)
                 self._fetched[index].append((spec, start, length))
@@ -133,11 +133,11 @@ class ReadAhead(_Background):
             self._changed.wait_for(lambda: self._closed)
 
     def _drop(self, nbytes: int) -> None:
-        """Drop so many of the bytes that were fetched and are done, or all that there are.
+        """Drop `nbytes` of the fetched bytes that are done with, or all if there are fewer.
 
-        This is done just before as many are fetched, so that the same pages serve again at once:
-        memory that is free for long goes back to the host of a virtual machine, and is slow to
-        come again.
+        This happens just before as many are fetched, so that the same pages are used again at once.
+        Memory that is free for long goes back to the host of a virtual machine, which is slow to
+        return it.
         """
         with self._changed:
             while self._done:
@@ -151,14 +151,14 @@ class ReadAhead(_Background):
 
 
 class Flusher(_Background):
-    """Sends written bytes to the disk while more are made, so that the end does not wait for all.
+    """A thread that sends written bytes to the disk while more are made, so that the end is quick.
 
     An error of the disk is raised by the next `wrote`, or on leaving the context.
 
     Parameters
     ----------
     flush
-        What sends them.
+        The function that sends them.
     """
 
     def __init__(self, flush: Callable[[], None]) -> None:

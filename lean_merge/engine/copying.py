@@ -1,4 +1,4 @@
-"""Copying a tensor out of scope, piece by piece: its bytes as they are, or its numbers."""
+"""Copy a tensor out of scope piece by piece, either its bytes or its decoded numbers."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _numbers(
     reader: TensorReader,
     workers: Workers,
 ) -> Copying:
-    """Cut the matrices of one tensor, one after the other, into strips to be written in `dtype`."""
+    """Cut the matrices of one tensor into strips, which are written in `dtype`."""
     pieces: list[tuple[WeightSource, slice, int]] = []
     offset = 0
     for matrix in matrices:
@@ -84,7 +84,7 @@ def _numbers(
 
 
 def _check_finite(source: WeightSource, rounded: Tensor) -> None:
-    """Refuse numbers that are NaN or Inf; the sum of others may overflow."""
+    """Raise DataError if a number is NaN or Inf; the sum of finite numbers may overflow."""
     if not bool(torch.isfinite(rounded).all()):
         dtype = str(rounded.dtype).removeprefix("torch.")
         raise DataError(

@@ -1,4 +1,4 @@
-"""From task vectors to decisions: on the plan's device, or the CPU if that runs out of memory."""
+"""Decide weights on the plan's device, or on the CPU if the device runs out of memory."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from lean_merge.tasks import (
 from lean_merge.tasks.tiles import tile_rows
 
 LONGEST_REASON = 160
-"""Characters of a device's message that are kept."""
+"""The most characters that are kept of a device's message."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decided:
-    """What was decided of a weight, with `passes` passes over its rows.
+    """The decision on a weight, which took `passes` passes over its rows.
 
-    The update is on the CPU, where `vectors` form their tiles from now on. `fallback` is None where
+    The update is on the CPU, where `vectors` form their tiles from now on. `fallback` is None if
     the device had the memory that was planned.
     """
 
@@ -46,11 +46,11 @@ class Decided:
     fallback: Fallback | None = None
 
     def without_evidence(self) -> Decided:
-        """Let go of what was gathered, once it is stored: the next weight needs its memory."""
+        """Return this without evidence, whose memory the next weight needs once it is stored."""
         return replace(self, decision=replace(self.decision, evidence=None))
 
     def result(self, name: str, stored: Stored) -> WeightResult:
-        """Tell what happened to the weight, a part of tensor `name`, when it is `stored`."""
+        """Return the result for the weight, a part of tensor `name`, after it was `stored`."""
         decision = self.decision
         norms = [*decision.squared_norms] or self.vectors.squared_norms()
         return WeightResult(
@@ -66,7 +66,7 @@ class Decided:
 
 
 def _with_norms(decision: Decision, squared_norms: list[float]) -> tuple[ExpertRecord, ...]:
-    """The records, with the norms that the update knows from those of the task vectors."""
+    """Return the experts' records, with update norms where task vectors' norms give them."""
     norms = () if decision.update is None else decision.update.norms(squared_norms)
     if not norms:
         return decision.experts
@@ -76,7 +76,7 @@ def _with_norms(decision: Decision, squared_norms: list[float]) -> tuple[ExpertR
 
 @dataclass(frozen=True, slots=True)
 class _Site:
-    """Where a weight is analysed, in words too, and how many of its tiles stay there."""
+    """A place where a weight is analysed, its name, and the number of tiles that stay there."""
 
     accelerator: Accelerator | None
     resident: int
@@ -85,7 +85,7 @@ class _Site:
 
 
 class Decider:
-    """Decides what becomes of logical weights.
+    """The engine's part that brings logical weights to their decisions.
 
     A weight for which the device has too little memory is analysed there with no tile resident; if
     that is still too much, on the CPU, with none either. Which tiles are resident changes no
@@ -98,7 +98,7 @@ class Decider:
     workers
         The threads that compute passes.
     surveyed
-        What the methods' surveys of all weights found, by their keys.
+        The results of the methods' surveys of all weights, by the surveys' keys.
     """
 
     def __init__(self, plan: Plan, workers: Workers, surveyed: Mapping[Hashable, Any]) -> None:
@@ -110,7 +110,7 @@ class Decider:
 
     @property
     def pinned(self) -> int:
-        """Bytes of host memory that are pinned for copies to the device."""
+        """Return the bytes of host memory that are pinned for copies to the device."""
         return 0 if self._accelerator is None else self._accelerator.pinned
 
     def close(self) -> None:
@@ -124,7 +124,7 @@ class Decider:
         Parameters
         ----------
         reader
-            Who reads the rows.
+            The reader of the rows.
         arena : Tensor, uint8, 1-D
             Memory on the CPU for the tiles that the plan lets stay there.
         """
@@ -139,7 +139,7 @@ class Decider:
         if not looks(method, weight):
             return self._attempt(method, weight, _Site(None, 0), reader)
         sites = _sites(self._accelerator, resident)
-        # What failed for one weight would fail for its equals: they begin where that one ended.
+        # A site that failed for one weight would fail for its equals, so they skip it.
         first, reason = self._fallen.get((weight.shape, resident), (0, ""))
         for rank, site in enumerate(sites[first:], first):
             try:
@@ -153,7 +153,7 @@ class Decider:
                     return decided
                 self._fallen[weight.shape, resident] = rank, reason
                 return replace(decided, fallback=Fallback(site.name, reason))
-            # Only here are the error, and the frames that it came through, gone.
+            # Only here have the error, and the frames that it holds, been released.
             self._accelerator.release()
         raise AssertionError("the last site is the CPU, which returns or raises")
 
@@ -210,12 +210,12 @@ class Decider:
 
 
 def _nothing(weight: LogicalWeight, record: ExpertRecord) -> Decision:
-    """No update, for the same reason with every expert."""
+    """Return a decision without an update, with the same record for every expert."""
     return _explained(Decision((record,) * len(weight.experts)), weight)
 
 
 def _explained(decision: Decision, weight: LogicalWeight) -> Decision:
-    """The decision with the reason of every expert that is known to change nothing."""
+    """Return the decision, with reasons for the experts that are known to change nothing."""
     records = tuple(
         replace(record, selected=False, reason=source.zero_because)
         if source.zero_because
@@ -226,7 +226,7 @@ def _explained(decision: Decision, weight: LogicalWeight) -> Decision:
 
 
 def _accelerator(plan: Plan, workers: Workers) -> Accelerator | None:
-    """The plan's device; None if that is the CPU, to which nothing needs to be brought."""
+    """Return the plan's device; None if that is the CPU, which needs no copies."""
     device = torch.device(plan.device)
     queues = queues_of(device)
     if queues is None:
@@ -247,7 +247,7 @@ def _accelerator(plan: Plan, workers: Workers) -> Accelerator | None:
 
 
 def _sites(accelerator: Accelerator, resident: int) -> list[_Site]:
-    """From what the plan wants to what always works, each once."""
+    """Return the sites to try, from the planned one to one that always works, each once."""
     device = str(accelerator.device)
     planned = [_Site(accelerator, resident, name=device)] if resident else []
     streamed = _Site(accelerator, 0, name=f"{device}, no tile resident")
@@ -257,7 +257,7 @@ def _sites(accelerator: Accelerator, resident: int) -> list[_Site]:
 def _analyze(
     method: Method[Any], vectors: TaskVectors, context: WeightContext
 ) -> tuple[Decision, int]:
-    """The method's decision, and how often it asked for a pass over the rows."""
+    """Return the method's decision, and how often it asked for a pass over the rows."""
     analysis = method.analyze(context)
     passes = 0
     try:
@@ -271,7 +271,7 @@ def _analyze(
 
 
 def tile_bytes(method: Method[Any] | None, weight: LogicalWeight) -> int:
-    """Bytes of the largest tile of all task vectors of a weight."""
+    """Return the bytes of a weight's largest tile of all task vectors."""
     out_features, in_features = weight.shape
     item = task_dtype(method, weight).itemsize
     height = min(out_features, tile_rows(in_features))

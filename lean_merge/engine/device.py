@@ -1,4 +1,4 @@
-"""A device beside the CPU: its queues, and the memory that it lends to one weight at a time."""
+"""A device other than the CPU, with its queues and the memory that it lends to weights."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lean_merge.plan import formulas
 
 
 class BlockingQueues:
-    """The queues of a device of which no more is known than that `Tensor.copy_` works.
+    """The queues of any device on which `Tensor.copy_` works.
 
-    Copies are made at once and products are ordered by the device itself, so nothing overlaps and
-    there is nothing to wait for.
+    Copies are made at once and the device itself orders products, so nothing overlaps and there is
+    nothing to wait for.
     """
 
     def copy(self, source: Tensor, target: Tensor) -> None:
@@ -42,7 +42,7 @@ class BlockingQueues:
 
 
 class CudaQueues:
-    """A copy stream beside the default stream, on which every thread makes its products.
+    """A copy stream, beside the default stream on which every thread makes its products.
 
     Copies are asynchronous, because the memory that they come from is pinned.
     """
@@ -75,14 +75,14 @@ class CudaQueues:
 
 
 def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    # Threads sleep while they wait: a machine may have few cores, and they are at work.
+    # Threads sleep while they wait, because a machine may have few cores and needs them for work.
     event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
     stream.record_event(event)
     return event
 
 
 def queues_of(device: torch.device) -> Queues | None:
-    """Return the queues of a device; None for the CPU, to which nothing needs to be brought."""
+    """Return the queues of a device; None for the CPU, which needs no copies."""
     if device.type == "cpu":
         return None
     return CudaQueues(device) if device.type == "cuda" else BlockingQueues()
@@ -100,7 +100,7 @@ def computing_on(device: torch.device) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error, of torch or of a library below it, says that a device is full."""
+    """Return whether an error, of torch or of a library below it, says that a device is full."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     text = str(error)
@@ -120,7 +120,7 @@ class Lent:
     landing : tuple of Tensor, uint8, 1-D
         The places where other tiles land.
     uploader
-        What brings tiles to either.
+        The uploader that brings tiles to either.
     """
 
     resident: Tensor
@@ -129,7 +129,7 @@ class Lent:
 
 
 class Accelerator:
-    """A device other than the CPU, which lends memory to one weight after another.
+    """A device that lends memory to one weight after another.
 
     Before the first `lend` nothing is allocated there, and no host memory is pinned.
 
@@ -167,7 +167,7 @@ class Accelerator:
 
     @property
     def pinned(self) -> int:
-        """Bytes of pinned host memory, from which copies go."""
+        """Return the bytes of pinned host memory, from which copies are made."""
         return 0 if self._uploader is None else self._ring_bytes
 
     def lend(self, tile: int, resident: int) -> Lent:
@@ -176,11 +176,11 @@ class Accelerator:
         Raises
         ------
         RuntimeError
-            The device has not enough; `is_out_of_memory` holds for the error.
+            The device has not enough memory; `is_out_of_memory` is true for the error.
         """
         self._make_room()
         if self._uploader is None:
-            # Torch pins memory in powers of two, so as much is asked for, once.
+            # Torch pins memory in powers of two, so that size is asked for, and only once.
             host = torch.empty(
                 self._ring_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda"
             )
@@ -195,10 +195,10 @@ class Accelerator:
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def _make_room(self) -> None:
-        """Give back what torch keeps of earlier weights if this one may not fit beside it.
+        """Release memory that torch keeps from earlier weights if this one may not fit beside it.
 
-        Weights of other shapes leave pieces that do not fit. Where there is room for both, giving
-        the pieces back would only take time.
+        Weights of other shapes leave pieces that do not fit. If there is room for both, releasing
+        the pieces would only take time.
         """
         if self.device.type == "cuda" and self._limit:
             reserved = torch.cuda.memory_reserved(self.device)
@@ -206,12 +206,12 @@ class Accelerator:
                 torch.cuda.empty_cache()
 
     def release(self) -> None:
-        """Give back all memory that nobody uses; after an error too."""
+        """Release all memory that is not in use; this works after an error too."""
         self._queues.synchronize()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def close(self) -> None:
-        """Wait until nothing is on its way to the device."""
+        """Wait until no copy to the device is under way."""
         self._queues.synchronize()

@@ -1,4 +1,4 @@
-"""A merge from plan to finished output, an event for each tensor."""
+"""Carry out a plan from the first tensor to the last, with an event for each."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from lean_merge.tasks import CopyTask, Note, WeightResult, from_note
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Progress: output tensor `name` of `nbytes` is written; `merged` if an update went in.
+    """The news that the output tensor `name` of `nbytes` bytes is written.
 
-    `reused` tells that an interrupted run wrote it; `warnings` are sentences for people.
+    `merged` tells that it got an update, and `reused` that an interrupted run wrote it. `warnings`
+    are sentences for people.
     """
 
     name: str
@@ -33,20 +34,20 @@ class Event:
 
 @dataclass
 class RunResult:
-    """What happened to all tensors of a run.
+    """The results of a run for all tensors.
 
     Attributes
     ----------
     weights
-        What happened to each logical weight, in the order of the output.
+        The result for each logical weight, in the order of the output.
     non_finite
         Names of the MLLM's tensors out of scope that hold NaN or Inf.
     seconds
-        How long the calling thread was at "analyze", "write" and "copy".
+        The time that the calling thread spent on "analyze", "write" and "copy".
     bytes_read
         Bytes of tensors that were read.
     peak_vram, peak_vram_used
-        Bytes of device memory that torch took at most, and that were in use at most.
+        The most bytes of device memory that torch allocated, and the most that were in use.
     pinned
         Bytes of host memory that were pinned for copies to a device.
     """
@@ -70,7 +71,7 @@ class RunResult:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed
 
     def add(self, note: Note, source: str) -> None:
-        """Add what happened to a tensor, which was `source` in the MLLM."""
+        """Add the results for a tensor, which was `source` in the MLLM."""
         self.weights.extend(note.weights)
         self.bytes_read += note.bytes_read
         if note.non_finite:
@@ -87,9 +88,10 @@ def run(plan: Plan, sink: Sink, on_event: Callable[[Event], None]) -> RunResult:
 
 
 def steps(plan: Plan, sink: Sink, result: RunResult) -> Generator[Event, None, None]:
-    """Carry out `plan`: an event after each task, in order, and what happened noted in `result`.
+    """Carry out `plan`, yield an event after each task in order, and note results in `result`.
 
-    Torch's settings are the caller's while it holds an event, unless threads of ours are at work.
+    While the caller holds an event, torch has the caller's settings, unless our threads are at
+    work.
     """
     on_cuda = torch.device(plan.device).type == "cuda"
     if on_cuda:

@@ -1,12 +1,12 @@
-"""Who runs when: the one place that decides what is done at the same time.
+"""The scheduler alone decides what is done at the same time.
 
-The calling thread takes the plan's tensors in their order. It has those out of scope copied. For
-each logical weight of the others it waits for the decision, and then has the result stored. When
-all of a tensor is stored it says so, again in order. These threads work beside it:
+The calling thread takes the plan's tensors in their order. It has tensors out of scope copied. For
+each logical weight of the others it waits for the decision, and then has the result stored. It
+reports each tensor that is stored completely, again in order. These threads work beside it:
 
 - one or two **analysis threads**, each of which brings one logical weight to its decision;
-- the **worker threads**, which compute the passes that analyses ask for and, while none asks,
-  write rows and copy tensors, in order;
+- the **worker threads**, which compute the passes that analyses ask for, and otherwise write rows
+  and copy tensors, in order;
 - the **read-ahead**, a thread that brings the bytes of coming tensors into the page cache;
 - the **flusher**, a thread that sends written bytes to the disk.
 
@@ -16,14 +16,14 @@ Four rules say what may overlap:
    one of them or both, and begins once they are free.
 2. No analysis begins while more than `Plan.waiting` updates wait to be stored; there is memory for
    that many beside it.
-3. An analysis leaves the arena when it has decided or, where rows of task vectors are added to the
-   MLLM's, when these are written.
+3. An analysis leaves the arena when it has decided. If its update reads task vectors, it stays
+   until the rows are written.
 4. A few tensors may be on their way to the output, but no more than one weight may be while the
-   calling thread waits for the next decision. Where no update may wait, a tensor is finished, and
-   the caller has taken it, before anything is done for the next.
+   calling thread waits for the next decision. If no update may wait, a tensor is finished, and the
+   caller has taken it, before any work on the next begins.
 
 An error in any thread is raised in the calling thread when it comes to the part that failed. After
-that, as at the end, every thread finishes the job in hand and no other.
+that, as at the end, every thread finishes its present job and begins no other.
 """
 
 from __future__ import annotations
@@ -55,16 +55,16 @@ from lean_merge.tasks import CopyTask, Note, Stored, WeightResult, WeightTask, W
 READ_AHEAD = 256 << 20
 """Bytes that are brought into the page cache before they are used."""
 AHEAD_FILES = 8
-"""Files that the read-ahead holds open, of which a tensor needs few."""
+"""The most files that the read-ahead holds open; a tensor needs few."""
 MOST_UNDER_WAY = 8
-"""Parts that may be on their way to the output at a time."""
+"""The most parts that may be on their way to the output at a time."""
 RELEASE_ABOVE = 16 << 20
-"""Bytes by which memory may grow before what is free of it is given back; part of `SLACK`."""
+"""Free memory is released whenever memory has grown by this many bytes; `SLACK` counts them."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Analysis:
-    """An analysis that is begun, and which halves of the arena it takes."""
+    """An analysis that has begun, and the halves of the arena that it takes."""
 
     halves: Sequence[int]
     job: Future[Decided]
@@ -79,11 +79,11 @@ class _UnderWay:
     index
         The place of its task in the plan.
     is_last
-        Whether the task is complete with it.
+        Whether it is the last part of its task.
     jobs
         The jobs of workers that store it.
     decided, kept
-        What was decided of a weight, and what the output kept of it at once.
+        The decision on a weight, and what the output kept of it at once.
     """
 
     index: int
@@ -98,20 +98,20 @@ class _UnderWay:
 
 
 class Scheduler:
-    """Carries out a plan. It is a context manager, and its threads end with the context.
+    """A context manager that carries out a plan; its threads end with the context.
 
     Parameters
     ----------
     plan, sink
-        What is done, and where its results go.
+        The plan, and the sink for its results.
     reused : mapping of int to Note
         The notes of the tasks that an interrupted run finished, by their place in the plan. Nothing
         is done for these tasks.
     surveyed
-        What the methods' surveys of all weights found, by their keys.
+        The results of the methods' surveys of all weights, by the surveys' keys.
     timed
-        Gives a context that counts the calling thread's time as that of "analyze", "write" or
-        "copy".
+        A function that returns a context, in which the calling thread's time is counted for
+        "analyze", "write" or "copy".
     """
 
     def __init__(
@@ -130,19 +130,19 @@ class Scheduler:
         self._timed = timed
         self._reader = TensorReader()
         self._readers = [self._reader.counting() for _ in plan.tasks]
-        # Each in order: weights whose analysis has not begun, those in the arena, and parts that
-        # are not stored yet.
+        # These hold, in order: weights whose analysis has not begun, analyses in the arena, and
+        # parts that are not stored yet.
         self._to_analyse = deque(self._weights())
         self._analyses: deque[_Analysis] = deque()
         self._under_way: deque[_UnderWay] = deque()
-        # Memory of the CPU is reused for all weights: new pages cost more than the arithmetic.
+        # The CPU's memory is reused for all weights, because new pages cost more than arithmetic.
         self._arena = torch.empty(plan.arena, dtype=torch.uint8)
         self._results: list[WeightResult] = []
         self._unstored = 0
         self._settled = 0
 
     def _weights(self) -> Iterator[tuple[WeightTask, int, TensorReader]]:
-        """Every logical weight that is to be analysed: its task, its number there, its reader."""
+        """Yield each logical weight to be analysed: its task, its number there, and its reader."""
         for index, task in enumerate(self._plan.tasks):
             if isinstance(task, WeightTask) and index not in self._reused:
                 for number in range(len(task.weight.slices)):
@@ -175,7 +175,7 @@ class Scheduler:
         self._threads.__exit__(kind, error, trace)
 
     def _sources(self) -> Iterator[Sequence[TensorSpec]]:
-        """The tensors that each task reads."""
+        """Yield the tensors that each task reads."""
         for index, task in enumerate(self._plan.tasks):
             if index in self._reused:
                 yield ()
@@ -186,16 +186,16 @@ class Scheduler:
 
     @property
     def is_at_work(self) -> bool:
-        """Whether anything is analysed, or on its way to the output."""
+        """Return whether anything is being analysed, or is on its way to the output."""
         return bool(self._analyses or self._under_way)
 
     @property
     def pinned(self) -> int:
-        """Bytes of host memory that are pinned for copies to a device."""
+        """Return the bytes of host memory that are pinned for copies to a device."""
         return self._decider.pinned
 
     def finished(self) -> Iterator[tuple[int, Note]]:
-        """Carry out the tasks, and give the index and note of each, in order, when it is stored."""
+        """Carry out the tasks, and yield index and note of each, in order, once it is stored."""
         for index, task in enumerate(self._plan.tasks):
             self._read_ahead.begin(index)
             for begin in self._parts(index, task):
@@ -206,7 +206,7 @@ class Scheduler:
             yield from self._finish()
 
     def _is_full(self) -> bool:
-        """Whether the first part under way must be finished before another is begun."""
+        """Return whether the first part under way must be finished before another is begun."""
         return (
             not self._plan.waiting
             or self._under_way[0].is_stored
@@ -215,7 +215,7 @@ class Scheduler:
         )
 
     def _parts(self, index: int, task: CopyTask | WeightTask) -> list[Callable[[], _UnderWay]]:
-        """The functions that begin the parts of a task, one for each part."""
+        """Return the functions that begin the parts of a task, one for each part."""
         if index in self._reused:
             return [partial(_UnderWay, index)]
         if isinstance(task, CopyTask):
@@ -256,14 +256,14 @@ class Scheduler:
             self._analyses.append(_Analysis(halves, job))
 
     def _room(self, halves: Sequence[int]) -> Tensor:
-        """The arena, or one half of it."""
+        """Return the arena, or one half of it."""
         if len(halves) == 2:
             return self._arena
         size = self._arena.numel() // 2 // ALIGNMENT * ALIGNMENT
         return self._arena[halves[0] * size : (halves[0] + 1) * size]
 
     def _leave_arena(self) -> None:
-        """Give the room of the weight that was decided first to the analyses that wait for it."""
+        """Release the room of the first decided weight for the analyses that wait for it."""
         self._analyses.popleft()
         self._begin_analyses()
 
@@ -291,7 +291,7 @@ class Scheduler:
         return _UnderWay(index, is_last, jobs, decided.without_evidence())
 
     def _finish(self) -> Iterator[tuple[int, Note]]:
-        """Wait until the first part under way is stored; give its task if it is the last."""
+        """Wait until the first part under way is stored; yield its task if the part is its last."""
         first = self._under_way[0]
         task = self._plan.tasks[first.index]
         with self._timed("copy" if isinstance(task, CopyTask) else "write"):
@@ -306,7 +306,7 @@ class Scheduler:
         if not first.is_last:
             return
         index = first.index
-        # While the caller holds the tensor, its update should no longer take memory.
+        # The update must not take memory while the caller holds the tensor.
         del first
         self._read_ahead.done(index)
         note = self._reused.get(index)
@@ -315,12 +315,12 @@ class Scheduler:
             note = Note(self._results, self._readers[index].bytes_read, non_finite=non_finite)
             self._results = []
             self._sink.finish(task, to_note(note))
-            # The journal's line is to reach the disk even where the tensor has no bytes.
+            # The journal's line must reach the disk even if the tensor has no bytes.
             self._flusher.wrote(task.tensor.nbytes if results else 1)
         yield index, note
 
     def _release_memory(self) -> None:
-        """Give free memory back where it has grown; to get it again costs the system time."""
+        """Release free memory if it has grown much, and not more often, because that takes time."""
         if usage().anonymous > self._settled + RELEASE_ABOVE:
             release_free_memory()
             self._settled = usage().anonymous

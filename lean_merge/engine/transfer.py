@@ -1,9 +1,9 @@
-"""Bringing tiles to a device, where one is copied while another is used.
+"""Bring tiles to a device; one is copied while another is used.
 
-A device works off two queues, one of copies and one of products, and both run behind the program.
-The memory that they use is written in turn: a few slots on the host, from which copies go, and a
+A device has two queues, one of copies and one of products, and both run behind the program. The
+memory that they use is written in turn: a few slots on the host, from which copies are made, and a
 few landing places on the device. Each may be written again only when a `Mark` in a queue says that
-what was asked of it is done.
+the work that uses it is done.
 """
 
 from __future__ import annotations
@@ -162,12 +162,12 @@ class Uploader:
                         used[place] = queues.computed()
                         landed += 1
         finally:
-            # No thread may write into a slot any more; the first error has told why.
+            # No thread may write into a slot any more; the first error has said why.
             settle(filling)
             filling.clear()
 
     def close(self) -> None:
-        """Wait until nothing is on its way to the device."""
+        """Wait until no copy to the device is under way."""
         self._queues.synchronize()
 
 

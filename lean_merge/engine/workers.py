@@ -1,4 +1,4 @@
-"""Worker threads, which do what is urgent before what can wait, and one thread for every kernel."""
+"""Worker threads that do urgent jobs before those that can wait, with one thread per kernel."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ class Workers:
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
         """Return the results in the order of `items`, all computed before anything that can wait.
 
-        After an error no further item is begun, and the call returns once no thread is at work on
-        any; it raises what the function raised.
+        After an error no further item is begun. When no thread is at work on any item, the call
+        raises what the function raised.
         """
         jobs = self.submit(function, items)
         try:
             return list(map(Future.result, jobs))
         finally:
             settle(jobs)
-            # An error holds this frame, and would by it hold itself and what the work was about.
+            # An error holds this frame, and through it would hold itself and the job's data.
             jobs.clear()
 
     def submit(
@@ -59,7 +59,7 @@ class Workers:
     ) -> list[Future[R]]:
         """Ask for the same without waiting for it.
 
-        Those that `can_wait` are done in their order while nothing else is asked for.
+        Jobs that `can_wait` are done in their order while no other jobs are asked for.
         """
         jobs: list[_Job] = [(Future(), function, item) for item in items]
         with self._changed:
@@ -79,11 +79,11 @@ class Workers:
                     future.set_result(function(item))
                 except BaseException as error:
                     future.set_exception(error)
-            # While this thread waits for more, it would keep what the job was about.
+            # Otherwise this thread would hold the job's data while it waits for the next job.
             del job, future, function, item
 
     def _next(self) -> _Job | None:
-        """Wait for the next job; None once the pool is closed."""
+        """Wait for the next job and return it; return None once the pool is closed."""
         with self._changed:
             while not self._closed:
                 for queue in (self._urgent, self._patient):
@@ -93,7 +93,7 @@ class Workers:
         return None
 
     def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """This thread's reused CPU buffer of that name, as an uninitialised tensor of `shape`."""
+        """Return this thread's reused CPU buffer `name` as an uninitialised tensor of `shape`."""
         local: dict[str, Any] = self._local.__dict__
         buffers: dict[str, Tensor] = local.setdefault("buffers", {})
         views: dict[tuple[str, tuple[int, ...], torch.dtype], Tensor]
@@ -104,7 +104,7 @@ class Workers:
         size = math.prod(shape) * dtype.itemsize
         held = buffers.get(name)
         if held is None or held.numel() < size:
-            # Views of the old one would keep it alive; few shapes are in use at a time.
+            # Views of the old buffer would keep it alive; few shapes are in use at a time.
             views.clear()
             buffers.pop(name, None)
             held = buffers[name] = torch.empty(size, dtype=torch.uint8)
@@ -112,7 +112,7 @@ class Workers:
         return view
 
     def close(self) -> None:
-        """Begin nothing more and wait for the threads to end; who waits for a job is told so."""
+        """Cancel the jobs that are not begun, and wait for the threads to end."""
         with self._changed:
             self._closed = True
             settle([future for future, _, _ in (*self._urgent, *self._patient)])
@@ -159,7 +159,7 @@ class TorchSettings:
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
-        """Put these settings in force inside the block, and those before it back afterwards."""
+        """Put these settings in force inside the block, and restore the earlier ones afterwards."""
         before = TorchSettings.now()
         self._set()
         try:

@@ -148,7 +148,7 @@ class AdapterComparison(Comparison):
         update: CutUpdate | None,
         runs: tuple[tuple[int, int], ...],
     ) -> int:
-        """Count the same for the rows of B in `runs`, which are zero in all other columns."""
+        """Count them in B's rows in `runs`, where the update has `rank` columns from `left` on."""
         off = done = 0
         width = spec.shape[1]
         for strip in self._rows_of_b(update, runs, width):
