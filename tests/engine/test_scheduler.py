@@ -196,12 +196,21 @@ class FakeSink(Sink):
         self.stage.do(f"finish {task.tensor.name}")
 
 
+THREADS: set[threading.Thread] = set()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _threads_of_others() -> None:
+    """Remember the threads that earlier tests and libraries left, such as the one of tqdm."""
+    THREADS.clear()
+    THREADS.update(threading.enumerate())
+
+
 def ours() -> set[str]:
-    """The names of living threads, less those that are there anyway."""
-    return {each.name for each in threading.enumerate()} - THREADS
+    """The names of the threads that began since this module's first test."""
+    return {each.name for each in threading.enumerate() if each not in THREADS}
 
 
-THREADS = {each.name for each in threading.enumerate()}
 KINDS = st.builds(Kind, st.lists(st.sampled_from([1, 2]), max_size=3).map(tuple), st.booleans())
 
 

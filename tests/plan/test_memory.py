@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -83,22 +82,22 @@ def test_without_the_systems_word_all_counts_as_anonymous(monkeypatch: pytest.Mo
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells anonymous memory apart")
 @pytest.mark.parametrize("output", ["checkpoint", "lora"])
-def test_memory_is_flat_in_layers_bounded_and_predicted(
+def test_memory_is_bounded_by_a_prediction_that_is_flat_in_layers(
     triples: dict[int, Path], output: str
 ) -> None:
-    """Flat where weights go one by one; two at a time, free pieces of two threads' heaps add up."""
-    peaks = {}
-    for (layers, folder), threads in product(triples.items(), ("2", "1")):
-        done = probe(folder, "--output", output, "--threads", threads)
+    """The prediction is compared, since which threads meet differs from run to run."""
+    predicted = {}
+    for layers, threads in ((2, "2"), (4, "2"), (4, "1")):
+        done = probe(triples[layers], "--output", output, "--threads", threads)
         assert done.returncode == 0, done.stderr
         report = json.loads(done.stdout)
         memory = report["memory"]
-        peaks[layers, threads] = memory["peak_anonymous"]
+        predicted[layers, threads] = memory["predicted_anonymous"]
         assert memory["peak_anonymous"] <= memory["predicted_anonymous"]
         assert report["bytes"]["read"] == report["bytes"]["read_predicted"]
         written, most = report["bytes"]["written"], report["bytes"]["written_predicted"]
         assert written == most if output == "checkpoint" else written < most / 2
-    assert peaks[4, "1"] - peaks[2, "1"] < 20 * MIB
+    assert abs(predicted[4, "2"] - predicted[2, "2"]) < MIB
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells anonymous memory apart")
