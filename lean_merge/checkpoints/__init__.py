@@ -1,7 +1,7 @@
-"""Reading checkpoints: headers, folders and hub ids, and reads of blocks of rows.
+"""Read checkpoints: their folders or hub ids, their headers, and blocks of rows.
 
-What is read is untrusted, so every file is checked before anything is computed from it. Nothing
-here loads a model or runs code that came with one.
+Files are untrusted, so each is checked before anything is computed from it. Nothing here loads a
+model or runs code that came with one.
 """
 
 from lean_merge.checkpoints.checkpoint import Checkpoint, open_checkpoint, open_expert

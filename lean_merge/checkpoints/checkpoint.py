@@ -1,4 +1,4 @@
-"""A checkpoint: the folder or hub id that a user names, opened without reading any weight."""
+"""Open the folder or hub id that a user names, without reading any weight."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from lean_merge.errors import CheckpointError, shown
 _CONFIG = "config.json"
 _MAX_CONFIG = 10_000_000
 _MAX_TENSORS = 500_000
-"""Five times those of the largest mixtures of experts; bounds what all shards take together."""
+"""Five times the tensors of the largest mixtures of experts; it bounds what all shards take."""
 # Buffers that older models saved and newer ones compute: loaders skip them too.
 _COMPUTED = ("rotary_emb.inv_freq", "position_ids", "masked_bias")
 # The dtypes of models that are not quantised. Every quantised one has codes of another dtype.
@@ -48,20 +48,20 @@ class Checkpoint:
     path
         The folder of its files.
     tensors
-        Its tensors by name, ordered by (file name, offset): the order to read them in. What only
-        serves to decode others, such as the scales of fp8 weights, is not among them.
+        Its tensors by name, in the order to read them: by (file name, offset). Tensors that only
+        serve to decode others, such as the scales of fp8 weights, are not among them.
     config
-        The content of config.json, None where there is none.
+        The content of config.json; None if there is none.
     files
         Its weight files.
     configs
         The JSON files that decide how its tensors are understood.
     encodings
-        By name, how the numbers of a tensor are computed where they are not what is stored.
+        By name, the encodings of the tensors whose numbers have to be computed from stored ones.
     adapter
-        What it adds to a base model, if it is an adapter; its tensors are then the factors.
+        The adapter's changes to a base model, if it is an adapter; its tensors are then factors.
     origin
-        Where it was fetched from, None for a local path.
+        The place that it was fetched from; None for a local path.
     """
 
     source: str
@@ -75,18 +75,18 @@ class Checkpoint:
     origin: Origin | None = None
 
     def rows(self, place: Place) -> WeightSource:
-        """How the rows of a logical weight are had, given where it lies in one of `tensors`."""
+        """Return the source of a logical weight's rows, given its place in one of `tensors`."""
         encoding = self.encodings.get(place.tensor.name)
         return StoredRows(place) if encoding is None else encoding.rows(place)
 
     def fault(self, tensor: TensorSpec) -> str | None:
-        """Why the numbers of one of its tensors cannot be had, as a predicate; None if they can."""
+        """Return why the numbers of a tensor cannot be read, as a predicate; None if they can."""
         if tensor.name in self.encodings or tensor.dtype in FLOATING:
             return None
         return f"has the dtype {tensor.dtype}, which cannot be merged"
 
     def decoded(self, tensor: TensorSpec) -> tuple[WeightSource, ...]:
-        """The matrices [out, in] of a tensor that has an encoding, in order; else nothing."""
+        """Return the matrices [out, in] of a tensor with an encoding, in order; none without."""
         encoding = self.encodings.get(tensor.name)
         if encoding is None or 0 in tensor.shape:
             return ()
@@ -98,20 +98,20 @@ class Checkpoint:
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
-    """Finds a checkpoint and reads the headers of its weight files.
+    """Find a checkpoint, and read the headers of its weight files.
 
     Parameters
     ----------
     source
         A folder with weights, one weight file, or a hub id "org/name" or "org/name@revision".
-        What exists as a path is a path; a hub id is looked up in the local cache first, then,
-        unless HF_HUB_OFFLINE is set, downloaded. Of safetensors and PyTorch weights beside each
-        other the former are read.
+        If a path of that name exists, it is meant. A hub id is looked up in the local cache, and
+        then downloaded unless HF_HUB_OFFLINE is set. If there are both safetensors and PyTorch
+        weights, the former are read.
 
     Raises
     ------
     CheckpointError
-        There is nothing there, it is an adapter or of an unsupported kind, unfinished, or damaged.
+        It does not exist, is an adapter or of an unsupported kind, or is unfinished or damaged.
     """
     checkpoint = open_expert(source)
     if checkpoint.adapter is not None:
@@ -123,7 +123,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
 
 
 def open_expert(source: str | Path) -> Checkpoint:
-    """Opens what `open_checkpoint` does, and a folder or hub id with an adapter too."""
+    """Open a checkpoint as `open_checkpoint` does, or an adapter in a folder or under a hub id."""
     name = str(source)
     try:
         path = Path(source).expanduser()
@@ -175,14 +175,14 @@ def _open_folder(source: str, folder: Path, origin: Origin | None) -> Checkpoint
 
 
 def _adapter_file(folder: Path) -> Path | None:
-    """The file with an adapter's tensors; None if the folder holds no adapter."""
+    """Return the file with an adapter's tensors; None if the folder holds no adapter."""
     if not (folder / ADAPTER_CONFIG).exists():
         return None
     for name in ADAPTER_FILES:
         if (folder / name).exists():
             return folder / name
     if any((folder / name).exists() for name in (_CONFIG, SINGLE)):
-        # A whole model that keeps the config of an adapter that was merged into it.
+        # This is a whole model with the config of an adapter that was merged into it.
         return None
     raise CheckpointError(
         f"{folder}: has {ADAPTER_CONFIG} but neither {' nor '.join(ADAPTER_FILES)}; download "
@@ -263,16 +263,16 @@ def _match_index(
 
 
 def _parts(config: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """What a config.json says of the whole model, then of each part."""
+    """Return the config of the whole model, then those of its parts."""
     return [config or {}, *(v for v in (config or {}).values() if isinstance(v, dict))]
 
 
 def _without_ties(
     tensors: dict[str, TensorSpec], config: Mapping[str, Any] | None
 ) -> dict[str, TensorSpec]:
-    """Leaves out a head that is stored as the embedding's own bytes, where the config ties them.
+    """Leave out a head that shares the embedding's stored bytes, if the config ties the two.
 
-    A PyTorch file names shared bytes twice; transformers writes them once, under the embedding's
+    A PyTorch file names shared bytes twice. Transformers writes them once, under the embedding's
     name, and so does the output. Other shared bytes stay under each of their names.
     """
     if not any(part.get("tie_word_embeddings") for part in _parts(config)):
@@ -292,7 +292,7 @@ def _without_ties(
 def _decode(
     folder: Path, tensors: Mapping[str, TensorSpec], config: Mapping[str, Any] | None
 ) -> tuple[Mapping[str, TensorSpec], Mapping[str, Encoding]]:
-    """(the model's own tensors, the encodings of those that have one)."""
+    """Return the model's own tensors, and the encodings of those that have one."""
     stated = [
         part.get(key)
         for part in _parts(config)
@@ -301,7 +301,7 @@ def _decode(
     settings = [each for each in stated if isinstance(each, dict) and each]
     if not settings and all(spec.dtype in _PLAIN_DTYPES for spec in tensors.values()):
         return tensors, {}
-    # Only here, for a plain checkpoint needs none of it.
+    # It is imported only here, because a plain checkpoint needs none of it.
     from lean_merge.checkpoints.quantised import decode
 
     return decode(folder, tensors, settings)

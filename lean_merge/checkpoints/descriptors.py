@@ -1,4 +1,4 @@
-"""Open files, shared between threads, never more than a few at once."""
+"""Share open files between threads, and hold only a few of them at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class _Handle:
 
 
 class DescriptorPool:
-    """File descriptors by path, the least recently used closed first.
+    """A pool of file descriptors by path, in which the least recently used are closed first.
 
     A descriptor in use is never closed, so with more than `limit` files in use at one moment the
     pool grows past `limit` for that moment.
@@ -28,10 +28,10 @@ class DescriptorPool:
     flags
         Flags of `os.open`; close-on-exec and binary mode are added.
     limit
-        How many to hold open, at least 1.
+        The number of files to hold open, at least 1.
     sync
-        Whether to fsync before closing: a write-back error after the last close of a file would
-        never be reported.
+        Whether to fsync before closing, because a write-back error after the last close of a file
+        would never be reported.
     """
 
     def __init__(self, flags: int, *, limit: int = 64, sync: bool = False) -> None:
@@ -47,7 +47,7 @@ class DescriptorPool:
 
     @contextmanager
     def use(self, file: Path) -> Iterator[int]:
-        """A descriptor of `file` that stays open inside the block. Raises OSError."""
+        """Return a descriptor of `file` that stays open inside the block. Raises OSError."""
         with self._lock:
             if self._closed:
                 raise ValueError("The pool of open files is closed.")
@@ -76,7 +76,7 @@ class DescriptorPool:
                 os.close(descriptor)
 
     def close(self) -> None:
-        """Closes every file, those in use as soon as they are not; may be called twice."""
+        """Close all files, those in use as soon as they are not; this may be called twice."""
         with self._lock:
             self._closed = True
             while self._handles:

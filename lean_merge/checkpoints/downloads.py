@@ -1,4 +1,4 @@
-"""Whether downloads show their progress."""
+"""Choose whether downloads show their progress."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SHOWN = ContextVar("downloads are shown", default=True)
 
 @contextmanager
 def downloads_shown(shown: bool) -> Iterator[None]:
-    """Says whether downloads inside the block show their progress on standard error."""
+    """Choose whether downloads inside the block show their progress on standard error."""
     token = _SHOWN.set(shown)
     try:
         yield
@@ -20,5 +20,5 @@ def downloads_shown(shown: bool) -> Iterator[None]:
 
 
 def are_shown() -> bool:
-    """Whether progress is to be shown here; it is, outside of any `downloads_shown` block."""
+    """Return whether progress is shown here; outside of `downloads_shown` blocks it is."""
     return _SHOWN.get()

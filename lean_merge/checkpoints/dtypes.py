@@ -1,4 +1,4 @@
-"""The dtypes of the safetensors format: their names, sizes and torch twins."""
+"""The dtypes of the safetensors format, with their names, sizes and torch dtypes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from types import MappingProxyType
 
 import torch
 
-# In the format's own rank: `save_file` lays tensors out by descending rank.
+# The rows are in the format's own rank, by which `save_file` lays tensors out in descending order.
 _TABLE: tuple[tuple[str, int, torch.dtype | None], ...] = (
     ("BOOL", 8, torch.bool),
-    # Sub-byte shapes count elements, torch's packed types count bytes: no honest twin.
+    # Shapes of sub-byte dtypes count elements, but torch's packed dtypes count bytes.
     ("F4", 4, None),
     ("F6_E2M3", 6, None),
     ("F6_E3M2", 6, None),
@@ -38,10 +38,10 @@ ITEM_BITS = MappingProxyType({name: bits for name, bits, _ in _TABLE})
 """Bits of one element, by safetensors dtype name."""
 
 LAYOUT_RANK = MappingProxyType({row[0]: rank for rank, row in enumerate(_TABLE)})
-"""Rank by which `safetensors.save_file` orders tensors, highest first."""
+"""The rank by which `safetensors.save_file` orders tensors, the highest first."""
 
 FLOATING = frozenset({"F16", "BF16", "F32"})
-"""The dtypes whose tensors are merged; every other is only copied."""
+"""The dtypes whose tensors are merged; tensors of other dtypes are only copied."""
 
 _TORCH = {name: dtype for name, _, dtype in _TABLE}
 _NAMES = {dtype: name for name, dtype in _TORCH.items() if dtype is not None}
@@ -49,12 +49,12 @@ _BY_TORCH_NAME = {str(dtype): name for dtype, name in _NAMES.items()}
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of the safetensors dtype `name`.
+    """Return the torch dtype of the safetensors dtype `name`.
 
     Raises
     ------
     ValueError
-        The format has no such dtype, or torch has no twin for it.
+        The format has no such dtype, or torch has no equivalent.
     """
     dtype = _TORCH.get(name)
     if dtype is None:
@@ -63,17 +63,17 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def common_dtype(names: Iterable[str]) -> torch.dtype:
-    """Dtype that holds the differences of tensors stored in these floating dtypes.
+    """Return the dtype that holds the differences of tensors stored in these floating dtypes.
 
     The difference of two close bfloat16 (or float16) numbers is exact in the same format
-    (Sterbenz), so a format in common is kept; anything mixed is widened to float32.
+    (Sterbenz), so a common format is kept; different formats are widened to float32.
     """
     distinct = set(names)
     return torch_dtype(distinct.pop()) if len(distinct) == 1 else torch.float32
 
 
 def safetensors_dtype(dtype: torch.dtype) -> str:
-    """The safetensors name of the torch `dtype`. Raises ValueError if the format has none."""
+    """Return the safetensors name of a torch dtype. Raises ValueError if the format has none."""
     try:
         return _NAMES[dtype]
     except KeyError:
@@ -81,19 +81,19 @@ def safetensors_dtype(dtype: torch.dtype) -> str:
 
 
 def dtype_by_torch_name(name: str) -> str | None:
-    """The safetensors name of the dtype that torch prints as `name`, None if there is none."""
+    """Return the safetensors name of the dtype that torch prints as `name`; None if it has none."""
     return _BY_TORCH_NAME.get(name)
 
 
 def tensor_nbytes(dtype: str, shape: tuple[int, ...]) -> int | None:
-    """Bytes of a tensor; None if its bits do not fill whole bytes.
+    """Return the bytes of a tensor; None if its bits do not fill whole bytes.
 
     Parameters
     ----------
     dtype
         A safetensors dtype name, a key of `ITEM_BITS`.
     shape
-        Non-negative lengths.
+        The lengths of its dimensions, none negative.
     """
     bits = ITEM_BITS[dtype]
     for length in shape:

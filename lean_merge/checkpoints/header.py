@@ -1,9 +1,9 @@
-"""The header of a safetensors file, read as untrusted input.
+"""Read the header of a safetensors file as untrusted input.
 
     u64 little-endian length | JSON of that length | data, without holes
 
-Loaders disagree on what they let through. This one lets through only what every loader accepts, so
-that whatever was planned from a header can also be read.
+Loaders disagree on what they accept. This one accepts only what every loader does, so that whatever
+was planned from a header can also be read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MEND = "download or save the file again"
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Where a stored tensor lies.
+    """The name, dtype, shape and place of a stored tensor.
 
     Attributes
     ----------
@@ -39,7 +39,7 @@ class TensorSpec:
     file
         The file that holds it.
     offset
-        Where its first byte lies, counted from the start of the file.
+        The offset of its first byte from the start of the file.
     nbytes
         Its length in bytes.
     """
@@ -53,11 +53,10 @@ class TensorSpec:
 
 
 def read_header(file: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
-    """The tensors of a safetensors file by name, in the order of their offsets, and its metadata.
+    """Return a safetensors file's tensors by name, in the order of offsets, and its metadata.
 
-    Reads the header and nothing of the data. Memory is bounded by the file's own header, at most
-    100 MB of it, and what parsing that could take by `MAX_PARSED`; never by a number that the file
-    states.
+    Only the header is read. Memory is bounded by the header's true length, which is at most 100 MB,
+    and by `MAX_PARSED` for parsing it, but never by a number that the file states.
 
     Raises
     ------
@@ -120,13 +119,13 @@ def _metadata(value: Any, file: Path) -> dict[str, str]:
 
 
 def _is_count(value: Any) -> bool:
-    # A bool is an int in Python; 2**63 bounds what any file system or tensor library can address.
+    # A bool is an int in Python. No file system or tensor library can address 2**63 or more.
     return type(value) is int and 0 <= value < 2**63
 
 
 def name_fault(name: str) -> str | None:
-    """Why a tensor may not have this name, as a predicate; None if it may."""
-    # Lone surrogates, control characters, and those that reorder what a terminal shows.
+    """Return why a tensor may not have this name, as a predicate; None if it may."""
+    # These are lone surrogates, control characters, and those that reorder a terminal's text.
     if not is_plain(name):
         return "has a name with control characters, or that is not valid Unicode"
     if len(name) > _MAX_NAME:

@@ -1,4 +1,4 @@
-"""What tells whether a checkpoint is still the one that it was, without reading its weights."""
+"""Tell whether a checkpoint is still the same as before, without reading its weights."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ _STEP = 1 << 20
 
 
 def identify(checkpoint: Checkpoint, *, others: Sequence[Path] = ()) -> list[dict[str, Any]]:
-    """Name, length and times of a checkpoint's weight files and configs, sorted by name.
+    """Return name, length and times of a checkpoint's weight files and configs, sorted by name.
 
-    For a weight file there is also the SHA-256 of its header or, where it is no safetensors and
-    may keep its directory at the end, that of both its ends.
+    A weight file also has the SHA-256 of its header. If it is no safetensors file, and may keep its
+    directory at its end, it has that of both its ends.
 
     Parameters
     ----------
     checkpoint
-        It is not read again, but for the headers.
+        The checkpoint, of which only the headers are read again.
     others
         More files of its folder.
 
     Returns
     -------
     list of dict
-        What JSON will hold of each file.
+        Plain data for JSON, an entry for each file.
 
     Raises
     ------
@@ -61,18 +61,18 @@ def identify(checkpoint: Checkpoint, *, others: Sequence[Path] = ()) -> list[dic
 def by_role(
     base: Checkpoint, mllm: Checkpoint, experts: Sequence[Checkpoint]
 ) -> dict[str, Checkpoint]:
-    """Name checkpoints by their roles: "base", "mllm", "expert 1", and so on."""
+    """Return the checkpoints by their roles: "base", "mllm", "expert 1", and so on."""
     numbered = {f"expert {number}": each for number, each in enumerate(experts, 1)}
     return {"base": base, "mllm": mllm, **numbered}
 
 
 def changed_weights(then: Any, roles: Mapping[str, Checkpoint]) -> str | None:
-    """Say what has changed in the inputs that decides numbers, wherever they lie; None if nothing.
+    """Return a sentence on what has changed in the inputs' numbers; None if nothing has.
 
     Parameters
     ----------
     then
-        A list of roles and files, as it was told of the inputs before.
+        A list of roles and files, as it was recorded for the inputs before.
     roles
         The inputs now.
 
@@ -89,7 +89,7 @@ def changed_weights(then: Any, roles: Mapping[str, Checkpoint]) -> str | None:
         return f"the roles were {len(old)}, are {len(new)}"
     for before, entry in zip(old, new, strict=True):
         was = {file["name"]: file for file in before["files"]}
-        # Weights first: a folder that was copied has new dates everywhere.
+        # Weights are compared first, because a copied folder has new dates everywhere.
         for file in sorted(entry["files"], key=lambda each: "header_sha256" not in each):
             if file != was.pop(file["name"], None):
                 return f"{file['name']} of the {entry['role']} is not the same file"
@@ -108,7 +108,7 @@ def _deciding(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def header_digest(file: Path) -> str:
-    """SHA-256 of a safetensors file's header, its length included. Raises OSError."""
+    """Return the SHA-256 of a safetensors header, its length included. Raises OSError."""
     digest = hashlib.sha256()
     with open(file, "rb") as stream:
         head = stream.read(8)

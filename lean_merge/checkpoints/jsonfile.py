@@ -1,4 +1,4 @@
-"""JSON from files that nobody vouches for: bounded, strict, and never a surprise exception."""
+"""Read JSON from untrusted files: strictly, within bounds, and with expected errors only."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from lean_merge.errors import CheckpointError, shown
 from lean_merge.sizes import format_size
 
 MAX_PARSED = 512 << 20
-"""Bytes that parsing one file may take, bounded before it is parsed."""
+"""The most bytes that parsing one file may take; this is checked before it is parsed."""
 MAX_NESTING = 64
-"""Objects and lists inside each other; real files have at most ten."""
+"""The most objects and lists inside each other; real files have at most ten."""
 
 
 class DuplicateKeyError(ValueError):
@@ -32,13 +32,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parsed_bytes(data: bytes) -> int:
-    """The most bytes that parsing `data` as JSON can take, from counts of its punctuation.
+    """Return the most bytes that parsing `data` can take, from counts of its punctuation.
 
-    Python's objects are up to 26 times their text: `[]` are two bytes of JSON and 72 of memory. The
-    constants are what CPython needs at most for an object or list, a pair, an item and a string;
-    punctuation inside strings only makes the bound larger.
+    Python's objects are up to 26 times as large as their text: `[]` takes two bytes of JSON and 72
+    bytes of memory. The constants are the most that CPython needs for an object or list, a pair, an
+    item and a string. Punctuation inside strings only makes the bound larger.
     """
-    wide = 1 if data.isascii() else 5  # the bytes themselves, and their text
+    wide = 1 if data.isascii() else 5  # bytes for each byte and its text
     escaped = 9 if b"\\u" in data else 4  # strings of the widest characters, built by parts
     contents = 1 if wide == 1 and escaped == 4 else escaped
     return (
@@ -60,20 +60,20 @@ def parse_object(
     unique: bool = True,
     memory: int = MAX_PARSED,
 ) -> dict[str, Any]:
-    """The JSON object that `data` holds, as UTF-8.
+    """Return the JSON object that `data` holds in UTF-8.
 
     Parameters
     ----------
     memory
-        Bytes that parsing may take at most, see `parsed_bytes`.
+        The most bytes that parsing may take; see `parsed_bytes`.
     unique
-        Whether a key that an object has twice is an error; else the last one counts, as it does
+        Whether it is an error if an object has a key twice; else the last one counts, as it does
         for the libraries that read the same file.
 
     Raises
     ------
     CheckpointError
-        Anything else; the message names `file`, `what` was read of it, and the `mend`.
+        There is no such object; the message names the `file`, `what` was read, and the `mend`.
     """
     if (needed := parsed_bytes(data)) > memory:
         raise CheckpointError(
@@ -101,7 +101,7 @@ def parse_object(
 
 
 def _is_deep(value: dict[str, Any]) -> bool:
-    """Whether some walk down `value` is longer than any recursion over it should be."""
+    """Return whether `value` is nested too deeply for recursion."""
     level: list[Any] = [value]
     for _ in range(MAX_NESTING):
         level = [
@@ -124,7 +124,7 @@ def read_object(
     unique: bool = True,
     memory: int = MAX_PARSED,
 ) -> dict[str, Any]:
-    """The JSON object in `file`, which may have at most `limit` bytes; see `parse_object`."""
+    """Return the JSON object in `file`, which has at most `limit` bytes; see `parse_object`."""
     try:
         with open(file, "rb") as stream:
             data = stream.read(limit + 1)
@@ -136,7 +136,7 @@ def read_object(
 
 
 def to_json(content: dict[str, Any]) -> bytes:
-    """Write readable JSON; NaN and infinity, for which it has no number, become null."""
+    """Return readable JSON; NaN and infinity, for which JSON has no number, become null."""
     text = json.dumps(_finite(content), indent=1, allow_nan=False, ensure_ascii=False)
     return (text + "\n").encode()
 

@@ -1,4 +1,4 @@
-"""What the system's page cache holds of a file, and bringing more there."""
+"""Tell how much of a file the system's page cache holds, and bring more of it there."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from functools import cache
 import numpy as np
 
 _CACHESTAT = 451
-"""The number of the system call, on every 64-bit Linux but Alpha; since Linux 6.5."""
+"""The system call's number on every 64-bit Linux except Alpha; it exists since Linux 6.5."""
 _MADV_HUGEPAGE = 14
 _MADV_POPULATE_READ = 22
-"""Since Linux 5.14."""
+"""This advice exists since Linux 5.14."""
 
 
 class _Range(ctypes.Structure):
@@ -28,7 +28,7 @@ class _Counts(ctypes.Structure):
 
 
 def cached_share(descriptor: int, start: int, length: int) -> float:
-    """Share of the pages of [start, start + length) in memory; 1 where the system does not tell.
+    """Return the share of [start, start + length) in memory; 1 if the system does not tell.
 
     Nothing is read. Raises OSError.
     """
@@ -43,7 +43,7 @@ def cached_share(descriptor: int, start: int, length: int) -> float:
 
 
 def _cachestat(library: ctypes.CDLL, descriptor: int, start: int, size: int) -> int | None:
-    """Pages in memory, counted by a system call; None where the system has no such call."""
+    """Count the pages in memory by a system call; return None if there is no such call."""
     if sys.maxsize < 1 << 32:
         return None
     counts = _Counts()
@@ -58,7 +58,7 @@ def _cachestat(library: ctypes.CDLL, descriptor: int, start: int, size: int) -> 
 
 
 def _mincore(library: ctypes.CDLL, descriptor: int, start: int, size: int) -> int | None:
-    """Pages in memory, counted by mapping the file, which takes some fifty times longer."""
+    """Count the pages in memory by mapping the file, which takes some fifty times longer."""
     resident = np.zeros(-(-size // mmap.PAGESIZE), dtype=np.uint8)
     with mmap.mmap(descriptor, size, offset=start, access=mmap.ACCESS_READ) as mapping:
         failed = library.mincore(
@@ -68,12 +68,12 @@ def _mincore(library: ctypes.CDLL, descriptor: int, start: int, size: int) -> in
 
 
 def fetch(descriptor: int, start: int, length: int) -> bool:
-    """Brings the bytes [start, start + length) of a file into memory; False if that cannot be had.
+    """Bring the bytes [start, start + length) of a file into memory; return False if impossible.
 
-    They are mapped for a moment and the system is asked to populate that: so it fetches them in
-    pages as large as it has, which take a third of its time for small ones, those that it fetches
-    on POSIX_FADV_WILLNEED. Nothing here touches the mapping, so that a file which has become
-    shorter is an error like others. Raises OSError, and ValueError if the file is shorter.
+    They are mapped for a moment, and the system is asked to populate the mapping. It then fetches
+    them in the largest pages that it has, which takes a third of the time that it needs for the
+    small pages of POSIX_FADV_WILLNEED. Nothing here touches the mapping, so that a file that has
+    become shorter is an error like others. Raises OSError, and ValueError if the file is shorter.
     """
     if length <= 0 or (library := _library()) is None:
         return False
@@ -85,7 +85,7 @@ def fetch(descriptor: int, start: int, length: int) -> bool:
 
 
 def _from_page(start: int, length: int) -> tuple[int, int]:
-    """The start and length of a range that begins where a mapping may."""
+    """Return the start and length of the range, extended to where a mapping may begin."""
     first = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
     return first, start + length - first
 

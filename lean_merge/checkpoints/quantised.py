@@ -1,4 +1,4 @@
-"""Checkpoints whose numbers are encoded: by a form that is understood, or else refused by name."""
+"""Decode checkpoints whose numbers are encoded, or refuse them and name the encoding."""
 
 from __future__ import annotations
 
@@ -54,20 +54,20 @@ _SIGNS = MappingProxyType(
         ".q_weight": "EXL2",
     }
 )
-"""Ends of tensors' names that give a method away where no config does."""
+"""The ends of tensors' names that reveal a method if no config does."""
 
 
 def decode(
     folder: Path, tensors: Mapping[str, TensorSpec], settings: Sequence[Mapping[str, Any]]
 ) -> tuple[Mapping[str, TensorSpec], Mapping[str, Encoding]]:
-    """The model's own tensors, and the encodings of those that have one.
+    """Return the model's own tensors, and the encodings of those that have one.
 
     Parameters
     ----------
     folder
-        The checkpoint's, for messages.
+        The checkpoint's folder, for messages.
     tensors
-        All that its files hold.
+        All tensors in its files.
     settings
         The quantization_configs of its config.json.
 
@@ -102,7 +102,7 @@ def _method(settings: Mapping[str, Any]) -> str:
 
 
 def integer_format(settings: Mapping[str, Any]) -> str | None:
-    """What compressed-tensors stores instead of fp8, such as "int4"; None for fp8."""
+    """Return the format that compressed-tensors stores instead of fp8, such as "int4", or None."""
     name = settings.get("format", "float-quantized")
     if name not in ("float-quantized", "naive-quantized"):
         return _word(name)
@@ -114,13 +114,13 @@ def integer_format(settings: Mapping[str, Any]) -> str | None:
 
 
 def _word(value: Any) -> str:
-    """`value` in a message: bare if it is short and plain, as "int" and 4 are."""
+    """Return `value` for a message, without quotes if it is short and plain, as "int" and 4 are."""
     text = value if isinstance(value, str) else shown(value)
     return text if _WORD.fullmatch(text) else shown(value)
 
 
 def weight_groups(settings: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """What compressed-tensors says of the weights, by groups of layers."""
+    """Yield compressed-tensors' settings of the weights, by groups of layers."""
     groups = settings.get("config_groups")
     for group in groups.values() if isinstance(groups, dict) else ():
         weights = group.get("weights") if isinstance(group, dict) else None
@@ -129,7 +129,7 @@ def weight_groups(settings: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _sign(name: str, spec: TensorSpec, tensors: Mapping[str, TensorSpec]) -> str | None:
-    """The method that a tensor's name, and the names beside it, give away."""
+    """Return the method that a tensor's name, and the names beside it, reveal."""
     for end, method in _SIGNS.items():
         if name.endswith(end):
             return method

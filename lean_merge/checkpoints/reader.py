@@ -1,4 +1,4 @@
-"""Positional reads of tensors' bytes into buffers that the caller reuses."""
+"""Read tensors' bytes at given positions into buffers that the caller reuses."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from lean_merge.checkpoints.header import TensorSpec
 from lean_merge.checkpoints.pagecache import cached_share, fetch
 from lean_merge.errors import CheckpointError, shown
 
-# One read of more than 2 GiB - 4 KiB is cut short by Linux and refused by macOS.
+# A read of more than 2 GiB - 4 KiB is cut short by Linux and refused by macOS.
 _LARGEST_READ = 1 << 30
 _LARGEST_PAGE = 2 << 20
-# Read at a time only to bring it into the page cache: enough that the system reads ahead by itself.
+# This much is read at a time into the page cache, enough for the system to read ahead by itself.
 _FETCHED = 1 << 20
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The writable bytes of `tensor`, without a copy.
+    """Return the writable bytes of `tensor`, without a copy.
 
     Parameters
     ----------
     tensor
-        Contiguous, on the CPU, of any dtype and shape. The view keeps its memory alive.
+        A contiguous tensor on the CPU, of any dtype and shape. The view keeps its memory alive.
 
     Raises
     ------
@@ -41,15 +41,15 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 class TensorReader:
-    """Reads row blocks of stored tensors; threads may share one.
+    """A reader of stored tensors, which several threads may use.
 
-    Nothing that is read is mapped, so resident memory is the caller's buffers and no more. At
-    most `max_files` files are held open.
+    Files are not mapped, so reading takes no resident memory beyond the caller's buffers. At most
+    `max_files` files are held open.
 
     Attributes
     ----------
     bytes_read
-        How many bytes it has read so far.
+        The number of bytes that it has read so far.
     """
 
     def __init__(self, *, max_files: int = 64, files: DescriptorPool | None = None) -> None:
@@ -70,29 +70,29 @@ class TensorReader:
         self.close()
 
     def counting(self) -> TensorReader:
-        """A reader of the same open files with a count of its own; not to be closed."""
+        """Return a reader of the same open files with its own count; it must not be closed."""
         return TensorReader(files=self._files)
 
     def count(self, nbytes: int) -> None:
-        """Adds what was read for the same purpose elsewhere."""
+        """Add bytes that were read elsewhere for the same purpose."""
         with self._lock:
             self.bytes_read += nbytes
 
     def close(self) -> None:
-        """Closes its files; it cannot read any more."""
+        """Close the files; the reader cannot read any more."""
         self._files.close()
 
     def read_into(self, spec: TensorSpec, start: int, out: memoryview) -> None:
-        """Fills `out` with the bytes [start, start + len(out)) of a tensor.
+        """Fill `out` with the bytes [start, start + len(out)) of a tensor.
 
         Parameters
         ----------
         spec
             The tensor.
         start
-            First byte, counted from the tensor's own first.
+            The first byte, counted from the tensor's start.
         out
-            Writable, contiguous, of bytes; see `as_bytes`.
+            A writable, contiguous view of bytes; see `as_bytes`.
 
         Raises
         ------
@@ -106,9 +106,9 @@ class TensorReader:
     def read_spans(
         self, spec: TensorSpec, spans: Sequence[tuple[int, int]], out: memoryview
     ) -> None:
-        """Fills `out` with the bytes [start, start + length) of every span, one after the other.
+        """Fill `out` with the bytes [start, start + length) of every span, one after the other.
 
-        Raises as `read_into`.
+        The errors are those of `read_into`.
         """
         for start, length in spans:
             if start < 0 or length < 0 or start + length > spec.nbytes:
@@ -156,7 +156,7 @@ class TensorReader:
         return len(data)
 
     def prefetch(self, spec: TensorSpec, start: int, length: int) -> None:
-        """Brings bytes of a tensor into the page cache, as far as it can.
+        """Bring bytes of a tensor into the page cache, as far as possible.
 
         Parameters
         ----------
@@ -166,7 +166,7 @@ class TensorReader:
             The bytes [start, start + length), as far as the tensor has them.
         """
         stop = min(start + length, spec.nbytes)
-        # Whatever is wrong, the read that follows reports it.
+        # If anything is wrong, the read that follows reports it.
         with suppress(OSError, ValueError), self._files.use(spec.file) as descriptor:
             if fetch(descriptor, spec.offset + start, stop - start) or not hasattr(os, "pread"):
                 return
@@ -177,9 +177,10 @@ class TensorReader:
                 start += count
 
     def drop(self, spec: TensorSpec, start: int, length: int) -> None:
-        """Asks the system to forget its cached pages of a tensor; does nothing where it cannot.
+        """Ask the system to drop its cached pages of a tensor, if it can.
 
-        A large page is given up only as a whole, so what precedes `start` in its page goes too.
+        A large page is dropped only as a whole, so bytes before `start` in its page are dropped
+        too.
         """
         count = min(length, spec.nbytes - start)
         # A length of 0 would mean the rest of the file.
@@ -191,13 +192,13 @@ class TensorReader:
             os.posix_fadvise(descriptor, first, count, os.POSIX_FADV_DONTNEED)
 
     def is_cached(self, spec: TensorSpec, start: int, length: int) -> bool:
-        """Whether most of a tensor's bytes [start, start + length) wait in the page cache.
+        """Return whether most of a tensor's bytes [start, start + length) are in the page cache.
 
-        True where the system does not tell.
+        If the system does not tell, the result is True.
         """
         try:
             with self._files.use(spec.file) as descriptor:
                 return cached_share(descriptor, spec.offset + start, length) > 0.5
         except (OSError, ValueError):
-            # A ValueError is a file that has become shorter: the read that follows says so.
+            # A ValueError means that the file has become shorter; the read that follows says so.
             return True

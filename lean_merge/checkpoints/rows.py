@@ -1,4 +1,4 @@
-"""How the rows of one logical weight of one role are had, whatever they are stored as."""
+"""Read the rows of one role's logical weight, whatever way they are stored."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lean_merge.checkpoints.header import TensorSpec
 from lean_merge.checkpoints.reader import TensorReader, as_bytes
 
 Buffer = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
-"""Gives the calling thread's reused buffer of a name as an uninitialised tensor on the CPU."""
+"""A function that returns the calling thread's reused buffer of a name, uninitialised."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where one logical weight [out, in] lies in a stored tensor.
+    """The place of one logical weight [out, in] in a stored tensor.
 
     Attributes
     ----------
@@ -30,13 +30,13 @@ class Place:
     shape
         The weight's out and in.
     first
-        Index of the weight's first number in the flattened tensor.
+        The index of the weight's first number in the flattened tensor.
     run, period
         Row i of the weight begins `i // run * period + i % run` rows after its first. All rows lie
-        together where `run` is out.
+        together if `run` is out.
     width
-        0 where its rows are stored as rows. Else they are stored as columns, and this many numbers
-        lie from one to the next number of such a column.
+        If it is 0, the weight's rows are stored as rows. Else they are stored as columns, and it is
+        the distance from one number of such a column to the next.
     """
 
     tensor: TensorSpec
@@ -48,7 +48,7 @@ class Place:
 
     @property
     def extent(self) -> tuple[int, int]:
-        """(first, count) of the stored numbers from the weight's first to its last."""
+        """Return (first, count) of the stored numbers from the weight's first to its last."""
         out, into = self.shape
         if self.width:
             return self.first, (into - 1) * self.width + out
@@ -56,9 +56,9 @@ class Place:
         return self.first, (last + 1) * into
 
     def spans(self, rows: slice) -> Iterator[tuple[int, int]]:
-        """(first, count) of the stored numbers of `rows`.
+        """Yield (first, count) of the stored numbers of `rows`.
 
-        In order they fill [t, in], or [in, t] where the rows are stored as columns.
+        In order they fill [t, in], or [in, t] if the rows are stored as columns.
         """
         if self.width:
             for column in range(self.shape[1]):
@@ -73,9 +73,9 @@ class Place:
 
 
 def row_block(tensor: TensorSpec, start: int = 0, count: int | None = None) -> Place:
-    """The place of `count` rows of a matrix that lie together; all its rows if not said otherwise.
+    """Return the place of `count` rows of a matrix that lie together, by default of all its rows.
 
-    A tensor of more dimensions is one matrix: the rows of its first member, of its second, ...
+    A tensor of more dimensions counts as one matrix, with the rows of its matrices in order.
     """
     width = tensor.shape[-1]
     count = tensor.shape[0] if count is None else count
@@ -83,101 +83,101 @@ def row_block(tensor: TensorSpec, start: int = 0, count: int | None = None) -> P
 
 
 class WeightSource(abc.ABC):
-    """The rows of one logical weight [out, in] of one role, counted from 0.
+    """A source of the rows of one role's logical weight [out, in], counted from 0.
 
-    A new kind of storage is a subclass. Planning asks for bytes: `stored`, `loaded`, `held`,
-    `nbytes` and `scratch`. The engine calls `load` once for each weight, and then `read` of what
-    that returned, from many threads.
+    A new kind of storage is a subclass. Planning asks it for tensors and bytes: `stored`, `loaded`,
+    `held`, `nbytes` and `scratch`. The engine calls `load` once for each weight, and then, from
+    many threads, `read` of the source that `load` returned.
     """
 
     __slots__ = ()
 
     is_difference: ClassVar[bool] = False
-    """Whether the rows are those of the task vector, so that no base is subtracted from them."""
+    """True if the rows are those of the task vector, so that no base is subtracted from them."""
     zero_because: ClassVar[str] = ""
-    """For a difference of zeros that nothing need be read for: why it is one, in words."""
+    """The reason, in words, why a difference is zero; empty unless it is known to be."""
 
     @property
     def in_columns(self) -> bool:
-        """Whether its rows are columns of what is stored, so that few cost as much as many."""
+        """Return whether its rows are stored as columns, so that few cost as much as many."""
         return False
 
     @property
     def extents(self) -> tuple[TensorSpec, ...]:
-        """The parts of `stored` that are read, named as their tensors."""
+        """Return the parts of `stored` that are read, which have their tensors' names."""
         return self.stored
 
     @property
     @abc.abstractmethod
     def name(self) -> str:
-        """The stored tensor's name, for messages."""
+        """Return the stored tensor's name, for messages."""
 
     @property
     @abc.abstractmethod
     def file(self) -> Path:
-        """The stored tensor's file, for messages."""
+        """Return the stored tensor's file, for messages."""
 
     @property
     @abc.abstractmethod
     def shape(self) -> tuple[int, int]:
-        """The logical weight's out and in."""
+        """Return the logical weight's out and in."""
 
     @property
     @abc.abstractmethod
     def dtype(self) -> str:
-        """The safetensors dtype in which `read` gives the rows."""
+        """Return the safetensors dtype of the rows that `read` returns."""
 
     @property
     @abc.abstractmethod
     def stored(self) -> tuple[TensorSpec, ...]:
-        """The tensors that `load` and `read` read, to be fetched ahead."""
+        """Return the tensors that `load` and `read` read, so that they can be fetched ahead."""
 
     @property
     def loaded(self) -> int:
-        """How many bytes `load` reads."""
+        """Return how many bytes `load` reads."""
         return 0
 
     @property
     def held(self) -> int:
-        """Bytes of memory that `load` takes, and what it returns keeps, at most."""
+        """Return the most bytes of memory that `load` takes, and that its result keeps."""
         return 0
 
     def load(self, reader: TensorReader) -> WeightSource:
-        """The same with what all its rows need in memory, such as scales or a factor.
+        """Return this source with the data that all rows need, such as scales or a factor.
 
         Raises
         ------
         CheckpointError, DataError
-            The same as `read`.
+            The errors are those of `read`.
         """
         del reader
         return self
 
     @abc.abstractmethod
     def nbytes(self, rows: slice) -> int:
-        """How many bytes one `read` of `rows` reads."""
+        """Return how many bytes one `read` of `rows` reads."""
 
     def scratch(self, count: int) -> int:
-        """Bytes of the buffers that reading `count` rows takes beside that of the rows."""
+        """Return the bytes of buffers that reading `count` rows takes, beside that of the rows."""
         del count
         return 0
 
     @abc.abstractmethod
     def read(self, rows: slice, reader: TensorReader, buffer: Buffer, name: str) -> Tensor:
-        """`rows` [t, in] in `dtype`, valid until this thread's buffer `name` is used again.
+        """Return `rows` [t, in] in `dtype`, valid until this thread's buffer `name` is used again.
 
         Raises
         ------
         CheckpointError
             The file has become shorter or cannot be read.
         DataError
-            What the numbers are computed from is NaN, Inf or otherwise impossible.
+            A number from which the rows are computed is NaN, Inf or otherwise impossible.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class StoredRows(WeightSource):
-    """Rows as they are stored, in one block or spread over their tensor."""
+    """A source of rows that are stored as they are, in one block or spread over their tensor."""
 
     place: Place
 
@@ -213,17 +213,17 @@ class StoredRows(WeightSource):
         return (replace(tensor, shape=(count,), offset=offset, nbytes=nbytes),)
 
     def nbytes(self, rows: slice) -> int:
-        """The bytes of the rows: what lies between them is not read."""
+        """Return the bytes of the rows; bytes between them are not read."""
         item = torch_dtype(self.place.tensor.dtype).itemsize
         return int(rows.stop - rows.start) * self.shape[1] * item
 
     def read(self, rows: slice, reader: TensorReader, buffer: Buffer, name: str) -> Tensor:
-        """The rows; a transposed view where they are stored as columns."""
+        """Return the rows; they are a transposed view if they are stored as columns."""
         out = self._fill(rows, reader, buffer, name)
         return out.T if self.in_columns else out
 
     def _fill(self, rows: slice, reader: TensorReader, buffer: Buffer, name: str) -> Tensor:
-        """The stored numbers of `rows` in a buffer: [t, in], or [in, t] of columns."""
+        """Return the stored numbers of `rows` in a buffer: [t, in], or [in, t] for columns."""
         count, width = rows.stop - rows.start, self.shape[1]
         dtype = torch_dtype(self.place.tensor.dtype)
         out = buffer(name, (width, count) if self.in_columns else (count, width), dtype)

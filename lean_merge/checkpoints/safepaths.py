@@ -1,7 +1,7 @@
-"""Which links a checkpoint folder may hold: none that lead out of it, but the hub cache's own.
+"""Refuse links that lead out of a checkpoint folder, except those of the hub's cache.
 
-A downloaded folder is untrusted: a link named config.json to a private file would be copied into
-the output that is then published.
+A downloaded folder is untrusted: if its config.json were a link to a private file, that file would
+be copied into the output, which is then published.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from lean_merge.errors import CheckpointError
 
 
 def checked_file(folder: Path, file: Path) -> Path:
-    """`file`, after checking that it is a regular file whose bytes belong to `folder`.
+    """Return `file`, after checking that it is a regular file whose bytes belong to `folder`.
 
     Parameters
     ----------
     folder
         The checkpoint's folder.
     file
-        A path inside it, perhaps a link. In the Hugging Face cache links go from
+        A path inside it, perhaps a link. In the Hugging Face cache, links lead from
         models--*/snapshots/REVISION/ to models--*/blobs/, and from there to blobs/ of the whole
-        cache; no other may leave `folder`.
+        cache; no other link may leave `folder`.
 
     Raises
     ------

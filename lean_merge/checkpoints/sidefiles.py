@@ -1,4 +1,4 @@
-"""Everything of a model that is not weights: configuration, tokenizer, processor, remote code."""
+"""Find a model's files other than weights: configuration, tokenizer, processor, remote code."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _LONGEST_NAME = 255
 def side_files(mllm_path: Path) -> tuple[Path, ...]:
     """Return the files that come along with the MLLM's weights, sorted by name.
 
-    Left out are weights of every kind and their indices, the README (the output has its own),
-    hidden files, and what an earlier run of this program wrote.
+    Weights of every kind, their indices, the README (the output has its own), hidden files, and
+    files that an earlier run of this program wrote are left out.
 
     Raises
     ------
@@ -55,8 +55,8 @@ def _comes_along(file: Path) -> bool:
 def missing_from_cache(mllm: Checkpoint) -> list[str]:
     """Return a sentence if a hub repository's snapshot in the local cache holds no tokenizer.
 
-    So it is after loading a model alone, and a snapshot with all its weights is used without asking
-    the hub for what else there is.
+    That happens when only a model was loaded before, because a snapshot with all its weights is
+    used without asking the hub for other files.
     """
     if mllm.origin is None:
         return []
@@ -69,10 +69,10 @@ def missing_from_cache(mllm: Checkpoint) -> list[str]:
 
 
 def remote_code(mllm: Checkpoint) -> tuple[str, ...]:
-    """Name the code that the MLLM brings along or points to: transformers run it if it is trusted.
+    """Return the code that comes with the MLLM, which transformers runs if it is trusted.
 
-    These are its *.py files, which are copied as data and never imported, and the references to
-    other repositories in its configuration's `auto_map`.
+    The result names its *.py files, which are copied as data and never imported, and the references
+    to other repositories in its configuration's `auto_map`.
     """
     files = [each.name for each in side_files(mllm.path) if each.suffix.lower() == ".py"]
     referred = (mllm.config or {}).get("auto_map")

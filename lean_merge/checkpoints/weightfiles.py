@@ -1,4 +1,4 @@
-"""Which files of a folder hold the model's weights, by their names and indices alone."""
+"""Find a folder's files with the model's weights, by their names and indices alone."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 
 @dataclass(frozen=True, slots=True)
 class WeightNames:
-    """What the weight files of one form are called.
+    """The names of weight files in one form.
 
     Attributes
     ----------
     single
-        A file that holds all the weights. The index is called the same with ".index.json" added,
-        and shards have "-00001-of-00003" before the suffix.
+        The name of a file that holds all the weights. The index has that name with ".index.json"
+        added, and shards have "-00001-of-00003" before the suffix.
     only_these
-        Whether other files with that suffix are no weights, as optimizer.bin is none.
+        Whether other files with that suffix, such as optimizer.bin, are not weights.
     """
 
     single: str
@@ -47,7 +47,7 @@ class WeightNames:
 
     @property
     def numbered(self) -> re.Pattern[str]:
-        """The name of a shard."""
+        """Return the pattern of a shard's name."""
         stem = re.escape(self.single.removesuffix(self.suffix)) if self.only_these else ".+"
         shard = r"-(?P<number>\d{5})-of-(?P<count>\d{5})"
         return re.compile(rf"(?P<stem>{stem}){shard}{re.escape(self.suffix)}")
@@ -63,11 +63,11 @@ class WeightFiles:
     Attributes
     ----------
     files
-        In the order of their names.
+        The files in the order of their names.
     index
-        The name of the index that named them, None if there is none.
+        The name of the index that lists them; None if there is none.
     named
-        The file's name of each tensor, as the index says.
+        For each tensor, the name of its file, as the index states it.
     """
 
     files: tuple[Path, ...]
@@ -76,12 +76,12 @@ class WeightFiles:
 
 
 def find_weights(folder: Path, forms: Iterable[WeightNames]) -> WeightFiles:
-    """The weight files of a model's folder, in the first of some forms that is there.
+    """Return the weight files of a model's folder, in the first of `forms` that is there.
 
     Raises
     ------
     CheckpointError
-        There are none, some are missing, or it cannot be told which belong to the model.
+        There are none, some are missing, or it is unclear which belong to the model.
     """
     try:
         names = sorted(entry.name for entry in folder.iterdir())
@@ -124,7 +124,7 @@ def _in_form(folder: Path, names: list[str], form: WeightNames) -> WeightFiles |
 
 
 def unfinished(path: Path) -> CheckpointError:
-    """The error for an output that is not whole."""
+    """Return the error for an output that is not complete."""
     return CheckpointError(
         f"{path}: is an unfinished lean-merge output (*.partial); run the merge again to finish it."
     )
@@ -143,7 +143,7 @@ def _why_none(names: list[str]) -> str:
 
 
 def _check_numbered(folder: Path, weights: list[str], form: WeightNames) -> None:
-    """Raises CheckpointError unless the files are all the shards of one model."""
+    """Raise CheckpointError unless the files are all the shards of one model."""
     matches = [form.numbered.fullmatch(name) for name in weights]
     groups = {(match["stem"], match["count"]) if match else None for match in matches}
     if len(groups) != 1 or None in groups:
@@ -153,7 +153,7 @@ def _check_numbered(folder: Path, weights: list[str], form: WeightNames) -> None
         )
     present = {int(match["number"]) for match in matches if match}
     count = int(next(match["count"] for match in matches if match))
-    # The count comes from a file name, so it must not size anything.
+    # The count comes from a file name, so nothing may be allocated by it.
     if present != set(range(1, len(weights) + 1)) or len(weights) != count:
         raise CheckpointError(
             f"{folder}: holds {len(weights)} of the {count} shards that their names announce and "
@@ -162,7 +162,7 @@ def _check_numbered(folder: Path, weights: list[str], form: WeightNames) -> None
 
 
 def read_index(file: Path) -> dict[str, str]:
-    """The weight map of an index file: tensor name -> name of a file in the same folder.
+    """Return the weight map of an index file: tensor name -> name of a file in the same folder.
 
     Raises
     ------

@@ -1,8 +1,8 @@
-"""Forms of input beside folders of plain safetensors, one module each.
+"""The forms of input other than folders of plain safetensors, one module each.
 
-A form is a module of this folder with a `FORM`: an object whose class overrides the parts of `Form`
-that it has to do with. Nothing else knows it by name. The modules are imported when something about
-a checkpoint is not plain, and every form is then asked whether it is its own.
+A form is a module of this folder with a `FORM`, an object whose class overrides the parts of `Form`
+that concern it. Nothing else knows a form by its name. The modules are imported when something
+about a checkpoint is not plain; each form is then asked whether it understands the checkpoint.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from lean_merge.checkpoints.weightfiles import SAFETENSORS, WeightNames
 
 
 class Encoding(abc.ABC):
-    """How the numbers of one tensor are computed, where they are not what is stored."""
+    """The way to compute the numbers of one tensor that are not stored as they are."""
 
     @abc.abstractmethod
     def rows(self, place: Place) -> WeightSource:
-        """The rows of the logical weight at a place in the tensor."""
+        """Return the source of the logical weight's rows at a place in the tensor."""
 
 
 class Change(abc.ABC):
-    """What an adapter adds to the weight of one module.
+    """The matrix that an adapter adds to the weight of one module.
 
     Attributes
     ----------
     tensor
-        A stored tensor of it, to be named in messages.
+        One of its stored tensors, to be named in messages.
     shape
-        out and in of the weight that it changes; None where no matrix can be told.
+        The out and in of the weight that it changes; None if they cannot be told.
     """
 
     tensor: TensorSpec
@@ -45,23 +45,23 @@ class Change(abc.ABC):
 
     @abc.abstractmethod
     def check(self) -> None:
-        """Raises CheckpointError if what is stored is no change of a matrix of that shape."""
+        """Raise CheckpointError if the stored tensors are no change of a matrix of that shape."""
 
     @abc.abstractmethod
     def rows(self, place: Place) -> WeightSource:
-        """The task vector of the logical weight at a place in the module's weight, once checked.
+        """Return the rows of the task vector of the logical weight at `place`, after `check`.
 
-        The weight may be fused; its rows are never stored as columns.
+        The module's weight may be fused, but its rows are never stored as columns.
         """
 
 
 class Adapter(abc.ABC):
-    """What a folder without weights of its own adds to a base model.
+    """The changes that a folder without weights of its own makes to a base model.
 
     Attributes
     ----------
     base
-        The model that it was trained on, named by its author; None if nobody did.
+        The model that it was trained on, as its author named it; None if the author did not.
     """
 
     base: str | None
@@ -70,25 +70,25 @@ class Adapter(abc.ABC):
     def changes(
         self, tensors: Mapping[str, TensorSpec]
     ) -> tuple[Mapping[str, Change], Sequence[str]]:
-        """The changes by module name in the base, and the names of tensors that are no part of one.
+        """Return the changes by the base's module names, and the names of unused tensors.
 
-        `tensors` are the adapter's own by the names to go by, which the recipe may have changed.
-        Raises CheckpointError for tensors that no change can be made of.
+        `tensors` are the adapter's own, by names that the recipe may have changed. Raises
+        CheckpointError for tensors from which no change can be made.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a checkpoint was fetched from.
+    """The place that a checkpoint was fetched from.
 
     Attributes
     ----------
     folder
         The local folder that holds its files now.
     name
-        What its publisher calls it.
+        The name that its publisher gave it.
     revision
-        Which state of it was asked for, None if none was.
+        The revision that was asked for; None if none was.
     """
 
     folder: Path
@@ -102,40 +102,40 @@ class Form:
     Attributes
     ----------
     suffixes
-        How the names of weight files end that `read` understands.
+        The ends of the names of weight files that `read` understands.
     names
-        What the weight files of a folder are called, for a form that has files of its own.
+        The names of a folder's weight files, if the form has files of its own.
     """
 
     suffixes: tuple[str, ...] = ()
     names: WeightNames | None = None
 
     def fetch(self, source: str) -> Origin | None:
-        """What `source` names, on this machine now, if it is an address that the form knows."""
+        """Fetch `source` if it is an address that the form knows; else return None."""
         del source
         return None
 
     def read(self, file: Path) -> dict[str, TensorSpec]:
-        """The tensors in a weight file by name, in the order of their offsets."""
+        """Return the tensors in a weight file by name, in the order of their offsets."""
         raise NotImplementedError(file)
 
     def adapter(self, file: Path, config: Mapping[str, Any]) -> Adapter | None:
-        """The adapter that `config` describes, which was read from `file`."""
+        """Return the adapter that `config` describes, which was read from `file`."""
         del file, config
         return None
 
     def understands(self, settings: Mapping[str, Any]) -> bool:
-        """Whether a quantization_config of config.json is one that `decode` can follow."""
+        """Return whether `decode` understands a quantization_config of config.json."""
         del settings
         return False
 
     def decode(
         self, tensors: Mapping[str, TensorSpec], settings: Sequence[Mapping[str, Any]]
     ) -> tuple[Mapping[str, TensorSpec], Mapping[str, Encoding]]:
-        """(the model's own tensors, the encodings of those that have one).
+        """Return the model's own tensors, and the encodings of those that have one.
 
-        `settings` are the quantization_configs of the model and its parts. What only serves to
-        decode, such as scales, is in neither.
+        `settings` are the quantization_configs of the model and its parts. Tensors that only serve
+        to decode others, such as scales, are in neither.
         """
         del settings
         return tensors, {}
@@ -143,12 +143,12 @@ class Form:
 
 @cache
 def all_forms() -> tuple[Form, ...]:
-    """Every form of this folder, by the names of their modules."""
+    """Return every form of this folder, in the order of their modules' names."""
     modules = sorted(module.name for module in pkgutil.iter_modules(__path__))
     return tuple(importlib.import_module(f"{__name__}.{name}").FORM for name in modules)
 
 
 def weight_names() -> Iterator[WeightNames]:
-    """What weight files are called, in the preferred form first; forms are loaded after that."""
+    """Yield names of weight files, those of safetensors first; only then are forms imported."""
     yield SAFETENSORS
     yield from (form.names for form in all_forms() if form.names is not None)

@@ -1,4 +1,4 @@
-"""fp8 weights: which scales belong to them, and their rows multiplied by these, tile by tile.
+"""Find the scales of fp8 weights, and read their rows multiplied by these, tile by tile.
 
 The layouts are those of transformers' FineGrainedFP8 (`weight_scale_inv`, a factor for each block)
 and of compressed-tensors, FBGEMM and ModelOpt (`weight_scale`, one factor, or one for each row,
@@ -28,7 +28,7 @@ _METHODS = frozenset({"fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "qu
 _SCALE_SUFFIXES = ("_scale_inv", "_scale")
 _SCALE_DTYPES = frozenset({"F32", "F16", "BF16", "F8_E8M0"})
 _DEFAULT_BLOCK = (128, 128)
-# Scales of activations and caches: a model whose weights are no longer fp8 has no use for them.
+# A model whose weights are no longer fp8 has no use for the scales of activations and caches.
 _ACTIVATIONS = (
     *("input_scale", "input_scale_ub", "activation_scale", "output_scale"),
     *("q_scale", "k_scale", "v_scale", "prob_scale", "prob_output_scale"),
@@ -36,11 +36,11 @@ _ACTIVATIONS = (
 
 
 class Fp8(Form):
-    """Tensors of dtype F8_E4M3 or F8_E5M2 with their scales beside them."""
+    """The form of tensors of dtype F8_E4M3 or F8_E5M2 with their scales beside them."""
 
     def understands(self, settings: Mapping[str, Any]) -> bool:
         method = str(settings.get("quant_method", ""))
-        # ModelOpt and Quark have other formats beside fp8, which they name here.
+        # ModelOpt and Quark have formats other than fp8, which they name here.
         algorithm = settings.get("quant_algo", "FP8")
         if isinstance(algorithm, str) and "FP8" not in algorithm.upper():
             return False
@@ -51,15 +51,15 @@ class Fp8(Form):
     def decode(
         self, tensors: Mapping[str, TensorSpec], settings: Sequence[Mapping[str, Any]]
     ) -> tuple[Mapping[str, TensorSpec], Mapping[str, Encoding]]:
-        """The tensors without scales, those of activations included, and the scale of each fp8 one.
+        """Return the tensors without scales of weights or activations, and the fp8 tensors' scales.
 
         Raises
         ------
         CheckpointError
-            An fp8 tensor has no scales, though the config speaks of them, or none that fit it.
+            An fp8 tensor has no scales although the config announces them, or none that fit it.
         """
         blocks = [block for each in settings for block in _stated_blocks(each)]
-        # FBGEMM leaves Llama 4's stacked experts with a factor for each column.
+        # FBGEMM gives Llama 4's stacked experts a factor for each column.
         by_column = any(each.get("quant_method") == "fbgemm_fp8" for each in settings)
         scales: dict[str, Scale] = {}
         for name, spec in tensors.items():
@@ -91,14 +91,14 @@ FORM = Fp8()
 
 @dataclass(frozen=True, slots=True)
 class Scale(Encoding):
-    """What the numbers of an fp8 tensor [..., out, in] are multiplied by.
+    """The factors by which the numbers of an fp8 tensor [..., out, in] are multiplied.
 
     Attributes
     ----------
     tensor
-        One factor for each block: [..., ceil(out / rows), ceil(in / columns)] in row order.
+        The factors of all blocks: [..., ceil(out / rows), ceil(in / columns)] in row order.
     block
-        Rows and columns of a block.
+        The rows and columns of a block.
     """
 
     tensor: TensorSpec
@@ -120,9 +120,9 @@ def _stated_blocks(settings: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
 def _scale(
     spec: TensorSpec, scale: TensorSpec, stated: list[tuple[int, int]], *, in_columns: bool
 ) -> Scale:
-    """`scale` with the block size that its shape means.
+    """Return `scale` with the block size that its shape implies.
 
-    With `in_columns`, [..., columns, 1] has a factor for each column, as [..., 1, columns] always.
+    [..., 1, columns] has a factor for each column; with `in_columns`, so has [..., columns, 1].
     """
     if scale.dtype not in _SCALE_DTYPES:
         raise CheckpointError(
@@ -154,15 +154,15 @@ def _scale(
 
 @dataclass(frozen=True, slots=True)
 class ScaledRows(StoredRows):
-    """Rows of an fp8 tensor, wherever they lie in one matrix of it, as float32 numbers."""
+    """Rows of one matrix of an fp8 tensor, wherever they lie in it, as float32 numbers."""
 
     scale: Scale
     factors: Tensor | None = field(default=None, compare=False, repr=False)
-    """One for each block of the stored rows from the first to the last, once they are loaded."""
+    """The factors of all blocks from the first stored row to the last, once they are loaded."""
 
     @property
     def dtype(self) -> str:
-        """Float32, in which a product of fp8 and a scale is exact but for one rounding."""
+        """Return F32, in which a product of fp8 and a scale is rounded only once."""
         return "F32"
 
     @property
@@ -175,14 +175,14 @@ class ScaledRows(StoredRows):
 
     @property
     def _origin(self) -> tuple[int, int, int]:
-        """Where its first number lies: the matrix of the stack, the stored row and the column."""
+        """Return its first number's matrix in the stack, its stored row and its column."""
         height, width = (1, *self.place.tensor.shape)[-2:]
         row, column = divmod(self.place.first, width)
         return *divmod(row, height), column
 
     @property
     def _blocks(self) -> slice:
-        """The rows of blocks that it touches, counted over the whole stack."""
+        """Return the rows of blocks that it touches, counted over the whole stack."""
         matrix, row, _ = self._origin
         height, width = (1, *self.place.tensor.shape)[-2:]
         first, count = self.place.extent
@@ -199,17 +199,17 @@ class ScaledRows(StoredRows):
 
     @property
     def loaded(self) -> int:
-        """The bytes of its factors."""
+        """Return the bytes of its factors."""
         item = torch_dtype(self.scale.tensor.dtype).itemsize
         return math.prod(self._shape_of_factors) * item
 
     @property
     def held(self) -> int:
-        """The factors as they are stored and in float32."""
+        """Return the bytes of the factors as they are stored and in float32."""
         return self.loaded + 4 * math.prod(self._shape_of_factors)
 
     def load(self, reader: TensorReader) -> ScaledRows:
-        """The same with its factors. Raises DataError for one that is not positive and finite."""
+        """Return this source with its factors. Raises DataError unless each is finite and above 0."""
         tensor = self.scale.tensor
         raw = torch.empty(self._shape_of_factors, dtype=torch_dtype(tensor.dtype))
         start = self._blocks.start * raw.shape[1] * raw.element_size()
@@ -224,11 +224,11 @@ class ScaledRows(StoredRows):
         return replace(self, factors=factors)
 
     def scratch(self, count: int) -> int:
-        """The bytes of the stored numbers."""
+        """Return the bytes of the stored numbers."""
         return count * self.shape[1]
 
     def read(self, rows: slice, reader: TensorReader, buffer: Buffer, name: str) -> Tensor:
-        """The rows times their scales, a transposed view where they are columns; `load` first."""
+        """Return the rows times their scales, a transposed view of columns; `load` comes first."""
         assert self.factors is not None
         codes = self._fill(rows, reader, buffer, f"{name} codes")
         out = buffer(name, tuple(codes.shape), torch.float32).copy_(codes)
@@ -241,7 +241,7 @@ class ScaledRows(StoredRows):
         return out.T
 
     def _strips(self, rows: slice) -> Iterator[tuple[slice, int]]:
-        """Cuts `rows` where a row of blocks ends: (rows counted from the first, row of factors)."""
+        """Cut `rows` at the ends of blocks: (rows counted from the first, row of factors)."""
         (_, first, _), (high, _) = self._origin, self.scale.block
         run, period = self.place.run, self.place.period
         at = rows.start
@@ -252,7 +252,7 @@ class ScaledRows(StoredRows):
             at = stop
 
     def _column_strips(self, rows: slice) -> Iterator[tuple[slice, int]]:
-        """Cuts columns where blocks end: (columns counted from the first, column of factors)."""
+        """Cut columns at the ends of blocks: (columns counted from the first, factors' column)."""
         (_, _, first), (_, wide) = self._origin, self.scale.block
         at = rows.start
         while at < rows.stop:

@@ -1,4 +1,4 @@
-"""Hub ids: org/name@revision, from the local cache first, and only the files that are needed."""
+"""Fetch hub ids, org/name@revision, from the local cache or else only the files needed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HUB_ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(@(?P<revision>[\w./-]{1,255}))?",
     re.ASCII,
 )
-# Configuration, tokenizers, processors, remote code and licences.
+# These are configuration, tokenizers, processors, remote code and licences.
 _BESIDE = re.compile(
     r".+\.(json|jsonl|txt|model|py|jinja|tiktoken|spm|bpe)|README\.md|(LICENSE|NOTICE)[^/]*",
     re.IGNORECASE,
@@ -33,15 +33,14 @@ _TEMPLATES = "additional_chat_templates/"
 
 
 class Hub(Form):
-    """Addresses of the Hugging Face hub: org/name or org/name@revision."""
+    """The form of addresses of the Hugging Face hub: org/name or org/name@revision."""
 
     def fetch(self, source: str) -> Origin | None:
-        """A repository's snapshot, downloading what the cache lacks.
+        """Return a repository's snapshot, and download the files that the cache lacks.
 
         A cached snapshot with all its weights is used as it is, without asking the network. Else
-        the repository is listed, and of it are fetched the weights in one form (safetensors if
-        there are any, else another), and the small files beside them; progress is shown on
-        standard error.
+        the repository is listed, and its weights in one form are fetched (safetensors if there are
+        any), with the small files beside them. Progress is shown on standard error.
 
         Raises
         ------
@@ -80,7 +79,7 @@ def _snapshot(source: str, repo: str, revision: str | None) -> Path:
 
 @contextmanager
 def _progress_bars() -> Iterator[None]:
-    """Sets the client's progress bars as `downloads_shown` says, for the time of the block."""
+    """Hide the client's progress bars inside the block unless downloads are shown."""
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
         are_progress_bars_disabled,
         disable_progress_bars,
@@ -98,7 +97,7 @@ def _progress_bars() -> Iterator[None]:
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether a snapshot holds all the weight files that it should, by name only."""
+    """Return whether a snapshot holds all its weight files, judged by their names only."""
     if (folder / ADAPTER_CONFIG).exists() and any((folder / n).exists() for n in ADAPTER_FILES):
         return True
     try:
@@ -108,8 +107,8 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _cached(source: str, repo: str, revision: str | None) -> Path | None:
-    """The folder of the cached snapshot, which may lack files; None if there is none."""
-    # Not at import: it costs a third of a second that a merge of local folders need not pay.
+    """Return the folder of the cached snapshot, which may lack files; None if there is none."""
+    # It is imported only here, because it takes a third of a second.
     from huggingface_hub import try_to_load_from_cache
 
     try:
@@ -123,7 +122,7 @@ def _cached(source: str, repo: str, revision: str | None) -> Path | None:
 
 
 def _anchors() -> Iterator[str]:
-    """Names of which one is in every snapshot that is of use."""
+    """Yield file names, at least one of which is in every snapshot that can be used."""
     yield from ("config.json", ADAPTER_CONFIG)
     for form in weight_names():
         yield from (form.index, form.single)
@@ -134,7 +133,7 @@ def _download(source: str, repo: str, revision: str | None) -> Path:
 
     info = HfApi().model_info(repo, revision=revision)
     names = [sibling.rfilename for sibling in info.siblings or ()]
-    # The commit that was listed, so that all files are of one save.
+    # The listed commit is named, so that all files belong to one save.
     commit = info.sha or revision
 
     def read_weight_map(index: str) -> dict[str, str]:
@@ -151,16 +150,16 @@ def _download(source: str, repo: str, revision: str | None) -> Path:
 def needed_files(
     source: str, names: Sequence[str], read_weight_map: Callable[[str], dict[str, str]]
 ) -> list[str]:
-    """Which files of a repository are needed: the weights in one form, and the small ones.
+    """Return the files of a repository that are needed: weights in one form, and small files.
 
     Parameters
     ----------
     source
         The repository, for messages.
     names
-        All its files.
+        The names of all its files.
     read_weight_map
-        Gives the weight map of an index, by the index's name.
+        A function that returns the weight map of an index, given the index's name.
 
     Raises
     ------

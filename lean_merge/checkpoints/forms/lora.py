@@ -1,4 +1,4 @@
-"""LoRA adapters as PEFT saves them: their config, their factors, and rows of what they add."""
+"""Read LoRA adapters as PEFT saves them: their config, factors, and the rows that they add."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MERGED = "merge the adapter into its base first (PEFT's merge_and_unload) and p
 _MAX_PATTERNS = 10_000
 _MAX_PATTERN = 1024  # characters, as in a tensor's name
 _NAME = re.compile(r"[\w.-]*")
-# Syntax that means the same to `re` and to RE2. No token begins as another does, so that this
+# This syntax means the same to `re` and to RE2. No two tokens begin alike, so that this pattern
 # itself matches in linear time.
 _READ_ALIKE = re.compile(
     r"""(?: [^\\\[\](){}]                   # any character but these; also . ^ $ | * + ?
@@ -34,11 +34,11 @@ _READ_ALIKE = re.compile(
         )*""",
     re.VERBOSE,
 )
-# Far beyond any lora_alpha, and no quotient of it overflows.
+# This is far beyond any lora_alpha, and small enough that no quotient of it overflows.
 _MAX_NUMBER = 1e30
 _WRAPPER = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(\.(?P<adapter>[^.]+))?\.weight")
-# What leaves the base as it is. The others, PiSSA and its like, train against a changed base.
+# These leave the base as it is. Others, such as PiSSA, train against a changed base.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _VARIANTS = {
     "use_dora": "DoRA, whose magnitudes make the change no product of two factors",
@@ -55,15 +55,15 @@ _VARIANTS = {
 
 
 class Lora(Form):
-    """Folders with an adapter_config.json of the peft_type LORA."""
+    """The form of folders with an adapter_config.json of the peft_type LORA."""
 
     def adapter(self, file: Path, config: Mapping[str, Any]) -> LoraAdapter | None:
-        """What the config says that decides the numbers.
+        """Return the adapter with the entries of the config that decide the numbers.
 
         Raises
         ------
         CheckpointError
-            It is a variant of LoRA whose change is no product of two factors, or makes no sense.
+            It is a variant whose change is no product of two factors, or the config makes no sense.
         """
 
         def fail(fault: str) -> CheckpointError:
@@ -130,15 +130,15 @@ class ModulePattern(Protocol):
     """A compiled pattern of modules' names."""
 
     def match(self, text: str, /) -> object:
-        """Something true if the name fits."""
+        """Return a true value if the name fits."""
 
 
 def module_pattern(key: str) -> ModulePattern:
-    """The pattern that PEFT makes of a key of alpha_pattern: it fits the end of a module's name.
+    """Return PEFT's pattern for a key of alpha_pattern, which fits the end of a module's name.
 
-    A key without metacharacters but the dot repeats nothing, so `re` matches it in a time that is
-    bounded by both lengths. Other keys come from strangers too, and `re` can take years for them:
-    RE2 matches them in linear time, as far as it is sure to read them as `re` does.
+    A key whose only metacharacters are dots repeats nothing, so `re` matches it in a time bounded
+    by both lengths. For other keys, which come from strangers too, `re` could take years. RE2
+    matches them in linear time; it is used for syntax that it certainly reads as `re` does.
 
     Raises
     ------
@@ -171,16 +171,16 @@ def module_pattern(key: str) -> ModulePattern:
 
 @dataclass(frozen=True, slots=True)
 class LoraAdapter(Adapter):
-    """What of adapter_config.json decides the numbers.
+    """The entries of adapter_config.json that decide the numbers.
 
     Attributes
     ----------
     base
-        The model that it was trained on, named by its author.
+        The model that it was trained on, as its author named it.
     alpha
-        lora_alpha, for modules that no pattern names.
+        The lora_alpha of modules that no pattern names.
     alpha_patterns
-        Exceptions: a pattern of modules' names, and their alpha. The first that matches counts.
+        Patterns of modules' names, each with its alpha. The first that matches counts.
     ranks
         Every rank that the config gives to some module.
     rslora
@@ -227,14 +227,14 @@ class LoraAdapter(Adapter):
         return changes, rest
 
     def scaling(self, module: str, rank: int) -> float:
-        """What PEFT multiplies B A of a module by, given the rank of its factors."""
+        """Return the factor by which PEFT multiplies a module's B A of this rank."""
         stated = (alpha for pattern, alpha in self.alpha_patterns if pattern.match(module))
         alpha = next(stated, self.alpha)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
 class LoraChange(Change):
-    """scaling * B A of one module: `left` is B [out, r], `right` is A [r, in]."""
+    """The change scaling * B A of one module, where `left` is B [out, r] and `right` A [r, in]."""
 
     def __init__(
         self, module: str, left: TensorSpec, right: TensorSpec, config: LoraAdapter
@@ -245,7 +245,7 @@ class LoraChange(Change):
         self._module, self._right, self._config = module, right, config
 
     def check(self) -> None:
-        """Raises CheckpointError if the factors have no product or no known scaling."""
+        """Raise CheckpointError if the factors have no product or no known scaling."""
         left, right, module = self.tensor, self._right, shown(self._module)
         for spec in (left, right):
             if spec.dtype not in FLOATING:
@@ -272,7 +272,7 @@ class LoraChange(Change):
 
     def rows(self, place: Place) -> LoraRows:
         rank = self._right.shape[0]
-        # B has a row for each of the weight's, only narrower.
+        # B has a row for each row of the weight, but fewer columns.
         out, first = place.shape[0], place.first // place.shape[1] * rank
         left = StoredRows(replace(place, tensor=self.tensor, shape=(out, rank), first=first))
         scaling = self._config.scaling(self._module, rank)
@@ -281,13 +281,13 @@ class LoraChange(Change):
 
 @dataclass(frozen=True, slots=True)
 class LoraRows(WeightSource):
-    """Rows of scaling * B A, of which `left` has those of B [out, r] and `right` is A [r, in]."""
+    """Rows of scaling * B A, where `left` gives rows of B [out, r] and `right` is A [r, in]."""
 
     left: WeightSource
     right: WeightSource
     scaling: float
     factors: tuple[Tensor, Tensor] | None = field(default=None, compare=False, repr=False)
-    """scaling * B and A, float32, once they are loaded."""
+    """The float32 matrices scaling * B and A, once they are loaded."""
 
     is_difference: ClassVar[bool] = True
 
@@ -305,7 +305,7 @@ class LoraRows(WeightSource):
 
     @property
     def dtype(self) -> str:
-        """Float32: a product rounded to a 16-bit format would no longer have rank r."""
+        """Return F32, because a product rounded to 16 bits would no longer have rank r."""
         return "F32"
 
     @property
@@ -314,12 +314,12 @@ class LoraRows(WeightSource):
 
     @property
     def loaded(self) -> int:
-        """The bytes of the rows of B, and of all of A."""
+        """Return the bytes of the rows of B and of all of A."""
         return sum(each.nbytes(slice(0, each.shape[0])) for each in (self.left, self.right))
 
     @property
     def held(self) -> int:
-        """Both factors as they are stored and in float32."""
+        """Return the bytes of both factors as they are stored and in float32."""
         return self.loaded + sum(4 * math.prod(each.shape) for each in (self.left, self.right))
 
     def load(self, reader: TensorReader) -> LoraRows:
@@ -327,12 +327,12 @@ class LoraRows(WeightSource):
         return replace(self, factors=(left.mul_(self.scaling), right))
 
     def nbytes(self, rows: slice) -> int:
-        """Nothing is read: the factors are in memory."""
+        """Return 0, because the factors are in memory."""
         del rows
         return 0
 
     def read(self, rows: slice, reader: TensorReader, buffer: Buffer, name: str) -> Tensor:
-        """The rows of the product, summed over r in float32; `load` comes first."""
+        """Return the rows of the product, summed over r in float32; `load` comes first."""
         del reader
         assert self.factors is not None
         left, right = self.factors
@@ -341,7 +341,7 @@ class LoraRows(WeightSource):
 
 
 def _whole(source: WeightSource, reader: TensorReader) -> Tensor:
-    """All rows of a factor in float32, in memory of their own."""
+    """Return all rows of a factor in float32, in new memory."""
     rows = slice(0, source.shape[0])
     return source.read(rows, reader, _fresh, "factor").to(torch.float32, copy=True)
 

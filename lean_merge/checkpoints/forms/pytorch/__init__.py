@@ -1,10 +1,10 @@
-"""The tensors of a PyTorch file (pytorch_model.bin): where their bytes lie, without unpickling.
+"""Find the tensors of a PyTorch file (pytorch_model.bin) without unpickling it.
 
     zip archive, entries stored uncompressed:  root/data.pkl | root/data/KEY ... | root/version ...
 
-data.pkl is a pickle that names, for each tensor, the entry with its bytes, and its place there. Its
-operations are followed on plain data: no function that it names is ever called and no class is
-made, so it can run nothing. The operations and names understood are fewer than those that
+data.pkl is a pickle that names for each tensor the entry with its bytes, and its place there. Its
+operations are followed on plain data: no function that it names is ever called, and no object of
+its classes is made, so it can run nothing. Fewer operations and names are understood than
 `torch.load(weights_only=True)` lets through.
 """
 
@@ -26,7 +26,7 @@ from lean_merge.checkpoints.header import TensorSpec, name_fault
 from lean_merge.checkpoints.weightfiles import WeightNames
 from lean_merge.errors import CheckpointError, plain, shown
 
-# Bytes of the directory, and of data.pkl; real ones have about 100 a tensor.
+# The most bytes of the directory, and of data.pkl; real ones have about 100 for each tensor.
 _MAX_PART = 16_000_000
 _LOCAL_HEADER = 30
 _LEGACY = (b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19", b"\x80\x02c", b"\x80\x02}")
@@ -38,7 +38,7 @@ _RESAVE = (
 
 
 class PyTorch(Form):
-    """Files that torch.save wrote, read where a folder holds no safetensors."""
+    """The form of files that torch.save wrote; they are read if a folder holds no safetensors."""
 
     suffixes = (".bin", ".pt", ".pth")
     names = WeightNames("pytorch_model.bin", only_these=True)
@@ -51,10 +51,10 @@ FORM = PyTorch()
 
 
 def read_pickle_header(file: Path) -> dict[str, TensorSpec]:
-    """The tensors of a PyTorch file by name, in the order of their offsets.
+    """Return the tensors of a PyTorch file by name, in the order of their offsets.
 
-    Reads the archive's directory and data.pkl and nothing of the tensors. Names that share their
-    bytes are each given.
+    Only the archive's directory and data.pkl are read, but no tensors. Names that share their bytes
+    are all returned.
 
     Raises
     ------
@@ -77,7 +77,7 @@ def read_pickle_header(file: Path) -> dict[str, TensorSpec]:
 
 
 class _BoundedFile(io.FileIO):
-    """A file that refuses to be read in large pieces, whatever sizes it states of its parts."""
+    """A file that refuses to be read in large pieces, whatever sizes it states for its parts."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or size < 0:
@@ -122,7 +122,7 @@ def _read(file: Path, stream: _BoundedFile) -> dict[str, TensorSpec]:
 def _entries(
     file: Path, stream: _BoundedFile, archive: zipfile.ZipFile
 ) -> tuple[str, dict[str, _Entry]]:
-    """The archive's root folder, and its other entries by name below it."""
+    """Return the archive's root folder, and its other entries by their names below it."""
     names = [info.filename for info in archive.infolist()]
     roots = [name.removesuffix("/data.pkl") for name in names if name.endswith("/data.pkl")]
     if len(roots) != 1 or "/" in roots[0]:
@@ -159,7 +159,7 @@ def _entries(
 
 
 def _data_offset(stream: _BoundedFile, info: zipfile.ZipInfo) -> int:
-    """Where an entry's bytes begin: its local header pads them, the directory does not say."""
+    """Return the offset of an entry's bytes, which only its padded local header tells."""
     stream.seek(info.header_offset)
     header = stream.read(_LOCAL_HEADER)
     if len(header) < _LOCAL_HEADER or not header.startswith(b"PK\x03\x04"):
@@ -182,7 +182,7 @@ def _check_extents(entries: Mapping[str, _Entry], end: int) -> None:
 
 
 def _state_dict(content: Any, file: Path) -> dict[str, PickledTensor]:
-    """The tensors by name, of a plain state_dict or of one inside a training checkpoint."""
+    """Return the tensors by name of a plain state_dict or of one in a training checkpoint."""
     if isinstance(content, dict) and not _tensors(content):
         inner = [key for key in _CONTAINERS if isinstance(content.get(key), dict)]
         filled = [key for key in inner if _tensors(content[key])]
@@ -200,7 +200,7 @@ def _state_dict(content: Any, file: Path) -> dict[str, PickledTensor]:
 
 
 def _tensors(content: Mapping[Any, Any]) -> dict[str, PickledTensor]:
-    """The entries that are tensors; counters and settings beside them are no weights."""
+    """Return the entries that are tensors; counters and settings beside them are left out."""
     return {
         name: value
         for name, value in content.items()

@@ -1,4 +1,4 @@
-"""What a pickle of tensors says, followed operation by operation on plain data; nothing is run."""
+"""Follow a pickle of tensors operation by operation on plain data, without running anything."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lean_merge.checkpoints.dtypes import dtype_by_torch_name
 from lean_merge.errors import shown
 
 _MAX_DIMENSIONS = 64
-# Each may make an object, and so may each item that a call is given; a tensor takes about fifty.
+# Each operation may make an object, and so may each item given to a call; a tensor needs about 50.
 _MAX_OPERATIONS = 4_000_000
 
 
 class PickleError(ValueError):
-    """A pickle does, or asks for, what a file of weights has no need of."""
+    """A pickle does, or asks for, something that no file of weights needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +30,9 @@ class PickledTensor:
     dtype
         Its safetensors dtype.
     shape, stride
-        Lengths and steps in elements.
+        Its lengths, and its strides in elements.
     offset
-        Index of its first element in the storage.
+        The index of its first element in the storage.
     key
         The name of the archive's entry that holds the storage.
     storage_dtype, storage_items
@@ -92,7 +92,7 @@ _REFUSED = MappingProxyType(
 
 
 def _counts(values: Any) -> tuple[int, ...]:
-    """Checks lengths or strides. Raises PickleError."""
+    """Check lengths or strides. Raises PickleError."""
     if not isinstance(values, (tuple, list)) or len(values) > _MAX_DIMENSIONS:
         raise PickleError("describes a tensor with an impossible shape")
     if not all(type(each) is int and 0 <= each < 2**63 for each in values):
@@ -124,10 +124,10 @@ def _tensor_v3(
 
 
 def _key(value: Any) -> str | int:
-    """Checks a dict's key. A tuple is refused: nested, it could take for ever to hash or print."""
+    """Check a dict's key. Tuples are refused, as nested ones could take ages to hash or print."""
     if not isinstance(value, (str, int)):
         raise PickleError("has keys that are no names")
-    if isinstance(value, int) and value.bit_length() > 64:  # whose hash takes as long as it is
+    if isinstance(value, int) and value.bit_length() > 64:  # hashing takes time by its length
         raise PickleError("has a key that is a huge number")
     return value
 
@@ -152,11 +152,11 @@ _CALLS: MappingProxyType[str, Callable[..., Any]] = MappingProxyType(
         "_codecs.encode": lambda *_: None,
     }
 )
-"""What stands in for each function that a pickle of weights may name."""
+"""The substitute for each function that a pickle of weights may name."""
 
 
 def follow(data: bytes) -> Any:
-    """The object that a pickle describes, of dicts, lists, tuples, plain values and tensors.
+    """Return the object that a pickle describes: dicts, lists, tuples, plain values and tensors.
 
     Raises
     ------
@@ -165,7 +165,7 @@ def follow(data: bytes) -> Any:
     """
     machine = _Machine()
     try:
-        # The parser warns of odd escapes in what it reads, which is no concern of the user's.
+        # The parser warns of odd escapes in its input, which do not concern the user.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _run(machine, data)
@@ -285,14 +285,14 @@ class _Machine:
         stand_in = _CALLS.get(function.name) if isinstance(function, _Global) else None
         if stand_in is None or not isinstance(arguments, tuple):
             raise PickleError("calls what is no function that weights need")
-        # One memoised list may be given to any number of calls, each of which copies it.
+        # One memoised list may be given to any number of calls, and each call copies it.
         self.copied += sum(len(each) for each in arguments if isinstance(each, _SIZED))
         if self.copied >= _MAX_OPERATIONS:
             raise PickleError(f"has more than {_MAX_OPERATIONS} operations")
         self._stack.append(stand_in(*arguments))
 
     def build(self, _: Any) -> None:
-        # Attributes of a state_dict, such as the versions of its modules: no weights.
+        # These are attributes of a state_dict, such as its modules' versions, and no weights.
         self._stack.pop()
         if not isinstance(self._stack[-1], dict):
             raise PickleError("sets attributes of what is no dict")
