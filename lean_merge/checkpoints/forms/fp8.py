@@ -209,7 +209,7 @@ class ScaledRows(StoredRows):
         return self.loaded + 4 * math.prod(self._shape_of_factors)
 
     def load(self, reader: TensorReader) -> ScaledRows:
-        """Return this source with its factors. Raises DataError unless each is finite and above 0."""
+        """Return this source with its factors. Raises DataError for NaN, Inf, zero or negatives."""
         tensor = self.scale.tensor
         raw = torch.empty(self._shape_of_factors, dtype=torch_dtype(tensor.dtype))
         start = self._blocks.start * raw.shape[1] * raw.element_size()
