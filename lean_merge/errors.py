@@ -52,7 +52,7 @@ class BudgetError(LeanMergeError):
 
 
 def shown(value: Any) -> str:
-    """`value` as a literal that is safe and short enough for a message.
+    """Return `value` as a literal that is safe and short enough for a message.
 
     Control characters are escaped, so that bad input cannot disturb a terminal, and long texts,
     huge numbers and nested lists are cut short.
@@ -73,7 +73,7 @@ def shown(value: Any) -> str:
 
 
 def is_plain(text: str) -> bool:
-    """Whether a terminal, JSON and YAML show `text` as what it is.
+    """Return whether a terminal, JSON and YAML show `text` as it is.
 
     Control characters, lone surrogates, line separators and characters that turn the reading
     direction are not plain. Joiners, which some scripts and emoji need, are.
@@ -84,7 +84,7 @@ def is_plain(text: str) -> bool:
 
 
 def plain(text: str) -> str:
-    """`text` with everything escaped that is not plain, except the ends of lines."""
+    """Return `text` with all characters escaped that are not plain, except line ends."""
     if is_plain(text):
         return text
     return "".join(

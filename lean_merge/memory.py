@@ -1,4 +1,4 @@
-"""How much memory the machine has free, and how much this process uses."""
+"""Measure how much memory the machine has free, and how much this process uses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Usage:
 
 
 def usage() -> Usage:
-    """The process's resident memory now.
+    """Return the process's present resident memory.
 
     Only Linux tells both kinds apart. Elsewhere all of it counts as anonymous.
     """
@@ -47,7 +47,7 @@ def usage() -> Usage:
 
 
 def available() -> int:
-    """Bytes that can be allocated without swapping and without exceeding a container's limit."""
+    """Return the bytes that can be allocated without swapping or exceeding a container's limit."""
     free = int(psutil.virtual_memory().available)
     try:
         limit = Path(_CGROUP, "memory.max").read_text(encoding="ascii").strip()
@@ -60,7 +60,7 @@ def available() -> int:
 
 
 def release_free_memory() -> None:
-    """Give memory that the allocator keeps but nobody uses back to the system, where glibc can.
+    """Give the unused memory of the allocator back to the system, if the C library is glibc.
 
     Each thread allocates from a heap of its own, and their fragments would add up over weights.
     """
@@ -75,12 +75,12 @@ def _libc() -> ctypes.CDLL | None:
 
 
 class PeakSampler:
-    """Samples the process's memory from a thread while the context is open.
+    """A context manager that samples the process's memory from a thread.
 
     Attributes
     ----------
     start, peak
-        What the process held when the sampler was made, and the most that it held since.
+        The process's memory when the sampler was made, and the most that it held since.
     """
 
     def __init__(self, interval: float = 0.01) -> None:

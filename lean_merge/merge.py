@@ -1,4 +1,4 @@
-"""The merge from recipe to sealed output, for the command line and for Python alike."""
+"""Merge from a recipe to a sealed output, for the command line and for Python alike."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OnEvent = Callable[[Event], None]
 
 @dataclass(frozen=True, slots=True)
 class MergeResult:
-    """A finished merge: its folder, or None if nothing was written, and its report.
+    """A finished merge, with its folder (None if nothing was written) and its report.
 
     `reused` is how many tensors an interrupted run had written; `was_complete` tells that the
     output was there already and nothing was done.
@@ -58,7 +58,7 @@ def merge(
     resume: bool = True,
     on_event: OnEvent | None = None,
 ) -> MergeResult:
-    """Merge, and write what the recipe's `output` says.
+    """Merge, and write the kind of output that the recipe names.
 
     That is a checkpoint that `from_pretrained` loads, an adapter that PEFT loads, or with `none`
     the report alone, into `out` if there is one.
@@ -81,14 +81,14 @@ def merge(
     overwrite
         Whether to replace what `out` holds, once the new output is complete.
     resume
-        Whether to use what an interrupted run left; else it is removed, and all is written anew.
+        Whether to use the bytes of an interrupted run; else they are removed, and all is made anew.
     on_event
-        Called after each tensor is written.
+        A function that is called after each tensor is written.
 
     Raises
     ------
     LeanMergeError
-        One of its subclasses; nothing that existed is lost.
+        The error is of one of its subclasses. Nothing that existed is lost.
     """
     if isinstance(work, Plan) and (resources is not None or analysis is not None):
         raise RecipeError("A plan has its resources and analysis; give others when it is made.")
@@ -161,7 +161,7 @@ def carry_out(
 
 
 def _settled(plan: Plan, folder: OutputFolder) -> Plan:
-    """Analyse inside the unfinished output, and give the plan with the thresholds found.
+    """Analyse inside the unfinished output, and return the plan with the thresholds found.
 
     The analysis is deleted when the output is sealed; until then, a merge that was interrupted
     uses it again.
@@ -178,7 +178,7 @@ def _settled(plan: Plan, folder: OutputFolder) -> Plan:
 
 
 def _without_folder(plan: Plan, sampler: memory.PeakSampler, on_event: OnEvent) -> dict[str, Any]:
-    """Run a plan that needs no folder, and give its report."""
+    """Run a plan that needs no folder, and return its report."""
     if not plan.is_settled:
         raise RecipeError(
             "threshold: auto keeps its evidence on the disk; give a folder with --out, or "
@@ -222,13 +222,12 @@ def check_has_folder(recipe: MergeRecipe, out: str | Path | None) -> None:
 def stream(
     recipe: MergeRecipe, *, resources: Resources | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Merge in memory: give the name and the finished tensor of everything that the MLLM holds.
+    """Merge in memory, and yield the name and the finished tensor of each tensor of the MLLM.
 
-    They come under the MLLM's own names, in the order of its files, each as it is made. A tensor is
-    on the CPU, in memory of its own, and belongs to the caller from then on:
-    `resources.memory` covers what the engine holds beside it, one tensor in the making included.
-    Nothing is written. Leaving the
-    loop early, or closing the iterator, ends the merge.
+    They have the MLLM's own names and come in the order of its files, each as it is made. A tensor
+    is on the CPU, in memory of its own, and belongs to the caller from then on. `resources.memory`
+    covers the memory of the engine, including one tensor that is being made, but not the caller's
+    tensors. Nothing is written. Leaving the loop early, or closing the iterator, ends the merge.
 
     Parameters
     ----------
@@ -240,7 +239,7 @@ def stream(
     Raises
     ------
     LeanMergeError
-        Errors that the headers show are raised at once, all others when the tensor is made.
+        Errors that show in the headers are raised at once; all others when the tensor is made.
     """
     return _tensors(make_plan(recipe, resources, output=stream_kind()))
 

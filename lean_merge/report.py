@@ -1,4 +1,4 @@
-"""The report of a run: what was decided for each weight, what it took, and warnings."""
+"""Build the report of a run: the decision on each weight, the resources used, and warnings."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from lean_merge.version import __version__
 
 REPORT_VERSION = 1
 OMITTED_WARNING = 0.025
-"""Modelled share of an update beyond the computed rank from which the report warns."""
+"""The report warns above this modelled share of an update beyond the computed rank."""
 ANGLE_WARNING = 0.1
-"""Sine of the error of directions that carry an update from which the report warns."""
+"""The report warns above this sine of the angle error of directions that carry an update."""
 DOUBT_WARNING = 0.05
-"""Share of a nuclear norm that may be rounding from which the report warns."""
+"""The report warns above this share of a nuclear norm that may be rounding."""
 CUT_WARNING = 0.05
-"""Above this share of an update's norm that an adapter's rank cuts off, the report warns."""
+"""The report warns above this share of an update's norm that an adapter's rank cuts off."""
 KEPT_WARNING = 0.9
-"""Below this share of an update that survives rounding, the report warns."""
+"""The report warns below this share of an update that survives rounding."""
 
 
 def build_report(
@@ -36,7 +36,7 @@ def build_report(
     bytes_written: int,
     sampler: PeakSampler,
 ) -> dict[str, Any]:
-    """Give the content of `lean_merge_report.json`; docs/formats.md explains every field."""
+    """Return the content of `lean_merge_report.json`; docs/formats.md explains every field."""
     rows = [row for weight in result.weights for row in weight_rows(plan, weight)]
     merged = {weight.name for weight in result.weights if weight.merged}
     code = remote_code(plan.mllm)
@@ -87,7 +87,7 @@ def build_report(
 
 
 def _from_analysis(plan: Plan) -> dict[str, Any] | None:
-    """Tell from which analysis a merge was decided, and what was looked at again."""
+    """Return the entry on the analysis that a merge was decided from, if there is one."""
     if plan.evidence is None or plan.evidence.source is None:
         return None
     return {
@@ -103,7 +103,7 @@ def _from_analysis(plan: Plan) -> dict[str, Any] | None:
 def measures(
     plan: Plan, result: RunResult, *, bytes_written: int, sampler: PeakSampler
 ) -> dict[str, Any]:
-    """Tell what a run took, beside what was predicted."""
+    """Return the time, memory and bytes that a run took, beside those predicted."""
     prediction, peak = plan.prediction, sampler.peak
     return {
         "seconds": {phase: round(s, 3) for phase, s in result.seconds.items()},
@@ -133,7 +133,7 @@ def measures(
 
 
 def weight_rows(plan: Plan, weight: WeightResult) -> list[dict[str, Any]]:
-    """Give one row for each expert of a logical weight."""
+    """Return one row for each expert of a logical weight."""
     kept = update_kept(weight)
     cut = weight.stored if isinstance(weight.stored, Truncated) else None
     rows = []
@@ -160,7 +160,7 @@ def weight_rows(plan: Plan, weight: WeightResult) -> list[dict[str, Any]]:
 
 
 def update_kept(weight: WeightResult) -> float | None:
-    """Give the share of an update that rounding kept: <stored change, update> / ||update||^2.
+    """Return the share of an update that rounding kept: <stored change, update> / ||update||^2.
 
     It is 0 for a zero update, and None where no sum was stored.
     """
@@ -172,7 +172,7 @@ def update_kept(weight: WeightResult) -> float | None:
 
 
 def kept_warnings(result: RunResult) -> list[str]:
-    """Warn if rounding to the output dtype lost a good part of the updates."""
+    """Warn if rounding to the output dtype lost a large part of an update."""
     kept = [share for weight in result.weights if (share := update_kept(weight)) is not None]
     ways_out = "--rounding stochastic or --out-dtype float32 keep it"
     if kept and all(share < 0.01 for share in kept):
@@ -187,7 +187,7 @@ def kept_warnings(result: RunResult) -> list[str]:
 
 
 def accuracy_warnings(result: RunResult) -> list[str]:
-    """Warn where the sketches did not reach the accuracy that they aim at."""
+    """Warn of weights whose sketches did not reach the accuracy that they aim at."""
     selected = [r for weight in result.weights for r in weight.experts if r.selected]
     shares = [s for r in selected if (s := r.omitted_share or 0.0) > OMITTED_WARNING]
     doubts = [d for r in selected if (d := r.lambda_doubt or 0.0) > DOUBT_WARNING]
@@ -213,7 +213,7 @@ def accuracy_warnings(result: RunResult) -> list[str]:
 
 
 def non_finite_warnings(result: RunResult) -> list[str]:
-    """Warn of NaN or Inf in tensors that were copied; a mask may hold them, a weight hardly."""
+    """Warn of NaN or Inf in copied tensors; they are normal in a mask, but not in a weight."""
     names = result.non_finite
     if not names:
         return []
@@ -225,7 +225,7 @@ def non_finite_warnings(result: RunResult) -> list[str]:
 
 
 def code_warnings(code: Sequence[str]) -> list[str]:
-    """Warn that the MLLM brings code, at which nobody has looked."""
+    """Warn that the MLLM brings code, which this program has not checked."""
     if not code:
         return []
     shown = ", ".join(code[:4]) + (", ..." if len(code) > 4 else "")
@@ -236,7 +236,7 @@ def code_warnings(code: Sequence[str]) -> list[str]:
 
 
 def adapter_warnings(result: RunResult) -> list[str]:
-    """Warn where a rank that was asked for cuts off a good part of the updates."""
+    """Warn if a rank that was asked for cuts off a large part of an update."""
     cuts = [w.stored.error for w in result.weights if isinstance(w.stored, Truncated)]
     large = [error for error in cuts if error > CUT_WARNING]
     if not large:
@@ -248,7 +248,7 @@ def adapter_warnings(result: RunResult) -> list[str]:
 
 
 def fallback_warnings(result: RunResult) -> list[str]:
-    """Warn where the device ran out of memory, and say what was done."""
+    """Warn if the device ran out of memory, and say what was done."""
     places = Counter(weight.fallback.place for weight in result.weights if weight.fallback)
     if not places:
         return []

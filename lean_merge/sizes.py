@@ -1,4 +1,4 @@
-"""Byte sizes as people write them: 5GB, 5GiB, 500MB, 1048576."""
+"""Read and write byte sizes as people do: 5GB, 5GiB, 500MB, 1048576."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", star
 _UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", start=1)}
 _SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]{0,3})\s*", re.ASCII)
 _LARGEST = 2**63 - 1
-"""The most bytes that a file system can address."""
+"""The largest number of bytes that a file system can address."""
 
 
 def parse_size(text: str | int) -> int:
-    """The number of bytes that `text` names, where GB is 10^9 and GiB is 2^30.
+    """Return the number of bytes that `text` names, where GB is 10^9 and GiB is 2^30.
 
     Raises
     ------
@@ -38,7 +38,7 @@ def parse_size(text: str | int) -> int:
 
 
 def format_size(count: float) -> str:
-    """`count` bytes in binary units, as people read them: "1.5 GiB"."""
+    """Return `count` bytes in binary units, as people read them: "1.5 GiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""An output is read again, and compared with its journal, with the MLLM and with the merge."""
+"""Read an output again, and compare it with its journal, with the MLLM and with the merge."""
 
 from __future__ import annotations
 
@@ -31,28 +31,28 @@ SAMPLE_SHARE = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What `verify` found.
+    """The findings of `verify`.
 
     Attributes
     ----------
     path
         The output.
     differences
-        What is not as it was written, or not what the merge gives; empty if all is well.
+        The differences from what was written, or from what the merge gives; empty if all is well.
     files, tensors
-        How many files and tensors were read and agree with the journal.
+        The numbers of files and tensors that were read and agree with the journal.
     copied
-        How many tensors out of scope were compared with the MLLM's.
+        The number of tensors out of scope that were compared with the MLLM's.
     recomputed
-        Names of the tensors in scope that were merged again.
+        The names of the tensors in scope that were merged again.
     in_scope
-        How many there are.
+        The number of tensors in scope.
     seed
         The seed by which the sample was drawn.
     exact
-        Whether merging again gives the same bytes here, so that none may differ.
+        Whether merging again must give the same bytes on this machine, so that none may differ.
     notes
-        Why merging again may differ, or what was left out.
+        Sentences that say why merging again may differ, or what was left out.
     """
 
     path: Path
@@ -68,7 +68,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing differs."""
+        """Return whether nothing differs."""
         return not self.differences
 
 
@@ -91,22 +91,22 @@ def verify(
     out
         A complete output.
     full
-        Merge all again.
+        Whether to merge all tensors in scope again.
     seed
         The seed by which the sample is drawn; by default another one each time.
     with_inputs
-        Read the inputs too; else only the output is read, and compared with its journal.
+        Whether to read the inputs too; else only the output is read, and compared with its journal.
     resources
         Device, memory and threads for merging again.
     on_event
-        Called after each tensor that was compared with the inputs.
+        A function that is called after each tensor that was compared with the inputs.
 
     Raises
     ------
     CheckpointError
-        There is no complete output with a journal, or an input is gone or not what was merged.
+        There is no complete output with a journal, or an input is missing or has changed.
     LeanMergeError
-        What `plan` and `merge` raise.
+        The errors are those of `plan` and `merge`.
     """
     folder = Path(out).expanduser().resolve()
     chosen = secrets.randbelow(2**32) if seed is None else seed
@@ -132,7 +132,7 @@ def verify(
     except LeanMergeError as error:
         if result.ok:
             raise
-        # What was found already must not be hidden behind what else is wrong.
+        # Differences that were found already must not be hidden by this error.
         return replace(result, notes=(f"the inputs could not be compared: {error}",))
 
 
@@ -164,7 +164,7 @@ def _with_inputs(
             plan.tasks, stored=check.tensors, reader=reader, sampled=sampled
         )
         found = run(plan, comparison, on_event)
-    # Once here and once there, the CPU may have stood in for a device that ran out of memory.
+    # In either run, the CPU may have replaced a device that ran out of memory.
     records = (*check.journal.tensors.values(), *check.journal.groups.values())
     notes_of_merge = (from_note(each.get("result")) for each in records)
     merged = [weight for note in notes_of_merge if note is not None for weight in note[0]]
@@ -186,7 +186,7 @@ def _with_inputs(
 def _plan(
     recipe: MergeRecipe, facts: Mapping[str, Any], analysis: Any, resources: Resources | None
 ) -> tuple[Plan, Mapping[str, str]]:
-    """Plan the merge again, and give the environment that it had.
+    """Plan the merge again, and return the environment that it had.
 
     A merge from an analysis gathers its evidence anew.
     """
@@ -198,12 +198,12 @@ def _plan(
     plan = plan_again(recipe, gathered, resources, choices=choices)
     environment = analysis.get("environment")
     others = environment.items() if isinstance(environment, dict) else ()
-    # What the analysis was made with decides last bits too.
+    # The environment of the analysis decides last bits too.
     return plan, {**then, **{key: value for key, value in others if value != then.get(key)}}
 
 
 def _check_names(plan: Plan, journal: Journal, folder: Path) -> None:
-    """Raise CheckpointError where the plan cannot be that of the output."""
+    """Raise CheckpointError if the plan cannot be that of the output."""
     if not plan.output.can_hold(journal.tensors.keys()):
         raise CheckpointError(
             f"{folder}: this version of lean-merge plans other tensors from the recipe than the "
@@ -212,16 +212,16 @@ def _check_names(plan: Plan, journal: Journal, folder: Path) -> None:
 
 
 def _damaged(plan: Plan, check: FolderCheck) -> set[str]:
-    """Name the tensors in scope whose bytes in the output have changed, which needs no merge."""
+    """Return the tensors in scope whose bytes in the output have changed, which needs no merge."""
     assert check.journal is not None
     changed = check.journal.tensors.keys() - check.tensors.keys()
     return {task.tensor.name for task in plan.weights if changed & {*plan.output.names(task)}}
 
 
 def _parts(plan: Plan, journal: Journal) -> list[list[str]]:
-    """Divide the tensors in scope into two parts, of each of which a sample is drawn.
+    """Divide the tensors in scope into two parts, from each of which a sample is drawn.
 
-    Tensors that an adapter has no factors of are one part, and all others are the other.
+    One part holds the tensors for which an adapter has no factors, the other holds all others.
     """
     parts: tuple[list[str], list[str]] = [], []
     for task in plan.weights:
@@ -241,7 +241,7 @@ def _on_cpu_instead(weights: Iterable[WeightResult]) -> set[str]:
 
 
 def _recipe(journal: Journal, folder: Path) -> MergeRecipe:
-    """Give the recipe, with each model where the journal saw it from the output, else as named."""
+    """Return the recipe; a model has the place that the journal names if it is there."""
     facts = journal.start["run"]
     roles = [each["role"] for each in facts.get("inputs", ())]
     count = len(facts.get("recipe", {}).get("experts", ()))
@@ -274,7 +274,7 @@ def _recipe(journal: Journal, folder: Path) -> MergeRecipe:
 def _check_inputs(plan: Plan, facts: Mapping[str, Any]) -> None:
     """Raise CheckpointError unless the inputs' weight files are those that were merged.
 
-    Times do not count, so that copies elsewhere will do.
+    Times are not compared, so that copies elsewhere are accepted.
     """
     then = {each["role"]: each["files"] for each in facts["inputs"]}
     roles = {"base": plan.base, "mllm": plan.mllm}

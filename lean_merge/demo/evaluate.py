@@ -38,7 +38,7 @@ class Accuracy:
 
     @property
     def share(self) -> float:
-        """The observed share, in 0..1."""
+        """Return the observed share, in 0..1."""
         return self.correct / self.total
 
     @classmethod
@@ -56,7 +56,7 @@ class Accuracy:
 def evaluate(
     model_folder: str | PathLike[str], *, problems: int = 500, seed: int = 0
 ) -> dict[str, Accuracy]:
-    """Load a saved model and measure every task it can do.
+    """Load a saved model, and measure every task that it can do.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ def load(model_folder: str | PathLike[str]) -> tuple[Any, Any]:
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     if kind not in _CLASSES:
         raise ValueError(f"{folder} holds a {kind!r} model; expected one of {sorted(_CLASSES)}")
-    # An optional extra, slow to import: only loading a model needs it.
+    # This is an optional extra that is slow to import, and only loading a model needs it.
     transformers = import_module("transformers")
     model_class, reader_class = (getattr(transformers, name) for name in _CLASSES[kind])
     with _quiet_transformers():

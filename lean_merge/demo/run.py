@@ -20,7 +20,7 @@ ARITHMETIC_SCALE = 0.5
 
 
 def family_recipe(**options: Any) -> MergeRecipe:
-    """A recipe on the embedded checkpoints."""
+    """Return a recipe for the embedded checkpoints."""
     return MergeRecipe(
         base_model=str(FAMILY / "base"),
         mllm_model=str(FAMILY / "mllm"),
@@ -89,7 +89,7 @@ def _run(out: Path, problems: int, say: Callable[[str], None]) -> dict[str, Any]
 
 
 def table(results: dict[str, Any]) -> str:
-    """The figures of `run_demo` as one table, with 95 % intervals, and the conditions below it."""
+    """Return the figures of `run_demo` as a table, with 95 % intervals and the conditions below."""
     width = 24
     head = f"{'model':<18}" + "".join(f"{task.replace('_', ' '):<{width}}" for task in TASKS)
     lines = [head.rstrip()]
@@ -115,7 +115,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _conditions(conditions: dict[str, Any]) -> list[str]:
-    """What decides whether the question is a fair one, as measured after training."""
+    """Return the conditions for a fair comparison, as they were measured after training."""
     angles = conditions["leading_angles"]["s_1"]
     line = conditions["line_base_to_expert"]
     steps = ", ".join(f"{point['text_sums']['share']:.1%}" for point in line.values())

@@ -54,7 +54,7 @@ class Problem:
 
 
 def held_out(a: int, b: int) -> bool:
-    """Say whether the sum of ``a`` and ``b`` is kept for tests.
+    """Return whether the sum of ``a`` and ``b`` is kept for tests.
 
     ``a + b`` and ``b + a`` always fall on the same side, or commutativity would leak answers.
     """
@@ -65,7 +65,7 @@ def held_out(a: int, b: int) -> bool:
 
 @lru_cache(maxsize=2)
 def operand_pairs(split: Split) -> NDArray[np.int64]:
-    """All pairs of two-digit operands of one split.
+    """Return all pairs of two-digit operands of one split.
 
     Returns
     -------
@@ -81,7 +81,7 @@ def operand_pairs(split: Split) -> NDArray[np.int64]:
 
 @lru_cache(maxsize=2)
 def digit_images(split: Split) -> tuple[tuple[NDArray[np.uint8], ...], ...]:
-    """Handwritten digits of one split, grouped by the digit they show.
+    """Return the handwritten digits of one split, grouped by the digit they show.
 
     Returns
     -------

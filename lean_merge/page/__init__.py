@@ -1,7 +1,7 @@
-"""Pages that show what was found: one HTML file each, which opens offline and fetches nothing.
+"""Pages show results in one HTML file each, which opens offline and fetches nothing.
 
-A page is made from the document that is stored as JSON, and from nothing else. Plotly draws it,
-which comes with the extra `report`.
+A page is made from a stored JSON document alone. Plotly draws it, which comes with the extra
+`report`.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ CONTENTS: Mapping[str, Callable[[dict[str, Any]], PageContent]] = {
     "sweep": sweep.content,
     "comparison": comparison.content,
 }
-"""What makes the content of a page, by the kind of the document."""
+"""The functions that make the content of a page, by the kind of the document."""
 _VERSION = 1
 
 
 def make_page(kind: str, document: dict[str, Any]) -> bytes:
-    """One HTML file that shows a document and opens offline.
+    """Return one HTML file that shows a document and opens offline.
 
     Parameters
     ----------
     kind
         "analysis", "sweep" or "comparison".
     document
-        What analysis.json, sweep.json or comparison.json holds. Equal documents give equal bytes.
+        The content of analysis.json, sweep.json or comparison.json. Equal ones give equal bytes.
 
     Raises
     ------

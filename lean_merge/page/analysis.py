@@ -1,4 +1,4 @@
-"""The report of an analysis: figures as text, and the columns from which the scripts draw."""
+"""Make the page of an analysis: figures as text, and columns from which the scripts draw."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lean_merge.page.frame import (
 from lean_merge.sizes import format_size
 
 BINS = 50
-"""Bins of the histogram of similarities, from 0 to 1."""
+"""The number of bins, from 0 to 1, of the histogram of similarities."""
 _MOST_SIGMAS = 64
 _FIELDS = {
     "lambda": "lambda",
@@ -32,7 +32,7 @@ _FIELDS = {
     "kept": "energy_kept",
     "unrelated": "null_99",
 }
-"""Columns of one expert with few digits, and the field that each shows."""
+"""The columns of one expert with few digits, and the field that each shows."""
 _MODULES = "q_proj k_proj v_proj qkv_proj o_proj gate_proj up_proj gate_up_proj down_proj".split()
 """The order in which known modules are shown."""
 
@@ -40,7 +40,7 @@ Weight = Mapping[str, Any]
 
 
 def content(analysis: dict[str, Any]) -> PageContent:
-    """What the page of analysis.json shows."""
+    """Return the content of the page of analysis.json."""
     weights = analysis["weights"]
     names = [last_part(name) for name in analysis["experts"]]
     recipe = analysis["recipe"]
@@ -76,7 +76,7 @@ _LINKS = (
 
 
 def last_part(source: str) -> str:
-    """The end of a path or hub id, which is what one calls it."""
+    """Return the last part of a path or hub id, which serves as a name."""
     return source.replace("\\", "/").rstrip("/").rpartition("/")[2] or source
 
 
@@ -88,7 +88,7 @@ def _warnings(lines: Sequence[str]) -> str:
 
 
 def _overview(analysis: Mapping[str, Any], number: int, name: str) -> str:
-    """The figures of one expert that decide, and what is said of its threshold."""
+    """Return one expert's most important figures, and the explanation of its threshold."""
     threshold = analysis["thresholds"][number]
     entries = [entry_of(weight, number) for weight in analysis["weights"]]
     similar = [s for each in entries if (s := each.get("similarity_first")) is not None]
@@ -109,7 +109,7 @@ def _overview(analysis: Mapping[str, Any], number: int, name: str) -> str:
 
 
 def _made(analysis: Mapping[str, Any]) -> str:
-    """How the analysis was made: time and memory, and what was asked for."""
+    """Return how the analysis was made: time, memory, and what was asked for."""
     tiles = [
         ("time", f"{sum(analysis['seconds'].values()):.1f} s"),
         ("read", format_size(analysis["bytes"]["read"])),
@@ -129,13 +129,13 @@ def _made(analysis: Mapping[str, Any]) -> str:
 
 
 def entry_of(weight: Weight, expert: int) -> Mapping[str, Any]:
-    """What a weight says of an expert; nothing where it was not analysed."""
+    """Return a weight's entry of an expert; it is empty if the weight was not analysed."""
     entry: Mapping[str, Any] = {} if weight["skipped"] is not None else weight["experts"][expert]
     return entry
 
 
 def module_of(weight: Weight) -> str:
-    """The kind of a weight: its module, with the experts of a mixture taken together."""
+    """Return the kind of a weight: its module, with a mixture's experts taken together."""
     module: str = weight["module"]
     inside = "experts" in weight["weight"].split(".") and module != "experts"
     return f"experts.{module}" if inside else module
@@ -148,7 +148,7 @@ def _module_order(module: str) -> tuple[bool, int, str]:
 
 
 def _data(analysis: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Everything that the scripts draw.
+    """Return all data that the scripts draw.
 
     Similarities keep all their digits, so that a threshold selects here what it selects in a merge.
     """
@@ -177,7 +177,7 @@ def _layer(weight: Weight) -> int | None:
 def _columns(
     weights: Sequence[Weight], expert: int, threshold: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What the table and the plots show of one expert, each column in the order of the weights."""
+    """Return one expert's columns for the table and the plots, in the order of the weights."""
     rows = [entry_of(weight, expert) for weight in weights]
     pairs = list(zip(rows, weights, strict=True))
     widths = [
@@ -202,7 +202,7 @@ def _columns(
 
 
 def expected_counts(widths: Sequence[int]) -> list[float | None]:
-    """How many weights of these `widths` unrelated models would put into each bin of |cos|."""
+    """Return how many weights of these `widths` lie in each bin of |cos| for unrelated models."""
     counts = [0.0] * BINS
     for width in sorted(set(widths)):
         below = [null_cdf(edge / BINS, width) for edge in range(BINS + 1)]
@@ -214,7 +214,7 @@ def expected_counts(widths: Sequence[int]) -> list[float | None]:
 def _spectra(
     weights: Sequence[Weight], places: Mapping[str, int], experts: int
 ) -> list[dict[str, Any]]:
-    """Singular values by module and layer, and by module over all layers, which is layer None."""
+    """Return singular values by module and layer; the layer None stands for all layers."""
     groups: dict[tuple[int, int | None], list[Weight]] = defaultdict(list)
     for weight in weights:
         module, layer = places[module_of(weight)], _layer(weight)
@@ -232,7 +232,7 @@ def _spectra(
 
 
 def _curve(entries: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
-    """The median singular value at each rank, and the range in which four fifths of them lie.
+    """Return each rank's median singular value, and the range that holds four fifths of them.
 
     The curve ends where half of the weights have no more values.
     """

@@ -1,4 +1,4 @@
-"""The page of a comparison: what differs between models of different foundations."""
+"""Make the page of a comparison, which shows what differs between models."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _TOKENIZERS = (
 
 
 def content(comparison: dict[str, Any]) -> PageContent:
-    """What the page of comparison.json shows."""
+    """Return the content of the page of comparison.json."""
     models = comparison["models"]
     table = filled("table.html", one="weight", filters="", hint="")
     return PageContent(
@@ -52,7 +52,7 @@ def _name(role: str) -> str:
 
 
 def _reason(comparison: dict[str, Any]) -> str:
-    """Why the models cannot be merged, where something says so."""
+    """Return why the models cannot be merged, if the comparison says so."""
     faults = [f"The {_name(m['role'])} {m['fault']}." for m in comparison["models"] if m["fault"]]
     said = "\n".join([*([comparison["reason"]] if comparison["reason"] else []), *faults])
     title = "<h2>These models cannot be merged</h2>"
@@ -60,7 +60,7 @@ def _reason(comparison: dict[str, Any]) -> str:
 
 
 def _facts(comparison: dict[str, Any]) -> str:
-    """The rows of all facts by kind, with a column for each role."""
+    """Return the rows of all facts by kind, with a column for each role."""
     models = comparison["models"]
     head = "".join(f'<th scope="col">{escaped(_name(model["role"]))}</th>' for model in models)
     facts: dict[str, dict[str, list[Any]]] = {}
@@ -76,7 +76,7 @@ def _facts(comparison: dict[str, Any]) -> str:
 
 
 def _rows(kind: str, facts: Any, models: int) -> str:
-    """The facts of one kind; what a role states otherwise than the base, the first, is marked."""
+    """Return the rows of one kind of facts; those that differ from the base's are marked."""
     rows = [f'<tr class="kind"><th colspan="{models + 1}">{escaped(kind)}</th></tr>']
     for words, values in facts:
         ours = values[0]
@@ -96,7 +96,7 @@ def _cell(value: Any, differs: bool) -> str:
 
 
 def _token_counts(comparison: dict[str, Any]) -> Iterator[tuple[str, list[Any]]]:
-    """The counts of tokens by role; the base, which has no row, shares all with itself."""
+    """Yield the counts of tokens by role; the base, which has no row, shares all with itself."""
     rows = {row["role"]: row for row in comparison["tokenizers"]}
     own = comparison["tokenizers"][0]["base_tokens"]
     base = {"tokens": own, "shared": own, "moved": 0}

@@ -1,4 +1,4 @@
-"""The frame of every page: head, policy, style, data and scripts in one file."""
+"""Make the frame of every page: head, policy, style, data and scripts in one file."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from lean_merge.errors import OutputError, plain
 from lean_merge.version import __version__
 
 INSTALL_PLOTLY = "pip install 'lean-merge[report]'"
-"""The command that installs what draws the pages."""
+"""The command that installs plotly, which draws the pages."""
 _FORBIDDEN = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 
 
 @dataclass(frozen=True, slots=True)
 class PageContent:
-    """What a kind of page puts into the frame.
+    """The content that a kind of page puts into the frame.
 
     Attributes
     ----------
     heading
         The title, as plain text.
     lead, body
-        HTML that is escaped already: what stands below the heading, and the sections.
+        The text below the heading, and the sections, as HTML that is escaped already.
     data
-        What the scripts read, as plain data with finite numbers only.
+        The data that the scripts read: plain data with finite numbers only.
     """
 
     heading: str
@@ -42,19 +42,19 @@ class PageContent:
 
 
 def plotly_installed() -> bool:
-    """Whether plotly, which draws the pages, is installed."""
+    """Return whether plotly, which draws the pages, is installed."""
     return importlib.util.find_spec("plotly") is not None
 
 
 def framed(kind: str, content: PageContent) -> bytes:
-    """One self-contained page; equal arguments give equal bytes.
+    """Return one self-contained page; equal arguments give equal bytes.
 
     Parameters
     ----------
     kind
         "analysis", "sweep" or "comparison", which names the script in `assets/` too.
     content
-        What the page shows.
+        The content of the page.
 
     Raises
     ------
@@ -67,7 +67,7 @@ def framed(kind: str, content: PageContent) -> bytes:
     policy = [
         "default-src 'none'",
         f"script-src {_digest(plotly)} {_digest(own)}",
-        # Plotly sets styles on what it draws.
+        # Plotly sets styles on its drawings.
         "style-src 'unsafe-inline'",
         "img-src data: blob:",
         "base-uri 'none'",
@@ -91,42 +91,42 @@ def framed(kind: str, content: PageContent) -> bytes:
 
 
 def escaped(value: Any) -> str:
-    """A value as text between tags or inside quotes; None becomes a dash.
+    """Return a value as text between tags or inside quotes; None becomes a dash.
 
-    Names come from strangers' checkpoints, so that what steers a browser or turns the reading
-    direction is written out.
+    Names come from strangers' checkpoints, so characters that steer a browser or turn the reading
+    direction are escaped.
     """
     return html.escape(plain("—" if value is None else str(value)), quote=True)
 
 
 def filled(asset: str, **parts: str) -> str:
-    """A file of `assets/` with HTML in the place of its $names."""
+    """Return a file of `assets/` with HTML in the place of its $names."""
     return Template(_asset(asset)).substitute(parts)
 
 
 def listed(style: str, pairs: Iterable[tuple[str, Any]]) -> str:
-    """A list of terms, which are HTML, and what is said of each, as "roles" or as "tiles"."""
+    """Return an HTML list of terms with their texts, in the style "roles" or "tiles"."""
     rows = "".join(f"<div><dt>{k}</dt><dd>{escaped(v)}</dd></div>" for k, v in pairs)
     return f'<dl class="{style}">{rows}</dl>'
 
 
 def figure(value: float | None, otherwise: str = "—") -> str:
-    """A number with three significant digits, as text."""
+    """Return a number with three significant digits, as text."""
     return otherwise if value is None else f"{value:.3g}"
 
 
 def rounded(value: float | None, digits: int = 5) -> float | None:
-    """A number with as many digits as a page shows, which keeps the page small."""
+    """Return a number with only the digits that a page shows, which keeps the page small."""
     return None if value is None else float(f"{value:.{digits}g}")
 
 
 def size_text(shape: Iterable[int] | None) -> str | None:
-    """A matrix's shape as 4096x11008; None stays None."""
+    """Return a matrix's shape as text such as 4096x11008; None stays None."""
     return None if shape is None else "x".join(map(str, shape))
 
 
 def _plain_texts(value: Any) -> Any:
-    """The same data with nothing in its texts that steers a browser."""
+    """Return the same data without any characters in its texts that steer a browser."""
     if isinstance(value, str):
         return plain(value)
     if isinstance(value, list | tuple):
@@ -142,14 +142,14 @@ def _asset(name: str) -> str:
 
 
 def _plotly() -> str:
-    """Plotly's own script, for use inside a page."""
+    """Return plotly's own script, for use inside a page."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise OutputError(
             f"A page needs plotly, which is not installed; {INSTALL_PLOTLY}."
         ) from error
-    # A browser reads the ends of lines as one character before it takes the digest.
+    # A browser turns every line end into one character before it takes the digest.
     code = str(get_plotlyjs()).replace("\r\n", "\n").replace("\r", "\n")
     return code.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 

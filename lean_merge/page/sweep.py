@@ -1,4 +1,4 @@
-"""The page of a sweep: results, selected weights and norms over its grid."""
+"""Make the page of a sweep: results, selected weights and norms over its grid."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _MEASURES = ("selected", "update_norm", "seconds", "bytes_own", "bytes_shared")
 
 
 def content(sweep: dict[str, Any]) -> PageContent:
-    """What the page of sweep.json shows."""
+    """Return the content of the page of sweep.json."""
     points = [_point(record) for record in sweep["points"]]
     results = sorted({name for point in points for name in point["results"]})
     axes = {axis: list(map(_value, values)) for axis, values in sweep["axes"].items() if values}
@@ -35,7 +35,7 @@ def _point(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _value(value: Any) -> Any:
-    """A value of an axis: a number, or words for anything else."""
+    """Return a value of an axis: a number, or words for anything else."""
     return value if type(value) in (int, float) else str(value)
 
 

@@ -1,4 +1,4 @@
-"""The recipe: what the user asks for, and its YAML."""
+"""A recipe says what the user asks for; it is read from YAML and written to it."""
 
 from lean_merge.recipe.recipe import (
     ANY,

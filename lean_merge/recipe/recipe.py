@@ -154,7 +154,7 @@ class MergeRecipe:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe under the field's usual keys, in plain types only."""
+        """Return the recipe under the field's usual keys, in plain types only."""
         experts = []
         for expert in self.experts:
             entry: dict[str, Any] = {"model": expert.model}
@@ -181,14 +181,14 @@ class MergeRecipe:
         return recipe
 
     def name_rules(self) -> dict[str, NameRules]:
-        """The rules of `names` for each role. Rules without a role are for the MLLM."""
+        """Return the rules of `names` for each role. Rules without a role are for the MLLM."""
         by_role = any(not isinstance(rules, str) for _, rules in self.names)
         if by_role or not self.names:
             return dict(self.names)
         return {"mllm": self.names}
 
     def to_yaml(self) -> str:
-        """The recipe as YAML, which `from_yaml` reads back."""
+        """Return the recipe as YAML, which `from_yaml` reads back."""
         return dump_yaml(self.to_dict())
 
     @classmethod
@@ -334,7 +334,7 @@ def _tuple(value: Any, where: str) -> Any:
 
 
 def _is_storable(text: str) -> bool:
-    """Whether UTF-8 can hold `text`. Python spells other bytes of a file's name as surrogates."""
+    """Return whether UTF-8 can hold `text`; other bytes of file names become surrogates."""
     return "\0" not in text and text.encode("utf-8", "ignore").decode("utf-8") == text
 
 
@@ -377,7 +377,7 @@ def _rules(rules: Parameters, where: str) -> NameRules:
                 f"{where}: {shown(pattern)} must lead to a name, not {shown(template)}."
             )
         try:
-            # Substituting in no text checks that the template's groups are the pattern's.
+            # A substitution in an empty text checks that the pattern has the template's groups.
             re.compile(pattern).sub(template, "")
         except (re.error, IndexError, OverflowError, RecursionError) as error:
             raise RecipeError(

@@ -1,4 +1,4 @@
-"""Recipes as YAML: data only, of limited size, with every key once."""
+"""Read recipes as YAML that holds only data, has limited size, and has every key once."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import yaml
 from lean_merge.errors import RecipeError, shown
 
 MAX_TEXT = 1 << 18
-"""Bytes of a recipe; real ones have a few hundred."""
+"""The most bytes of a recipe; real ones have a few hundred."""
 
 
 def load_recipe_file(path: Path) -> dict[str, Any]:
-    """The plain data of a recipe file, for flags to override before it is checked.
+    """Return the plain data of a recipe file, for flags to override before it is checked.
 
     Raises
     ------
     RecipeError
-        The file cannot be read, or is no recipe.
+        The file cannot be read, or does not hold a recipe.
     """
     try:
-        # A pipe does not tell its size beforehand, and a device has no end.
+        # A pipe does not tell its size beforehand, and a device may have no end.
         with open(path, "rb") as stream:
             data = stream.read(MAX_TEXT + 1)
         text = data.decode("utf-8")
@@ -32,7 +32,7 @@ def load_recipe_file(path: Path) -> dict[str, Any]:
 
 
 def load_yaml(text: str) -> dict[str, Any]:
-    """A recipe's YAML mapping as plain data. Raises RecipeError."""
+    """Return a recipe's YAML mapping as plain data. Raises RecipeError."""
     data = parse_yaml(text, what="recipe")
     if not isinstance(data, dict):
         raise RecipeError("The recipe must be a YAML mapping, starting with merge_method: ...")
@@ -40,7 +40,7 @@ def load_yaml(text: str) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, *, what: str) -> Any:
-    """The plain data that `text` holds; messages call the text `what`.
+    """Return the plain data that `text` holds; messages call the text `what`.
 
     Raises
     ------
@@ -60,7 +60,7 @@ def parse_yaml(text: str, *, what: str) -> Any:
 
 
 def dump_yaml(data: Any) -> str:
-    """Plain data as YAML in the order given."""
+    """Return plain data as YAML, in the given order."""
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 

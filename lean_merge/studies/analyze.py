@@ -1,4 +1,4 @@
-"""The analysis of a recipe's models, and its page."""
+"""Analyse the models of a recipe, and write the analysis and its page."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def analyze(
     page: bool = True,
     on_event: Callable[[Event], None] | None = None,
 ) -> AnalysisResult:
-    """Look at every weight once, and keep what merges are decided from; no weight is written.
+    """Analyse every weight once, and keep the evidence from which merges are decided.
 
     Parameters
     ----------

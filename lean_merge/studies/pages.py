@@ -1,4 +1,4 @@
-"""The pages of documents: written beside them, and made again from documents that are there."""
+"""Write the pages of documents beside them, or make them again from stored documents."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _MAX_PARSED = 4 << 30
 
 
 def add_page(kind: str, folder: Path, document: dict[str, Any]) -> Path | None:
-    """Write the page of a document into its folder; None where plotly is not installed.
+    """Write the page of a document into its folder; return None if plotly is not installed.
 
-    The page is no part of what is sealed, for it can be made again from the document at any time.
+    The page is not sealed with the output, because it can be made again from the document.
 
     Raises
     ------
@@ -68,7 +68,7 @@ def render(folder: str | Path, out: str | Path | None = None) -> Path:
 
 
 def _write(path: Path, page: bytes) -> Path:
-    """Make or replace a file, which bears another name until it is whole."""
+    """Make or replace a file, which has another name until it is complete."""
     partial = path.with_name(f"{path.name}.partial")
     try:
         partial.write_bytes(page)

@@ -22,7 +22,7 @@ class Written:
 
     @classmethod
     def of(cls, parts: Sequence[Written]) -> Written:
-        """Return the sums over all `parts`."""
+        """Return the sum of all `parts`."""
         return cls(
             along=math.fsum(part.along for part in parts),
             squared=math.fsum(part.squared for part in parts),

@@ -1,6 +1,7 @@
-"""Models of different foundations: what differs, and how far apart their weights are.
+"""Compare models of different foundations, which cannot be merged.
 
-Such models cannot be merged, and users want to know why, and whether another pair would do.
+A comparison shows what differs and how far apart the weights are, so that users see why the models
+cannot be merged, and whether another pair could be.
 """
 
 from lean_merge.studies.compare.document import COMPARISON, compare, differing

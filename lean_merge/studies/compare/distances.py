@@ -1,4 +1,4 @@
-"""How far apart weights of equal shape are, which are read by strips of rows."""
+"""Measure how far apart weights of equal shape are, by reading strips of rows."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from lean_merge.engine import Workers
 from lean_merge.tasks import tiles
 
 UNRELATED_QUANTILE = 2.5758
-"""How many standard deviations 99 % of a normal law stay within."""
+"""99 % of a normal law lie within this many standard deviations."""
 
 
 @dataclass(frozen=True, slots=True)
 class InnerProducts:
-    """The inner products of one weight between roles, taken as vectors in float64.
+    """The inner products of one weight between pairs of roles, as vectors in float64.
 
-    `squares` has the product of each role's weight with itself.
+    `squares` holds the product of each role's weight with itself.
     """
 
     squares: Mapping[str, float]
     inner: Mapping[tuple[str, str], float]
 
     def distance(self, one: str, other: str) -> float | None:
-        """||one - other|| / ||other||; None where `other` is zero or a product is not finite.
+        """Return ||one - other|| / ||other||; None if `other` is zero or a product is not finite.
 
-        It is computed from the products, so that it is rounding alone below about 1e-7.
+        It is computed from the products, so values below about 1e-7 are mere rounding.
         """
         square = self.squares[one] + self.squares[other] - 2 * self._inner(one, other)
         # Rounding may leave it below zero; NaN stays what it is.
         return _ratio(math.sqrt(0.0 if square < 0 else square), math.sqrt(self.squares[other]))
 
     def cosine(self, one: str, other: str) -> float | None:
-        """The cosine of the angle between the two weights as vectors."""
+        """Return the cosine of the angle between the two weights as vectors."""
         norms = math.sqrt(self.squares[one]) * math.sqrt(self.squares[other])
         return _ratio(self._inner(one, other), norms)
 
     def unrelated(self, one: str, other: str) -> float | None:
-        """The distance that two weights of these norms would have at a right angle."""
+        """Return the distance that two weights of these norms would have at a right angle."""
         both = math.sqrt(self.squares[one] + self.squares[other])
         return _ratio(both, math.sqrt(self.squares[other]))
 
@@ -57,7 +57,7 @@ def _ratio(above: float, below: float) -> float | None:
 
 
 def unrelated_cosine(shape: tuple[int, int]) -> float:
-    """The bound below which |cos| of 99 % of pairs of unrelated weights [out, in] stays.
+    """Return the bound below which |cos| stays for 99 % of pairs of unrelated weights [out, in].
 
     Where entries are independent and around zero, the cosine is normal with variance 1/(out * in).
     """
@@ -65,9 +65,9 @@ def unrelated_cosine(shape: tuple[int, int]) -> float:
 
 
 def strip_bytes(source: WeightSource) -> int:
-    """How many bytes one thread holds of a role.
+    """Return how many bytes one thread holds for a role.
 
-    They are a strip as it is read and in float64, what loading keeps, and what reading takes.
+    They are a strip as it is read and in float64, and the bytes for loading and for reading.
     """
     shape = source.shape
     rows = min(shape[0], tiles.strip_rows(shape[1], tiles.READ_ELEMENTS))
@@ -108,7 +108,7 @@ def _numbers(
     buffer: Callable[[str, tuple[int, ...], torch.dtype], Tensor],
     role: str,
 ) -> Tensor:
-    """Rows of a weight in float64, as one vector in this thread's buffer for the role."""
+    """Read rows of a weight in float64, as one vector in this thread's buffer for the role."""
     stored = source.read(rows, reader, buffer, f"{role} stored")
     numbers = buffer(f"{role} numbers", tuple(stored.shape), torch.float64)
     return numbers.copy_(stored).view(-1)

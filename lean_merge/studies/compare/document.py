@@ -1,4 +1,4 @@
-"""The content of comparison.json, and a comparison in sentences."""
+"""Build the content of comparison.json, and put a comparison into sentences."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class SharedWeight:
     sources: Mapping[str, WeightSource]
 
     def comparable(self) -> list[dict[str, WeightSource]]:
-        """The groups of roles in which the weight has one shape, where there are at least two."""
+        """Return each group of at least two roles in which the weight has the same shape."""
         groups: dict[tuple[int, int], dict[str, WeightSource]] = {}
         for role, source in self.sources.items():
             groups.setdefault(source.shape, {})[role] = source
@@ -81,7 +81,7 @@ def compare(
     reason
         Why the models cannot be merged, which is kept with the rest.
     checkpoints
-        What `open_roles` gave, if the checkpoints are open already.
+        The result of `open_roles`, if the checkpoints are open already.
 
     Returns
     -------
@@ -93,7 +93,7 @@ def compare(
     CheckpointError, DataError, RecipeError
         A checkpoint, or the recipe's names, cannot be read.
     BudgetError
-        The given memory does not hold two strips.
+        The given memory is too small for two strips.
     """
     started = time.perf_counter()
     checkpoints = open_roles(recipe) if checkpoints is None else checkpoints
@@ -123,7 +123,7 @@ def compare(
 
 
 def open_roles(recipe: MergeRecipe) -> dict[str, Checkpoint]:
-    """Open the models of a recipe, by role; a model that cannot be read is a CheckpointError."""
+    """Open the models of a recipe, by role. Raises CheckpointError if one cannot be read."""
     roles = {
         "base": open_checkpoint(recipe.base_model),
         "mllm": open_checkpoint(recipe.mllm_model),
@@ -149,7 +149,7 @@ def _model(role: RoleDescription) -> dict[str, Any]:
 def _weights(
     checkpoints: Mapping[str, Checkpoint], found: Sequence[RoleDescription]
 ) -> list[SharedWeight]:
-    """Every logical weight that any role has, in the order of layers."""
+    """Return every logical weight that any role has, in the order of layers."""
     places = {each.role: each.decoder.weights for each in found if each.decoder is not None}
     keys = dict.fromkeys(key for weights in places.values() for key in weights)
     result = []
@@ -172,7 +172,7 @@ def _weights(
 def _measure(
     shared: Sequence[SharedWeight], reader: TensorReader, resources: Resources
 ) -> list[list[InnerProducts]]:
-    """The inner products of every weight's groups, in the order of the weights."""
+    """Return the inner products of every weight's groups, in the order of the weights."""
     groups = [(weight, group) for weight in shared for group in weight.comparable()]
     largest: dict[str, int] = {}
     for _, group in groups:
@@ -189,7 +189,7 @@ def _measure(
 
 
 def _workers(largest: int, resources: Resources) -> int:
-    """How many threads the memory holds strips for; a BudgetError where it holds none."""
+    """Return how many threads' strips fit the memory. Raises BudgetError if none do."""
     limit = memory_of(resources)
     fixed = memory.usage().anonymous + formulas.SLACK
     formulas.check_ceiling(
@@ -200,7 +200,7 @@ def _workers(largest: int, resources: Resources) -> int:
 
 
 def _pairs(roles: Sequence[str]) -> list[tuple[str, str]]:
-    """The pairs that are compared: every role with the base, and every expert with the MLLM."""
+    """Return the pairs to compare: every role with the base, and every expert with the MLLM."""
     base, mllm, *experts = roles
     return [(mllm, base), *((e, base) for e in experts), *((e, mllm) for e in experts)]
 
@@ -221,7 +221,7 @@ def _row(
 def _pair(
     weight: SharedWeight, measured: Sequence[InnerProducts], pair: tuple[str, str]
 ) -> dict[str, Any] | None:
-    """The measures of one pair of roles; None where their weights cannot be compared."""
+    """Return the measures of one pair of roles; None if their weights cannot be compared."""
     for each in measured:
         if all(role in each.squares for role in pair):
             return {
@@ -236,7 +236,7 @@ def _pair(
 def _summary(
     pair: tuple[str, str], place: int, rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """The counts and medians of one pair of roles, and what they mean."""
+    """Return the counts and medians of one pair of roles, and what they mean."""
     found = [
         row["pairs"][place]
         for row in rows
@@ -276,7 +276,7 @@ def _verdict(compared: int, beyond: int, cosine: float | None) -> str:
 
 
 def differing(comparison: Mapping[str, Any]) -> list[str]:
-    """What a comparison says, as lines for people."""
+    """Return lines for people that say what differs."""
     lines = []
     for each in comparison["differences"]:
         stated = ", ".join(

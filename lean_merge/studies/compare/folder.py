@@ -1,4 +1,4 @@
-"""The folder of a comparison: what is left to do where no merge is possible."""
+"""Write the folder of a comparison, which helps when no merge is possible."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def write_comparison(
 
 
 def is_comparison(folder: Path) -> bool:
-    """Whether a folder holds a comparison, and nothing that anyone else put there."""
+    """Return whether a folder holds a comparison, and no other files."""
     ours = {COMPARISON, PAGES["comparison"], JOURNAL}
     try:
         names = {each.name for each in folder.expanduser().iterdir()}
@@ -82,7 +82,7 @@ def is_comparison(folder: Path) -> bool:
 
 
 def _facts(recipe: MergeRecipe, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Any]:
-    """The facts in a comparison's journal, by which no merge is mistaken for it."""
+    """Return the facts for a comparison's journal, so that it is not mistaken for a merge."""
     return {
         "kind": "comparison",
         "recipe": recipe.to_dict(),

@@ -1,4 +1,4 @@
-"""What a model says of itself before any weight is read: sizes, positions, tokenizer, formats."""
+"""Describe a model before any weight is read: by its sizes, positions, tokenizer and formats."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "tok_embeddings.weight", "em
 
 @dataclass(frozen=True, slots=True)
 class RoleDescription:
-    """Where the language model of one role is, and its facts by (kind, words).
+    """The place of one role's language model, and its facts by (kind, words).
 
     `fault` says why no language model was found, or what else keeps its weights from being read.
     """
@@ -88,7 +88,7 @@ def _language_model(
     checkpoints: Mapping[str, Checkpoint],
     named: Mapping[str, Mapping[str, TensorSpec]],
 ) -> Decoder | None:
-    """The layers that would be merged, or else the fullest layers that there are."""
+    """Return the layers that would be merged, or else the fullest layers that there are."""
     checkpoint = checkpoints[role]
     others = {} if role == "base" else {role: checkpoint}
     names = {each: named[each] for each in ("base", role) if each in named}
@@ -105,7 +105,7 @@ def _language_model(
 
 
 def _facts(checkpoint: Checkpoint, decoder: Decoder | None) -> dict[tuple[str, str], Any]:
-    """The facts that can be told; one that cannot is absent."""
+    """Return the facts that are known; others are absent."""
     config = text_config(checkpoint)
     found: dict[tuple[str, str], Any] = {}
     if decoder is not None:
@@ -136,7 +136,7 @@ def _facts(checkpoint: Checkpoint, decoder: Decoder | None) -> dict[tuple[str, s
 
 
 def _scaling(config: Mapping[str, Any]) -> str | None:
-    """The kind of rope scaling and its factor, from old and new configurations."""
+    """Return the kind of rope scaling and its factor, from old and new configurations."""
     for key in ("rope_parameters", "rope_scaling"):
         found = config.get(key)
         if isinstance(found, dict):
@@ -156,7 +156,7 @@ def _vocabulary_rows(checkpoint: Checkpoint) -> int | None:
 
 
 def tokenizer_facts(roles: list[RoleDescription]) -> list[dict[str, Any]]:
-    """For each role but the base: its tokens, those that the base has, those with another id."""
+    """For each role except the base, count its tokens, those shared, and those with another id."""
     base = roles[0].tokens
     rows = []
     for each in roles[1:]:
@@ -178,7 +178,7 @@ def tokenizer_facts(roles: list[RoleDescription]) -> list[dict[str, Any]]:
 def differences(
     roles: list[RoleDescription], tokenizers: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The facts that differ between some role and the base, sizes first."""
+    """Return the facts that differ between some role and the base, sizes first."""
     base = roles[0]
     order = {kind: n for n, kind in enumerate((SIZES, POSITIONS, TOKENIZER, FORMAT))}
     keys = dict.fromkeys(key for each in roles for key in each.facts)
@@ -215,7 +215,7 @@ def _differ(
     words: str,
 ) -> bool:
     one, other = ours.get((kind, words)), theirs.get((kind, words))
-    # A missing rope scaling is a statement; a config may leave other things to a default.
+    # A missing rope scaling means that there is none; a config may leave others to a default.
     if words == "rope scaling":
         return one != other
     return one is not None and other is not None and one != other

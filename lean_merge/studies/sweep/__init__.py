@@ -1,4 +1,4 @@
-"""Many merges of one recipe at different parameters, and a table of what came of them."""
+"""Merge one recipe with many different parameters, and put the results into a table."""
 
 from lean_merge.studies.sweep.evaluation import Evaluation
 from lean_merge.studies.sweep.grid import Grid

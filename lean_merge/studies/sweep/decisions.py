@@ -1,4 +1,4 @@
-"""What is decided for every weight at one point of a sweep, before a byte is written."""
+"""Find the decisions on all weights at one point of a sweep, before a byte is written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lean_merge.tasks import WeightTask
 
 
 class DigestSink(Sink):
-    """Keeps a digest of what is decided for each part of each tensor in scope."""
+    """A sink that keeps a digest of the decision on each logical weight."""
 
     def __init__(self) -> None:
         self.digests: dict[str, tuple[bytes, ...]] = {}
@@ -24,7 +24,7 @@ class DigestSink(Sink):
     def keep(
         self, task: WeightTask, weight: LogicalWeight, decision: Decision, read: ReadRows
     ) -> None:
-        """Note the digest."""
+        """Keep the digest of the decision."""
         name, update = task.tensor.name, decision.update
         digest = b"" if update is None else update.digest()
         self.digests[name] = (*self.digests.get(name, ()), digest)
@@ -32,7 +32,7 @@ class DigestSink(Sink):
 
 @dataclass(frozen=True, slots=True)
 class Decisions:
-    """What is decided at one point.
+    """The decisions at one point of a sweep.
 
     Attributes
     ----------
@@ -40,9 +40,9 @@ class Decisions:
         The digests of each part of each tensor in scope, by the tensor's name. Where they are
         equal, so are the bytes of the output.
     selected
-        How many logical weights at least one expert is selected for.
+        The number of logical weights for which at least one expert is selected.
     update_norm
-        Root of the sum of the squared norms of all updates.
+        The root of the sum of the squared norms of all updates.
     """
 
     digests: Mapping[str, tuple[bytes, ...]]
@@ -51,7 +51,7 @@ class Decisions:
 
     @property
     def digest(self) -> str:
-        """The digest of all decisions; points with equal outputs have the same."""
+        """Return the digest of all decisions; points with equal outputs have the same."""
         whole = hashlib.sha256()
         for name, parts in sorted(self.digests.items()):
             whole.update(repr((name, parts)).encode())
@@ -59,7 +59,7 @@ class Decisions:
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether no weight has an update."""
+        """Return whether no weight has an update."""
         return not any(map(any, self.digests.values()))
 
 

@@ -1,4 +1,4 @@
-"""How a result is measured: by a command of the user, and the number that it prints."""
+"""Measure a result by a command of the user, which prints a number."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from lean_merge.studies.sweep.grid import AXES
 FACTS = ("path", "name", "output", "mllm", "base")
 """The placeholders that a command may name besides the swept parameters."""
 GRACE = 5.0
-"""How many seconds a command has to end by itself once it is asked to."""
+"""The seconds that a command has to end by itself after it is asked to."""
 MAX_NUMBERS = 200
 _TAIL = 256 << 10
-"""How many bytes at the end of the output the result is looked for in."""
+"""The result is looked for in this many bytes at the end of the output."""
 _MAX_LINES = 1000
-"""How many of the last lines a value may begin in; each that opens one is read to the end."""
+"""A value may begin in this many of the last lines, and is read to its end."""
 _LONGEST_LINE = 200
 _PLACEHOLDER = re.compile(r"\{([a-z]+)\}")
 _LINE_START = re.compile(r"(?:^|(?<=[\r\n]))[ \t]*")
@@ -87,7 +87,7 @@ class Evaluation:
                 )
 
     def arguments(self, facts: Mapping[str, str]) -> list[str] | str:
-        """What is run for a result of which the placeholders say these facts."""
+        """Return the command to run, with `facts` in the place of its placeholders."""
 
         def put(text: str, quote: bool) -> str:
             def value(match: re.Match[str]) -> str:
@@ -103,7 +103,7 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What came of a command: its result, or why there is none, and the seconds it took."""
+    """The outcome of a command: its result, or why there is none, and the seconds it took."""
 
     result: Result | None
     error: str | None
@@ -168,7 +168,7 @@ def _run(evaluation: Evaluation, facts: Mapping[str, str], out: int, err: int) -
             stdout=out,
             stderr=err,
             env=os.environ | environment,
-            # A process group of its own, so that all that it starts can be ended with it.
+            # It gets a process group of its own, so that all that it starts can be ended with it.
             start_new_session=True,
         )
     except (OSError, ValueError) as error:
@@ -228,10 +228,10 @@ def _last_line(text: str) -> str:
 
 
 def read_result(text: str) -> tuple[Result | None, str | None]:
-    """The number, or the numbers by name, in the last JSON value of `text`, or what is wrong.
+    """Return the number, or numbers by name, in the last JSON value of `text`; and what is wrong.
 
-    A value begins where a line does and ends where one does. From an object its numbers are taken,
-    and those of objects inside it under dotted names; anything else in it is left out.
+    A value begins at the beginning of a line, and ends at the end of one. The numbers of an object
+    are taken, and those of objects inside it under dotted names; anything else is left out.
     """
     found = None
     for value in _values(text):
@@ -257,7 +257,7 @@ def read_result(text: str) -> tuple[Result | None, str | None]:
 
 
 def _values(text: str) -> Iterator[Any]:
-    """The JSON values that stand on lines of their own, in their order."""
+    """Yield the JSON values that stand on lines of their own, in their order."""
     decoder, end = json.JSONDecoder(), 0
     for line in deque(_LINE_START.finditer(text), maxlen=_MAX_LINES):
         if line.start() < end:

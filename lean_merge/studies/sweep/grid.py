@@ -1,4 +1,4 @@
-"""The points of a sweep: values of a recipe's parameters, each point with a name of its own."""
+"""The points of a sweep are combinations of parameters' values, each with its own name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ AXES: Mapping[str, str] = {
     "scale": "scales",
     "temperature": "temperatures",
 }
-"""The parameters that can be swept, and the field of `Grid` that has the values of each."""
+"""The parameters that can be swept, each with the field of `Grid` that holds its values."""
 AUTO = "auto"
 MAX_POINTS = 1000
 _NUMBER = re.compile(r"[+-]?(?:\d{1,9}(?:\.\d{0,12})?|\.\d{1,12})", re.ASCII)
@@ -46,11 +46,11 @@ class Point:
 
     @property
     def parameters(self) -> dict[str, Value]:
-        """`values` as a mapping."""
+        """Return `values` as a mapping."""
         return dict(self.values)
 
     def recipe(self, recipe: MergeRecipe) -> MergeRecipe:
-        """The recipe with this point's values, which hold for every expert and weight."""
+        """Return the recipe with this point's values, which hold for every expert and weight."""
         swept = self.parameters
         experts = tuple(
             Expert(each.model, tuple((n, v) for n, v in each.parameters if n not in swept))
@@ -62,10 +62,10 @@ class Point:
 
 @dataclass(frozen=True, slots=True, init=False)
 class Grid:
-    """The values of parameters, of which a sweep tries every combination.
+    """The values of parameters; a sweep tries all of their combinations.
 
-    Each may be given as text, as on the command line, or as a sequence of values. A value that is
-    named twice counts once.
+    The values of a parameter may be given as text, as on the command line, or as a sequence. A
+    value that is given twice counts once.
 
     Parameters
     ----------
@@ -119,20 +119,20 @@ class Grid:
 
     @property
     def axes(self) -> dict[str, tuple[Value, ...]]:
-        """The values of the parameters that are swept."""
+        """Return the values of the parameters that are swept."""
         found = {axis: tuple(getattr(self, field)) for axis, field in AXES.items()}
         return {axis: values for axis, values in found.items() if values}
 
     @property
     def size(self) -> int:
-        """How many points there are."""
+        """Return how many points there are."""
         size = 1
         for values in self.axes.values():
             size *= len(values)
         return size
 
     def points(self) -> Iterator[Point]:
-        """Every combination; thresholds vary fastest."""
+        """Yield every combination; thresholds vary fastest."""
         axes = self.axes
         slowest_first = sorted(axes, key=("stages", "scale", "temperature", "threshold").index)
         for combination in itertools.product(*(axes[axis] for axis in slowest_first)):
@@ -142,12 +142,12 @@ class Grid:
 
 
 def written(value: Value) -> str:
-    """A value in plain decimals, in which it could be given too."""
+    """Return a value in plain decimals, a form in which it can also be given."""
     return value if isinstance(value, str) else format(Decimal(repr(value)).normalize(), "f")
 
 
 def _word(value: Value) -> str:
-    """A value as a part of a file name."""
+    """Return a value as a part of a file name."""
     if isinstance(value, str):
         return value.replace(",", "-")
     return f"minus-{written(-value)}" if value < 0 else written(value)
@@ -170,14 +170,14 @@ def _sequence(given: Any, field: str) -> Sequence[Any]:
 
 
 def _text(value: Any, field: str) -> str:
-    """A Python number in plain decimals."""
+    """Return a Python number in plain decimals."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9:
         return format(Decimal(repr(value)), "f")
     raise RecipeError(f"{field}: {shown(value)} cannot be a value of a grid; {_HOW}.")
 
 
 def _items(item: str, field: str) -> list[Value]:
-    """The values that one item of a list stands for: a number, a range, or auto."""
+    """Return the values that one item of a list, a number, a range or auto, stands for."""
     if item == AUTO:
         return [AUTO]
     parts = [part.strip() for part in item.split(":")]
@@ -202,7 +202,7 @@ def _items(item: str, field: str) -> list[Value]:
 
 
 def _float(number: Decimal) -> float:
-    # Adding 0.0 makes of -0.0 what it equals.
+    # Adding 0.0 turns -0.0 into 0.0.
     return float(number) + 0.0
 
 

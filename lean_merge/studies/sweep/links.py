@@ -1,8 +1,8 @@
-"""Weight files that several outputs of a sweep hold alike become one file under several names.
+"""Turn equal weight files of a sweep's outputs into one file under several names.
 
-An output is linked when it is complete, and stays complete: each of its files is replaced by one
-rename. Whatever replaces or removes an output unlinks its files and never writes into them, so
-outputs that share a file do not depend on each other. docs/durability.md tells the rest.
+An output is linked when it is complete, and stays complete, because each of its files is replaced
+by one rename. Whatever replaces or removes an output unlinks its files and never writes into them,
+so outputs that share a file do not depend on each other. docs/durability.md explains the rest.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SPARE = "link.partial"
 
 
 class EqualFiles:
-    """The weight files of a sweep's complete outputs, by what they hold."""
+    """The weight files of a sweep's complete outputs, by their content."""
 
     def __init__(self) -> None:
         self._first: dict[str, Path] = {}
@@ -40,12 +40,12 @@ class EqualFiles:
         folder
             The output, in the sweep's folder.
         decisions
-            What was decided for each tensor in scope, by name.
+            The decisions on each tensor in scope, by its name.
 
         Returns
         -------
         int
-            Bytes of the files that `folder` shares with outputs that were added before.
+            The bytes of the files that `folder` shares with outputs that were added before.
         """
         shared = 0
         with _held(folder) as journal:
@@ -62,13 +62,13 @@ class EqualFiles:
 
 
 def _held_by(journal: Journal, name: str) -> tuple[str, dict[str, int]]:
-    """What tells of a weight file's content: its header's digest, and those of its tensors."""
+    """Return the digests that identify a weight file: that of its header, and its tensors'."""
     tensors = {t: r["crc32_data"] for t, r in journal.tensors.items() if r["shard"] == name}
     return journal.shards[name]["header_sha256"], tensors
 
 
 def _link(source: Path, file: Path, held: tuple[str, dict[str, int]]) -> bool:
-    """Make `file` a link to `source`, if that still holds the same; whether it is one now."""
+    """Make `file` a link to `source` if both hold the same; return whether it is one now."""
     spare = file.parent.parent / SPARE
     with _held(source.parent) as journal:
         if journal is None or source.name not in journal.shards:
@@ -78,7 +78,7 @@ def _link(source: Path, file: Path, held: tuple[str, dict[str, int]]) -> bool:
                 return False
             if source.samefile(file):
                 return True
-            # A run that was cut may have left it.
+            # An interrupted run may have left it.
             spare.unlink(missing_ok=True)
             os.link(source, spare)
             try:
@@ -93,7 +93,7 @@ def _link(source: Path, file: Path, held: tuple[str, dict[str, int]]) -> bool:
 
 @contextmanager
 def _held(folder: Path) -> Iterator[Journal | None]:
-    """The journal of a complete output that nobody replaces meanwhile; None if it is none."""
+    """Return a complete output's journal and keep others from replacing it; None if incomplete."""
     lock = journal = None
     try:
         try:

@@ -1,4 +1,4 @@
-"""A sweep: one analysis, one merge for each point of a grid, and a table of what came of them."""
+"""Carry out a sweep: one analysis, one merge for each point of a grid, and a table of results."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LOGS = "evaluations"
 
 @dataclass(frozen=True, slots=True)
 class PointEvent:
-    """Tells that point `number` of `total` is done; `record` is its row of the table."""
+    """The news that point `number` of `total` is done; `record` is its row of the table."""
 
     number: int
     total: int
@@ -60,7 +60,7 @@ class SweepResult:
 
     @property
     def ok(self) -> bool:
-        """Whether every point was made, and measured where that was asked for."""
+        """Return whether every point was made, and measured if that was asked for."""
         return all(point["error"] is None for point in self.table["points"])
 
 
@@ -86,9 +86,9 @@ def sweep(
     Parameters
     ----------
     recipe
-        What all points share. The grid's values replace its own, and those of single experts.
+        The recipe that all points share. The grid's values replace its own, and its experts' own.
     grid
-        The values.
+        The values to try.
     out
         The folder of the table and of the points.
     analysis
@@ -99,8 +99,8 @@ def sweep(
     resources
         Device, memory and threads.
     overwrite
-        Replace what the points' folders and the sweep's own analysis hold, where it is something
-        else, each once the new one is complete.
+        Whether to replace other content of the points' folders and of the sweep's own analysis,
+        each once the new one is complete.
     on_event
         A function that is called after each weight of an analysis that is made, and after each
         point.
@@ -108,7 +108,7 @@ def sweep(
     Raises
     ------
     LeanMergeError
-        Something is wrong with all points; what is wrong with one is in the table, under `error`.
+        An error concerns all points; an error of a single point is in the table, under `error`.
     """
     evaluation = Evaluation(evaluate) if isinstance(evaluate, str) else evaluate
     points = list(grid.points())
@@ -118,7 +118,7 @@ def sweep(
         earlier = earlier_points(place, recipe)
         work = _Sweep(recipe, place, earlier, evaluation, resources, overwrite)
         table = work.table(grid, points)
-        # From here on the folder is known to be a sweep's, whatever becomes of it.
+        # From here on the folder is known to be that of a sweep, even if the sweep fails.
         write_table(place, table)
         work.analysis = analysis_for(
             recipe,
@@ -137,7 +137,7 @@ def sweep(
             write_table(place, table)
             if on_event is not None:
                 on_event(PointEvent(number + 1, len(points), record))
-        # As it is stored, a norm that is not known is null.
+        # In the stored form, an unknown norm is null.
         page = add_page("sweep", place, read_table(place) or table)
     return SweepResult(place, table, page)
 
@@ -156,7 +156,7 @@ class _Sweep:
     """The record of the first point with a set of decisions, by their digest."""
 
     def table(self, grid: Grid, points: list[Point]) -> dict[str, Any]:
-        """The whole table, with what is known of this grid's points, and then of others."""
+        """Return the whole table: the rows of this grid's points, and then those of others."""
         names = {point.name for point in points}
         others = [record for name, record in self.earlier.items() if name not in names]
         axes: dict[str, list[Any]] = {axis: list(grid.axes.get(axis, ())) for axis in AXES}
@@ -186,7 +186,7 @@ class _Sweep:
         }
 
     def carry_out(self, point: Point) -> PointRow:
-        """Make one point and measure it; whatever goes wrong is noted in its record."""
+        """Make one point and measure it; any error is noted in its record."""
         record = new_record(point.name, point.parameters)
         try:
             self._make(point, record)
@@ -196,7 +196,7 @@ class _Sweep:
         except LeanMergeError as error:
             record["error"] = str(error)
         except Exception as error:
-            # Hours of other points must not be lost by what nobody foresaw.
+            # An unforeseen error must not lose hours of work on other points.
             record["error"] = f"{type(error).__name__}: {error}"
         return record
 
@@ -238,7 +238,7 @@ class _Sweep:
         record |= {"path": point.name, "bytes_own": size - shared, "bytes_shared": shared}
 
     def _known(self, record: PointRow) -> PointRow:
-        """What an earlier sweep noted of the point, if it had the same decisions; else nothing."""
+        """Return an earlier sweep's row of the point if its decisions were the same; else {}."""
         before = self.earlier.get(record["name"], {})
         return before if before.get("digest") == record["digest"] else {}
 
@@ -255,7 +255,7 @@ class _Sweep:
             record["error"] = f"evaluation: {measured.error}"
 
     def _facts(self, point: Point, path: str) -> dict[str, str]:
-        """What the evaluation is told of a point, as text."""
+        """Return the facts of a point for the evaluation, as text."""
         return {
             "path": str(self.place / path),
             "name": point.name,
@@ -267,5 +267,5 @@ class _Sweep:
 
 
 def _absolute(model: str) -> str:
-    """The whole path of a folder; a hub id stays what it is."""
+    """Return the absolute path of a folder; a hub id stays as it is."""
     return str(Path(model).resolve()) if Path(model).exists() else model

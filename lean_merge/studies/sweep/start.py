@@ -1,4 +1,4 @@
-"""How a sweep begins: it checks its grid, locks its folder, and finds its analysis and table."""
+"""Begin a sweep: check its grid, lock its folder, and find its analysis and table."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lean_merge.studies.sweep.grid import Grid, Point
 from lean_merge.studies.sweep.table import CSV, TABLE, PointRow, check_same_recipe, read_table
 
 ANALYSIS_FOLDER = "analysis"
-"""The folder, inside that of the sweep, of the analysis that a sweep makes for itself."""
+"""The folder, inside that of the sweep, of the sweep's own analysis."""
 
 
 def check(
@@ -35,7 +35,7 @@ def check(
     evaluation: Evaluation | None,
     resources: Resources | None,
 ) -> Plan:
-    """Refuse what would go wrong at every point, or is a slip; return the plan of one point."""
+    """Refuse errors that concern all points, and likely slips; return the plan of one point."""
     if evaluation is not None:
         evaluation.check(grid.axes)
         if not output_of(recipe.output).needs_folder:
@@ -61,16 +61,16 @@ def analysis_for(
     overwrite: bool,
     on_event: Callable[[Event], None] | None,
 ) -> Analysis | None:
-    """The analysis that all points are decided from; None for a method that looks at nothing.
+    """Return the analysis that all points are decided from; None if the method needs none.
 
-    It is the one that is `given`, or else the one in the sweep's folder, which is made where it is
-    missing. It is made for the lowest temperature of the grid, for which most directions matter.
+    It is the one that is `given`, or else the one in the sweep's folder, which is made if it is
+    missing. It is made for the lowest temperature of the grid, at which most directions matter.
     `plan` is the plan of any point.
 
     Raises
     ------
     LeanMergeError
-        The analysis is not whole or is of other models, or the models cannot be analysed.
+        The analysis is incomplete or of other models, or the models cannot be analysed.
     """
     try:
         evidence_method(recipe)
@@ -97,7 +97,7 @@ def analysis_for(
 
 
 def _opened(folder: Path) -> Analysis | None:
-    """The analysis in a folder; None where it is missing, unfinished or damaged."""
+    """Return the analysis in a folder; None if it is missing, unfinished or damaged."""
     try:
         return open_analysis(folder)
     except CheckpointError:
@@ -105,14 +105,14 @@ def _opened(folder: Path) -> Analysis | None:
 
 
 def folders(recipe: MergeRecipe) -> list[Path]:
-    """The folders of the inputs; an input that is a hub id has none."""
+    """Return the folders of the inputs; an input that is a hub id has none."""
     models = [recipe.base_model, recipe.mllm_model, *(each.model for each in recipe.experts)]
     return [path for path in map(Path, models) if path.exists()]
 
 
 @contextmanager
 def held(place: Path) -> Iterator[None]:
-    """Make the sweep's folder and lock it; where that fails, an OutputError or a BudgetError."""
+    """Make the sweep's folder and lock it. Raises OutputError or BudgetError if that fails."""
     lock = None
     try:
         try:
@@ -128,7 +128,7 @@ def held(place: Path) -> Iterator[None]:
 
 
 def earlier_points(place: Path, recipe: MergeRecipe) -> dict[str, PointRow]:
-    """The points of an earlier sweep into the same folder, by name.
+    """Return the points of an earlier sweep into the same folder, by name.
 
     Raises
     ------

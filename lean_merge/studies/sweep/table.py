@@ -1,4 +1,4 @@
-"""The table of a sweep, which is written after every point and read when the sweep goes on."""
+"""Write the table of a sweep after every point, and read it when the sweep is continued."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PointRow = dict[str, Any]
 
 
 def new_record(name: str, parameters: Mapping[str, Any]) -> PointRow:
-    """The record of a point of which nothing is known yet; docs/sweep.md explains every field."""
+    """Return the row of a point that is not made yet; docs/sweep.md explains every field."""
     return {
         "name": name,
         "path": None,
@@ -43,7 +43,7 @@ def new_record(name: str, parameters: Mapping[str, Any]) -> PointRow:
 
 
 def common_recipe(recipe: MergeRecipe) -> dict[str, Any]:
-    """What all points of a folder share: a recipe without the parameters that sweeps vary."""
+    """Return the recipe that all points share, without the parameters that sweeps vary."""
     plain = recipe.to_dict()
     for owner in (plain, *plain["experts"]):
         own = {n: v for n, v in owner.pop("parameters", {}).items() if n not in AXES}
@@ -53,7 +53,7 @@ def common_recipe(recipe: MergeRecipe) -> dict[str, Any]:
 
 
 def read_table(out: Path) -> dict[str, Any] | None:
-    """The table that an earlier sweep left in `out`; None if there is none.
+    """Return the table that an earlier sweep left in `out`; None if there is none.
 
     Raises
     ------
@@ -110,7 +110,7 @@ def write_table(out: Path, table: Mapping[str, Any]) -> None:
 
 
 def result_names(table: Mapping[str, Any]) -> list[str]:
-    """The names of all results, in the order in which they occur; a bare number has the name ""."""
+    """Return the names of all results, as they occur; a bare number has the name ""."""
     names: dict[str, None] = {}
     for point in table["points"]:
         result = point["result"]
@@ -120,7 +120,7 @@ def result_names(table: Mapping[str, Any]) -> list[str]:
 
 
 def result_of(point: PointRow, name: str) -> Any:
-    """The result of a point under a name; None where it has none."""
+    """Return a point's result under a name; None if it has none."""
     result = point["result"]
     if isinstance(result, dict):
         return result.get(name)
@@ -128,7 +128,7 @@ def result_of(point: PointRow, name: str) -> Any:
 
 
 def to_csv(table: Mapping[str, Any]) -> bytes:
-    """The table for spreadsheets: a row for each point, a column for each parameter and result."""
+    """Return the table as CSV: a row for each point, a column for each parameter and result."""
     axes = [axis for axis, values in table["axes"].items() if values]
     names = result_names(table)
     plain = ("selected", "update_norm", "bytes_own", "bytes_shared", "seconds", "same_as", "error")
@@ -148,7 +148,7 @@ def to_csv(table: Mapping[str, Any]) -> bytes:
 
 
 def check_same_recipe(out: Path, table: Mapping[str, Any], recipe: MergeRecipe) -> None:
-    """Refuse a table of another recipe with an OutputError; swept parameters may differ."""
+    """Raise OutputError if a table is of another recipe; swept parameters may differ."""
     then, now = table.get("recipe"), common_recipe(recipe)
     if then == now:
         return
