@@ -92,7 +92,7 @@ def _from_analysis(plan: Plan) -> dict[str, Any] | None:
         return None
     return {
         **plan.evidence.identity,
-        "explanations": [each.explanation for each in plan.evidence.choices],
+        "explanations": [each.explanation for each in plan.evidence.thresholds],
         "recalled": sum(
             isinstance(method, Recalling) for task in plan.weights for method in task.methods
         ),

@@ -194,8 +194,8 @@ def _plan(
     if not isinstance(analysis, dict):
         return make_plan(recipe, resources), then
     gathered = Gathered.from_dict(analysis.get("gathered"))
-    choices = found_thresholds(analysis.get("thresholds"), len(recipe.experts))
-    plan = plan_again(recipe, gathered, resources, choices=choices)
+    thresholds = found_thresholds(analysis.get("thresholds"), len(recipe.experts))
+    plan = plan_again(recipe, gathered, resources, thresholds=thresholds)
     environment = analysis.get("environment")
     others = environment.items() if isinstance(environment, dict) else ()
     # The environment of the analysis decides last bits too.

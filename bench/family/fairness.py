@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lean_merge.demo.evaluate import Accuracy, load, measure
+from lean_merge.demo.evaluate import Accuracy, load, measure_model
 
 PROBLEMS = 1000
 LINE = (0, 0.25, 0.5, 0.75, 1)
@@ -162,7 +162,7 @@ def _copy(weights: Weights) -> dict[str, torch.Tensor]:
 
 
 def _scores(title: str, model: Any, reader: Any) -> dict[str, dict[str, float]]:
-    scores = measure(model, reader, problems=PROBLEMS, seed=QUESTION_SEED)
+    scores = measure_model(model, reader, problems=PROBLEMS, seed=QUESTION_SEED)
     shown = (f"{task} {100 * score.share:.1f}" for task, score in scores.items())
     print(f"  {title:22}" + "  ".join(shown), flush=True)
     return {task: _with_share(score) for task, score in scores.items()}

@@ -51,7 +51,7 @@ Nuclear = Annotated[
     str | None, typer.Option(help="Rescale by full or by top_q sums of singular values.")
 ]
 Stages = Annotated[str | None, typer.Option(help="The stages to run: select[,rescale][,project].")]
-Scale = Annotated[float | None, typer.Option(help="The factor of the update.")]
+UpdateScale = Annotated[float | None, typer.Option(help="The factor of the update.")]
 Rank = Annotated[str | None, typer.Option(help="How many directions to compute, or auto.")]
 Svd = Annotated[str | None, typer.Option(help="Compute singular vectors randomized or exact.")]
 Importance = Annotated[str | None, typer.Option(help="Weigh directions by softmax or relative.")]
@@ -59,7 +59,7 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Set any other parameter of the method."),
 ]
-Output = Annotated[
+OutputKind = Annotated[
     str | None,
     typer.Option(help="Write a checkpoint, a lora adapter, or none: the report alone."),
 ]
@@ -153,14 +153,14 @@ def work_of(
     temperature: Temperature = None,
     nuclear: Nuclear = None,
     stages: Stages = None,
-    scale: Scale = None,
+    scale: UpdateScale = None,
     rank: Rank = None,
     svd: Svd = None,
     importance: Importance = None,
     set_: Set = None,
     include: Include = None,
     exclude: Exclude = None,
-    output: Output = None,
+    output: OutputKind = None,
     lora_rank: LoraRank = None,
     out_dtype: OutDtype = None,
     rounding: Rounding = None,

@@ -74,7 +74,7 @@ def evaluate(
         ``read``, ``text_sums`` and ``picture_sums`` for an MLLM; ``text_sums`` for an LLM.
     """
     model, reader = load(model_folder)
-    return measure(model, reader, problems=problems, seed=seed)
+    return measure_model(model, reader, problems=problems, seed=seed)
 
 
 def load(model_folder: str | PathLike[str]) -> tuple[Any, Any]:
@@ -95,7 +95,9 @@ def load(model_folder: str | PathLike[str]) -> tuple[Any, Any]:
     return model.eval(), reader
 
 
-def measure(model: Any, reader: Any, *, problems: int = 500, seed: int = 0) -> dict[str, Accuracy]:
+def measure_model(
+    model: Any, reader: Any, *, problems: int = 500, seed: int = 0
+) -> dict[str, Accuracy]:
     """Measure every task that a loaded model can do; see `evaluate`."""
     tasks = TASKS if hasattr(reader, "image_processor") else _LLM_TASKS
     scores = {}

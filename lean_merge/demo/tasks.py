@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Split = Literal["train", "test"]
+TaskSplit = Literal["train", "test"]
 Task = Literal["read", "text_sums", "picture_sums"]
 
 TASKS: tuple[Task, ...] = ("read", "text_sums", "picture_sums")
@@ -64,7 +64,7 @@ def held_out(a: int, b: int) -> bool:
 
 
 @lru_cache(maxsize=2)
-def operand_pairs(split: Split) -> NDArray[np.int64]:
+def operand_pairs(split: TaskSplit) -> NDArray[np.int64]:
     """Return all pairs of two-digit operands of one split.
 
     Returns
@@ -80,7 +80,7 @@ def operand_pairs(split: Split) -> NDArray[np.int64]:
 
 
 @lru_cache(maxsize=2)
-def digit_images(split: Split) -> tuple[tuple[NDArray[np.uint8], ...], ...]:
+def digit_images(split: TaskSplit) -> tuple[tuple[NDArray[np.uint8], ...], ...]:
     """Return the handwritten digits of one split, grouped by the digit they show.
 
     Returns
@@ -117,7 +117,7 @@ def compose(digits: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
     return small.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
-def draw(number: str, split: Split, rng: np.random.Generator) -> NDArray[np.uint8]:
+def draw(number: str, split: TaskSplit, rng: np.random.Generator) -> NDArray[np.uint8]:
     """Draw four digits with images picked at random from one split.
 
     Parameters
@@ -142,7 +142,7 @@ def sum_text(a: int, b: int) -> str:
     return f"{a:02d}+{b:02d}={a + b:03d}"
 
 
-def problems(task: Task, count: int, *, seed: int, split: Split = "test") -> list[Problem]:
+def problems(task: Task, count: int, *, seed: int, split: TaskSplit = "test") -> list[Problem]:
     """Draw problems of one task.
 
     Parameters
@@ -168,7 +168,7 @@ def problems(task: Task, count: int, *, seed: int, split: Split = "test") -> lis
     return [_problem(task, a, b, split, rng) for a, b in chosen]
 
 
-def _problem(task: Task, a: int, b: int, split: Split, rng: np.random.Generator) -> Problem:
+def _problem(task: Task, a: int, b: int, split: TaskSplit, rng: np.random.Generator) -> Problem:
     written = sum_text(a, b)
     if task == "text_sums":
         prompt, _, answer = written.partition("=")

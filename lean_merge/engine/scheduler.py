@@ -49,7 +49,7 @@ from lean_merge.engine.workers import worker_pool
 from lean_merge.memory import release_free_memory, usage
 from lean_merge.outputs.base import Sink
 from lean_merge.plan import Plan
-from lean_merge.plan.formulas import ALIGNMENT
+from lean_merge.plan.formulas import ARENA_ALIGNMENT
 from lean_merge.tasks import CopyTask, Note, Stored, WeightResult, WeightTask, Written, to_note
 
 READ_AHEAD = 256 << 20
@@ -63,7 +63,7 @@ RELEASE_ABOVE = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class _Analysis:
+class _BegunAnalysis:
     """An analysis that has begun, and the halves of the arena that it takes."""
 
     halves: Sequence[int]
@@ -133,7 +133,7 @@ class Scheduler:
         # These hold, in order: weights whose analysis has not begun, analyses in the arena, and
         # parts that are not stored yet.
         self._to_analyse = deque(self._weights())
-        self._analyses: deque[_Analysis] = deque()
+        self._analyses: deque[_BegunAnalysis] = deque()
         self._under_way: deque[_UnderWay] = deque()
         # The CPU's memory is reused for all weights, because new pages cost more than arithmetic.
         self._arena = torch.empty(plan.arena, dtype=torch.uint8)
@@ -253,13 +253,13 @@ class Scheduler:
             self._to_analyse.popleft()
             decide = partial(self._decider.decide, task, number, reader)
             [job] = self._analysts.submit(decide, [self._room(halves)])
-            self._analyses.append(_Analysis(halves, job))
+            self._analyses.append(_BegunAnalysis(halves, job))
 
     def _room(self, halves: Sequence[int]) -> Tensor:
         """Return the arena, or one half of it."""
         if len(halves) == 2:
             return self._arena
-        size = self._arena.numel() // 2 // ALIGNMENT * ALIGNMENT
+        size = self._arena.numel() // 2 // ARENA_ALIGNMENT * ARENA_ALIGNMENT
         return self._arena[halves[0] * size : (halves[0] + 1) * size]
 
     def _leave_arena(self) -> None:

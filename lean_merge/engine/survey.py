@@ -34,7 +34,7 @@ class _Surveyed:
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
+class _SharedSurvey:
     """A survey, and the weights that share it."""
 
     survey: Survey
@@ -62,7 +62,7 @@ def survey(plan: Plan, reused: Container[int]) -> tuple[dict[Hashable, Any], int
     DataError
         Some number is NaN or Inf, or a difference overflows.
     """
-    groups: dict[Hashable, _Group] = {}
+    groups: dict[Hashable, _SharedSurvey] = {}
     tasks = [each for each in enumerate(plan.tasks) if isinstance(each[1], WeightTask)]
     if all(index in reused for index, _ in tasks):
         return {}, 0
@@ -71,7 +71,7 @@ def survey(plan: Plan, reused: Container[int]) -> tuple[dict[Hashable, Any], int
             asked = None if method is None else method.survey()
             if method is not None and asked is not None:
                 stored = task.weight.extents_of(weight.roles)
-                group = groups.setdefault(asked.key, _Group(asked))
+                group = groups.setdefault(asked.key, _SharedSurvey(asked))
                 group.weights.append(_Surveyed(weight, method, stored))
     if not groups:
         return {}, 0
@@ -80,7 +80,7 @@ def survey(plan: Plan, reused: Container[int]) -> tuple[dict[Hashable, Any], int
         return found, reader.bytes_read
 
 
-def _carried_out(group: _Group, reader: TensorReader, workers: Workers) -> Any:
+def _carried_out(group: _SharedSurvey, reader: TensorReader, workers: Workers) -> Any:
     weights = sorted(group.weights, key=lambda each: each.weight.canonical)
     look = group.survey.look()
     try:

@@ -229,7 +229,7 @@ class TaskVectors:
         depend on how many threads there are or on which tiles are resident.
         """
         sums = [_Sums(self, role, request) for role, request in enumerate(wanted)]
-        inner = _InnerProducts(self, [request is not None and request.inner for request in wanted])
+        inner = _InnerSums(self, [request is not None and request.inner for request in wanted])
         if self._uploader is None:
             self._workers.map(lambda lane: self._run_lane(lane, sums, inner), self.lanes)
         else:
@@ -244,7 +244,7 @@ class TaskVectors:
                 )
         return finished
 
-    def _run_lane(self, lane: int, sums: list[_Sums], inner: _InnerProducts) -> None:
+    def _run_lane(self, lane: int, sums: list[_Sums], inner: _InnerSums) -> None:
         wanted = [one.request is not None for one in sums]
         for index in range(lane, len(self.tiles), LANES):
             self._add(index, self.tile(index, wanted), sums, inner)
@@ -254,7 +254,7 @@ class TaskVectors:
         index: int,
         tile: Sequence[Tensor | None],
         sums: list[_Sums],
-        inner: _InnerProducts,
+        inner: _InnerSums,
     ) -> None:
         """Add one tile to the sums of its lane."""
         lane, rows = index % LANES, self.tiles[index]
@@ -263,7 +263,7 @@ class TaskVectors:
                 one.add(lane, rows, task_vector, first=index < LANES)
         inner.add(lane, tile)
 
-    def _run_uploaded(self, uploader: Uploader, sums: list[_Sums], inner: _InnerProducts) -> None:
+    def _run_uploaded(self, uploader: Uploader, sums: list[_Sums], inner: _InnerSums) -> None:
         """Run all lanes together in the tiles' order, so that each lane gets its tiles in order."""
         wanted = [one.request is not None for one in sums]
         parcels = [
@@ -385,7 +385,7 @@ class _Sums:
         )
 
 
-class _InnerProducts:
+class _InnerSums:
     """The inner products of all task vectors that ask for them, which grow tile by tile."""
 
     def __init__(self, owner: TaskVectors, wanted: Sequence[bool]) -> None:

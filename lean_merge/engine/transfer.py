@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lean_merge.engine.workers import Workers, settle
 
-ALIGNMENT = 256
+SLOT_ALIGNMENT = 256
 """Bytes to which slots are aligned: copies from aligned memory are faster."""
 
 
@@ -111,7 +111,7 @@ class Uploader:
     def __init__(self, queues: Queues, workers: Workers, host: Tensor, *, slots: int) -> None:
         self._queues = queues
         self._workers = workers
-        size = host.numel() // slots // ALIGNMENT * ALIGNMENT
+        size = host.numel() // slots // SLOT_ALIGNMENT * SLOT_ALIGNMENT
         self._slots = [_Slot(host[n * size : (n + 1) * size]) for n in range(slots)]
 
     def send(

@@ -16,7 +16,7 @@ from lean_merge.checkpoints.header import TensorSpec
 from lean_merge.checkpoints.reader import TensorReader
 from lean_merge.checkpoints.rows import Buffer, Place, WeightSource
 from lean_merge.errors import CheckpointError, CoverageError, shown
-from lean_merge.mapping.gate import FAMILY, Faults
+from lean_merge.mapping.gate import ONE_BASE, Faults
 from lean_merge.mapping.kinship import heads
 from lean_merge.mapping.placement import LEAVES, Heads, canonical, places
 from lean_merge.mapping.structure import Decoder, Key, split_name
@@ -202,7 +202,7 @@ def _prefix(source: str, changes: Mapping[str, Change], base: Decoder, known: He
     best = [prefix for prefix, score in scores.items() if score == max(scores.values())]
     if not best or scores[best[0]] == (0, 0):
         raise CoverageError(
-            f"{source}: the adapter changes no weight that the base has in scope; {FAMILY}."
+            f"{source}: the adapter changes no weight that the base has in scope; {ONE_BASE}."
         )
     if len(best) > 1:
         raise CoverageError(

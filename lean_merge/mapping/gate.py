@@ -13,7 +13,7 @@ from lean_merge.errors import CoverageError
 from lean_merge.mapping.kinship import HEADS, head_counts, heads, sizes
 from lean_merge.mapping.structure import Decoder, Key, decoders
 
-FAMILY = "pass checkpoints that were all tuned from one base"
+ONE_BASE = "pass checkpoints that were all tuned from one base"
 NAMES = "say which tensors are the base's with names: in the recipe"
 _SHOWN = 8
 
@@ -127,7 +127,7 @@ def _like(base: Decoder, role: str, source: Checkpoint, found: dict[str, Decoder
         else:
             lacking = sorted(names - closest.one_layer())
             fault = f"has layers under {closest.prefix!r}, but they lack {', '.join(lacking)}"
-        raise CoverageError(f"{source.source}: the {title(role)} {fault}; {FAMILY}, or {NAMES}.")
+        raise CoverageError(f"{source.source}: the {title(role)} {fault}; {ONE_BASE}, or {NAMES}.")
     # Names count before shapes: a tower may share a width with the base, rarely a whole layer.
     scores = {}
     for prefix, decoder in fitting.items():
@@ -160,7 +160,7 @@ def check_heads(base: Checkpoint, others: Mapping[str, Checkpoint]) -> None:
                 raise CoverageError(
                     f"{other.source}: the {title(role)} has {theirs[key]} for {words} ({key} in "
                     f"config.json), the base {ours[key]}, so their weights do not correspond; "
-                    f"{FAMILY}."
+                    f"{ONE_BASE}."
                 )
 
 
@@ -192,5 +192,5 @@ def report(
     )
     return (
         f"The models do not map onto each other at {len(faults.lines)} places.{reason}"
-        f"{shown}{more}\n{FAMILY[0].upper()}{FAMILY[1:]}{partial}."
+        f"{shown}{more}\n{ONE_BASE[0].upper()}{ONE_BASE[1:]}{partial}."
     )

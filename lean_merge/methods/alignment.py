@@ -24,7 +24,7 @@ from lean_merge.linalg import (
 from lean_merge.methods.base import ExpertRecord
 from lean_merge.methods.facts import Compared, Evidence, Facts, Portrait, RoleFacts
 from lean_merge.methods.ip_parameters import IPMergingParameters
-from lean_merge.methods.spectra import GAP, MAX_SUBSPACE, Spectrum
+from lean_merge.methods.spectra import MAX_SUBSPACE, SMALL_GAP, Spectrum
 
 OMITTED = Omitted(share=3e-3, deviation=2e-2)
 """A larger rank is asked for where the modelled errors of the update exceed these."""
@@ -216,7 +216,7 @@ def records(
                 computed_rank=alignment.similarity.numel(),
                 omitted_share=omitted if alignment.selected else None,
                 angle_error=alignment.angle_error if alignment.selected else None,
-                gap=facts.roles[0].gap < GAP or facts.roles[k + 1].gap < GAP,
+                gap=facts.roles[0].gap < SMALL_GAP or facts.roles[k + 1].gap < SMALL_GAP,
                 update_norm=norms[k] if norms is not None else 0.0,
             )
         )
@@ -261,7 +261,9 @@ def portray(
     return tuple(portraits)
 
 
-def compare(parameters: Sequence[IPMergingParameters], facts: Facts) -> tuple[Compared | None, ...]:
+def compared_similarities(
+    parameters: Sequence[IPMergingParameters], facts: Facts
+) -> tuple[Compared | None, ...]:
     """Return what is compared with each expert's threshold; None where a task vector is zero."""
     return tuple(
         None

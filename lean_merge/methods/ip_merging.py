@@ -19,7 +19,7 @@ from lean_merge.linalg import Pass, Products
 from lean_merge.methods.alignment import (
     Alignment,
     align,
-    compare,
+    compared_similarities,
     facts_of,
     is_small,
     kept_directions,
@@ -255,7 +255,7 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
 
     def compared(self, facts: Facts) -> tuple[Compared | None, ...]:
         """Return for each expert the similarity to compare: s_1, or the largest s_i."""
-        return compare(self.parameters, facts)
+        return compared_similarities(self.parameters, facts)
 
     def kept(self, facts: Facts) -> int:
         """Return how many of the MLLM's directions the update uses.

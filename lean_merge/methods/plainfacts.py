@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lean_merge.methods.facts import Facts, Portrait, RoleFacts
-from lean_merge.methods.spectra import GAP, MAX_SUBSPACE
+from lean_merge.methods.spectra import MAX_SUBSPACE, SMALL_GAP
 
 _MOST = 1 << 31
 """Every count in a model is smaller than this."""
@@ -43,7 +43,7 @@ def _plain_role(role: RoleFacts, square: float) -> dict[str, Any]:
         "nuclear_doubt": role.doubt,
         "rank": role.rank,
         "faint": role.is_faint,
-        "gap": role.gap < GAP,
+        "gap": role.gap < SMALL_GAP,
         "separation": role.gap,
         "sigma": role.sigma.tolist(),
         "angles": role.angles.tolist(),

@@ -46,7 +46,7 @@ ANGLE = 0.02
 """Directions that carry the update may have an angle error with at most this sine."""
 FAINT = 1e-30
 """Float32 cannot hold the products of a sketch if the squared norm is smaller than this."""
-GAP = 0.05
+SMALL_GAP = 0.05
 """The first direction is ill-defined if (sigma_1 - sigma_2) / sigma_1 is smaller than this."""
 
 T = TypeVar("T")
@@ -94,7 +94,7 @@ class Spectrum:
     @property
     def has_gap(self) -> bool:
         """Return whether the first direction is well separated from the second."""
-        return self.gap >= GAP
+        return self.gap >= SMALL_GAP
 
 
 @dataclass(frozen=True, slots=True)

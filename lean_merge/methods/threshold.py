@@ -20,9 +20,9 @@ FALSE = 0.01
 SEPARABLE = 0.8
 """Two classes count as distinct if this share of the variance lies between them. The share is 0.75
 for evenly spread values and 0.64 for normally distributed ones."""
-GAP = 0.05
+LEAST_GAP = 0.05
 """Two neighbouring similarities that differ by this much differ by more than their noise."""
-RELATED = 0.01
+RELATED_P = 0.01
 """Task vectors count as related if the p-value is smaller than this."""
 FAR = 0.5
 """If ||task vector|| / ||W_0|| is larger, the model was hardly tuned from this base."""
@@ -130,7 +130,9 @@ def suggest_threshold(samples: Sequence[Sample]) -> Suggestion:
     )
     split = otsu_split([each.similarity for each in found])
     if split is not None and (
-        split.separability < SEPARABLE or split.above - split.below < GAP or split.above < chance
+        split.separability < SEPARABLE
+        or split.above - split.below < LEAST_GAP
+        or split.above < chance
     ):
         split = None
     middle = 0.0 if split is None else (split.below + split.above) / 2
@@ -186,7 +188,7 @@ def _warnings(
     samples: Sequence[Sample], chance: float, beyond_chance: int, p_value: float
 ) -> tuple[str, ...]:
     warnings = []
-    if not beyond_chance or p_value >= RELATED:
+    if not beyond_chance or p_value >= RELATED_P:
         warnings.append(
             f"the pair looks unrelated: {beyond_chance} of {len(samples)} weights have a "
             f"similarity above {chance:.3f}, which chance explains (Kolmogorov-Smirnov test "

@@ -16,8 +16,8 @@ from lean_merge.outputs.base import (
     ReadRows,
     Request,
     Sink,
-    register,
-    registered,
+    register_kind,
+    registered_kinds,
 )
 from lean_merge.outputs.gathered import RecordedEvidence
 
@@ -34,7 +34,7 @@ __all__ = [
     "all_outputs",
     "evidence_kind",
     "output_of",
-    "register",
+    "register_kind",
     "stream_kind",
 ]
 
@@ -43,7 +43,7 @@ def all_outputs() -> Mapping[str, type[Output]]:
     """Return every kind by its name; importing this folder's modules registers them."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
-    return registered()
+    return registered_kinds()
 
 
 def output_of(name: str) -> type[Output]:

@@ -13,14 +13,14 @@ from lean_merge.errors import RecipeError
 from lean_merge.mapping import LogicalWeight, MappedWeight, module_name
 from lean_merge.methods import Decision
 from lean_merge.outputs.adaptercheck import AdapterComparison
-from lean_merge.outputs.base import Outcome, Output, ReadRows, Request, dtype_named, register
+from lean_merge.outputs.base import Outcome, Output, ReadRows, Request, dtype_named, register_kind
 from lean_merge.outputs.blocks import BlockSink
 from lean_merge.outputs.card import adapter_card
 from lean_merge.outputs.companions import REPORT, card_facts, write_report
 from lean_merge.outputs.cutting import cut_update, cutting_bytes
 from lean_merge.outputs.peft import AdapterModule, StoredFactors, adapter_layout, write_adapter
 from lean_merge.sizes import format_size
-from lean_merge.store import Group, OutputFolder
+from lean_merge.store import BlockGroup, OutputFolder
 from lean_merge.tasks import CopyTask, Truncated, WeightTask
 
 
@@ -53,7 +53,7 @@ class AdapterSink(BlockSink):
         return update.truncated
 
 
-@register
+@register_kind
 class AdapterOutput(Output):
     """An adapter for the MLLM, without any of the MLLM's own tensors.
 
@@ -197,7 +197,7 @@ class AdapterOutput(Output):
         )
 
 
-def _stored(weight: LogicalWeight, group: Group) -> StoredFactors:
+def _stored(weight: LogicalWeight, group: BlockGroup) -> StoredFactors:
     a, b = (group.blocks.get(f"{weight.canonical}.{factor}") for factor in "ab")
     return StoredFactors(weight.row_runs, 0 if a is None else a.shape[0], a, b)
 

@@ -15,7 +15,7 @@ from lean_merge.checkpoints.jsonfile import to_json
 from lean_merge.mapping import LogicalWeight, MappedWeight
 from lean_merge.methods import Decision, Evidence, EvidenceMethod, Method, Watching
 from lean_merge.methods.plainfacts import plain_portrait, to_plain
-from lean_merge.outputs.base import RECIPE, Outcome, Output, ReadRows, Request, register
+from lean_merge.outputs.base import RECIPE, Outcome, Output, ReadRows, Request, register_kind
 from lean_merge.outputs.blocks import BlockSink
 from lean_merge.outputs.document import ANALYSIS, build_document
 from lean_merge.outputs.factors import factor_shapes, factors_layout, write_factors
@@ -80,7 +80,7 @@ class EvidenceSink(BlockSink):
         self._waiting = {}
 
 
-@register
+@register_kind
 class AnalysisOutput(Output):
     """Facts in analysis.json, and factors in analysis.safetensors.
 

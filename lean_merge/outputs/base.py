@@ -79,7 +79,7 @@ class Outcome:
 
 
 class Output(abc.ABC):
-    """A kind of output. To add one, write a module in this folder with a subclass and `@register`.
+    """A kind of output; a new one is a module here with a subclass and `@register_kind`.
 
     Parameters
     ----------
@@ -326,12 +326,12 @@ K = TypeVar("K", bound=type[Output])
 _KINDS: dict[str, type[Output]] = {}
 
 
-def register(kind: K) -> K:
+def register_kind(kind: K) -> K:
     """Register a kind of output under its `name`; use this as a class decorator."""
     _KINDS[kind.name] = kind
     return kind
 
 
-def registered() -> Mapping[str, type[Output]]:
+def registered_kinds() -> Mapping[str, type[Output]]:
     """Return the kinds that were registered so far."""
     return MappingProxyType(_KINDS)

@@ -24,7 +24,7 @@ from lean_merge.outputs.base import (
     Outcome,
     Output,
     Sink,
-    register,
+    register_kind,
 )
 from lean_merge.outputs.card import model_card
 from lean_merge.outputs.companions import REPORT, card_facts, copy_side_files, write_report
@@ -170,7 +170,7 @@ def _entries(task: CopyTask | WeightTask) -> int:
     return task.tensor.nbytes // torch_dtype(task.tensor.dtype).itemsize
 
 
-@register
+@register_kind
 class CheckpointOutput(Output):
     """All tensors of the MLLM in safetensors shards, those in scope with their updates added."""
 

@@ -48,8 +48,8 @@ def build_document(
     """
     found = {name: from_plain(plain) for name, plain in evidence.items() if plain is not None}
     compared = {name: methods[name].compared(facts) for name, facts in found.items()}
-    surveys = surveys_of(evidence, compared, len(recipe.experts))
-    settled = {name: methods[name].settled([each.auto for each in surveys]) for name in found}
+    suggestions = suggestions_of(evidence, compared, len(recipe.experts))
+    settled = {name: methods[name].settled([each.auto for each in suggestions]) for name in found}
     compared = {name: settled[name].compared(facts) for name, facts in found.items()}
     records = {name: settled[name].verdicts(facts) for name, facts in found.items()}
     facts, report = outcome.facts, outcome.report
@@ -65,7 +65,7 @@ def build_document(
         **{name: report[name] for name in _MEASURES},
         "warnings": [
             *report["warnings"],
-            *(warning for each in surveys for warning in each.warnings),
+            *(warning for each in suggestions for warning in each.warnings),
         ],
         "thresholds": [
             {
@@ -74,7 +74,7 @@ def build_document(
                 "in_force": _in_force([own[k] for own in compared.values()]),
                 **each.to_dict(),
             }
-            for k, (expert, each) in enumerate(zip(recipe.experts, surveys, strict=True))
+            for k, (expert, each) in enumerate(zip(recipe.experts, suggestions, strict=True))
         ],
         "weights": [
             _row(
@@ -88,7 +88,7 @@ def build_document(
     }
 
 
-def surveys_of(
+def suggestions_of(
     evidence: KeptEvidence,
     compared: Mapping[str, tuple[Compared | None, ...]],
     experts: int,

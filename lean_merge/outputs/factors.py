@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from lean_merge.checkpoints.reader import as_bytes
-from lean_merge.store.blocks import ITEM, Block
+from lean_merge.store.blocks import ITEM, StoredBlock
 from lean_merge.store.folder import OutputFolder
 from lean_merge.store.layout import OutputTensor, Shard, single_file
 
@@ -32,7 +32,7 @@ def factors_layout(shapes: Mapping[str, tuple[int, ...]]) -> Shard:
     return single_file(FACTORS, tensors)
 
 
-def write_factors(folder: OutputFolder, blocks: Mapping[str, Block]) -> Shard:
+def write_factors(folder: OutputFolder, blocks: Mapping[str, StoredBlock]) -> Shard:
     """Write analysis.safetensors into an open folder, which stays unsealed; return its layout.
 
     Raises OutputError or BudgetError where the disk refuses.

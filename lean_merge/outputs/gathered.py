@@ -154,7 +154,9 @@ class RecordedEvidence(Protocol):
     ) -> None:
         """Raise CheckpointError if the inputs are not those analysed, and name what has changed."""
 
-    def choices(self, methods: Mapping[str, EvidenceMethod[Any]]) -> tuple[FoundThreshold, ...]:
+    def suggested_thresholds(
+        self, methods: Mapping[str, EvidenceMethod[Any]]
+    ) -> tuple[FoundThreshold, ...]:
         """Return the threshold that these weights' similarities suggest, for each expert."""
 
     def facts(self, canonical: str) -> Facts | None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from lean_merge.outputs.base import Outcome, Output, Sink, register
+from lean_merge.outputs.base import Outcome, Output, Sink, register_kind
 from lean_merge.outputs.blocks import BlockSink
 from lean_merge.outputs.companions import write_report
 from lean_merge.store import OutputFolder
 
 
-@register
+@register_kind
 class NoOutput(Output):
     """An output without weights; its folder, if there is one, gets the recipe and the report."""
 

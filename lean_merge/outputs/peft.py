@@ -16,13 +16,13 @@ from torch import Tensor
 
 from lean_merge.checkpoints.dtypes import safetensors_dtype
 from lean_merge.checkpoints.reader import as_bytes
+from lean_merge.checkpoints.weightfiles import ADAPTER_CONFIG
 from lean_merge.errors import DataError, OutputError
-from lean_merge.store.blocks import Block
+from lean_merge.store.blocks import StoredBlock
 from lean_merge.store.folder import OutputFolder
 from lean_merge.store.layout import OutputTensor, Shard, single_file
 
 ADAPTER = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 _KEY = "base_model.model."
 _CHUNK = 1 << 20
 """The count of numbers that pass through memory at once."""
@@ -44,8 +44,8 @@ class StoredFactors:
 
     runs: tuple[tuple[int, int], ...]
     rank: int = 0
-    a: Block | None = None
-    b: Block | None = None
+    a: StoredBlock | None = None
+    b: StoredBlock | None = None
 
     @property
     def rows(self) -> int:
@@ -234,7 +234,6 @@ def adapter_config(modules: Sequence[AdapterModule], *, base_model: str) -> dict
 
 __all__ = [
     "ADAPTER",
-    "ADAPTER_CONFIG",
     "AdapterModule",
     "StoredFactors",
     "adapter_config",

@@ -17,7 +17,7 @@ from lean_merge.checkpoints.jsonfile import parse_object
 from lean_merge.errors import CheckpointError, RecipeError, shown
 from lean_merge.methods import EvidenceMethod, Factors, Facts
 from lean_merge.methods.plainfacts import from_plain
-from lean_merge.outputs.document import ANALYSIS, ANALYSIS_VERSION, surveys_of
+from lean_merge.outputs.document import ANALYSIS, ANALYSIS_VERSION, suggestions_of
 from lean_merge.outputs.factors import FACTORS, factor_shapes
 from lean_merge.outputs.gathered import FoundThreshold, Gathered
 
@@ -51,13 +51,15 @@ class Analysis:
     _tensors: Mapping[str, TensorSpec]
     own: bool = False
 
-    def choices(self, methods: Mapping[str, EvidenceMethod[Any]]) -> tuple[FoundThreshold, ...]:
+    def suggested_thresholds(
+        self, methods: Mapping[str, EvidenceMethod[Any]]
+    ) -> tuple[FoundThreshold, ...]:
         """Return the threshold that these weights' similarities suggest, for each expert."""
         rows = {row["weight"]: row for row in self.document["weights"]}
         known = {name: method for name, method in methods.items() if name in self._facts}
         compared = {n: method.compared(self._facts[n]) for n, method in known.items()}
-        surveys = surveys_of(rows, compared, len(self.document["experts"]))
-        return tuple(FoundThreshold(each.auto, each.explanation) for each in surveys)
+        suggestions = suggestions_of(rows, compared, len(self.document["experts"]))
+        return tuple(FoundThreshold(each.auto, each.explanation) for each in suggestions)
 
     def facts(self, canonical: str) -> Facts | None:
         """Return the facts of a weight; None if it was not analysed."""
@@ -65,7 +67,7 @@ class Analysis:
 
     def factors(self, canonical: str) -> Factors:
         """Return the factors of a weight that has facts; they are read when they are asked for."""
-        return _StoredFactors(self._tensors, canonical, self._facts[canonical])
+        return _FactorsInFile(self._tensors, canonical, self._facts[canonical])
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -89,7 +91,7 @@ class Analysis:
             )
 
 
-class _StoredFactors:
+class _FactorsInFile:
     """The factors of one weight in analysis.safetensors, which implement `Factors`."""
 
     def __init__(self, tensors: Mapping[str, TensorSpec], canonical: str, facts: Facts) -> None:

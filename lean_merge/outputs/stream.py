@@ -9,14 +9,14 @@ from torch import Tensor
 
 from lean_merge.checkpoints import as_bytes, torch_dtype
 from lean_merge.errors import RecipeError
-from lean_merge.outputs.base import Output, Request, Sink, register
+from lean_merge.outputs.base import Output, Request, Sink, register_kind
 from lean_merge.outputs.checkpoint import CheckpointOutput
 from lean_merge.recipe import MergeRecipe
 from lean_merge.store import OutputFolder, Spans, WriteBytes
 from lean_merge.tasks import CopyTask, WeightTask
 
 
-@register
+@register_kind
 class StreamOutput(Output):
     """The tensors of a checkpoint, in the order of the MLLM's files; nothing is written.
 

@@ -10,13 +10,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lean_merge.errors import OutputError, shown
-from lean_merge.page import analysis, comparison, sweep
+from lean_merge.page.analysis import analysis_content
+from lean_merge.page.comparison import comparison_content
 from lean_merge.page.frame import INSTALL_PLOTLY, PageContent, framed, plotly_installed
+from lean_merge.page.sweep import sweep_content
 
 CONTENTS: Mapping[str, Callable[[dict[str, Any]], PageContent]] = {
-    "analysis": analysis.content,
-    "sweep": sweep.content,
-    "comparison": comparison.content,
+    "analysis": analysis_content,
+    "sweep": sweep_content,
+    "comparison": comparison_content,
 }
 """The functions that make the content of a page, by the kind of the document."""
 _VERSION = 1

@@ -39,7 +39,7 @@ _MODULES = "q_proj k_proj v_proj qkv_proj o_proj gate_proj up_proj gate_up_proj 
 Weight = Mapping[str, Any]
 
 
-def content(analysis: dict[str, Any]) -> PageContent:
+def analysis_content(analysis: dict[str, Any]) -> PageContent:
     """Return the content of the page of analysis.json."""
     weights = analysis["weights"]
     names = [last_part(name) for name in analysis["experts"]]

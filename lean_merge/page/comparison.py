@@ -29,7 +29,7 @@ _TOKENIZERS = (
 )
 
 
-def content(comparison: dict[str, Any]) -> PageContent:
+def comparison_content(comparison: dict[str, Any]) -> PageContent:
     """Return the content of the page of comparison.json."""
     models = comparison["models"]
     table = filled("table.html", one="weight", filters="", hint="")

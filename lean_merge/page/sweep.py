@@ -9,7 +9,7 @@ from lean_merge.page.frame import PageContent, escaped, filled, rounded
 _MEASURES = ("selected", "update_norm", "seconds", "bytes_own", "bytes_shared")
 
 
-def content(sweep: dict[str, Any]) -> PageContent:
+def sweep_content(sweep: dict[str, Any]) -> PageContent:
     """Return the content of the page of sweep.json."""
     points = [_point(record) for record in sweep["points"]]
     results = sorted({name for point in points for name in point["results"]})

@@ -37,7 +37,7 @@ class EvidencePlan:
         What the evidence depends on.
     source
         The analysis that recorded it; None if it is gathered during the merge.
-    choices
+    thresholds
         The threshold of each expert, if thresholds were to be found; else empty.
     anew
         Why some weights are analysed again in spite of the evidence, by canonical name.
@@ -45,14 +45,16 @@ class EvidencePlan:
 
     gathered: Gathered
     source: RecordedEvidence | None = None
-    choices: tuple[FoundThreshold, ...] = ()
+    thresholds: tuple[FoundThreshold, ...] = ()
     anew: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def identity(self) -> dict[str, Any]:
         """Return the entry that the journal of a merge from an analysis has for the evidence."""
         assert self.source is not None
-        found = {"thresholds": [each.threshold for each in self.choices]} if self.choices else {}
+        found = (
+            {"thresholds": [each.threshold for each in self.thresholds]} if self.thresholds else {}
+        )
         return {**self.source.identity, **found}
 
     @property
@@ -85,9 +87,9 @@ def decide_from_evidence(
     }
     if not all(method.is_settled for method in deciders.values()):
         if evidence.source is not None:
-            evidence = replace(evidence, choices=evidence.source.choices(deciders))
-        thresholds = [each.threshold for each in evidence.choices]
-        settled = {id(method): method.settled(thresholds) for method in deciders.values()}
+            evidence = replace(evidence, thresholds=evidence.source.suggested_thresholds(deciders))
+        found = [each.threshold for each in evidence.thresholds]
+        settled = {id(method): method.settled(found) for method in deciders.values()}
         deciders = {name: settled[id(method)] for name, method in deciders.items()}
     gathering = _gathering(deciders, positions, recipe, evidence.gathered)
     if evidence.source is None:

@@ -22,7 +22,7 @@ WIDEST = 8
 FULL_SPEED = 600 << 20
 """Anonymous bytes of the process up to which a second weight is analysed beside the first. Larger
 weights keep the workers busy one by one."""
-ALIGNMENT = 64
+ARENA_ALIGNMENT = 64
 """Bytes to which the places of weights that are analysed at a time are aligned."""
 COPY_BUFFER = 2 << 20
 """The buffer through which a worker copies tensors out of scope."""
@@ -183,8 +183,8 @@ def ring_bytes(largest_tile: int, slots: int) -> int:
 
 
 def aligned(nbytes: int) -> int:
-    """Return `nbytes` rounded up to a multiple of `ALIGNMENT`."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+    """Return `nbytes` rounded up to a multiple of `ARENA_ALIGNMENT`."""
+    return -(-nbytes // ARENA_ALIGNMENT) * ARENA_ALIGNMENT
 
 
 def resident_tiles(weight: WeightShape, free: int) -> int:

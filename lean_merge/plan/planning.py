@@ -149,14 +149,14 @@ def plan_again(
     gathered: Gathered,
     resources: Resources | None = None,
     *,
-    choices: tuple[FoundThreshold, ...] = (),
+    thresholds: tuple[FoundThreshold, ...] = (),
 ) -> Plan:
     """Plan a merge from an analysis again, without the analysis.
 
-    Its evidence is gathered anew, in the way that `gathered` tells. `choices` are the thresholds
+    Its evidence is gathered anew, in the way that `gathered` tells. `thresholds` are those
     that the analysis found, if there were any to find. Raises as `plan` does.
     """
-    evidence = EvidencePlan(gathered, choices=choices)
+    evidence = EvidencePlan(gathered, thresholds=thresholds)
     return _plan(recipe, resources or Resources(), output_of(recipe.output), evidence)
 
 

@@ -3,7 +3,7 @@
 The layout of its files is known before a byte is written, and one last rename makes it whole.
 """
 
-from lean_merge.store.blocks import Block, BlockStore, Group
+from lean_merge.store.blocks import BlockGroup, BlockStore, StoredBlock
 from lean_merge.store.folder import OutputFolder, Spans, WriteBytes
 from lean_merge.store.journal import JOURNAL, Difference, Journal, read_journal
 from lean_merge.store.layout import OutputTensor, Shard, index_json, plan_shards
@@ -12,15 +12,15 @@ from lean_merge.store.workplace import check_output, checked_place, find_complet
 
 __all__ = [
     "JOURNAL",
-    "Block",
+    "BlockGroup",
     "BlockStore",
     "Difference",
-    "Group",
     "Journal",
     "OutputFolder",
     "OutputTensor",
     "Shard",
     "Spans",
+    "StoredBlock",
     "WriteBytes",
     "changed_input",
     "check_output",

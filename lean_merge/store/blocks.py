@@ -36,7 +36,7 @@ _STEP = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class StoredBlock:
     """A block of float32 numbers in a `BlockStore`.
 
     Attributes
@@ -60,10 +60,10 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class BlockGroup:
     """Blocks, by name, that were finished together, and the `result` that `finish` was given."""
 
-    blocks: Mapping[str, Block]
+    blocks: Mapping[str, StoredBlock]
     result: Any
 
 
@@ -85,20 +85,20 @@ class BlockStore:
     """
 
     def __init__(self, file: Path, finished: Callable[[Record], None]) -> None:
-        self.groups: dict[str, Group] = {}
+        self.groups: dict[str, BlockGroup] = {}
         self._file = file
         self._finished = finished
         self._descriptor: int | None = None
         self._end = 0
-        self._open_group: dict[str, Block] = {}
+        self._open_group: dict[str, StoredBlock] = {}
 
-    def restore(self, groups: Mapping[str, Group]) -> None:
+    def restore(self, groups: Mapping[str, BlockGroup]) -> None:
         """Count `groups` as finished; this must be called before any other method."""
         self.groups.update(groups)
         blocks = [block for group in groups.values() for block in group.blocks.values()]
         self._end = max((block.start + block.nbytes for block in blocks), default=0)
 
-    def put(self, name: str, shape: tuple[int, ...], parts: Iterable[Tensor]) -> Block:
+    def put(self, name: str, shape: tuple[int, ...], parts: Iterable[Tensor]) -> StoredBlock:
         """Write a block of the group that the next call of `finish` names.
 
         Parameters
@@ -126,7 +126,7 @@ class BlockStore:
                 self._end += data.nbytes
         except OSError as error:
             raise explain(self._file, error) from error
-        block = Block(shape, digest, start)
+        block = StoredBlock(shape, digest, start)
         if self._end - start != block.nbytes or name in self._open_group:
             raise ValueError(f"{self._end - start} bytes are not block {name!r} of shape {shape}.")
         self._open_group[name] = block
@@ -137,12 +137,12 @@ class BlockStore:
 
         `groups` keeps the `result`, which must be plain data for JSON. A group may have no blocks.
         """
-        group = Group(self._open_group, result)
+        group = BlockGroup(self._open_group, result)
         self._open_group = {}
         self.groups[name] = group
         self._finished(to_record(name, group))
 
-    def read(self, block: Block, first: int, out: Tensor) -> None:
+    def read(self, block: StoredBlock, first: int, out: Tensor) -> None:
         """Fill a contiguous float32 CPU tensor with a block's numbers from `first` on.
 
         Raises OutputError or BudgetError where the disk refuses.
@@ -180,7 +180,7 @@ class BlockStore:
         return self._descriptor
 
 
-def to_record(name: str, group: Group, *, sealed: bool = False) -> dict[str, Any]:
+def to_record(name: str, group: BlockGroup, *, sealed: bool = False) -> dict[str, Any]:
     """Return a group as the journal has it; a sealed one does not say where blocks were."""
     blocks = []
     for key, block in group.blocks.items():
@@ -189,21 +189,21 @@ def to_record(name: str, group: Group, *, sealed: bool = False) -> dict[str, Any
     return {"record": "blocks", "name": name, "blocks": blocks, "result": group.result}
 
 
-def intact_groups(records: Mapping[str, Record], file: Path) -> dict[str, Group]:
+def intact_groups(records: Mapping[str, Record], file: Path) -> dict[str, BlockGroup]:
     """Return the groups whose blocks in `file` still have their digests. Raises OSError."""
     groups = {}
     for name, record in records.items():
         blocks = {
-            each["name"]: Block(tuple(each["shape"]), each["crc32_data"], each["start"])
+            each["name"]: StoredBlock(tuple(each["shape"]), each["crc32_data"], each["start"])
             for each in record["blocks"]
         }
-        groups[name] = Group(blocks, record["result"])
+        groups[name] = BlockGroup(blocks, record["result"])
     if file.is_symlink() or not file.is_file():
         return {name: group for name, group in groups.items() if not group.blocks}
     buffer = memoryview(bytearray(_STEP))
     with open(file, "rb", buffering=0) as stream:
 
-        def intact(block: Block) -> bool:
+        def intact(block: StoredBlock) -> bool:
             digest = range_digest(stream.fileno(), block.start, block.nbytes, buffer)
             return digest == block.crc32
 

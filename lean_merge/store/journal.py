@@ -32,13 +32,13 @@ Record = Mapping[str, Any]
 """One line of a journal."""
 
 
-def encode(record: Record) -> bytes:
+def encode_line(record: Record) -> bytes:
     """Return a record as a line with its own digest."""
     body = json.dumps(record, separators=(",", ":"), allow_nan=False).encode()[:-1]
     return b'%s,"crc32":"%08x"}\n' % (body, zlib.crc32(body))
 
 
-def decode(line: bytes) -> dict[str, Any] | None:
+def decode_line(line: bytes) -> dict[str, Any] | None:
     """Return the record of a line; None if the line is torn or changed."""
     body, seal = line[:-_SEAL_LENGTH], _SEAL.fullmatch(line[-_SEAL_LENGTH:])
     if seal is None or int(seal[1], 16) != zlib.crc32(body):
@@ -120,7 +120,7 @@ def read_journal(file: Path) -> Journal | None:
     sealed, length, whole = False, 0, hashlib.sha256()
     with open(file, "rb") as stream:
         while not sealed and (line := stream.readline(_MAX_LINE)):
-            record = decode(line)
+            record = decode_line(line)
             if record is None or (record["record"] == "start") != (not records):
                 break
             if record["record"] == "end":
@@ -160,9 +160,11 @@ def _journal(records: Sequence[dict[str, Any]], sealed: bool, length: int) -> Jo
 
 def sealed_lines(records: Iterable[Record]) -> bytes:
     """Return a sealed journal of `records`, the end added."""
-    lines = [encode(record) for record in records]
+    lines = [encode_line(record) for record in records]
     digest = hashlib.sha256(b"".join(lines)).hexdigest()
-    return b"".join([*lines, encode({"record": "end", "records": len(lines), "sha256": digest})])
+    return b"".join(
+        [*lines, encode_line({"record": "end", "records": len(lines), "sha256": digest})]
+    )
 
 
 class JournalWriter:
@@ -207,7 +209,7 @@ class JournalWriter:
         """Add lines, which are on the disk when this returns. Raises OSError."""
         if self._descriptor is None:
             raise ValueError("The journal is closed.")
-        data = b"".join(map(encode, records))
+        data = b"".join(map(encode_line, records))
         write_all(self._descriptor, memoryview(data), self._length)
         sync_data(self._descriptor)
         self._length += len(data)

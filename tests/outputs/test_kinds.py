@@ -10,7 +10,7 @@ import pytest
 from support.families import Triple, write_triple
 
 from lean_merge import RecipeError, Resources, merge, plan
-from lean_merge.outputs import Outcome, Output, Sink, all_outputs, base, output_of, register
+from lean_merge.outputs import Outcome, Output, Sink, all_outputs, base, output_of, register_kind
 from lean_merge.outputs.blocks import BlockSink
 from lean_merge.outputs.companions import write_report
 from lean_merge.store import OutputFolder
@@ -22,7 +22,7 @@ CPU = Resources(device="cpu", threads=1)
 def listing() -> Iterator[type[Output]]:
     """A kind that names the weights which get an update, as a text file."""
 
-    @register
+    @register_kind
     class ListOutput(Output):
         name: ClassVar[str] = "list"
 

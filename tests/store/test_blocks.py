@@ -30,7 +30,7 @@ from support.scenes import (
 from lean_merge import OutputError
 from lean_merge.store import JOURNAL, BlockStore, Journal, read_journal
 from lean_merge.store.blocks import BLOCKS, intact_groups
-from lean_merge.store.journal import decode, encode
+from lean_merge.store.journal import decode_line, encode_line
 
 PARTIAL = f"{JOURNAL}.partial"
 TASKS = 5
@@ -279,7 +279,7 @@ def test_what_was_put_comes_back_or_is_said_to_be_gone(
         store.sync()
         store.close()
     # As the journal has them, line by line.
-    records = {name: decode(encode(record)) for name, record in records.items()}
+    records = {name: decode_line(encode_line(record)) for name, record in records.items()}
     store = opened()
     assert store.groups.keys() == groups.keys()
     for (name, key), wanted in numbers.items():

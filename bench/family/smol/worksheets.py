@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from skills import to_pixels, vary
 
-from lean_merge.demo.tasks import Split, draw, operand_pairs
+from lean_merge.demo.tasks import TaskSplit, draw, operand_pairs
 
 IGNORED = -100  # what cross_entropy leaves out
 START, END, IMAGE = "<|im_start|>", "<|im_end|>", "<image>"
@@ -98,7 +98,7 @@ def answers(digits: str) -> dict[str, tuple[str, bool]]:
 
 
 @lru_cache(maxsize=2)
-def pairs_of(split: Split) -> NDArray[np.int64]:
+def pairs_of(split: TaskSplit) -> NDArray[np.int64]:
     """Pairs of operands from 10 to 99 of one split: shape (pairs, 2), read-only."""
     pairs = operand_pairs(split)
     chosen = pairs[(pairs >= 10).all(axis=1)]

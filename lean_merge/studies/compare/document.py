@@ -39,7 +39,7 @@ from lean_merge.studies.compare.roles import (
 from lean_merge.version import __version__
 
 COMPARISON = "comparison.json"
-RELATED = 0.5
+RELATED_COSINE = 0.5
 """The median cosine from which two models are said to be of one origin."""
 _MOST_WORKERS = 4
 
@@ -270,7 +270,7 @@ def _median(values: Sequence[float | None]) -> float | None:
 def _verdict(compared: int, beyond: int, cosine: float | None) -> str:
     if not compared or cosine is None:
         return "not comparable"
-    if cosine >= RELATED:
+    if cosine >= RELATED_COSINE:
         return "one origin"
     return "something in common" if beyond > 0.1 * compared else "unrelated"
 

@@ -10,6 +10,7 @@ from decimal import Decimal
 from typing import Any
 
 from lean_merge.errors import RecipeError, shown
+from lean_merge.methods.ip_parameters import AUTO
 from lean_merge.recipe import Expert, MergeRecipe
 
 AXES: Mapping[str, str] = {
@@ -19,7 +20,6 @@ AXES: Mapping[str, str] = {
     "temperature": "temperatures",
 }
 """The parameters that can be swept, each with the field of `Grid` that holds its values."""
-AUTO = "auto"
 MAX_POINTS = 1000
 _NUMBER = re.compile(r"[+-]?(?:\d{1,9}(?:\.\d{0,12})?|\.\d{1,12})", re.ASCII)
 _STAGE_SET = re.compile(r"[a-z]{1,16}(?:,[a-z]{1,16}){0,7}", re.ASCII)
