@@ -18,7 +18,7 @@ from support.families import contents
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="counts what /proc shows")
 
-SHARDS = 500
+SHARDS = 200
 FILES = 160
 """Open files at most: two pools of 64, and what an interpreter with its libraries has open."""
 ROOT = Path(__file__).parents[2]
@@ -96,14 +96,14 @@ def write_shards(folder: Path, count: int, *, rows: int = 8) -> None:
 
 @pytest.fixture(scope="module")
 def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """500 shards in each of three checkpoints."""
+    """So many shards in each of three checkpoints that few files may stay open."""
     folder = tmp_path_factory.mktemp("shards")
     write_shards(folder, SHARDS)
     return folder
 
 
 def test_files_threads_and_processes_are_bounded(many_shards: Path):
-    """With 2,000 files to read and write, and a hundred thousand threads asked for."""
+    """With 800 files to read and write, and a hundred thousand threads asked for."""
     flags = ("--shard-size", 8 * 16 * 4, "--threads", 100_000)
     seen_file = many_shards / "seen.json"
     done = subprocess.run(

@@ -31,7 +31,7 @@ from support.scenes import (
     stopping,
 )
 
-from lean_merge import OutputError, Resources, verify
+from lean_merge import MergeResult, OutputError, Resources, verify
 from lean_merge.store import JOURNAL
 from lean_merge.store.state import OWN_ANALYSIS
 
@@ -119,11 +119,19 @@ def test_many_kills_lose_nothing(to_kill: Scene, capsys: pytest.CaptureFixture[s
 # --- signals ----------------------------------------------------------------------------------
 
 
+LONG = 80
+
+
 @pytest.fixture(scope="module")
 def long_one(tmp_path_factory: pytest.TempPathFactory) -> Triple:
-    """A merge of a few seconds."""
-    shapes = {f"layers.{n}.mlp.gate_proj": (256, 256) for n in range(160)}
+    """A merge of a second or two."""
+    shapes = {f"layers.{n}.mlp.gate_proj": (256, 256) for n in range(LONG)}
     return write_triple(tmp_path_factory.mktemp("long"), shapes)
+
+
+@pytest.fixture(scope="module")
+def uncut(long_one: Triple, tmp_path_factory: pytest.TempPathFactory) -> MergeResult:
+    return long_one.merge(tmp_path_factory.mktemp("uncut") / "out")
 
 
 def some_is_written(file: Path) -> bool:
@@ -137,7 +145,7 @@ def some_is_written(file: Path) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_with_5_and_nothing_behind(
-    long_one: Triple, tmp_path: Path, number: signal.Signals
+    long_one: Triple, uncut: MergeResult, tmp_path: Path, number: signal.Signals
 ):
     """No process, no file outside the output, all finished work noted, and a way to go on."""
     recipe = tmp_path / "recipe.yml"
@@ -170,13 +178,12 @@ def test_a_signal_leaves_with_5_and_nothing_behind(
     assert [*temporary.iterdir(), *home.iterdir()] == []
     assert sorted(contents(out)) == [f"{JOURNAL}.partial", "model.safetensors.partial"]
     resumed = long_one.merge(out)
-    assert 0 < resumed.reused < 161
-    whole = long_one.merge(tmp_path / "whole")
-    one, other = contents(out), contents(tmp_path / "whole")
+    assert 0 < resumed.reused < LONG + 1
+    one, other = contents(out), contents(uncut.path)
     for name in (REPORT, JOURNAL):
         del one[name], other[name]
     assert one == other
-    assert resumed.report["weights"] == whole.report["weights"]
+    assert resumed.report["weights"] == uncut.report["weights"]
 
 
 # --- inputs -----------------------------------------------------------------------------------

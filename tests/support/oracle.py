@@ -5,6 +5,7 @@ Written from the formulas of the paper with numpy alone; nothing here is shared 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,20 @@ class Oracle:
     update: Matrix
 
 
+_KNOWN: dict[bytes, tuple[Matrix, Matrix]] = {}
+"""The last decompositions; many tests ask for those of the same matrices."""
+
+
+def _decomposed(matrix: Matrix) -> tuple[Matrix, Matrix]:
+    """Return the singular values and the right singular vectors, as rows, of numpy's full SVD."""
+    key = hashlib.sha256(repr(matrix.shape).encode() + matrix.tobytes()).digest()
+    if key not in _KNOWN:
+        if len(_KNOWN) == 32:
+            del _KNOWN[next(iter(_KNOWN))]
+        _KNOWN[key] = np.linalg.svd(matrix, full_matrices=False)[1:]
+    return _KNOWN[key]
+
+
 def ip_merging(
     base: Matrix,
     mllm: Matrix,
@@ -43,8 +58,8 @@ def ip_merging(
 ) -> Oracle:
     """Steps 1 to 7 of the method for W in [out, in] orientation."""
     task_mllm, task_expert = mllm - base, expert - base
-    _, sigma_v, right_v = np.linalg.svd(task_mllm, full_matrices=False)
-    _, sigma_m, right_m = np.linalg.svd(task_expert, full_matrices=False)
+    sigma_v, right_v = _decomposed(task_mllm)
+    sigma_m, right_m = _decomposed(task_expert)
 
     def rank(sigma: Matrix) -> int:
         if sigma[0] == 0:
