@@ -206,6 +206,41 @@ def test_every_module_says_what_it_is(name: str):
     assert text and text.strip().splitlines()[0].endswith((".", ":", "?"))
 
 
+FRAGMENTS = {"Of", "As", "What", "How", "Whether", "Which", "Where", "Who", "Why"}
+
+
+def test_no_docstring_begins_as_a_fragment():
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for name, tree in TREES.items():
+        found = [ast.get_docstring(each) for each in ast.walk(tree) if isinstance(each, kinds)]
+        assert not [text for text in found if text and text.split()[0] in FRAGMENTS], name
+
+
+def defined(tree: ast.Module) -> Iterator[str]:
+    """Yield a module's classes, without leading underscores, public functions and constants."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            yield node.name.lstrip("_")
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.name
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from (each.id for each in targets if isinstance(each, ast.Name))
+
+
+def test_a_name_means_one_thing():
+    """Type variables, the `FORM` of each form of input, and an alias are the exceptions.
+
+    Both `recipe` and `mapping` define the alias, because neither may import the other.
+    """
+    homes: dict[str, list[str]] = {}
+    for module, tree in TREES.items():
+        for name in set(defined(tree)):
+            if not name.startswith("_") and len(name) > 1 and name not in {"FORM", "NameRules"}:
+                homes.setdefault(name, []).append(module)
+    assert not {name: found for name, found in homes.items() if len(found) > 1}
+
+
 def test_public_names_exist_and_are_all_that_is_imported():
     assert len(set(lean_merge.__all__)) == len(lean_merge.__all__)
     for name in lean_merge.__all__:

@@ -31,9 +31,9 @@ _CONFIG = "config.json"
 _MAX_CONFIG = 10_000_000
 _MAX_TENSORS = 500_000
 """Five times the tensors of the largest mixtures of experts; it bounds what all shards take."""
-# Buffers that older models saved and newer ones compute: loaders skip them too.
+# These are buffers that older models saved and newer ones compute; loaders skip them too.
 _COMPUTED = ("rotary_emb.inv_freq", "position_ids", "masked_bias")
-# The dtypes of models that are not quantised. Every quantised one has codes of another dtype.
+# These are the dtypes of plain models. Every quantised model has codes of another dtype.
 _PLAIN_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "I64", "BOOL"})
 
 

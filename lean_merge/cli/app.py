@@ -43,7 +43,7 @@ def _root(
 
 
 def echo(text: str, *, err: bool = False) -> None:
-    """Print a text in which what would steer a terminal is escaped: names come from strangers."""
+    """Print a text with characters that steer a terminal escaped; names come from strangers."""
     typer.echo(plain(text), err=err)
 
 

@@ -1,4 +1,4 @@
-"""What commands print: plans, results, checkpoints and methods, as text and as plain data."""
+"""Describe plans, results, checkpoints and methods, as text and as plain data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lean_merge.verify import Verification
 
 
 def parse_value(text: str) -> Any:
-    """The value that YAML reads in a text, or else the text."""
+    """Return the value that YAML reads in a text, or else the text."""
     try:
         return parse_yaml(text, what="value")
     except RecipeError:
@@ -30,13 +30,13 @@ def parse_value(text: str) -> Any:
 
 
 def warnings_of(plan: Plan) -> list[str]:
-    """The warnings that a plan has before anything is read."""
+    """Return the warnings that a plan has before anything is read."""
     skipped = [f"left as the MLLM has it: {line}" for line in plan.coverage.left_out]
     return [*plan.coverage.warnings, *plan.notes, *skipped]
 
 
 def plan_dict(plan: Plan) -> dict[str, Any]:
-    """A plan as plain data, whose fields docs/formats.md explains."""
+    """Return a plan as plain data, whose fields docs/formats.md explains."""
     return {
         "recipe": plan.recipe.to_dict(),
         "prefixes": dict(plan.coverage.prefixes),
@@ -69,7 +69,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
 
 
 def plan_text(plan: Plan) -> str:
-    """A plan as text."""
+    """Return a plan as text."""
     predicted = plan.prediction
     described = plan.output.described(written=predicted.bytes_written, disk=predicted.disk)
     leaves = Counter(
@@ -97,7 +97,7 @@ def plan_text(plan: Plan) -> str:
 
 
 def result_text(path: Path | None, report: dict[str, Any]) -> str:
-    """What a finished merge did, as text."""
+    """Return a text that says what a finished merge did."""
     counts, seconds, used = report["counts"], report["seconds"], report["memory"]
     done = output_of(report["recipe"]["output"]).done
     details = f"; details in {REPORT}" if path else "; --json prints the details"
@@ -115,12 +115,12 @@ def result_text(path: Path | None, report: dict[str, Any]) -> str:
 
 
 def analysis_dict(path: Path, document: dict[str, Any]) -> dict[str, Any]:
-    """What `analyze --json` prints, which is analysis.json without its weights."""
+    """Return what `analyze --json` prints, which is analysis.json without its weights."""
     return {"path": str(path)} | {k: v for k, v in document.items() if k != "weights"}
 
 
 def analysis_text(path: Path, document: dict[str, Any]) -> str:
-    """An analysis as text."""
+    """Return an analysis as text."""
     looked = [row for row in document["weights"] if row["skipped"] is None]
     lines = [
         f"{path}: {len(looked)} weights analysed, {len(document['weights']) - len(looked)} skipped"
@@ -144,7 +144,7 @@ def analysis_text(path: Path, document: dict[str, Any]) -> str:
 
 
 def inspect_dict(source: str) -> dict[str, Any]:
-    """What the headers of a checkpoint tell."""
+    """Return the facts that the headers of a checkpoint tell."""
     checkpoint = open_checkpoint(source)
     tensors = checkpoint.tensors.values()
     dtypes = Counter(spec.dtype for spec in tensors)
@@ -168,7 +168,7 @@ def inspect_dict(source: str) -> dict[str, Any]:
 
 
 def inspect_text(facts: dict[str, Any]) -> str:
-    """The facts of `inspect_dict` as text."""
+    """Return the facts of `inspect_dict` as text."""
     layout = ", ".join(f"{p}* ({n} layers)" for p, n in facts["language_model"].items())
     size = f"{format_size(facts['bytes'])} in {len(facts['files'])} file(s)"
     kind = facts["model_type"] or "no config"
@@ -183,7 +183,7 @@ def inspect_text(facts: dict[str, Any]) -> str:
 
 
 def verification_dict(result: Verification) -> dict[str, Any]:
-    """What `verify --json` prints, whose fields docs/formats.md explains."""
+    """Return what `verify --json` prints; docs/formats.md explains the fields."""
     return {
         "path": str(result.path),
         "ok": result.ok,
@@ -206,7 +206,7 @@ def verification_dict(result: Verification) -> dict[str, Any]:
 
 
 def verification_text(result: Verification) -> str:
-    """A verification as text."""
+    """Return a verification as text."""
     lines = [
         f"{result.path}: {result.files} files read, {result.tensors} tensors as their digests say",
         f"{result.copied} tensors out of scope compared with the MLLM's",
@@ -219,7 +219,7 @@ def verification_text(result: Verification) -> str:
 
 
 def sweep_text(table: dict[str, Any]) -> str:
-    """The table of a sweep, with a row for each point."""
+    """Return the table of a sweep, with a row for each point."""
     axes = [axis for axis, values in table["axes"].items() if values]
     names = result_names(table)
     head = [*axes, "selected", "update", "own", "shared", "seconds"]
@@ -260,7 +260,7 @@ def _remark(point: dict[str, Any]) -> str:
 
 
 def methods_list() -> list[dict[str, Any]]:
-    """What every method is and does, and its parameters with their defaults."""
+    """Return a description of every method, and its parameters with their defaults."""
     return [
         {
             "name": name,
@@ -283,7 +283,7 @@ def methods_list() -> list[dict[str, Any]]:
 
 
 def methods_text(methods: list[dict[str, Any]]) -> str:
-    """The methods of `methods_list` as text."""
+    """Return the methods of `methods_list` as text."""
     blocks = []
     for method in methods:
         lines = [f"{method['name']}  ({method['reference']})", f"  {method['summary']}"]

@@ -110,7 +110,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 
 def _recipe(file: Path | None, given: dict[str, Any], parameters: dict[str, Any]) -> MergeRecipe:
-    """The recipe of a file, in which the flags that were given replace what it says."""
+    """Return the recipe of a file, in which the flags that were given replace what it says."""
     data = load_recipe_file(file) if file is not None else {}
     data |= {name: value for name, value in given.items() if value is not None}
     flags = {name: value for name, value in parameters.items() if value is not None}
@@ -172,7 +172,7 @@ def work_of(
     vram: Vram = None,
     threads: Threads = None,
 ) -> tuple[MergeRecipe, Resources]:
-    """The recipe and the resources that the options shared by several commands ask for."""
+    """Return the recipe and the resources that the options shared by several commands ask for."""
     parameters: dict[str, Any] = {
         "threshold": None if threshold is None else describe.parse_value(threshold),
         "select_by": select_by,
@@ -211,7 +211,7 @@ def work_of(
 def resources_of(
     device: str, memory: str | None, vram: str | None, threads: int | None
 ) -> Resources:
-    """The resources that the options ask for."""
+    """Return the resources that the options ask for."""
     return Resources(
         device=device,
         memory=None if memory is None else parse_size(memory),
@@ -221,7 +221,7 @@ def resources_of(
 
 
 def shares_options_of_work(command: Callable[..., int | None]) -> Callable[..., int | None]:
-    """Give a command the options of `work_of`, which it receives as `work`, before its own.
+    """Return a command the options of `work_of`, which it receives as `work`, before its own.
 
     Where both have an option of one name, the command keeps its own.
     """

@@ -47,7 +47,7 @@ def _bytes(task: CopyTask, write: WriteBytes, reader: TensorReader, workers: Wor
         write(start, part)
         if dtype is None:
             return True
-        # Extremes need no temporary and pass on NaN.
+        # The extremes are NaN if any number is, and finding them needs no temporary.
         ends = torch.aminmax(buffer[: len(part)].view(dtype))
         return math.isfinite(float(ends.min)) and math.isfinite(float(ends.max))
 

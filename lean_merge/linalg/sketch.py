@@ -94,7 +94,7 @@ class Sketch:
     dtype, device
         Arithmetic dtype of the products with B, and the device that computes them.
     seed, name, role
-        What the random start is seeded by; see `random_block`.
+        The words that seed the random start; see `random_block`.
     deflate : Deflation, optional
         Leading directions that are known already.
     """

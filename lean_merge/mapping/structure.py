@@ -185,7 +185,7 @@ def decoders(tensors: Mapping[str, TensorSpec], heads: Sequence[Heads] = ()) -> 
             decoder.others[layer, at] = spec
             if len(spec.shape) >= 2 and leaf not in _ROUTERS:
                 decoder.unknown[layer, at] = spec
-    # Canonical names were entered first. Where another name means the same, its tensor keeps it.
+    # Canonical names were entered first. If another name means the same, its tensor keeps it.
     for decoder, layer, stem, spec in renamed:
         parts = places(canonical(stem), spec, heads)
         if any((layer, part) in decoder.weights for part in parts):

@@ -86,9 +86,9 @@ class Decision:
     Attributes
     ----------
     experts : tuple of ExpertRecord
-        What the report says of each expert.
+        The report's entries on each expert.
     update : Update or None
-        What is added to the MLLM's weight; with None its bytes are copied.
+        The matrix that is added to the MLLM's weight; with None its bytes are copied.
     squared_norms : tuple of float
         Squared Frobenius norms of the task vectors, if the decision was made without a pass.
     evidence : Evidence, optional

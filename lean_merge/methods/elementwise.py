@@ -40,7 +40,7 @@ class Block:
     scratch : Tensor [k, t, in], float32
         Memory to work with; its contents are arbitrary. k is the method's `scratch`.
     statistics
-        What the method's `statistics` returned.
+        The result of the method's `statistics`.
     rows : slice
         The indices of these rows in the weight.
     name : str

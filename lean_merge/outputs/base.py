@@ -61,7 +61,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The facts of a run that an output needs to write its last files.
+    """The facts of a run, from which an output writes its last files.
 
     Attributes
     ----------

@@ -93,7 +93,7 @@ def _card(
 ) -> str:
     front = front | {key: license_fields[key] for key in _LICENSE_FIELDS if key in license_fields}
     matter = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
-    # A fence longer than any in the recipe, so that no line of it ends the block.
+    # The fence is longer than any in the recipe, so that no line of the recipe ends the block.
     longest = max(map(len, re.findall(r"`+", recipe_yaml)), default=0)
     fence = "`" * max(3, longest + 1)
     return (

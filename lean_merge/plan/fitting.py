@@ -96,8 +96,8 @@ class Footprint:
         if method is None or not needs_analysis(method, weight):
             return AnalysisCost()
         cost = method.cost(weight.shape, item=self.shape(weight, device).arithmetic_item)
-        # The update is stored when the analysis has released its workspace, and no other analysis
-        # is begun before where memory is tight.
+        # The update is stored after the analysis has released its workspace. If memory is tight, no
+        # other analysis begins before that.
         storing = self.output.storing_bytes(method.largest_rank(weight.shape) or 0)
         return dataclasses.replace(cost, workspace=max(cost.workspace, storing))
 

@@ -144,7 +144,7 @@ def host_bytes(weight: WeightShape, *, widest: int, workspace: int, workers: int
     of memory.
     """
     analysis = workers * worker_bytes(weight, widest) + lane_bytes(weight, widest) + workspace
-    # The weight before this one may still be written, with what it keeps.
+    # The previous weight may not be written yet, and then still holds the bytes that it keeps.
     kept = 2 * weight.held
     return analysis + workers * apply_bytes(weight) + kept + SLACK
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 from lean_merge.store.storage import read_all
 
 try:
-    # Over ten times as fast where the processor multiplies without carries.
+    # It is over ten times as fast on processors that multiply without carries.
     from isal.isal_zlib import crc32 as crc32
 except ImportError:
     from zlib import crc32 as crc32

@@ -125,8 +125,8 @@ class OutputFolder:
         overwrite
             Whether to replace what `out` holds; that stays whole until the new is complete.
         run
-            What must be the same for bytes of an interrupted run to be used, as JSON has it;
-            docs/durability.md lists its keys.
+            The facts that must agree for bytes of an interrupted run to be used, as plain data for
+            JSON; docs/durability.md lists the keys.
         resume
             Whether to use an interrupted run's bytes; else what it left in `out` is removed.
         disk

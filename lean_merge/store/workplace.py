@@ -91,7 +91,7 @@ def checked_place(out: Path, inputs: Sequence[Path]) -> Path:
     final = out.expanduser().resolve()
     if final.exists() and not final.is_dir():
         raise OutputError(f"{final}: is a file; choose a folder.")
-    # What lies beside may be deleted, so it must be no input either.
+    # The folders beside it may be deleted, so they must be no inputs either.
     for place in (final, *_beside(final)):
         for each in inputs:
             _refuse_input(place, each)
