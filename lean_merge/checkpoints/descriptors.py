@@ -47,7 +47,7 @@ class DescriptorPool:
 
     @contextmanager
     def use(self, file: Path) -> Iterator[int]:
-        """Return a descriptor of `file` that stays open inside the block. Raises OSError."""
+        """Hold a descriptor of `file` open inside the block. Raises OSError."""
         with self._lock:
             if self._closed:
                 raise ValueError("The pool of open files is closed.")

@@ -221,7 +221,7 @@ def resources_of(
 
 
 def shares_options_of_work(command: Callable[..., int | None]) -> Callable[..., int | None]:
-    """Return a command the options of `work_of`, which it receives as `work`, before its own.
+    """Give a command the options of `work_of`, which it receives as `work`, before its own.
 
     Where both have an option of one name, the command keeps its own.
     """

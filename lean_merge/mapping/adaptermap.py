@@ -165,7 +165,7 @@ def _in_scope(module: str) -> tuple[str, int, str] | None:
 def _parts(
     split: tuple[str, int, str], change: Change, known: Heads | None
 ) -> Iterator[tuple[Key, Place]]:
-    """Return the logical weights in a module, which may be fused, and their places in it."""
+    """Yield the logical weights in a module, which may be fused, and their places in it."""
     if change.shape is not None:
         whole = replace(change.tensor, shape=change.shape)
         for rest, place in places(split[2], whole, [] if known is None else [known]).items():

@@ -93,7 +93,7 @@ def _link(source: Path, file: Path, held: tuple[str, dict[str, int]]) -> bool:
 
 @contextmanager
 def _held(folder: Path) -> Iterator[Journal | None]:
-    """Return a complete output's journal and keep others from replacing it; None if incomplete."""
+    """Keep others from replacing an output inside the block; give its journal if complete."""
     lock = journal = None
     try:
         try:
