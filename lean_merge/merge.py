@@ -15,13 +15,13 @@ from lean_merge.checkpoints.jsonfile import read_object
 from lean_merge.engine import Event, RunResult, run, steps
 from lean_merge.errors import RecipeError
 from lean_merge.outputs import (
+    REPORT,
     Outcome,
     RecordedEvidence,
     evidence_kind,
     output_of,
     stream_kind,
 )
-from lean_merge.outputs.companions import REPORT
 from lean_merge.plan import Plan
 from lean_merge.plan import plan as make_plan
 from lean_merge.plan.resources import Resources

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lean_merge.checkpoints import TensorReader, identify
+from lean_merge.checkpoints.identity import by_role
 from lean_merge.engine import Event, run
 from lean_merge.errors import CheckpointError, LeanMergeError
 from lean_merge.outputs import output_of
@@ -244,8 +245,10 @@ def _recipe(journal: Journal, folder: Path) -> MergeRecipe:
     """Return the recipe; a model has the place that the journal names if it is there."""
     facts = journal.start["run"]
     roles = [each["role"] for each in facts.get("inputs", ())]
-    count = len(facts.get("recipe", {}).get("experts", ()))
-    if roles != ["base", "mllm", *(f"expert {number}" for number in range(1, count + 1))]:
+    told = facts.get("recipe", {})
+    receivers = ["base", "mllm"] if "mllm_model" in told else ["base"]
+    count = len(told.get("experts", ()))
+    if roles != [*receivers, *(f"expert {number}" for number in range(1, count + 1))]:
         raise CheckpointError(
             f"{folder}: its journal does not tell recipe and inputs, so it can only be verified "
             "with --without-inputs."
@@ -266,7 +269,7 @@ def _recipe(journal: Journal, folder: Path) -> MergeRecipe:
     return replace(
         recipe,
         base_model=found("base", recipe.base_model),
-        mllm_model=found("mllm", recipe.mllm_model),
+        mllm_model=recipe.mllm_model and found("mllm", recipe.mllm_model),
         experts=experts,
     )
 
@@ -277,9 +280,7 @@ def _check_inputs(plan: Plan, facts: Mapping[str, Any]) -> None:
     Times are not compared, so that copies elsewhere are accepted.
     """
     then = {each["role"]: each["files"] for each in facts["inputs"]}
-    roles = {"base": plan.base, "mllm": plan.mllm}
-    roles |= {f"expert {number}": each for number, each in enumerate(plan.experts, 1)}
-    for role, checkpoint in roles.items():
+    for role, checkpoint in by_role(plan.base, plan.mllm, plan.experts).items():
         now = _headers(identify(checkpoint))
         if now != _headers(then[role]):
             raise CheckpointError(

@@ -32,7 +32,7 @@ _MAX_CONFIG = 10_000_000
 _MAX_TENSORS = 500_000
 """Five times the tensors of the largest mixtures of experts; it bounds what all shards take."""
 # These are buffers that older models saved and newer ones compute; loaders skip them too.
-_COMPUTED = ("rotary_emb.inv_freq", "position_ids", "masked_bias")
+COMPUTED = ("rotary_emb.inv_freq", "position_ids", "masked_bias")
 # These are the dtypes of plain models. Every quantised model has codes of another dtype.
 _PLAIN_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "I64", "BOOL"})
 
@@ -254,7 +254,7 @@ def _match_index(
                 "it holds; download the checkpoint again."
             )
     for name, spec in tensors.items():
-        if name not in named and not name.endswith(_COMPUTED):
+        if name not in named and not name.endswith(COMPUTED):
             raise CheckpointError(
                 f"{spec.file}: holds tensor {shown(name)}, which {weights.index} does not name; "
                 "the index and the shards are of different saves, so download the checkpoint again."

@@ -61,9 +61,9 @@ def identify(checkpoint: Checkpoint, *, others: Sequence[Path] = ()) -> list[dic
 def by_role(
     base: Checkpoint, mllm: Checkpoint, experts: Sequence[Checkpoint]
 ) -> dict[str, Checkpoint]:
-    """Return the checkpoints by their roles: "base", "mllm", "expert 1", and so on."""
+    """Return the checkpoints by role: "base", "mllm" if it is not the base, "expert 1", ..."""
     numbered = {f"expert {number}": each for number, each in enumerate(experts, 1)}
-    return {"base": base, "mllm": mllm, **numbered}
+    return {"base": base, **({} if mllm is base else {"mllm": mllm}), **numbered}
 
 
 def changed_weights(then: Any, roles: Mapping[str, Checkpoint]) -> str | None:

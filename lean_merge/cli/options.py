@@ -19,7 +19,10 @@ RecipeFile = Annotated[
     Path | None, typer.Argument(metavar="[RECIPE.yml]", help="The recipe, which flags override.")
 ]
 Base = Annotated[str | None, typer.Option(help="The base LLM, as a folder or a hub id.")]
-Mllm = Annotated[str | None, typer.Option(help="The MLLM that receives, as a folder or a hub id.")]
+Mllm = Annotated[
+    str | None,
+    typer.Option(help="The MLLM that receives, likewise; without one the base receives."),
+]
 Experts = Annotated[
     list[str] | None,
     typer.Option("--expert", "--math", help="An expert LLM that gives; may be repeated."),
@@ -65,6 +68,10 @@ OutputKind = Annotated[
 ]
 LoraRank = Annotated[
     str | None, typer.Option(help="The rank of every weight; auto keeps each update whole.")
+]
+Scope = Annotated[
+    str | None,
+    typer.Option(help="Merge matrices, or language: norms, biases, embeddings and head as well."),
 ]
 Include = Annotated[
     list[str] | None,
@@ -124,15 +131,8 @@ def _recipe(file: Path | None, given: dict[str, Any], parameters: dict[str, Any]
             if isinstance(expert, dict) and isinstance(expert.get("parameters"), dict):
                 own = expert["parameters"]
                 expert["parameters"] = {n: v for n, v in own.items() if n not in flags}
-    missing = [
-        flag
-        for flag, name in (
-            ("--base", "base_model"),
-            ("--mllm", "mllm_model"),
-            ("--expert", "experts"),
-        )
-        if not data.get(name)
-    ]
+    needed = {"--base": "base_model", "--expert": "experts"}
+    missing = [flag for flag, name in needed.items() if not data.get(name)]
     if missing:
         raise RecipeError(f"Missing {', '.join(missing)}; give them, or a recipe file.")
     return MergeRecipe.from_dict(data)
@@ -158,6 +158,7 @@ def work_of(
     svd: Svd = None,
     importance: Importance = None,
     set_: Set = None,
+    scope: Scope = None,
     include: Include = None,
     exclude: Exclude = None,
     output: OutputKind = None,
@@ -194,6 +195,7 @@ def work_of(
         "mllm_model": mllm,
         "experts": list(expert) if expert else None,
         "merge_method": method,
+        "scope": scope,
         "include": list(include) if include else None,
         "exclude": list(exclude) if exclude else None,
         "output": output,

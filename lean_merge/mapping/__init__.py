@@ -1,6 +1,5 @@
 """Find the logical weights of the base in the MLLM and in every expert."""
 
-from lean_merge.mapping.modules import module_name
 from lean_merge.mapping.names import (
     Coverage,
     LogicalWeight,
@@ -17,5 +16,4 @@ __all__ = [
     "language_layout",
     "layer_of",
     "map_roles",
-    "module_name",
 ]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from lean_merge.checkpoints.checkpoint import Checkpoint
@@ -117,28 +119,49 @@ def plain_theta(thetas: Mapping[str, float]) -> str:
     return ", ".join(f"{kind} {value:g}".strip() for kind, value in thetas.items())
 
 
-def tokenizer_warnings(base: Checkpoint, others: Mapping[str, Checkpoint]) -> list[str]:
-    """Return a sentence for each role that says how many of the base's tokens have another id."""
-    ours_digest = _tokenizer_digest(base)
-    if ours_digest is None:
-        return []
-    ours: dict[str, int] | None = None
-    warnings = []
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The agreement of another tokenizer with the base's.
+
+    Attributes
+    ----------
+    common, moved
+        How many tokens both have, and how many of these have different ids.
+    added : int
+        The first id of a token that only the other has; infinity if it has none.
+    """
+
+    common: int = 0
+    moved: int = 0
+    added: float = math.inf
+
+
+def compare_tokens(base: Checkpoint, others: Mapping[str, Checkpoint]) -> dict[str, Tokens]:
+    """Compare each role's tokenizer with the base's, as far as both can be understood."""
+    digest = _tokenizer_digest(base)
+    found: dict[str, Tokens] = {}
+    ours: dict[str, int] = {}
     for role, other in others.items():
-        theirs_digest = _tokenizer_digest(other)
-        if theirs_digest is None or theirs_digest == ours_digest:
-            continue
-        if ours is None:
-            ours = vocabulary(base)
-        theirs = vocabulary(other)
-        common = ours.keys() & theirs.keys()
-        moved = sum(ours[token] != theirs[token] for token in common)
-        if moved:
-            warnings.append(
-                f"The tokenizers of base and {role} share {len(common)} tokens, of which {moved} "
-                "have different ids; the merged model keeps the MLLM's tokenizer."
-            )
-    return warnings
+        found[role] = Tokens()
+        theirs_digest = digest if digest is None else _tokenizer_digest(other)
+        if theirs_digest is not None and theirs_digest != digest:
+            ours = ours or vocabulary(base)
+            theirs = vocabulary(other)
+            common = ours.keys() & theirs.keys()
+            moved = sum(ours[token] != theirs[token] for token in common)
+            own = (theirs[token] for token in theirs.keys() - common)
+            found[role] = Tokens(len(common), moved, min(own if ours else (), default=math.inf))
+    return found
+
+
+def tokenizer_warnings(tokens: Mapping[str, Tokens]) -> list[str]:
+    """Return a sentence for each role that says how many of the base's tokens have another id."""
+    return [
+        f"The tokenizers of base and {role} share {each.common} tokens, of which {each.moved} have "
+        "different ids; the merged model keeps the MLLM's tokenizer."
+        for role, each in tokens.items()
+        if each.moved
+    ]
 
 
 def _tokenizer_digest(checkpoint: Checkpoint) -> bytes | None:

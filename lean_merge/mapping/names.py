@@ -13,9 +13,10 @@ from lean_merge.checkpoints.header import TensorSpec
 from lean_merge.checkpoints.reader import TensorReader
 from lean_merge.checkpoints.rows import Place, WeightSource
 from lean_merge.errors import CoverageError
-from lean_merge.mapping.adaptermap import map_adapter
+from lean_merge.mapping.adaptermap import ZeroRows, map_adapter
 from lean_merge.mapping.gate import Faults, check_heads, locate, report, title
-from lean_merge.mapping.kinship import config_warnings, tokenizer_warnings
+from lean_merge.mapping.kinship import compare_tokens, config_warnings, tokenizer_warnings
+from lean_merge.mapping.language import shared_places
 from lean_merge.mapping.placement import FUSED
 from lean_merge.mapping.renaming import NameRules, renamed
 from lean_merge.mapping.structure import Decoder, Key, language_layout
@@ -50,9 +51,13 @@ class LogicalWeight:
     place
         Its place in the MLLM's stored tensor, and therefore in the output.
     base, mllm
-        Its rows in these roles, counted from 0.
+        Its rows in these roles, counted from 0; one object if the base receives.
     experts
         The same for each expert, in the caller's order.
+    is_matrix
+        Whether it is a matrix of attention or of a feed-forward layer.
+    stays
+        Why it always stays as the MLLM has it; empty for one that may be merged.
     """
 
     canonical: str
@@ -60,6 +65,8 @@ class LogicalWeight:
     base: WeightSource
     mllm: WeightSource
     experts: tuple[WeightSource, ...]
+    is_matrix: bool = True
+    stays: str = ""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -68,7 +75,12 @@ class LogicalWeight:
 
     @property
     def others(self) -> tuple[WeightSource, ...]:
-        """Return the roles that have a task vector: the MLLM, then the experts."""
+        """Return the roles that have a task vector: the MLLM, then the experts.
+
+        If the base receives, there is no MLLM, and zeros take the place of its task vector.
+        """
+        if self.mllm is self.base:
+            return ZeroRows(self.base, self.base.file), *self.experts
         return self.mllm, *self.experts
 
     @property
@@ -80,10 +92,11 @@ class LogicalWeight:
 
     def load(self, reader: TensorReader) -> LogicalWeight:
         """Return the same weight with all sources loaded; see `WeightSource.load`."""
+        base = self.base.load(reader)
         return replace(
             self,
-            base=self.base.load(reader),
-            mllm=self.mllm.load(reader),
+            base=base,
+            mllm=base if self.mllm is self.base else self.mllm.load(reader),
             experts=tuple(expert.load(reader) for expert in self.experts),
         )
 
@@ -103,7 +116,7 @@ class MappedWeight:
         The tensor.
     slices
         The logical weights that make up the tensor: a single one, or q, k and v, or gate and up, or
-        those of many experts.
+        those of many experts, or the rows of a vocabulary that are merged and those that stay.
     """
 
     mllm: TensorSpec
@@ -164,19 +177,21 @@ def map_roles(
     *,
     allow_partial: bool = False,
     names: Mapping[str, NameRules] = MappingProxyType({}),
+    scope: str = "matrices",
 ) -> Coverage:
     """Map every in-scope weight of the base, or say why that cannot be done.
 
     In scope are the matrices of attention and feed-forward layers, experts of a mixture included,
-    however they are stored. Norms, biases, routers, embeddings and everything outside the language
-    model are not.
+    however they are stored. With scope "language" these are joined by norms, biases, routers,
+    embeddings and head, as far as all roles have them in one shape. Nothing outside the language
+    model is.
 
     Parameters
     ----------
     base
         The language model that the others were tuned from.
     mllm
-        The multimodal model.
+        The multimodal model; the base itself if that receives.
     experts
         Language models tuned from `base`, or adapters of it.
     allow_partial
@@ -184,6 +199,8 @@ def map_roles(
     names
         The rules that turn a role's names into the base's, by role: "mllm", "expert 1", "base".
         `renamed` explains them.
+    scope
+        "matrices" or "language".
 
     Raises
     ------
@@ -218,33 +235,83 @@ def map_roles(
             faults.add("base", key, fault)
         elif len(present) == len(theirs):
             ours = base.rows(place)
-            mllm_rows, *experts_rows = (
+            experts_rows = tuple(
                 adapters[role].task_vector(key, ours)
                 if role in adapters
                 else each.rows(present[role])
                 for role, each in others.items()
+                if role != "mllm"
             )
+            receiving = ours if mllm is base else mllm.rows(present["mllm"])
             mapped[key] = LogicalWeight(
-                f"layers.{key[0]}.{key[1]}", present["mllm"], ours, mllm_rows, tuple(experts_rows)
+                f"layers.{key[0]}.{key[1]}", present["mllm"], ours, receiving, experts_rows
             )
     weights = _by_tensor(found["base"], found["mllm"], mapped, faults)
     if faults.lines and not (allow_partial and weights):
         raise CoverageError(report(faults, {"base": base, **whole}, found, mapped=len(weights)))
     check_heads(base, whole)
-    warnings = _scope_warnings(found["base"], found["mllm"])
+    warnings = _scope_warnings(found["base"], found["mllm"], scope)
     warnings += [line for each in adapters.values() for line in each.warnings]
     for role, other in others.items():
         warnings += config_warnings(base, other, title(role))
-    warnings += tokenizer_warnings(base, {title(role): each for role, each in others.items()})
+    tokens = compare_tokens(base, others)
+    warnings += tokenizer_warnings({title(role): each for role, each in tokens.items()})
+    if scope == "language":
+        every = {"base": base, **whole}
+        tensors = {role: named.get(role, each.tensors) for role, each in every.items()}
+        shared, told = shared_places(every, tensors, found, tokens)
+        more, rows_told = _beside(shared, every, others)
+        weights |= more
+        warnings += [*told, *rows_told]
     return Coverage(
         weights=tuple(weights[name] for name in mllm.tensors if name in weights),
         left_out=tuple(faults.lines),
         prefixes=MappingProxyType(
-            {role: each.prefix for role, each in found.items()}
+            {
+                role: each.prefix
+                for role, each in found.items()
+                if role != "mllm" or mllm is not base
+            }
             | {role: each.prefix for role, each in adapters.items()}
         ),
         warnings=tuple(warnings),
     )
+
+
+def _beside(
+    shared: Mapping[str, Mapping[str, Place]],
+    models: Mapping[str, Checkpoint],
+    others: Mapping[str, Checkpoint],
+) -> tuple[dict[str, MappedWeight], list[str]]:
+    """Return the MLLM's tensors with the weights of `shared_places`, by name, and sentences.
+
+    An adapter changes none of them.
+    """
+    parts: dict[TensorSpec, list[LogicalWeight]] = {}
+    told = []
+    for canonical, theirs in shared.items():
+        place, ours = theirs["mllm"], models["base"].rows(theirs["base"])
+        is_base = models["mllm"] is models["base"]
+        experts = tuple(
+            models[role].rows(theirs[role]) if role in theirs else ZeroRows(ours, each.files[0])
+            for role, each in others.items()
+            if role != "mllm"
+        )
+        mllm = ours if is_base else models["mllm"].rows(place)
+        of_tensor = parts.setdefault(place.tensor, [])
+        of_tensor.append(LogicalWeight(canonical, place, ours, mllm, experts, is_matrix=False))
+        (rows, width), stored = place.shape, place.tensor.shape
+        if len(stored) == 2 and stored[0] > rows:
+            left = stored[0] - rows
+            place = Place(place.tensor, (left, width), rows * width, left, left)
+            own, stays = models["mllm"].rows(place), "rows of tokens that not all models have"
+            of_tensor.append(
+                LogicalWeight(
+                    f"{canonical}.added", place, own, own, (own,) * len(experts), False, stays
+                )
+            )
+            told.append(f"{left} rows of {canonical} stay: not all models have their tokens.")
+    return {each.name: MappedWeight(each, tuple(of)) for each, of in parts.items()}, told
 
 
 def _by_tensor(
@@ -273,7 +340,7 @@ def _by_tensor(
     return weights
 
 
-def _scope_warnings(base: Decoder, mllm: Decoder) -> list[str]:
+def _scope_warnings(base: Decoder, mllm: Decoder, scope: str) -> list[str]:
     """Warn of fused weights merged as one, and of tensors in the layers that are only copied."""
     unsplit = Counter(rest.rpartition(".")[2] for _, rest in base.weights)
     warnings = [
@@ -287,7 +354,7 @@ def _scope_warnings(base: Decoder, mllm: Decoder) -> list[str]:
             "kind that the base lacks; they are copied as they are, and the others counted without "
             "them."
         )
-    unknown = list(mllm.unknown)
+    unknown = list(mllm.unknown) if scope == "matrices" else []
     surplus = [key for key in mllm.weights if key not in base.weights and key[0] < base.depth]
     for keys, why in (
         (unknown, "are of a kind that is not merged"),

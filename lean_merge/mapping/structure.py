@@ -26,7 +26,7 @@ from lean_merge.mapping.placement import (
 )
 
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
-_WEIGHT = ".weight"
+_WEIGHT, _BIAS = ".weight", ".bias"
 # To find the language model, every part (the tensors under one prefix) is compared with every
 # other, and so is every kind of layer (a set of names). A hostile checkpoint with thousands of them
 # would take hours; real ones have tens.
@@ -57,7 +57,7 @@ class Decoder:
     unknown
         Stored matrices by (layer, rest) that are neither in scope nor known to stay out of it.
     others
-        Every other tensor that ends in ".weight", by (layer, rest).
+        Every other tensor by (layer, rest), of which ".weight" at its end is no part.
     extra
         The numbers of layers that the base does not have, which `numbered_as` leaves out.
     """
@@ -185,6 +185,9 @@ def decoders(tensors: Mapping[str, TensorSpec], heads: Sequence[Heads] = ()) -> 
             decoder.others[layer, at] = spec
             if len(spec.shape) >= 2 and leaf not in _ROUTERS:
                 decoder.unknown[layer, at] = spec
+        else:
+            stem = rest.removesuffix(_BIAS)
+            decoder.others[layer, canonical(stem) + rest[len(stem) :]] = spec
     # Canonical names were entered first. If another name means the same, its tensor keeps it.
     for decoder, layer, stem, spec in renamed:
         parts = places(canonical(stem), spec, heads)

@@ -37,6 +37,8 @@ class WeightContext:
     """map() in worker threads, for the small dense problems of several task vectors."""
     surveyed: Any = None
     """The result of the method's survey of all weights; None if it has no survey."""
+    over_update: Callable[[Update, Pass], Products] | None = None
+    """Makes one pass over the rows of an update of this weight, on the CPU and in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,15 +160,28 @@ class Method(abc.ABC, Generic[P]):
     name: ClassVar[str]
     reference: ClassVar[str]
     parameters_type: ClassVar[type[Any]]
+    evidence: ClassVar[str] = "published"
+    """Where it was measured, in a word or two: "published", or "published and here"."""
     exact_differences: ClassVar[bool] = False
     """If True, task vectors are formed in float32, even if the checkpoints' dtype is narrower."""
     changes_by_itself: ClassVar[bool] = False
     """If True, a weight that no expert changes may get an update too, as the MLLM changed it."""
     multiplies: ClassVar[bool] = True
     """True if `analyze` asks for products of matrices, for which it pays to use a GPU."""
+    needs_mllm: ClassVar[bool] = False
+    """True if the method makes no sense where the base receives and no MLLM has a task vector."""
+    has_mllm: bool = True
+    """False if the base receives. The first task vector is then zero, and no model's."""
+    rule: str = ""
+    """A sentence that says how this method merges what another is not made for; else empty."""
 
     def __init__(self, parameters: Sequence[P]) -> None:
         self.parameters = tuple(parameters)
+
+    @property
+    def models(self) -> int:
+        """Return how many models' task vectors there are: the experts', and the MLLM's if any."""
+        return len(self.parameters) + self.has_mllm
 
     @property
     def is_settled(self) -> bool:
@@ -210,6 +225,13 @@ class Method(abc.ABC, Generic[P]):
     def reads_task_vectors(self) -> tuple[bool, ...]:
         """Tell for each task vector, the MLLM's first, whether an update may need its rows."""
         return (False,) * (len(self.parameters) + 1)
+
+    def beside_matrices(self) -> Method[Any]:
+        """Return the method for norms, biases, embeddings, heads, and whatever else is no matrix.
+
+        That is this one, unless its analysis makes sense for matrices alone: see `LinearRule`.
+        """
+        return self
 
     @classmethod
     def parameter_fields(cls) -> tuple[dataclasses.Field[Any], ...]:

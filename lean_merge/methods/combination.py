@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, TypeVar
 
 from lean_merge.methods.base import Decision, ExpertRecord, Method, Passes, WeightContext
 from lean_merge.methods.updates import Combined
@@ -13,6 +14,8 @@ P = TypeVar("P")
 
 class LinearMethod(Method[P], abc.ABC):
     """A method that adds multiples of task vectors on every in-scope weight, without a pass."""
+
+    reason: ClassVar[str] = "every in-scope weight is merged"
 
     @abc.abstractmethod
     def coefficients(self) -> tuple[float, ...]:
@@ -27,11 +30,47 @@ class LinearMethod(Method[P], abc.ABC):
         coefficients = self.coefficients()
         records = tuple(
             ExpertRecord(
-                selected=True,
-                reason="every in-scope weight is merged",
-                update_norm=None if coefficient else 0.0,
+                selected=True, reason=self.reason, update_norm=None if coefficient else 0.0
             )
             for coefficient in coefficients[1:]
         )
         return Decision(records, Combined(coefficients) if any(coefficients) else None)
         yield  # makes this a generator, as the protocol wants
+
+
+class LinearRule(LinearMethod[Any]):
+    """What a method for matrices does with norms, biases, embeddings and the head.
+
+    Parameters
+    ----------
+    method
+        The method for matrices.
+    coefficients
+        Those of the task vectors, the MLLM's first.
+    rule
+        What they make of the task vectors, as "the experts' task vectors are added, times scale".
+    """
+
+    reason: ClassVar[str] = "it is no matrix of a layer, so it is merged linearly"
+
+    def __init__(self, method: Method[Any], coefficients: Sequence[float], rule: str) -> None:
+        super().__init__(method.parameters)
+        self.rule = rule
+        self._coefficients = tuple(coefficients)
+
+    def coefficients(self) -> tuple[float, ...]:
+        """Return the given coefficients."""
+        return self._coefficients
+
+
+def added(method: Method[Any]) -> LinearRule:
+    """Return W_mllm + sum_k scale_k dM_k, for a method that adds something of each expert's."""
+    scales = (own.scale for own in method.parameters)
+    return LinearRule(method, (0.0, *scales), "the experts' task vectors are added, times scale")
+
+
+def averaged(method: Method[Any]) -> LinearRule:
+    """Return W_0 + scale * the mean of all models' task vectors, for a method with one scale."""
+    share = method.common.scale / method.models
+    coefficients = (share - 1.0, *(share for _ in method.parameters))
+    return LinearRule(method, coefficients, "the mean of all task vectors is taken, times scale")

@@ -30,6 +30,7 @@ from lean_merge.methods.alignment import (
     records,
 )
 from lean_merge.methods.base import AnalysisCost, Decision, ExpertRecord, WeightContext
+from lean_merge.methods.combination import LinearRule, added
 from lean_merge.methods.evidence import EvidenceMethod
 from lean_merge.methods.facts import Compared, Evidence, FactorsInMemory, Facts, Portrait
 from lean_merge.methods.ip_parameters import IPMergingParameters
@@ -84,6 +85,8 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
     name: ClassVar[str] = "ip_merging"
     reference: ClassVar[str] = "arXiv:2510.14387"
     parameters_type = IPMergingParameters
+    evidence: ClassVar[str] = "published and here"
+    needs_mllm: ClassVar[bool] = True
     gathered_by: ClassVar[tuple[str, ...]] = (
         "rank",
         "svd",
@@ -110,6 +113,10 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
         return self._effort(shape).cost(
             item=item, images=self._projects, usual_depth=self._usual_depth
         )
+
+    def beside_matrices(self) -> LinearRule:
+        """Return the rule that adds the experts' task vectors, whatever is selected elsewhere."""
+        return added(self)
 
     @property
     def _usual_depth(self) -> int:

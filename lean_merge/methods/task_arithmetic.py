@@ -36,6 +36,7 @@ class TaskArithmetic(LinearMethod[TaskArithmeticParameters]):
     name: ClassVar[str] = "task_arithmetic"
     reference: ClassVar[str] = "arXiv:2212.04089"
     parameters_type = TaskArithmeticParameters
+    evidence: ClassVar[str] = "published and here"
 
     def __init__(self, parameters: Sequence[TaskArithmeticParameters]) -> None:
         super().__init__(parameters)

@@ -65,6 +65,7 @@ class Ties(ElementwiseMethod[TiesParameters]):
     name: ClassVar[str] = "ties"
     reference: ClassVar[str] = "arXiv:2306.01708"
     parameters_type = TiesParameters
+    evidence: ClassVar[str] = "published and here"
 
     def statistics(
         self, weight: WeightContext

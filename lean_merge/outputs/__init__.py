@@ -10,6 +10,7 @@ from lean_merge.errors import RecipeError, shown
 from lean_merge.outputs.base import (
     DECODED_DTYPE,
     RECIPE,
+    REPORT,
     Comparison,
     Outcome,
     Output,
@@ -24,6 +25,7 @@ from lean_merge.outputs.gathered import RecordedEvidence
 __all__ = [
     "DECODED_DTYPE",
     "RECIPE",
+    "REPORT",
     "Comparison",
     "Outcome",
     "Output",

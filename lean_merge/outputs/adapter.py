@@ -10,14 +10,24 @@ import torch
 
 from lean_merge.checkpoints import TensorReader, TensorSpec
 from lean_merge.errors import RecipeError
-from lean_merge.mapping import LogicalWeight, MappedWeight, module_name
+from lean_merge.mapping import LogicalWeight, MappedWeight
 from lean_merge.methods import Decision
 from lean_merge.outputs.adaptercheck import AdapterComparison
-from lean_merge.outputs.base import Outcome, Output, ReadRows, Request, dtype_named, register_kind
+from lean_merge.outputs.approximating import approximated
+from lean_merge.outputs.base import (
+    REPORT,
+    Outcome,
+    Output,
+    ReadRows,
+    Request,
+    dtype_named,
+    register_kind,
+)
 from lean_merge.outputs.blocks import BlockSink
 from lean_merge.outputs.card import adapter_card
-from lean_merge.outputs.companions import REPORT, card_facts, write_report
+from lean_merge.outputs.companions import card_facts, write_report
 from lean_merge.outputs.cutting import cut_update, cutting_bytes
+from lean_merge.outputs.modulenames import module_name
 from lean_merge.outputs.peft import AdapterModule, StoredFactors, adapter_layout, write_adapter
 from lean_merge.sizes import format_size
 from lean_merge.store import BlockGroup, OutputFolder
@@ -60,8 +70,8 @@ class AdapterOutput(Output):
     Parameters
     ----------
     request
-        RecipeError is raised unless all updates are of low rank, and of weights that transformers
-        does not stack when it loads them.
+        RecipeError is raised unless all updates are of low rank, or a rank is given to which they
+        are cut; and of matrices that transformers does not stack when it loads them.
     """
 
     name: ClassVar[str] = "lora"
@@ -72,11 +82,21 @@ class AdapterOutput(Output):
 
     def __init__(self, request: Request) -> None:
         super().__init__(request)
+        rank = self.recipe.lora_rank
+        if isinstance(rank, int):
+            shapes = {part.canonical: part.shape for each in self.weights for part in each.slices}
+            self.methods = approximated(self.methods, shapes, rank)
         for weight in self.weights:
             self._check(weight)
 
     def _check(self, weight: MappedWeight) -> None:
         """Raise RecipeError for a weight whose update an adapter cannot hold."""
+        for part in weight.slices:
+            if not part.is_matrix:
+                raise RecipeError(
+                    f"An adapter cannot hold {part.canonical}: of norms, biases, embeddings and "
+                    "heads it has no factors. Give --scope matrices, or write a checkpoint."
+                )
         if ".experts." in weight.mllm.name or len(weight.mllm.shape) != 2:
             raise RecipeError(
                 f"An adapter cannot hold {weight.mllm.name}: transformers stacks the experts of a "
@@ -88,8 +108,9 @@ class AdapterOutput(Output):
             if method is not None and method.largest_rank(part.shape) is None:
                 raise RecipeError(
                     f"The update of {part.canonical} has full rank, which no adapter holds: "
-                    f"{method.name} does not confine it to a few directions. Use ip_merging with "
-                    "project among its stages, or --output checkpoint."
+                    f"{self.recipe.merge_method} does not confine it to a few directions. Give "
+                    "--lora-rank N for the best approximation of rank N, use ip_merging with "
+                    "project among its stages, or write a checkpoint."
                 )
 
     @property
@@ -163,7 +184,7 @@ class AdapterOutput(Output):
             for task in tasks
             if groups[task.tensor.name].blocks
         ]
-        write_adapter(folder, modules, dtype=self.dtype, base_model=self.recipe.mllm_model)
+        write_adapter(folder, modules, dtype=self.dtype, base_model=self.recipe.receiver)
 
     def end(self, folder: OutputFolder, outcome: Outcome) -> None:
         """Write the card, recipe and report."""

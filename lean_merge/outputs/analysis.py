@@ -101,6 +101,8 @@ class AnalysisOutput(Output):
         super().__init__(request)
         self.gathered = Gathered.by(self.recipe)
         self.methods = _watching(request.methods)
+        # Nothing is gathered of norms, biases, embeddings and heads.
+        self.weights = tuple(w for w in request.weights if any(p.is_matrix for p in w.slices))
 
     @classmethod
     def check(cls, recipe: MergeRecipe) -> None:
@@ -156,7 +158,7 @@ def _watching(methods: Mapping[str, Method[Any]]) -> dict[str, Method[Any]]:
     for method in methods.values():
         if isinstance(method, EvidenceMethod):
             made.setdefault(id(method), Watching(method))
-    return {name: made[id(method)] for name, method in methods.items()}
+    return {name: made[id(method)] for name, method in methods.items() if id(method) in made}
 
 
 def _largest_factors(weights: Sequence[MappedWeight], methods: Mapping[str, Method[Any]]) -> Shard:

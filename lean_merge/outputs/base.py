@@ -32,6 +32,8 @@ DECODED_DTYPE = torch.bfloat16
 """The dtype for weights that are stored with scales, unless the recipe gives another."""
 RECIPE = "lean_merge_recipe.yml"
 """The file of an output that holds its recipe."""
+REPORT = "lean_merge_report.json"
+"""The file with the report of a merge."""
 ReadRows = Callable[[WeightSource, slice], Tensor]
 """A function that reads rows of one role's weight; they are valid until the next call."""
 

@@ -38,6 +38,7 @@ def model_card(
     summary
         Markdown: what was merged, copied and skipped.
     """
+    is_text = mllm == base
     mllm, base, *others = (_public_name(source) for source in (mllm, base, *experts))
     given = ", ".join(others)
     front: dict[str, object] = {
@@ -45,13 +46,14 @@ def model_card(
         "library_name": "transformers",
         "tags": ["merge", "lean-merge"],
     }
-    body = (
-        f"# {mllm.rsplit('/', 1)[-1]} merged with {given}\n\n"
-        f"The language model of {mllm} was merged with {given} by lean-merge, without "
+    told = (
+        f"{base} was merged with {given} by lean-merge, without training. They were tuned from it."
+        if is_text
+        else f"The language model of {mllm} was merged with {given} by lean-merge, without "
         f"training. {base} is the base that they were tuned from. Everything else, vision "
-        f"tower and processor included, is {mllm}'s own.\n\n"
-        f"{summary.strip()}"
+        f"tower and processor included, is {mllm}'s own."
     )
+    body = f"# {mllm.rsplit('/', 1)[-1]} merged with {given}\n\n{told}\n\n{summary.strip()}"
     return _card(front, license_fields, body, recipe_yaml)
 
 

@@ -20,6 +20,7 @@ from lean_merge.checkpoints import (
 from lean_merge.checkpoints.sidefiles import missing_from_cache
 from lean_merge.outputs.base import (
     DECODED_DTYPE,
+    REPORT,
     Comparison,
     Outcome,
     Output,
@@ -27,7 +28,7 @@ from lean_merge.outputs.base import (
     register_kind,
 )
 from lean_merge.outputs.card import model_card
-from lean_merge.outputs.companions import REPORT, card_facts, copy_side_files, write_report
+from lean_merge.outputs.companions import card_facts, copy_side_files, write_report
 from lean_merge.outputs.differing import bytes_apart, numbers_apart
 from lean_merge.sizes import format_size
 from lean_merge.store import (
@@ -232,7 +233,6 @@ def _summary(counts: Mapping[str, int]) -> str:
     """Return a few sentences for the model card."""
     return (
         f"{counts['merged']} weights of the language model were merged, {counts['unchanged']} were "
-        f"in scope but kept as they were, and {counts['copied']} tensors out of scope (vision "
-        f"tower, projector, embeddings, norms) are the MLLM's, byte for byte. `{REPORT}` tells for "
-        "each weight what was decided and why."
+        f"in scope but kept as they were, and {counts['copied']} tensors out of scope are copied "
+        f"byte for byte. `{REPORT}` tells for each weight what was decided and why."
     )

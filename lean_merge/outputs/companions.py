@@ -12,12 +12,10 @@ from lean_merge.checkpoints import torch_dtype
 from lean_merge.checkpoints.jsonfile import read_object, to_json
 from lean_merge.checkpoints.sidefiles import side_files
 from lean_merge.errors import CheckpointError
-from lean_merge.outputs.base import RECIPE, Outcome, Output
+from lean_merge.outputs.base import RECIPE, REPORT, Outcome, Output
 from lean_merge.outputs.card import license_of
 from lean_merge.store import OutputFolder
 
-REPORT = "lean_merge_report.json"
-"""The file with the report of a merge."""
 _QUANTISATION = ("quantization_config", "compression_config")
 # ModelOpt states it again in this file beside config.json, and vLLM reads it there.
 _QUANTISATION_FILE = "hf_quant_config.json"
@@ -37,7 +35,7 @@ def card_facts(output: Output) -> dict[str, Any]:
     return {
         "recipe_yaml": recipe.to_yaml(),
         "base": recipe.base_model,
-        "mllm": recipe.mllm_model,
+        "mllm": recipe.receiver,
         "experts": [expert.model for expert in recipe.experts],
         "license_fields": license_of(output.mllm.path),
     }

@@ -91,11 +91,11 @@ def decide_from_evidence(
         found = [each.threshold for each in evidence.thresholds]
         settled = {id(method): method.settled(found) for method in deciders.values()}
         deciders = {name: settled[id(method)] for name, method in deciders.items()}
-    gathering = _gathering(deciders, positions, recipe, evidence.gathered)
+    found = {**methods, **_gathering(deciders, positions, recipe, evidence.gathered)}
     if evidence.source is None:
-        return gathering, evidence
+        return found, evidence
     recalling, anew = _recalling(deciders, evidence.source)
-    return {**gathering, **recalling}, replace(evidence, anew=anew)
+    return {**found, **recalling}, replace(evidence, anew=anew)
 
 
 def _gathering(

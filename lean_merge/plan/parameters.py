@@ -31,7 +31,8 @@ def build_method(recipe: MergeRecipe, place: Position | None = None) -> Method[A
         The method or a parameter is unknown, or a value makes no sense.
     """
     kind, fields = _checked_names(recipe)
-    return _build(kind, [_typed(values, fields) for values in _resolved(recipe, place)])
+    values = [_typed(own, fields) for own in _resolved(recipe, place)]
+    return _build(kind, values, has_mllm=recipe.mllm_model is not None)
 
 
 def methods_of(
@@ -63,6 +64,11 @@ def _checked_names(
     name = canonical_name(recipe.merge_method)
     reject_unknown([name], methods, "merge_method")
     fields = {f.name: f for f in methods[name].parameter_fields()}
+    if methods[name].needs_mllm and recipe.mllm_model is None:
+        raise RecipeError(
+            f"{name} merges what agrees with the MLLM's own tuning, so it needs an MLLM; name it "
+            "with --mllm, or choose another --method."
+        )
     own = [n for n, f in fields.items() if f.metadata.get("per_expert")]
     reject_unknown(dict(recipe.parameters), fields, f"parameters of {name}")
     for expert in recipe.experts:
@@ -125,11 +131,13 @@ def _interpolated(points: tuple[float, ...], depth: float) -> float:
     return (1 - share) * float(points[before]) + share * float(points[after])
 
 
-def _build(kind: type[Method[Any]], values: list[dict[str, Any]]) -> Method[Any]:
+def _build(kind: type[Method[Any]], values: list[dict[str, Any]], *, has_mllm: bool) -> Method[Any]:
     try:
-        return kind([kind.parameters_type(**own) for own in values])
+        made = kind([kind.parameters_type(**own) for own in values])
     except TypeError as error:
         raise RecipeError(f"The parameters of {kind.name} make no sense: {error}.") from error
+    made.has_mllm = has_mllm
+    return made
 
 
 def _typed(
@@ -177,10 +185,11 @@ class MethodTable:
     def at(self, place: Position) -> Method[Any]:
         """Return the method for one weight. Raises RecipeError where a value makes no sense."""
         values = _resolved(self.recipe, place)
-        key = repr(values)
+        key = repr((values, place.is_matrix))
         if key not in self._made:
             typed = [_typed(own, self._fields) for own in values]
-            self._made[key] = _build(self._kind, typed)
+            made = _build(self._kind, typed, has_mllm=self.recipe.mllm_model is not None)
+            self._made[key] = made if place.is_matrix else made.beside_matrices()
         return self._made[key]
 
     def check_filters(self, places: list[Position]) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,12 +169,17 @@ def _plan(
 
     # Open the checkpoints, and find the weights that correspond.
     base = open_checkpoint(recipe.base_model)
-    mllm = open_checkpoint(recipe.mllm_model)
+    mllm = base if recipe.mllm_model is None else open_checkpoint(recipe.mllm_model)
     experts = tuple(open_expert(expert.model) for expert in recipe.experts)
     # Side files that cannot be copied are refused now, and not after the work is done.
     side_files(mllm.path)
     coverage = map_roles(
-        base, mllm, experts, allow_partial=recipe.allow_partial, names=recipe.name_rules()
+        base,
+        mllm,
+        experts,
+        allow_partial=recipe.allow_partial,
+        names=recipe.name_rules(),
+        scope=recipe.scope,
     )
     _check_numbers(coverage)
 
@@ -188,7 +194,7 @@ def _plan(
     settled = evidence is not None or all(each.is_settled for each in methods.values())
 
     # Lay out what is written, and fit its weights into memory.
-    prefix = coverage.prefixes["mllm"]
+    prefix = coverage.prefixes.get("mllm", coverage.prefixes["base"])
     output = kind(Request(recipe, mllm, prefix, scope.merged(coverage), methods))
     # A GPU is worth its transfers only where matrices are multiplied.
     wanted = resources if method.multiplies else dataclasses.replace(resources, device="cpu")
@@ -219,12 +225,19 @@ def _plan(
         prediction=_predict(tasks, footprint, shared, settled=settled),
         notes=(
             *output.notes,
+            *_rules(methods),
             *machine.notes,
             *(evidence.notes if evidence is not None else ()),
             *fallback,
         ),
         evidence=evidence,
     )
+
+
+def _rules(methods: Methods) -> list[str]:
+    """Sentences for people: how weights are merged that the recipe's method is not made for."""
+    rules = Counter(method.rule for method in methods.values() if method.rule)
+    return [f"{count} weights are no matrices of layers: {rule}" for rule, count in rules.items()]
 
 
 def _check_numbers(coverage: Coverage) -> None:

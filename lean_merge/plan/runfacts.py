@@ -59,7 +59,7 @@ def input_facts(plan: Plan, out: Path) -> list[dict[str, Any]]:
             "role": role,
             "path": seen_from(final, checkpoint.path.resolve()),
             "files": identify(
-                checkpoint, others=side_files(checkpoint.path) if role == "mllm" else ()
+                checkpoint, others=side_files(checkpoint.path) if checkpoint is plan.mllm else ()
             ),
         }
         for role, checkpoint in roles.items()

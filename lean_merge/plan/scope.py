@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from lean_merge.errors import RecipeError, shown
@@ -33,11 +33,14 @@ class Position:
         part's own, so that a filter "up_proj" does not match all of gate_up_proj.
     layers
         How many layers the language model has.
+    is_matrix
+        Whether it is a matrix of attention or of a feed-forward layer.
     """
 
     canonical: str
     mllm: str
     layers: int
+    is_matrix: bool = True
 
     @property
     def layer(self) -> int:
@@ -46,14 +49,20 @@ class Position:
 
     @property
     def depth(self) -> float:
-        """Return its layer's place between the first, 0.0, and the last, 1.0."""
+        """Return its layer's place between the first, 0.0, and the last, 1.0.
+
+        Embeddings stand with the first layer; the last norm and the head stand with the last.
+        """
+        if layer_of(self.canonical) is None:
+            return 0.0 if self.canonical.startswith("embed") else 1.0
         return self.layer / (self.layers - 1) if self.layers > 1 else 0.0
 
     def matches(self, entry: str) -> bool:
         """Return whether a filter matches this weight. Raises RecipeError if it makes no sense."""
         found = _RANGES.fullmatch(entry.strip())
         if found:
-            return any(self.layer in layers for layers in _ranges(entry, found["ranges"]))
+            layer = layer_of(self.canonical)
+            return any(layer in layers for layers in _ranges(entry, found["ranges"]))
         if entry == ANY:
             return True
         search = _pattern(entry).search
@@ -93,19 +102,21 @@ def _ranges(entry: str, text: str) -> tuple[range, ...]:
 def positions_of(coverage: Coverage) -> dict[str, Position]:
     """Return the positions of all logical weights, by canonical name."""
     places = [
-        Position(part.canonical, _mllm_name(weight, part), 0)
+        Position(part.canonical, _mllm_name(weight, part), 0, part.is_matrix)
         for weight in coverage.weights
         for part in weight.slices
+        if not part.stays
     ]
     layers = 1 + max((place.layer for place in places), default=0)
-    return {each.canonical: Position(each.canonical, each.mllm, layers) for each in places}
+    return {each.canonical: replace(each, layers=layers) for each in places}
 
 
 def _mllm_name(weight: MappedWeight, part: LogicalWeight) -> str:
     if len(weight.slices) == 1:
         return weight.mllm.name
-    stem = weight.mllm.name.removesuffix(".weight").rpartition(".")[0]
-    return f"{stem}.{part.canonical.rpartition('.')[2]}.weight"
+    name, _, kind = weight.mllm.name.rpartition(".")
+    leaf = part.canonical.removesuffix(".bias").rpartition(".")[2]
+    return f"{name.rpartition('.')[0]}.{leaf}.{kind}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +127,7 @@ class Scope:
 
     def reason(self, weight: LogicalWeight) -> str:
         """Return why a weight is left out; empty for a weight that is merged."""
-        return self.filtered.get(weight.canonical, "")
+        return weight.stays or self.filtered.get(weight.canonical, "")
 
     def merged(self, coverage: Coverage) -> tuple[MappedWeight, ...]:
         """Return the tensors of which at least one logical weight is merged."""

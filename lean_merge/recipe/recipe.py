@@ -15,6 +15,7 @@ from lean_merge.sizes import parse_size
 
 OUT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 ROUNDINGS = ("nearest", "stochastic")
+SCOPES = ("matrices", "language")
 _PLAIN_FIELDS = (
     "output",
     "lora_rank",
@@ -64,8 +65,10 @@ class MergeRecipe:
 
     Parameters
     ----------
-    base_model, mllm_model : str
+    base_model : str
         Folder, `.safetensors` file or hub id `org/name@revision`.
+    mllm_model : str, optional
+        The same for the MLLM that receives. Without one the base itself receives.
     experts : tuple of Expert
         At least one.
     merge_method : str
@@ -74,6 +77,9 @@ class MergeRecipe:
         The method's parameters for all experts. A value may differ between weights: it is then a
         list of numbers, which are interpolated over the layers, or of entries with `filter` and
         `value`.
+    scope : str
+        `matrices` merges attention and feed-forward matrices of the language model, `language` also
+        its norms, biases, embeddings, head and whatever else the base has too.
     include, exclude : tuple of str
         Regular expressions on the weights' names, or `layers: 0-15`. A weight is merged if
         `include` is empty or matches it, and `exclude` does not. The others are copied.
@@ -105,10 +111,11 @@ class MergeRecipe:
     """
 
     base_model: str
-    mllm_model: str
-    experts: tuple[Expert, ...]
+    mllm_model: str | None = None
+    experts: tuple[Expert, ...] = ()
     merge_method: str = "ip_merging"
     parameters: Parameters = ()
+    scope: str = "matrices"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     output: str = "checkpoint"
@@ -131,7 +138,10 @@ class MergeRecipe:
         if not experts:
             raise RecipeError("A merge needs at least one expert; name it with --expert.")
         _check_model("base_model", self.base_model)
-        _check_model("mllm_model", self.mllm_model)
+        if self.mllm_model is not None:
+            _check_model("mllm_model", self.mllm_model)
+        elif "mllm" in self.name_rules():
+            raise RecipeError("names are for the MLLM, and there is none; nest them under a role.")
         for expert in experts:
             _check_model("experts[].model", expert.model)
         if not isinstance(self.merge_method, str) or not self.merge_method:
@@ -144,6 +154,7 @@ class MergeRecipe:
             raise RecipeError(f"output must name a kind of output, not {shown(self.output)}.")
         _check_choice("out_dtype", self.out_dtype, OUT_DTYPES)
         _check_choice("rounding", self.rounding, ROUNDINGS)
+        _check_choice("scope", self.scope, SCOPES)
         if self.lora_rank != "auto" and not (type(self.lora_rank) is int and self.lora_rank >= 1):
             raise RecipeError(
                 f"lora_rank must be 'auto' or a whole number from 1, not {shown(self.lora_rank)}."
@@ -152,6 +163,11 @@ class MergeRecipe:
             raise RecipeError(
                 f"seed must be a whole number from 0 to 2^64 - 1, not {shown(self.seed)}."
             )
+
+    @property
+    def receiver(self) -> str:
+        """The model that receives: the MLLM or, without one, the base."""
+        return self.base_model if self.mllm_model is None else self.mllm_model
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe under the field's usual keys, in plain types only."""
@@ -164,11 +180,13 @@ class MergeRecipe:
         recipe: dict[str, Any] = {
             "merge_method": self.merge_method,
             "base_model": self.base_model,
-            "mllm_model": self.mllm_model,
+            **({} if self.mllm_model is None else {"mllm_model": self.mllm_model}),
             "experts": experts,
         }
         if self.parameters:
             recipe["parameters"] = _plain(self.parameters)
+        if self.scope != "matrices":
+            recipe["scope"] = self.scope
         for name in ("include", "exclude"):
             if getattr(self, name):
                 recipe[name] = list(getattr(self, name))
@@ -203,7 +221,7 @@ class MergeRecipe:
         """
         known = [field.name for field in dataclasses.fields(cls)]
         reject_unknown(data, known, "recipe")
-        for required in ("base_model", "mllm_model", "experts"):
+        for required in ("base_model", "experts"):
             if not data.get(required):
                 raise RecipeError(f"The recipe lacks {required}.")
         return cls(**data)

@@ -126,7 +126,7 @@ def open_roles(recipe: MergeRecipe) -> dict[str, Checkpoint]:
     """Open the models of a recipe, by role. Raises CheckpointError if one cannot be read."""
     roles = {
         "base": open_checkpoint(recipe.base_model),
-        "mllm": open_checkpoint(recipe.mllm_model),
+        "mllm": open_checkpoint(recipe.receiver),
     }
     for number, expert in enumerate(recipe.experts, start=1):
         roles[f"expert {number}"] = open_expert(expert.model)
