@@ -29,7 +29,7 @@ from synthetic import add_size, shapes_of
 
 import lean_merge
 from lean_merge.checkpoints import reader
-from lean_merge.engine import scheduler, taskvectors, update
+from lean_merge.engine import scheduler, sums, taskvectors, update
 from lean_merge.linalg import krylov, sketch
 from lean_merge.methods import ip_merging, spectra
 from lean_merge.store import folder as output
@@ -37,8 +37,8 @@ from lean_merge.store import folder as output
 PARTS: dict[str, list[tuple[Any, str]]] = {
     "reading rows": [(reader.TensorReader, "read_into")],
     "forming task vectors": [(taskvectors.TaskVectors, "_subtract")],
-    "products": [(taskvectors._Sums, "add")],
-    "summing partial sums": [(taskvectors._Sums, "finish")],
+    "products": [(sums.Sums, "add")],
+    "summing partial sums": [(sums.Sums, "finish")],
     "starts of sketches": [(sketch.Sketch, "__init__")],
     "Krylov steps": [(sketch.Sketch, "absorb")],
     "Ritz vectors": [(spectra, "_spectrum"), (krylov.BlockKrylov, "settled")],

@@ -243,7 +243,7 @@ def adapter_warnings(result: RunResult) -> list[str]:
         return []
     return [
         f"the adapter's rank cuts off up to {max(large):.0%} of the update's norm in {len(large)} "
-        f"of {len(cuts)} weights; --lora-rank auto keeps it"
+        f"of {len(cuts)} weights; a larger --lora-rank keeps more"
     ]
 
 

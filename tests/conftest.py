@@ -14,7 +14,7 @@ from support.family_table import family as entry
 from support.invariance import cut_tiles
 
 from lean_merge import MergeResult
-from lean_merge.engine import taskvectors, update
+from lean_merge.engine import sums, taskvectors, update
 from lean_merge.tasks import tiles
 
 
@@ -98,7 +98,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 16 rows, read in strips of 8 and written in strips of 4."""
     monkeypatch.setattr(tiles, "TILE_ROWS", 16)
     monkeypatch.setattr(tiles, "TILE_ELEMENTS", 16 * 64)
-    for module in (tiles, taskvectors, update):
+    for module in (tiles, sums, taskvectors, update):
         monkeypatch.setattr(module, "READ_ELEMENTS", 8 * 64)
     for module in (tiles, update):
         monkeypatch.setattr(module, "STRIP_ELEMENTS", 4 * 64)

@@ -176,13 +176,14 @@ class Decider:
                 squared_norms=vectors.squared_norms,
                 parallel=self._workers.map,
                 surveyed=None if survey is None else self._surveyed[survey.key],
+                over_update=vectors.run_update,
             )
             decision, passes = _analyze(method, vectors, context)
             if decision.update is not None:
                 decision = replace(decision, update=decision.update.on_cpu())
             vectors.leave_device()
         reader.count(decision.recalled)
-        return Decided(vectors, _explained(decision, weight), passes)
+        return Decided(vectors, _explained(decision, weight), passes + vectors.update_passes)
 
     def _vectors(
         self,

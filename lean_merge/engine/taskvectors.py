@@ -13,16 +13,15 @@ import torch
 from torch import Tensor
 
 from lean_merge.checkpoints import TensorReader, WeightSource
+from lean_merge.engine.sums import InnerSums, Sums
 from lean_merge.engine.transfer import Parcel, Uploader
 from lean_merge.engine.workers import Workers
 from lean_merge.errors import DataError
-from lean_merge.linalg import Pass, Products, Reduction
+from lean_merge.linalg import Pass, Products
 from lean_merge.mapping import LogicalWeight
-from lean_merge.plan.formulas import LANES
-from lean_merge.tasks.tiles import READ_ELEMENTS, STRIP_ELEMENTS, row_tiles, strips
+from lean_merge.methods import Update
+from lean_merge.tasks.tiles import LANES, READ_ELEMENTS, STRIP_ELEMENTS, row_tiles, strips
 
-_WIDTH = 32
-"""Products are padded to a width that is a multiple of this."""
 _UNDERFLOWN = 1e-30
 """Below this, a squared norm in float32 may have lost terms that underflowed."""
 
@@ -72,6 +71,7 @@ class TaskVectors:
         self.tiles = list(row_tiles(self.shape))
         self._resident = self._lay_out(arena, min(resident, len(self.tiles)))
         self._formed = [False] * len(self.tiles)
+        self.update_passes = 0
         self._squares: list[list[float | None]] = [[None] * len(weight.others) for _ in self.tiles]
 
     def _lay_out(self, arena: Tensor, count: int) -> list[list[Tensor]]:
@@ -228,8 +228,8 @@ class TaskVectors:
         Tile t adds to lane t mod LANES, and the lanes are summed in order. So the result does not
         depend on how many threads there are or on which tiles are resident.
         """
-        sums = [_Sums(self, role, request) for role, request in enumerate(wanted)]
-        inner = _InnerSums(self, [request is not None and request.inner for request in wanted])
+        sums = [Sums(self, role, request) for role, request in enumerate(wanted)]
+        inner = InnerSums(self, [request is not None and request.inner for request in wanted])
         if self._uploader is None:
             self._workers.map(lambda lane: self._run_lane(lane, sums, inner), self.lanes)
         else:
@@ -244,7 +244,36 @@ class TaskVectors:
                 )
         return finished
 
-    def _run_lane(self, lane: int, sums: list[_Sums], inner: _InnerSums) -> None:
+    def run_update(self, update: Update, request: Pass) -> Products:
+        """Make one pass over the rows of an update of this weight, on the CPU and in float32."""
+        self.leave_device()
+        self.update_passes += 1
+        sums = Sums(self, 0, request, torch.float32)
+        self._workers.map(lambda lane: self._run_update_lane(lane, update, sums), self.lanes)
+        products = sums.finish(None)
+        assert products is not None
+        if not products.is_finite():
+            source = self.weight.mllm
+            raise DataError(
+                f"{source.file}: the update of {source.name} is so large that its products "
+                "overflow float32; check the numbers of this weight in all checkpoints."
+            )
+        return products
+
+    def _run_update_lane(self, lane: int, update: Update, sums: Sums) -> None:
+        for index in range(lane, len(self.tiles), LANES):
+            tile = self.tiles[index]
+            given = self.tile(index, update.reads) if any(update.reads) else []
+            whole = self._workers.buffer("update", self._tile_shape(index), torch.float32)
+            for rows in strips(tile, self.shape[1], STRIP_ELEMENTS):
+                at = slice(rows.start - tile.start, rows.stop - tile.start)
+                size = (update.scratch, rows.stop - rows.start, self.shape[1])
+                scratch = self._workers.buffer("scratch", size, torch.float32)
+                of_strip = [None if each is None else each[at] for each in given]
+                update.rows(rows, of_strip, scratch, whole[at])
+            sums.add(lane, tile, whole, first=index < LANES)
+
+    def _run_lane(self, lane: int, sums: list[Sums], inner: InnerSums) -> None:
         wanted = [one.request is not None for one in sums]
         for index in range(lane, len(self.tiles), LANES):
             self._add(index, self.tile(index, wanted), sums, inner)
@@ -253,8 +282,8 @@ class TaskVectors:
         self,
         index: int,
         tile: Sequence[Tensor | None],
-        sums: list[_Sums],
-        inner: _InnerSums,
+        sums: list[Sums],
+        inner: InnerSums,
     ) -> None:
         """Add one tile to the sums of its lane."""
         lane, rows = index % LANES, self.tiles[index]
@@ -263,7 +292,7 @@ class TaskVectors:
                 one.add(lane, rows, task_vector, first=index < LANES)
         inner.add(lane, tile)
 
-    def _run_uploaded(self, uploader: Uploader, sums: list[_Sums], inner: _InnerSums) -> None:
+    def _run_uploaded(self, uploader: Uploader, sums: list[Sums], inner: InnerSums) -> None:
         """Run all lanes together in the tiles' order, so that each lane gets its tiles in order."""
         wanted = [one.request is not None for one in sums]
         parcels = [
@@ -300,145 +329,3 @@ class TaskVectors:
             dtype=self.task_dtype,
             targets=self._resident[index] if index < len(self._resident) else (),
         )
-
-
-class _Sums:
-    """The products of one task vector in one pass, which grow tile by tile."""
-
-    def __init__(self, owner: TaskVectors, role: int, request: Pass | None) -> None:
-        self.request = request
-        self._dtype = owner.dtype
-        self._buffer = owner.buffer
-        if request is None:
-            return
-        out_features, in_features = owner.shape
-        device = owner.device
-
-        def empty(rows: int, like: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-            if like is None:
-                return None
-            return torch.empty(rows, like.shape[1], dtype=dtype, device=device)
-
-        def lanes(name: str, like: Tensor | None) -> list[Tensor]:
-            if like is None:
-                return []
-            shape = in_features, like.shape[1]
-            return [
-                owner.buffer(f"{name} {role} {lane}", shape, torch.float32) for lane in owner.lanes
-            ]
-
-        self._right = None if request.times is None else _padded(request.times)
-        self._y = empty(out_features, request.gram, owner.dtype)
-        self._times = empty(out_features, request.times, torch.float32)
-        self._z = lanes("gram", request.gram)
-        self._projected = lanes("project", request.project)
-        self._reduced: list[Tensor | None] = [None] * LANES
-        self._dense = (
-            torch.empty(out_features, in_features, device=device) if request.dense else None
-        )
-
-    def add(self, lane: int, rows: slice, tile: Tensor, *, first: bool) -> None:
-        """Add one tile [t, in]; `first` tells whether it is the first of its lane."""
-        request = self.request
-        if request is None:
-            return
-        if self._dense is not None:
-            self._dense[rows] = tile
-        if request.reduce is not None:
-            self._reduce(request.reduce, lane, rows, tile)
-        whole, tile = tile, tile.to(self._dtype)
-        if request.gram is not None and self._y is not None:
-            y = torch.mm(tile, request.gram, out=self._y[rows])
-            self._accumulate(self._z[lane], tile, y, first=first)
-        if request.project is not None:
-            self._accumulate(self._projected[lane], tile, request.project[rows], first=first)
-        if self._right is not None and self._times is not None:
-            self._times[rows] = _product(whole, tile, self._right)[:, : self._times.shape[1]]
-
-    def _reduce(self, reduce: Reduction, lane: int, rows: slice, tile: Tensor) -> None:
-        for strip in strips(rows, tile.shape[1], STRIP_ELEMENTS):
-            part = reduce(strip, tile[strip.start - rows.start : strip.stop - rows.start])
-            total = self._reduced[lane]
-            self._reduced[lane] = part if total is None else total.add_(part)
-
-    def _accumulate(self, total: Tensor, tile: Tensor, left: Tensor, *, first: bool) -> None:
-        """Add tile^T left to `total`, or set `total` to it if the tile is the `first`."""
-        product = self._buffer("product", tuple(total.shape), self._dtype)
-        torch.mm(tile.T, left, out=product)
-        if first:
-            total.copy_(product)
-        else:
-            total.add_(product)
-
-    def finish(self, inner: Tensor | None) -> Products | None:
-        """Sum the lanes in order, and return the products together with `inner`."""
-        if self.request is None:
-            return None
-        return Products(
-            y=self._y,
-            z=_ordered_sum(self._z),
-            projected=_ordered_sum(self._projected),
-            times=self._times,
-            dense=self._dense,
-            reduced=_ordered_sum([lane for lane in self._reduced if lane is not None]),
-            inner=inner,
-        )
-
-
-class _InnerSums:
-    """The inner products of all task vectors that ask for them, which grow tile by tile."""
-
-    def __init__(self, owner: TaskVectors, wanted: Sequence[bool]) -> None:
-        self._wanted = [role for role, one in enumerate(wanted) if one]
-        self._roles = len(wanted)
-        size = len(self._wanted)
-        self._lanes = [torch.zeros(size, size, dtype=torch.float64) for _ in owner.lanes]
-
-    def add(self, lane: int, tile: Sequence[Tensor | None]) -> None:
-        """Add one tile of all task vectors."""
-        columns = [task_vector for role in self._wanted if (task_vector := tile[role]) is not None]
-        if not columns:
-            return
-        for rows in strips(slice(0, columns[0].shape[0]), columns[0].shape[1], STRIP_ELEMENTS):
-            strip = torch.stack([each[rows].cpu().double().view(-1) for each in columns])
-            self._lanes[lane].addmm_(strip, strip.T)
-
-    def finish(self) -> list[Tensor | None]:
-        """Sum the lanes in order, and return each task vector's inner products with all."""
-        total = _ordered_sum(self._lanes)
-        assert total is not None
-        rows: list[Tensor | None] = [None] * self._roles
-        for own, role in zip(total, self._wanted, strict=True):
-            row = torch.full((self._roles,), math.nan, dtype=torch.float64)
-            row[self._wanted] = own
-            rows[role] = row
-        return rows
-
-
-def _product(whole: Tensor, tile: Tensor, right: Tensor) -> Tensor:
-    """Return tile @ right in the dtype of `right`.
-
-    If that is float32 and not the arithmetic dtype, multiply `whole` strip by strip instead.
-    """
-    if right.dtype == tile.dtype:
-        return tile @ right
-    cut = strips(slice(0, whole.shape[0]), whole.shape[1], READ_ELEMENTS)
-    return torch.cat([whole[rows].to(right.dtype) @ right for rows in cut])
-
-
-def _padded(columns: Tensor) -> Tensor:
-    """Append zero columns to `columns` [in, r] up to a multiple of `_WIDTH`.
-
-    Kernels are compiled and kept for every shape, and r differs from weight to weight.
-    """
-    missing = -columns.shape[1] % _WIDTH
-    return torch.nn.functional.pad(columns, (0, missing)) if missing else columns
-
-
-def _ordered_sum(lanes: list[Tensor]) -> Tensor | None:
-    if not lanes:
-        return None
-    total = lanes[0].clone()
-    for lane in lanes[1:]:
-        total += lane
-    return total

@@ -21,6 +21,9 @@ from torch import Tensor
 class Update(abc.ABC):
     """The update of one weight [out, in]: `W = W_mllm + update`, rounded once by the engine."""
 
+    omitted: float = 0.0
+    """The relative Frobenius norm of what it leaves of the update that it approximates, if any."""
+
     @property
     def reads(self) -> tuple[bool, ...]:
         """Tell for each task vector, the MLLM's first, whether `rows` needs it; empty for none."""
@@ -111,6 +114,7 @@ class LowRank(Update):
 
     left: Tensor
     right: Tensor
+    omitted: float = 0.0
 
     def rows(
         self, rows: slice, task_vectors: Sequence[Tensor | None], scratch: Tensor, out: Tensor
@@ -128,7 +132,7 @@ class LowRank(Update):
 
     def on_cpu(self) -> LowRank:
         """Return the same update with its factors on the CPU."""
-        return LowRank(self.left.cpu(), self.right.cpu())
+        return LowRank(self.left.cpu(), self.right.cpu(), self.omitted)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -27,11 +28,14 @@ class CutUpdate:
         The factors of the whole update.
     cut
         The truncation that is applied to them.
+    omitted
+        The relative error that they have already.
     """
 
     left: Tensor
     right: Tensor
     cut: Truncation
+    omitted: float
 
     @property
     def rank(self) -> int:
@@ -41,7 +45,9 @@ class CutUpdate:
     @property
     def truncated(self) -> Truncated:
         """Return the record of the cut for the report."""
-        return Truncated(self.rank, self.cut.error)
+        rest = self.omitted**2
+        error = math.sqrt(rest + (1 - rest) * self.cut.error**2) if rest else self.cut.error
+        return Truncated(self.rank, error)
 
     def b(self) -> Iterator[Tensor]:
         """Yield the rows of b in order, a few at a time."""
@@ -63,11 +69,12 @@ def cut_update(decision: Decision, rank: int | str) -> CutUpdate | None:
         The rank to cut it to, or "auto" for the smallest rank whose relative Frobenius error is at
         most `ADAPTER_ERROR`.
     """
-    factors = None if decision.update is None else decision.update.factors()
-    if factors is None:
+    update = decision.update
+    factors = None if update is None else update.factors()
+    if update is None or factors is None:
         return None
     cut = truncate(*factors, error=ADAPTER_ERROR, rank=None if isinstance(rank, str) else rank)
-    return CutUpdate(*factors, cut)
+    return CutUpdate(*factors, cut, update.omitted)
 
 
 def cutting_bytes(rank: int) -> int:

@@ -202,7 +202,7 @@ def fit(output: Output, machine: ResolvedResources) -> tuple[Footprint, tuple[st
 
     Where the device was not asked for and is too small, the CPU takes its place.
     """
-    workers = min(machine.threads, formulas.LANES)
+    workers = min(machine.threads, tiles.LANES)
     held = memory.usage().anonymous + output.held_bytes + _decoding_bytes(output.mllm, workers)
     found = Footprint(output, machine.device, workers, machine.memory, machine.vram, held)
     notes: tuple[str, ...] = ()

@@ -12,8 +12,6 @@ from lean_merge.errors import BudgetError
 from lean_merge.sizes import format_size
 from lean_merge.tasks import tiles
 
-LANES = 4
-"""Partial sums of a pass. Tile t is added to lane t mod LANES, whichever thread computes it."""
 SLACK = 40 << 20
 """Small objects, thread stacks, what the allocator rounds up or keeps, and the kernels and buffers
 that the mathematical libraries make for each shape they meet, which settle at about 30 MiB."""
@@ -133,7 +131,7 @@ def apply_bytes(weight: WeightShape) -> int:
 
 def lane_bytes(weight: WeightShape, widest: int) -> int:
     """Count the bytes of float32 sums [in, widest] of all lanes and task vectors, and of totals."""
-    return (LANES + 1) * weight.roles * weight.in_features * widest * 4
+    return (tiles.LANES + 1) * weight.roles * weight.in_features * widest * 4
 
 
 def host_bytes(weight: WeightShape, *, widest: int, workspace: int, workers: int) -> int:

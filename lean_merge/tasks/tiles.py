@@ -8,6 +8,8 @@ TILE_ELEMENTS = 1 << 21
 """Elements of a canonical row tile: the unit of products and of summation order."""
 TILE_ROWS = 96
 """Rows of a tile at least: with fewer, a pass spends its time on adding up partial sums [in, b]."""
+LANES = 4
+"""Partial sums of a pass. Tile t is added to lane t mod LANES, whichever thread computes it."""
 READ_ELEMENTS = 1 << 18
 """Elements of the row strips in which tiles are read and task vectors formed, inside a cache."""
 STRIP_ELEMENTS = 1 << 17
