@@ -17,7 +17,7 @@ from lean_merge.plan import Plan, plan
 from lean_merge.plan.resources import Resources
 from lean_merge.recipe import Expert, MergeRecipe
 from lean_merge.studies.analyze import AnalysisResult, analyze
-from lean_merge.studies.sweep import Evaluation, Grid, PointEvent, SweepResult, sweep
+from lean_merge.studies.sweep import Evaluation, Grid, MethodGrid, PointEvent, SweepResult, sweep
 from lean_merge.verify import Verification, verify
 from lean_merge.version import __version__
 
@@ -36,6 +36,7 @@ __all__ = [
     "LeanMergeError",
     "MergeRecipe",
     "MergeResult",
+    "MethodGrid",
     "OutputError",
     "Plan",
     "PointEvent",

@@ -13,8 +13,9 @@ from lean_merge.cli import describe
 from lean_merge.cli.app import EXIT_FAILED, app, echo
 from lean_merge.cli.options import Debug, Json, Quiet, shares_options_of_work, work_of
 from lean_merge.engine import Event
+from lean_merge.errors import RecipeError
 from lean_merge.page import INSTALL_PLOTLY
-from lean_merge.studies.sweep import Evaluation, Grid, PointEvent, sweep
+from lean_merge.studies.sweep import Evaluation, Grid, MethodGrid, PointEvent, sweep
 
 
 @app.command("sweep")
@@ -35,6 +36,15 @@ def sweep_command(
     scales: Annotated[str | None, typer.Option(help="Scales, written as thresholds are.")] = None,
     temperatures: Annotated[
         str | None, typer.Option(help="Temperatures, written as thresholds are.")
+    ] = None,
+    tried: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--try",
+            metavar="METHOD ...",
+            help="A method and values of its parameters, instead of the above: "
+            "'ties scale=0.5:1.5:0.5 density=0.1,0.2'; may be repeated.",
+        ),
     ] = None,
     analysis: Annotated[
         Path | None,
@@ -63,17 +73,23 @@ def sweep_command(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> int:
-    """Merge at every point of a grid from one analysis, measure, and print a table.
+    """Merge at every point of a grid, or by several methods; measure, and print a table.
 
     Points that come out the same are made once, and equal files are hard links. The same command
     goes on where it stopped. The exit code is 1 if any point could not be made or measured.
     """
-    grid = Grid(
-        thresholds=thresholds or (),
-        stages=stages or (),
-        scales=scales or (),
-        temperatures=temperatures or (),
-    )
+    grid: Grid | MethodGrid
+    if tried:
+        if thresholds or stages or scales or temperatures:
+            raise RecipeError("--try has its own values; write --thresholds and the like in it.")
+        grid = MethodGrid.parse(tried)
+    else:
+        grid = Grid(
+            thresholds=thresholds or (),
+            stages=stages or (),
+            scales=scales or (),
+            temperatures=temperatures or (),
+        )
     evaluation = None
     if evaluate is not None:
         evaluation = Evaluation(evaluate, evaluate_shell, evaluate_timeout)

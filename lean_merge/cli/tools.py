@@ -11,13 +11,27 @@ import typer
 from lean_merge.cli import describe
 from lean_merge.cli.app import app, echo
 from lean_merge.cli.options import Debug, Json
+from lean_merge.methods import canonical_name
+from lean_merge.recipe import reject_unknown
 
 
 @app.command("methods")
-def methods_command(as_json: Json = False, debug: Debug = False) -> None:
-    """List the methods, their parameters and references."""
+def methods_command(
+    name: Annotated[
+        str | None, typer.Argument(help="A method, whose parameters are listed.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the methods and what they need, or the parameters of one with their defaults."""
     methods = describe.methods_list()
-    echo(json.dumps(methods) if as_json else describe.methods_text(methods))
+    if name is None:
+        echo(json.dumps(methods) if as_json else describe.methods_text(methods))
+        return
+    found = {each["name"]: each for each in methods}
+    reject_unknown([canonical_name(name)], found, "the list of methods")
+    method = found[canonical_name(name)]
+    echo(json.dumps(method) if as_json else describe.method_text(method))
 
 
 @app.command("inspect")

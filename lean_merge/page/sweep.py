@@ -13,25 +13,30 @@ def sweep_content(sweep: dict[str, Any]) -> PageContent:
     """Return the content of the page of sweep.json."""
     points = [_point(record) for record in sweep["points"]]
     results = sorted({name for point in points for name in point["results"]})
+    receiver = _results((sweep.get("receiver") or {}).get("result"))
     axes = {axis: list(map(_value, values)) for axis, values in sweep["axes"].items() if values}
     table = filled("table.html", one="merge", filters="", hint="")
     return PageContent(
         heading="Results over the grid",
         lead=f"<p>{escaped(_lead(sweep, points, results))}</p>",
         body=filled("sweep.html", table=table),
-        data={"axes": axes, "results": results, "points": points},
+        data={"axes": axes, "results": results, "points": points, "receiver": receiver},
     )
 
 
 def _point(record: dict[str, Any]) -> dict[str, Any]:
-    result = record["result"]
-    named = result if isinstance(result, dict) else {} if result is None else {"result": result}
     return {
         **{field: record[field] for field in ("name", "same_as", "error")},
         **{measure: rounded(record[measure]) for measure in _MEASURES},
         "parameters": {axis: _value(value) for axis, value in record["parameters"].items()},
-        "results": {name: rounded(value, 12) for name, value in named.items()},
+        "results": _results(record["result"]),
     }
+
+
+def _results(result: Any) -> dict[str, float | None]:
+    """What was measured of a model, by name."""
+    named = result if isinstance(result, dict) else {} if result is None else {"result": result}
+    return {name: rounded(value, 12) for name, value in named.items()}
 
 
 def _value(value: Any) -> Any:

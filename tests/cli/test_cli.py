@@ -276,12 +276,33 @@ def test_methods_are_listed_with_parameters_and_references(call: Call):
     assert defaults["threshold"] == 0.4
     assert defaults["temperature"] == 32
     assert defaults["stages"] == ["select", "rescale", "project"]
-    text = call("methods")[0]
+    lines = call("methods")[0].splitlines()
     for name, method in methods.items():
-        assert name in text and method["reference"] in text
+        (row,) = [line for line in lines if line.startswith(f"{name} ")]
+        for told in (method["reference"], method["summary"], method["adapter"], method["evidence"]):
+            assert told in row
+        assert method == json.loads(call("methods", name.replace("_", "-"), "--json")[0])
+        text = call("methods", name)[0]
         for parameter in method["parameters"]:
-            assert f"{parameter['name']} = " in text
+            assert f"\n{parameter['name']} " in text
             assert parameter["name"] in method["help"]
+
+
+def test_what_methods_need_is_what_they_cost(call: Call):
+    methods = {each["name"]: each for each in json.loads(call("methods", "--json")[0])}
+    assert methods["task_arithmetic"]["needs"] == {"passes": 0, "most_passes": 0, "memory": 0}
+    assert methods["ties"]["needs"]["passes"] == 2
+    assert methods["ip_merging"]["adapter"] == "exact"
+    assert {methods[name]["adapter"] for name in ("task_arithmetic", "ties")} == {"cut"}
+
+
+def test_a_method_that_does_not_exist_is_refused_with_the_nearest(
+    capsys: pytest.CaptureFixture[str],
+):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["methods", "task-arithmetics"])
+    assert left.value.code == 2
+    assert "the nearest known one is 'task_arithmetic'" in capsys.readouterr().err
 
 
 # --- the surface --------------------------------------------------------------------------

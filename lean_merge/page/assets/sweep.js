@@ -1,6 +1,7 @@
 // The page of a sweep: one measure along one axis, and the table of all points.
 
-const { axes, points } = data;
+const { axes, points, receiver } = data;
+const overMethods = Boolean(axes.method);
 const varied = Object.keys(axes).filter((name) => axes[name].length > 1);
 const isNumeric = (axis) => axes[axis].every((value) => typeof value === 'number');
 const exact = (value) => (value === null || value === undefined ? '—' : String(Number(value.toPrecision(5))));
@@ -22,15 +23,15 @@ function seriesOf(measure, axis) {
   const series = new Map();
   for (const point of points) {
     if (measure.of(point) === null || point.parameters[axis] === undefined) continue;
-    const others = varied.filter((name) => name !== axis);
+    const others = varied.filter((name) => name !== axis && point.parameters[name] !== undefined);
     const name = others.map((other) => `${other} ${point.parameters[other]}`).join(', ');
     series.set(name, [...(series.get(name) || []), point]);
   }
   return series;
 }
 
-function linesFigure(width) {
-  const measure = measures[byId('measure').value];
+/** The lines of one measure along the chosen axis, and what was measured of the receiver. */
+function linesOf(measure, width) {
   const axis = byId('axis').value;
   // Words stand at the place of their value, under which they are cut to what fits.
   const place = (value) => (isNumeric(axis) ? value : axes[axis].indexOf(value));
@@ -52,6 +53,19 @@ function linesFigure(width) {
       hovertemplate: '%{text}<br>%{y:.4g}<extra></extra>',
     };
   });
+  const measured = receiver[measure.title];
+  const places = traces.flatMap(({ x }) => x);
+  if (measured !== undefined && places.length) {
+    traces.push({
+      type: 'scatter',
+      mode: 'lines',
+      name: 'the receiver itself',
+      x: [Math.min(...places), Math.max(...places)],
+      y: [measured, measured],
+      line: { color: colour('text'), width: 1, dash: 'dot' },
+      hovertemplate: 'the receiver itself<br>%{y:.4g}<extra></extra>',
+    });
+  }
   const room = Math.max(40, (0.6 * width) / axes[axis].length);
   const words = axes[axis].map((value) => label(fitted(String(value), room)));
   const ticks = { tickvals: [...words.keys()], ticktext: words, range: [-0.5, words.length - 0.5], tickangle: 0 };
@@ -89,9 +103,19 @@ new BigTable({
   ],
 });
 
-const show = () => draw(byId('lines'), linesFigure);
+const chosen = (width) => linesOf(measures[byId('measure').value], width);
+const plots = overMethods ? data.results.map((name, number) => [measures[number], element('div', '', {
+  class: 'plot', id: `measured-${number}`, role: 'img', 'aria-label': `${name} of every method`,
+})]) : [];
+byId('lines').after(...plots.map(([, plot]) => plot));
+// With several methods every measured number has its plot; the one above them shows what is chosen.
+const show = () => {
+  draw(byId('lines'), chosen);
+  for (const [measure, plot] of plots) draw(plot, (width) => linesOf(measure, width));
+};
 fill('measure', measures.map(({ title }) => title).entries(), show);
 fill('axis', Object.keys(axes).map((axis) => [axis, axis]), show);
-byId('axis').value = varied[0] || Object.keys(axes)[0] || '';
+byId('axis').value = (overMethods && varied.find(isNumeric)) || varied[0] || Object.keys(axes)[0] || '';
+if (plots.length) byId('measure').value = data.results.length;
 if (byId('axis').value) show();
 document.documentElement.dataset.ready = 'yes';

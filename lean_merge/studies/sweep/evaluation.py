@@ -30,7 +30,7 @@ _TAIL = 256 << 10
 _MAX_LINES = 1000
 """A value may begin in this many of the last lines, and is read to its end."""
 _LONGEST_LINE = 200
-_PLACEHOLDER = re.compile(r"\{([a-z]+)\}")
+_PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
 _LINE_START = re.compile(r"(?:^|(?<=[\r\n]))[ \t]*")
 _LINE_END = re.compile(r"[ \t]*(?:[\r\n]|\Z)")
 

@@ -12,6 +12,7 @@ from lean_merge.engine import Event
 from lean_merge.errors import LeanMergeError
 from lean_merge.merge import merge
 from lean_merge.outputs import output_of
+from lean_merge.outputs.checkpoint import CheckpointOutput
 from lean_merge.outputs.recorded import Analysis
 from lean_merge.plan import Plan
 from lean_merge.plan import plan as make_plan
@@ -22,9 +23,16 @@ from lean_merge.store import checked_place
 from lean_merge.studies.pages import add_page
 from lean_merge.studies.sweep.decisions import Decisions, decide
 from lean_merge.studies.sweep.evaluation import Evaluation, measure
-from lean_merge.studies.sweep.grid import AXES, Grid, Point, written
+from lean_merge.studies.sweep.grid import AXES, Grid, MethodGrid, Point, written
 from lean_merge.studies.sweep.links import EqualFiles
-from lean_merge.studies.sweep.start import analysis_for, check, earlier_points, folders, held
+from lean_merge.studies.sweep.start import (
+    analysis_for,
+    check,
+    earlier_points,
+    folders,
+    gathers,
+    held,
+)
 from lean_merge.studies.sweep.table import (
     TABLE_VERSION,
     PointRow,
@@ -66,7 +74,7 @@ class SweepResult:
 
 def sweep(
     recipe: MergeRecipe,
-    grid: Grid,
+    grid: Grid | MethodGrid,
     out: str | Path,
     *,
     analysis: str | Path | Analysis | None = None,
@@ -88,7 +96,8 @@ def sweep(
     recipe
         The recipe that all points share. The grid's values replace its own, and its experts' own.
     grid
-        The values to try.
+        The values to try, or the methods with values of their own. Where methods are swept and the
+        outputs are checkpoints, the model that receives is measured too.
     out
         The folder of the table and of the points.
     analysis
@@ -117,6 +126,7 @@ def sweep(
     with held(place):
         earlier = earlier_points(place, recipe)
         work = _Sweep(recipe, place, earlier, evaluation, resources, overwrite)
+        work.known_receiver = (read_table(place) or {}).get("receiver")
         table = work.table(grid, points)
         # From here on the folder is known to be that of a sweep, even if the sweep fails.
         write_table(place, table)
@@ -137,6 +147,9 @@ def sweep(
             write_table(place, table)
             if on_event is not None:
                 on_event(PointEvent(number + 1, len(points), record))
+        if isinstance(grid, MethodGrid) and evaluation is not None:
+            table["receiver"] = work.receiver(plan, evaluation)
+            write_table(place, table)
         # In the stored form, an unknown norm is null.
         page = add_page("sweep", place, read_table(place) or table)
     return SweepResult(place, table, page)
@@ -152,17 +165,20 @@ class _Sweep:
     overwrite: bool
     analysis: Analysis | None = None
     files: EqualFiles = field(default_factory=EqualFiles)
+    known_receiver: PointRow | None = None
+    """What an earlier sweep measured of the model that receives."""
     first: dict[str, PointRow] = field(default_factory=dict)
     """The record of the first point with a set of decisions, by their digest."""
 
-    def table(self, grid: Grid, points: list[Point]) -> dict[str, Any]:
+    def table(self, grid: Grid | MethodGrid, points: list[Point]) -> dict[str, Any]:
         """Return the whole table: the rows of this grid's points, and then those of others."""
         names = {point.name for point in points}
         others = [record for name, record in self.earlier.items() if name not in names]
-        axes: dict[str, list[Any]] = {axis: list(grid.axes.get(axis, ())) for axis in AXES}
+        axes: dict[str, list[Any]] = {axis: list(values) for axis, values in grid.axes.items()}
+        axes = {**{axis: [] for axis in AXES}, **axes}
         for record in others:
             for axis, value in record["parameters"].items():
-                if value not in axes[axis]:
+                if value not in axes.setdefault(axis, []):
                     axes[axis].append(value)
         evaluation = self.evaluation
         return {
@@ -183,6 +199,7 @@ class _Sweep:
                 *(self.earlier.get(p.name) or new_record(p.name, p.parameters) for p in points),
                 *others,
             ],
+            "receiver": self.known_receiver,
         }
 
     def carry_out(self, point: Point) -> PointRow:
@@ -192,7 +209,7 @@ class _Sweep:
             self._make(point, record)
             own = record["path"] is not None and record["same_as"] is None
             if own and self.evaluation is not None:
-                self._measure(point, record, self.evaluation)
+                self._measure(record, self.evaluation, self._facts(point, record["path"]))
         except LeanMergeError as error:
             record["error"] = str(error)
         except Exception as error:
@@ -200,8 +217,19 @@ class _Sweep:
             record["error"] = f"{type(error).__name__}: {error}"
         return record
 
+    def receiver(self, plan: Plan, evaluation: Evaluation) -> PointRow | None:
+        """Measure the model that receives as it is; None for other outputs than whole models."""
+        if self.recipe.output != CheckpointOutput.name:
+            return None
+        record = dict.fromkeys(("result", "evaluation", "error")) | (self.known_receiver or {})
+        record |= {"error": None}
+        facts = self._facts(Point("receiver", ()), str(plan.mllm.path))
+        self._measure(record, evaluation, facts)
+        return record
+
     def _plan(self, recipe: MergeRecipe) -> Plan:
-        return make_plan(recipe, self.resources, analysis=self.analysis)
+        analysis = self.analysis if gathers(recipe) else None
+        return make_plan(recipe, self.resources, analysis=analysis)
 
     def _make(self, point: Point, record: PointRow) -> None:
         start = time.monotonic()
@@ -242,13 +270,13 @@ class _Sweep:
         before = self.earlier.get(record["name"], {})
         return before if before.get("digest") == record["digest"] else {}
 
-    def _measure(self, point: Point, record: PointRow, evaluation: Evaluation) -> None:
+    def _measure(self, record: PointRow, evaluation: Evaluation, facts: Mapping[str, str]) -> None:
         asked = {"command": evaluation.command, "shell": evaluation.shell}
         known = record["evaluation"] or {}
         if record["result"] is not None and {key: known.get(key) for key in asked} == asked:
             return
         record |= {"result": None, "evaluation": None}
-        measured = measure(evaluation, self._facts(point, record["path"]), logs=self.place / LOGS)
+        measured = measure(evaluation, facts, logs=self.place / LOGS)
         record["result"] = measured.result
         record["evaluation"] = asked | {"seconds": round(measured.seconds, 3)}
         if measured.error is not None:
@@ -260,7 +288,7 @@ class _Sweep:
             "path": str(self.place / path),
             "name": point.name,
             "output": self.recipe.output,
-            "mllm": _absolute(self.recipe.mllm_model),
+            "mllm": _absolute(self.recipe.receiver),
             "base": _absolute(self.recipe.base_model),
             **{axis: written(value) for axis, value in point.values},
         }

@@ -21,7 +21,7 @@ from lean_merge.recipe import MergeRecipe
 from lean_merge.store.storage import explain, lock_folder, make_folder
 from lean_merge.studies.analyze import analyze
 from lean_merge.studies.sweep.evaluation import Evaluation
-from lean_merge.studies.sweep.grid import Grid, Point
+from lean_merge.studies.sweep.grid import METHOD, Grid, MethodGrid, Point, Value
 from lean_merge.studies.sweep.table import CSV, TABLE, PointRow, check_same_recipe, read_table
 
 ANALYSIS_FOLDER = "analysis"
@@ -30,7 +30,7 @@ ANALYSIS_FOLDER = "analysis"
 
 def check(
     recipe: MergeRecipe,
-    grid: Grid,
+    grid: Grid | MethodGrid,
     points: list[Point],
     evaluation: Evaluation | None,
     resources: Resources | None,
@@ -44,16 +44,28 @@ def check(
             )
     for point in points:
         build_method(point.recipe(recipe))
-    for stages in grid.axes.get("stages", (None,)):
-        first = next(p for p in points if p.parameters.get("stages") == stages)
+    kinds = {
+        (each.parameters.get(METHOD), each.parameters.get("stages")): each
+        for each in reversed(points)
+    }
+    for first in kinds.values():
         plan = make_plan(first.recipe(recipe), resources)
     return plan
+
+
+def gathers(recipe: MergeRecipe) -> bool:
+    """Return whether the recipe's method decides from an analysis."""
+    try:
+        evidence_method(recipe)
+    except RecipeError:
+        return False
+    return True
 
 
 def analysis_for(
     recipe: MergeRecipe,
     plan: Plan,
-    grid: Grid,
+    grid: Grid | MethodGrid,
     place: Path,
     given: str | Path | Analysis | None,
     *,
@@ -72,11 +84,11 @@ def analysis_for(
     LeanMergeError
         The analysis is incomplete or of other models, or the models cannot be analysed.
     """
-    try:
-        evidence_method(recipe)
-    except RecipeError:
+    recipes = [each.recipe(recipe) for each in grid.points()]
+    able = next((each for each in recipes if gathers(each)), None)
+    if able is None:
         if given is not None:
-            raise
+            evidence_method(recipe)
         return None
     if given is not None:
         analysis = open_analysis(given) if isinstance(given, (str, Path)) else given
@@ -91,7 +103,9 @@ def analysis_for(
                 f"{error} A sweep makes its own anew with --overwrite."
             ) from error
         return found
-    lowest = tuple(("temperature", value) for value in sorted(grid.temperatures)[:1])
+    temperatures = sorted(v for v in grid.axes.get("temperature", ()) if not isinstance(v, str))
+    lowest: tuple[tuple[str, Value], ...] = ((METHOD, able.merge_method),)
+    lowest += tuple(("temperature", value) for value in temperatures[:1])
     wanted = replace(Point(ANALYSIS_FOLDER, lowest).recipe(recipe), output="none")
     return analyze(wanted, folder, resources=resources, overwrite=True, on_event=on_event).analysis
 
@@ -106,7 +120,7 @@ def _opened(folder: Path) -> Analysis | None:
 
 def folders(recipe: MergeRecipe) -> list[Path]:
     """Return the folders of the inputs; an input that is a hub id has none."""
-    models = [recipe.base_model, recipe.mllm_model, *(each.model for each in recipe.experts)]
+    models = [recipe.base_model, recipe.receiver, *(each.model for each in recipe.experts)]
     return [path for path in map(Path, models) if path.exists()]
 
 

@@ -71,6 +71,9 @@ def read_table(out: Path) -> dict[str, Any] | None:
     for point in points:
         if not _is_record(point):
             raise CheckpointError(f"{file}: has a point that lacks something; {mend}.")
+    receiver = table.setdefault("receiver", None)
+    if receiver is not None and not (isinstance(receiver, dict) and _is_measured(receiver)):
+        raise CheckpointError(f"{file}: has a receiver that lacks something; {mend}.")
     return table
 
 
@@ -78,17 +81,20 @@ def _is_record(point: Any) -> bool:
     if not isinstance(point, dict) or point.keys() != new_record("", {}).keys():
         return False
     texts = all(isinstance(point[key], (str, type(None))) for key in ("path", "same_as", "digest"))
-    plain = isinstance(point["name"], str) and isinstance(point["evaluation"], (dict, type(None)))
-    result = point["result"]
-    values = result.values() if isinstance(result, dict) else [] if result is None else [result]
     return (
         texts
-        and plain
-        and all(type(value) in (int, float) for value in values)
+        and isinstance(point["name"], str)
+        and _is_measured(point)
         and isinstance(point["parameters"], dict)
-        and point["parameters"].keys() <= AXES.keys()
-        and all(type(value) in (str, int, float) for value in point["parameters"].values())
+        and all(type(value) in (str, int, float, bool) for value in point["parameters"].values())
     )
+
+
+def _is_measured(record: PointRow) -> bool:
+    result = record.get("result")
+    values = result.values() if isinstance(result, dict) else [] if result is None else [result]
+    plain = isinstance(record.get("evaluation"), (dict, type(None)))
+    return plain and all(type(value) in (int, float) for value in values)
 
 
 def write_table(out: Path, table: Mapping[str, Any]) -> None:
