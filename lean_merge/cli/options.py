@@ -69,7 +69,7 @@ OutputKind = Annotated[
 LoraRank = Annotated[
     str | None, typer.Option(help="The rank of every weight; auto keeps each update whole.")
 ]
-Scope = Annotated[
+ScopeName = Annotated[
     str | None,
     typer.Option(help="Merge matrices, or language: norms, biases, embeddings and head as well."),
 ]
@@ -158,7 +158,7 @@ def work_of(
     svd: Svd = None,
     importance: Importance = None,
     set_: Set = None,
-    scope: Scope = None,
+    scope: ScopeName = None,
     include: Include = None,
     exclude: Exclude = None,
     output: OutputKind = None,

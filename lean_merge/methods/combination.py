@@ -39,7 +39,7 @@ class LinearMethod(Method[P], abc.ABC):
 
 
 class LinearRule(LinearMethod[Any]):
-    """What a method for matrices does with norms, biases, embeddings and the head.
+    """The coefficients that stand in for a method for matrices at norms, biases and embeddings.
 
     Parameters
     ----------

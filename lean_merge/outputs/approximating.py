@@ -30,8 +30,8 @@ _OVERSAMPLED = 8
 
 
 @dataclass(frozen=True, slots=True)
-class _Sketch:
-    """How the update of a weight [out, in] is cut to a rank, and what that costs."""
+class _CutPlan:
+    """The way in which the update of a weight [out, in] is cut to a rank, and its cost."""
 
     shape: tuple[int, int]
     rank: int
@@ -43,7 +43,7 @@ class _Sketch:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the update is decomposed as a whole matrix."""
+        """True if the update is decomposed as a whole matrix."""
         smaller = min(self.shape)
         return smaller <= WHOLE_UP_TO or DEPTH * self.block > smaller
 
@@ -117,7 +117,7 @@ class Approximating(Method[Any]):
 
     def cost(self, shape: tuple[int, int], *, item: int) -> AnalysisCost:
         """Return the cost of the other method and of the passes over its update."""
-        cost, sketch = self._method.cost(shape, item=item), _Sketch(shape, self._rank)
+        cost, sketch = self._method.cost(shape, item=item), _CutPlan(shape, self._rank)
         return replace(
             cost,
             workspace=cost.workspace + sketch.workspace(cost.scratch),
@@ -152,7 +152,7 @@ def approximate(weight: WeightContext, update: Update, rank: int) -> LowRank:
     from ||U||_F.
     """
     assert weight.over_update is not None
-    sketch = _Sketch(weight.shape, min(rank, *weight.shape))
+    sketch = _CutPlan(weight.shape, min(rank, *weight.shape))
     if sketch.is_whole:
         dense = weight.over_update(update, Pass(dense=True)).dense
         assert dense is not None

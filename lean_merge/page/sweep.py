@@ -34,7 +34,7 @@ def _point(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _results(result: Any) -> dict[str, float | None]:
-    """What was measured of a model, by name."""
+    """Return the measured numbers of a model, by name."""
     named = result if isinstance(result, dict) else {} if result is None else {"result": result}
     return {name: rounded(value, 12) for name, value in named.items()}
 

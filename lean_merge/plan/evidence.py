@@ -91,11 +91,11 @@ def decide_from_evidence(
         found = [each.threshold for each in evidence.thresholds]
         settled = {id(method): method.settled(found) for method in deciders.values()}
         deciders = {name: settled[id(method)] for name, method in deciders.items()}
-    found = {**methods, **_gathering(deciders, positions, recipe, evidence.gathered)}
+    methods = {**methods, **_gathering(deciders, positions, recipe, evidence.gathered)}
     if evidence.source is None:
-        return found, evidence
+        return methods, evidence
     recalling, anew = _recalling(deciders, evidence.source)
-    return {**found, **recalling}, replace(evidence, anew=anew)
+    return {**methods, **recalling}, replace(evidence, anew=anew)
 
 
 def _gathering(

@@ -82,7 +82,7 @@ def test_an_adapter_is_the_best_of_its_rank_and_tells_its_error(
     if way == "sketched":
         monkeypatch.setattr(approximating, "WHOLE_UP_TO", 16)
         monkeypatch.setattr(approximating, "_OVERSAMPLED", 4)
-        assert not any(approximating._Sketch(shape, RANK).is_whole for shape in SHAPES.values())
+        assert not any(approximating._CutPlan(shape, RANK).is_whole for shape in SHAPES.values())
     result = adapter(triple, tmp_path / "out", method)
     base, mllm, expert = (load(folder) for folder in (triple.base, triple.mllm, triple.experts[0]))
     for canonical in SHAPES:
