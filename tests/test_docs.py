@@ -265,7 +265,7 @@ def test_the_examples_of_new_methods_work(monkeypatch: pytest.MonkeyPatch, tmp_p
     linear, elementwise, tests = blocks(ROOT / "docs" / "adding-a-method.md", "python")
     assert elementwise.count("\n") < 40
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
-    modules = {"linear_example": linear, "magmax_example": elementwise, "example_tests": tests}
+    modules = {"negation_example": linear, "magmax_example": elementwise, "example_tests": tests}
     for name, code in modules.items():
         (tmp_path / f"{name}.py").write_text(code, encoding="utf-8")
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -273,7 +273,7 @@ def test_the_examples_of_new_methods_work(monkeypatch: pytest.MonkeyPatch, tmp_p
     examples = [importlib.import_module(name) for name in modules][-1]
 
     found = [name for name in vars(examples) if name.startswith("test_")]
-    assert len(found) == 2 and set(examples.METHODS) == {"linear", "magmax"}
+    assert len(found) == 2 and set(examples.METHODS) == {"negation", "magmax"}
     for name in found:
         for method in examples.METHODS:
             folder = tmp_path / f"{name} {method}"
@@ -417,9 +417,9 @@ def test_files_that_the_documentation_names_exist():
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         example = {
-            "lean_merge/methods/linear.py",
+            "lean_merge/methods/negation.py",
             "lean_merge/methods/magmax.py",
-            "tests/methods/test_linear_and_magmax.py",
+            "tests/methods/test_negation_and_magmax.py",
         }
         for name in set(re.findall(r"`((?:tests|bench|docs|lean_merge)/[\w./-]+)`", text)):
             assert name in example or (ROOT / name).exists(), f"{page.name}: {name}"

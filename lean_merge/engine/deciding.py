@@ -207,6 +207,7 @@ class Decider:
             dtype=arithmetic_dtype(task, device),
             uploader=None if lent is None else lent.uploader,
             landing=() if lent is None else lent.landing,
+            differences=method is None or method.differences,
         )
 
 

@@ -115,6 +115,7 @@ def _sums(
                 resident=0,
                 task_dtype=dtype,
                 dtype=dtype,
+                differences=each.method.differences,
             )
             found = vectors.run(wanted)
             sums = [_added(*pair) for pair in zip(sums, found, strict=True)] if sums else found

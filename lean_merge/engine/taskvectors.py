@@ -29,6 +29,8 @@ _UNDERFLOWN = 1e-30
 class TaskVectors:
     """The task vectors W_role - W_0 of the MLLM and every expert, in tiles of rows.
 
+    For methods that take no differences, the weights W_role themselves are in their place.
+
     Parameters
     ----------
     weight
@@ -44,6 +46,8 @@ class TaskVectors:
     uploader, landing
         The uploader that brings tiles to the device, and memory there for tiles that are not
         resident; the uploader is None if the CPU computes.
+    differences
+        Whether W_0 is subtracted.
     """
 
     def __init__(
@@ -58,7 +62,9 @@ class TaskVectors:
         dtype: torch.dtype,
         uploader: Uploader | None = None,
         landing: Sequence[Tensor] = (),
+        differences: bool = True,
     ) -> None:
+        self._differences = differences
         self.weight = weight.load(reader)
         self.shape = weight.shape
         self.dtype = dtype
@@ -108,7 +114,9 @@ class TaskVectors:
             self.device = torch.device("cpu")
 
     def squared_norms(self) -> list[float]:
-        """Return ||W_role - W_0||_F^2 for every role; NaN if not all its tiles were read."""
+        """Return ||W_role - W_0||_F^2 for every role; NaN if not all its tiles were formed."""
+        if not self._differences:
+            return [math.nan] * len(self.weight.others)
         return [
             math.fsum(math.nan if square is None else square for square in of_role)
             for of_role in zip(*self._squares, strict=True)
@@ -153,21 +161,21 @@ class TaskVectors:
                 at = slice(rows.start - tile.start, rows.stop - tile.start)
                 strip = into[at]
                 own = strip if source.in_columns else self._read(source, rows, "role")
-                if source.is_difference:
+                if source.is_difference == self._differences:
                     strip.copy_(own)
                 else:
                     if base is None and whole is not None:
                         base = whole[at]
                     elif base is None:
                         base = self._read(self.weight.base, rows, "base")
-                    torch.sub(own, base, out=strip)
+                    torch.add(own, base, alpha=-1 if self._differences else 1, out=strip)
                 squares[role] += self._squared_norm(strip, source, rows)
         return squares
 
     def _turn(self, tile: slice, out: Sequence[Tensor | None]) -> Tensor | None:
         """Read a whole tile of each weight whose rows are stored as columns; roles go into `out`.
 
-        Return the base's tile if its rows are stored as columns and it is subtracted from any role.
+        Return the base's tile if its rows are stored as columns and any role needs them.
         """
         wanted = [
             (source, into)
@@ -178,7 +186,8 @@ class TaskVectors:
             if source.in_columns:
                 into.copy_(source.read(tile, self._reader, self._workers.buffer, "columns"))
         base = self.weight.base
-        if not base.in_columns or all(source.is_difference for source, _ in wanted):
+        alone = all(source.is_difference == self._differences for source, _ in wanted)
+        if not base.in_columns or alone:
             return None
         shape = (tile.stop - tile.start, self.shape[1])
         whole = self._workers.buffer("base tile", shape, self.task_dtype)

@@ -12,7 +12,9 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lean_merge.linalg.passes import Pass, Products
@@ -36,11 +38,8 @@ def count_upper(rows: slice, values: Tensor) -> Tensor:
     values : Tensor of float32, bfloat16 or float16
     """
     del rows
-    if values.dtype is torch.float32:
-        bits = (values.view(torch.int32) >> 16) & (UPPER - 1)
-    else:
-        bits = values.view(torch.int16) & (UPPER - 1)
-    return torch.bincount(bits.view(-1), minlength=UPPER)
+    bits = _halves(values)[:, -1] & (UPPER - 1)
+    return torch.from_numpy(np.bincount(bits, minlength=UPPER))
 
 
 def count_lower(rows: slice, values: Tensor, *, uppers: Sequence[int]) -> Tensor:
@@ -49,17 +48,24 @@ def count_lower(rows: slice, values: Tensor, *, uppers: Sequence[int]) -> Tensor
     Row i counts those whose magnitudes have the upper bits `uppers[i]`.
     """
     del rows
-    bits = values.view(torch.int32).view(-1)
-    pattern = (bits >> 16) & (UPPER - 1)
-    return torch.stack(
-        [torch.bincount(bits[pattern == upper] & (LOWER - 1), minlength=LOWER) for upper in uppers]
-    )
+    lower, upper = _halves(values).T
+    pattern = upper & (UPPER - 1)
+    found = [lower[np.flatnonzero(pattern == each)] for each in uppers]
+    return torch.from_numpy(np.stack([np.bincount(each, minlength=LOWER) for each in found]))
+
+
+def _halves(values: Tensor) -> NDArray[np.uint16]:
+    """Return the 16-bit words [n, 1 or 2] of `values`; the last of each number has its sign."""
+    words = values.contiguous().view(torch.int16).cpu().numpy().view(np.uint16)
+    return words.reshape(-1, values.dtype.itemsize // 2)
 
 
 def largest_magnitudes(
-    ranks: Ranks, dtype: torch.dtype, *, count: int
+    ranks: Sequence[Ranks | None], dtype: torch.dtype
 ) -> Generator[Sequence[Pass | None], Sequence[Products | None], tuple[tuple[float, ...], ...]]:
-    """Find the `ranks`-th largest magnitudes of each of `count` matrices of `dtype`.
+    """Find the k-th largest magnitudes of several matrices of `dtype`, each for its own `ranks` k.
+
+    A matrix whose ranks are None is not read.
 
     The generator asks for one pass, or for two if `dtype` is float32. It may be sent the products
     of one weight, or their sums over many weights; then the magnitudes are those of all together.
@@ -69,15 +75,18 @@ def largest_magnitudes(
     tuple of tuple of float
         For each matrix, its magnitudes in the order of `ranks`; rank 0 gives infinity.
     """
-    got = yield [Pass(reduce=count_upper)] * count
-    places = [_places(products, ranks) for products in got]
+    got = yield [own and Pass(reduce=count_upper) for own in ranks]
+    pairs = zip(got, ranks, strict=True)
+    places = [_places(products, own) if own else [] for products, own in pairs]
     if dtype is torch.float32:
         uppers = [[bits for bits, _ in each] for each in places]
-        got = yield [Pass(reduce=partial(count_lower, uppers=each)) for each in uppers]
+        got = yield [
+            Pass(reduce=partial(count_lower, uppers=each)) if each else None for each in uppers
+        ]
         places = [
             [
                 (place[0] << 16 | _kth(counts, place[1])[0], 0)
-                for place, counts in zip(each, _reduced(products), strict=True)
+                for place, counts in zip(each, _reduced(products) if each else (), strict=True)
             ]
             for each, products in zip(places, got, strict=True)
         ]

@@ -164,6 +164,9 @@ class Method(abc.ABC, Generic[P]):
     """Where it was measured, in a word or two: "published", or "published and here"."""
     exact_differences: ClassVar[bool] = False
     """If True, task vectors are formed in float32, even if the checkpoints' dtype is narrower."""
+    differences: ClassVar[bool] = True
+    """Whether the method works with task vectors W - W_0; else it is given the weights W themselves
+    in their place."""
     changes_by_itself: ClassVar[bool] = False
     """If True, a weight that no expert changes may get an update too, as the MLLM changed it."""
     multiplies: ClassVar[bool] = True
@@ -177,6 +180,9 @@ class Method(abc.ABC, Generic[P]):
 
     def __init__(self, parameters: Sequence[P]) -> None:
         self.parameters = tuple(parameters)
+
+    def check(self) -> None:
+        """Raise RecipeError if parameters make no sense together, for as many models."""
 
     @property
     def models(self) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lean_merge.linalg import Pass, Products
+from lean_merge.linalg.chance import fill_uniform
 from lean_merge.methods.base import (
     AnalysisCost,
     Decision,
@@ -36,7 +37,8 @@ class Block:
     Attributes
     ----------
     task_vectors : sequence of Tensor [t, in], float32
-        These rows of the task vectors, the MLLM's first. They are not to be changed.
+        These rows of the task vectors, the MLLM's first. They are not to be changed. Where
+        `reads_task_vectors` is False there are no rows.
     scratch : Tensor [k, t, in], float32
         Memory to work with; its contents are arbitrary. k is the method's `scratch`.
     statistics
@@ -57,19 +59,12 @@ class Block:
     seed: int
 
     def uniform(self, purpose: str, out: Tensor) -> Tensor:
-        """Fill `out` [t, in] with random numbers in [0, 1).
+        """Fill `out` [t, in] with random numbers from 0 to 1, and return it.
 
-        Each row has its own generator, which is seeded by SHA-256 of the seed, the weight's name,
-        the purpose and the row's index. So a row's numbers do not depend on which rows make up the
-        block, and they differ from one purpose to another.
+        They depend on the seed, the weight's name, the purpose and the rows' indices alone, so that
+        a row's numbers are the same whatever rows make up the block.
         """
-        generator = torch.Generator()
-        for row, numbers in enumerate(out, self.rows.start):
-            key = f"{self.seed}\0{self.name}\0{purpose}\0row {row}".encode()
-            digest = hashlib.sha256(key).digest()
-            generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            torch.rand(numbers.shape, generator=generator, out=numbers)
-        return out
+        return fill_uniform(out, self.rows.start, seed=self.seed, name=self.name, purpose=purpose)
 
 
 class ElementwiseMethod(Method[P], abc.ABC):
@@ -153,7 +148,8 @@ class Elementwise(Update):
         self, rows: slice, task_vectors: Sequence[Tensor | None], scratch: Tensor, out: Tensor
     ) -> None:
         """Call the method's `fill` to write these rows of the update to `out`."""
-        given = [task_vector for task_vector in task_vectors if task_vector is not None]
+        none = torch.empty(0)
+        given = [none if each is None else each for each in task_vectors]
         block = Block(given, scratch, self._statistics, rows, self._name, self._seed)
         self._method.fill(block, out)
 

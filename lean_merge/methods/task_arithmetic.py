@@ -9,6 +9,7 @@ from typing import ClassVar
 from lean_merge.errors import RecipeError
 from lean_merge.methods.base import per_expert
 from lean_merge.methods.combination import LinearMethod
+from lean_merge.methods.ranges import check_range
 from lean_merge.methods.registry import register
 
 
@@ -16,22 +17,26 @@ from lean_merge.methods.registry import register
 class TaskArithmeticParameters:
     """Parameters of Task Arithmetic.
 
-    scale : weight of the expert's task vector, of each expert by itself.
+    scale : factor of the expert's task vector, of each expert by itself.
+    weight : another such factor.
+    normalize : divide by the sum of the weights.
     symmetric : False, W = W_mllm + sum_k scale_k dM_k; True, W = W_0 + scale (dV + sum_k dM_k) with
         one scale for all.
     """
 
     scale: float = per_expert(1.0)
     symmetric: bool = False
+    weight: float = per_expert(1.0)
+    normalize: bool = False
 
     def __post_init__(self) -> None:
-        if not -100 <= self.scale <= 100:
-            raise RecipeError(f"scale must lie in -100 .. 100, not {self.scale}.")
+        check_range("scale", self.scale, -100, 100)
+        check_range("weight", self.weight, -100, 100)
 
 
 @register
 class TaskArithmetic(LinearMethod[TaskArithmeticParameters]):
-    """W = W_mllm + sum_k scale_k (W_expert_k - W_0), on every in-scope weight."""
+    """W = W_mllm + sum_k scale_k weight_k (W_expert_k - W_0), on every in-scope weight."""
 
     name: ClassVar[str] = "task_arithmetic"
     reference: ClassVar[str] = "arXiv:2212.04089"
@@ -42,6 +47,10 @@ class TaskArithmetic(LinearMethod[TaskArithmeticParameters]):
         super().__init__(parameters)
         if self.common.symmetric and len({p.scale for p in self.parameters}) > 1:
             raise RecipeError("symmetric task arithmetic has one scale; give it once, for all.")
+        if self.common.symmetric and any(p.weight != 1.0 for p in self.parameters):
+            raise RecipeError("weight: symmetric task arithmetic has one scale, and no weights.")
+        if self.common.normalize and abs(sum(p.weight for p in self.parameters)) < 1e-8:
+            raise RecipeError("weight: with normalize, the weights may not sum to zero.")
 
     def coefficients(self) -> tuple[float, ...]:
         """Return the coefficient of the MLLM's task vector, then the experts' scales.
@@ -49,4 +58,5 @@ class TaskArithmetic(LinearMethod[TaskArithmeticParameters]):
         The MLLM's is scale - 1 if the merge is symmetric, because W_mllm already holds it once.
         """
         of_mllm = self.common.scale - 1.0 if self.common.symmetric else 0.0
-        return of_mllm, *(own.scale for own in self.parameters)
+        total = sum(own.weight for own in self.parameters) if self.common.normalize else 1.0
+        return of_mllm, *(own.scale * own.weight / total for own in self.parameters)

@@ -178,7 +178,7 @@ class Footprint:
         for weight, method, resident in parts:
             cost, height = self.cost(weight), weight.shape[0]
             kept = min(height, resident * tiles.tile_rows(weight.shape[1]))
-            a_pass = _row_bytes(formed_from(weight, [True] * len(weight.others)))
+            a_pass = _row_bytes(formed_from(weight, [True] * len(weight.others), method))
             loaded = sum(source.loaded for source in weight.roles)
             once = cost.recalled + loaded + kept * a_pass
             survey = None if method is None else method.survey()
@@ -187,7 +187,8 @@ class Footprint:
             if self.output.samples_base and cost.passes:
                 once += weight.base.nbytes(slice(0, tiles.sampled_rows(weight.shape)))
             if self.output.writes_rows:
-                added = formed_from(weight, method.reads_task_vectors() if method else ())
+                wanted = method.reads_task_vectors() if method else ()
+                added = formed_from(weight, wanted, method)
                 # Tiles that stay on another device are not brought back.
                 formed_again = height - kept if self.on_cpu else height
                 once += height * _row_bytes([weight.mllm]) + formed_again * _row_bytes(added)

@@ -137,6 +137,7 @@ def _build(kind: type[Method[Any]], values: list[dict[str, Any]], *, has_mllm: b
     except TypeError as error:
         raise RecipeError(f"The parameters of {kind.name} make no sense: {error}.") from error
     made.has_mllm = has_mllm
+    made.check()
     return made
 
 

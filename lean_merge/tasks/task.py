@@ -55,20 +55,24 @@ class WeightTask:
         sources: list[WeightSource] = []
         for part, method in zip(self.weight.slices, self.methods, strict=True):
             if method is not None and looks(method, part):
-                sources += part.roles
+                sources += formed_from(part, [True] * len(part.others), method)
                 continue
             added = method.reads_task_vectors() if method is not None and rows else ()
-            sources += [part.mllm, *formed_from(part, added)] if rows else []
+            sources += [part.mllm, *formed_from(part, added, method)] if rows else []
         return self.weight.extents_of(sources)
 
 
-def formed_from(weight: LogicalWeight, wanted: Sequence[bool]) -> list[WeightSource]:
+def formed_from(
+    weight: LogicalWeight, wanted: Sequence[bool], method: Method[Any] | None
+) -> list[WeightSource]:
     """Return the sources that are read to form the wanted task vectors of a weight.
 
-    The base is among them if any of these is a difference from it.
+    The base is among them if it is subtracted from any or, for a method that takes no differences,
+    added to any.
     """
+    differences = method is None or method.differences
     sources = [source for source, one in zip(weight.others, wanted, strict=False) if one]
-    if any(not source.is_difference for source in sources):
+    if any(source.is_difference != differences for source in sources):
         sources.append(weight.base)
     return sources
 

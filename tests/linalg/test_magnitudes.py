@@ -17,7 +17,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def found(matrices: Sequence[Sequence[Tensor]], ranks: Sequence[int]) -> list[list[float]]:
     """The magnitudes of each matrix, which is given in pieces; and how many passes it took."""
-    asked = largest_magnitudes(lambda count: ranks, matrices[0][0].dtype, count=len(matrices))
+    asked = largest_magnitudes([lambda count: ranks] * len(matrices), matrices[0][0].dtype)
     wanted = next(asked)
     while True:
         sums: list[Products | None] = []

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support import oracle
 from support.drive import drive, rows_of
@@ -81,6 +81,7 @@ def test_any_density_ties_zeros_and_signs(
     weights = data.draw(
         st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.0]), min_size=experts + 1, max_size=experts + 1)
     )
+    assume(any(weights))
     scale = data.draw(st.sampled_from([-1.0, 0.25, 1.0]))
     parameters = [
         TiesParameters(density=density, mllm_weight=weights[0], weight=own, scale=scale)

@@ -22,8 +22,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "task-arithmetic": {"merge_method": "task_arithmetic", "symmetric": True, "scale": 0.4},
     "ties": {"merge_method": "ties", "density": 0.3},
     "ties over the model": {"merge_method": "ties", "trim_over": "model"},
+    "linear": {"merge_method": "linear"},
+    "slerp": {"merge_method": "slerp", "t": 0.3},
+    "dare": {"merge_method": "dare_ties", "rescale": "l1"},
+    "della": {"merge_method": "della_linear", "seed": 5},
+    "breadcrumbs": {"merge_method": "breadcrumbs_ties"},
 }
-ONE_PASS = ("task-arithmetic", "ties over the model")
+IN_FLOAT32 = ("ties", "slerp", "dare", "breadcrumbs")
+"""Methods whose task vectors are formed in float32, and tiles of them kept."""
+ONE_PASS = ("task-arithmetic", "ties over the model", "linear", "della")
 """Methods that keep no tile resident, so that memory does not change what they read."""
 
 

@@ -128,3 +128,85 @@ def ties(
     share = sum(np.where(own, weight, 0.0) for own, weight in zip(agree, weights, strict=True))
     merged: Matrix = np.divide(total, share, out=np.zeros_like(total), where=share > 0)
     return scale * merged - task_vectors[0]
+
+
+def uniform(shape: tuple[int, int], *, seed: int, name: str, purpose: str) -> Matrix:
+    """The random numbers of a whole weight: 32 bits each of one stream, rounded to float32."""
+    rows, columns = shape
+    key = hashlib.sha256(f"{seed}\0{name}\0{purpose}".encode()).digest()
+
+    class Key(np.random.bit_generator.ISeedSequence):
+        def generate_state(self, n_words: int, dtype: object = np.uint32) -> object:
+            return np.frombuffer(key, dtype=dtype)[:n_words]
+
+    draws = (columns + 1) // 2
+    raw = np.random.PCG64(Key()).random_raw(rows * draws)
+    halves = np.stack([raw & 0xFFFFFFFF, raw >> 32], axis=1).reshape(rows, 2 * draws)
+    signed = halves.astype(np.uint32).astype(np.int32).astype(np.float32)
+    numbers = signed * np.float32(2.0**-32) + np.float32(0.5)
+    return numbers[:, :columns].astype(np.float64)
+
+
+def in_band(task_vector: Matrix, density: float, gamma: float) -> Matrix:
+    """What Model Breadcrumbs keeps: neither the largest entries nor the small ones."""
+    count = task_vector.size
+    kept = round(density * count)
+    dropped = min(round(gamma * count), count - kept)
+    magnitudes = np.abs(task_vector)
+    middle = np.sort(magnitudes.ravel())[::-1][dropped : dropped + kept]
+    if not kept:
+        return np.zeros_like(task_vector)
+    stays = (magnitudes >= middle.min()) & (magnitudes <= middle.max())
+    return np.where(stays, task_vector, 0.0)
+
+
+def dropped(
+    task_vector: Matrix, probabilities: Matrix | float, chance: Matrix, rescale: str
+) -> Matrix:
+    """What DARE and DELLA keep, if each entry stays with its probability."""
+    kept = np.where(chance < probabilities, task_vector, 0.0)
+    if rescale == "density":
+        return kept / probabilities
+    if rescale == "l1" and kept.any():
+        return kept * (np.abs(task_vector).sum() / np.abs(kept).sum())
+    return kept
+
+
+def della_probabilities(task_vector: Matrix, density: float, epsilon: float) -> Matrix | float:
+    """The probability with which each entry stays, by the rank in its row."""
+    if density == 1 or task_vector.shape[1] == 1:
+        return density
+    order = np.argsort(np.abs(task_vector), axis=1, kind="stable")
+    ranks = np.argsort(order, axis=1, kind="stable")
+    return density - epsilon + 2 * epsilon * ranks / (task_vector.shape[1] - 1)
+
+
+def merged(
+    sparse: Sequence[Matrix],
+    *,
+    weights: Sequence[float],
+    elects: bool,
+    normalize: bool,
+    scale: float = 1.0,
+) -> Matrix:
+    """The merged task vector of sparse ones."""
+    weighed = [weight * each for weight, each in zip(weights, sparse, strict=True)]
+    if not elects:
+        return scale * sum(weighed) / (sum(weights) if normalize else 1.0)
+    sign = np.where(sum(weighed) >= 0, 1.0, -1.0)
+    agree = [each * sign > 0 for each in weighed]
+    total = sum(np.where(own, each, 0.0) for own, each in zip(agree, weighed, strict=True))
+    share = sum(np.where(own, weight, 0.0) for own, weight in zip(agree, weights, strict=True))
+    return scale * (total / np.where(share > 0, share, 1.0) if normalize else total)
+
+
+def slerp(mllm: Matrix, expert: Matrix, t: float) -> Matrix:
+    """The weight at `t` on the great circle, or on the line where both are nearly parallel."""
+    lengths = [float(np.linalg.norm(each)) for each in (mllm, expert)]
+    cosine = float(
+        (mllm * expert).sum() / np.prod([each if each > 1e-8 else 1 for each in lengths])
+    )
+    if abs(cosine) > 0.9995:
+        return (1 - t) * mllm + t * expert
+    angle = np.arccos(cosine)
+    return (np.sin((1 - t) * angle) * mllm + np.sin(t * angle) * expert) / np.sin(angle)
