@@ -77,6 +77,9 @@ class ExpertRecord:
     computed_rank: int | None = None
     omitted_share: float | None = None
     angle_error: float | None = None
+    directions: int | None = None
+    energy_kept: float | None = None
+    factor: float | None = None
     gap: bool | None = None
     update_norm: float | None = None
 
@@ -125,6 +128,8 @@ class AnalysisCost:
         Bytes of stored evidence that are read.
     scratch : int
         `Update.scratch` at most: blocks of float32 that each worker lends for rows of the update.
+    operations : float
+        Arithmetic operations of decompositions that run on one core between the passes.
     """
 
     workspace: int = 0
@@ -133,6 +138,7 @@ class AnalysisCost:
     usual_passes: int = 0
     recalled: int = 0
     scratch: int = 0
+    operations: float = 0.0
 
 
 P = TypeVar("P")
@@ -199,6 +205,14 @@ class Method(abc.ABC, Generic[P]):
         """Return the first expert's parameters, to read those that do not differ by expert."""
         return self.parameters[0]
 
+    def forms_exactly(self, shape: tuple[int, int]) -> bool:
+        """Return whether the task vectors of a weight of `shape` are formed in float32.
+
+        By default this is so for every weight or for none, as `exact_differences` says.
+        """
+        del shape
+        return self.exact_differences
+
     @abc.abstractmethod
     def analyze(self, weight: WeightContext) -> Passes:
         """Ask for the passes that the method needs, and return its decision."""
@@ -238,6 +252,11 @@ class Method(abc.ABC, Generic[P]):
         That is this one, unless its analysis makes sense for matrices alone: see `LinearRule`.
         """
         return self
+
+    def warnings(self, records: Sequence[ExpertRecord]) -> list[str]:
+        """Return sentences on what the decisions on all weights should make a reader doubt."""
+        del records
+        return []
 
     @classmethod
     def parameter_fields(cls) -> tuple[dataclasses.Field[Any], ...]:

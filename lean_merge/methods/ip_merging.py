@@ -33,7 +33,7 @@ from lean_merge.methods.base import AnalysisCost, Decision, ExpertRecord, Weight
 from lean_merge.methods.combination import LinearRule, added
 from lean_merge.methods.evidence import EvidenceMethod
 from lean_merge.methods.facts import Compared, Evidence, FactorsInMemory, Facts, Portrait
-from lean_merge.methods.ip_parameters import IPMergingParameters
+from lean_merge.methods.ip_parameters import PUBLISHED, IPMergingParameters
 from lean_merge.methods.registry import register
 from lean_merge.methods.spectra import (
     ANGLE,
@@ -95,6 +95,7 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
         "importance",
         "similarity_weight",
         "select_by",
+        "variant",
     )
 
     def _effort(self, shape: tuple[int, int], threshold: float | None = None) -> Effort:
@@ -163,9 +164,24 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
         if not any(alignment.selected for alignment in aligned):
             return self._decision(facts(spectra), aligned)
         kept = self._kept(aligned)
-        carried = None if kept is None else spectra[0].vectors[:, kept]
+        vectors = None if kept is None else spectra[0].vectors[:, kept]
+        carried = [None, *(self._carried(vectors, expert) for expert in spectra[1:])]
         spectra, images = yield from finish_spectra(weight, effort, spectra, carried)
-        return self._decision(facts(spectra), aligned, kept, carried, images)
+        return self._decision(facts(spectra), aligned, kept, vectors, images[1:])
+
+    def _carried(self, vectors: Tensor | None, expert: Spectrum) -> Tensor | None:
+        """Return the vectors [in, r] whose images under the expert's task vector are projected.
+
+        If the task vector is cut to its leading directions, their components along these are
+        taken, which gives the same images.
+        """
+        if vectors is None or not self._cuts(expert.rank):
+            return vectors
+        return expert.vectors @ (expert.vectors.T @ vectors)
+
+    def _cuts(self, rank: int) -> bool:
+        """Return whether a task vector of this rank is cut before it is projected."""
+        return self.common.variant == PUBLISHED and rank > MAX_SUBSPACE
 
     def gather(
         self, weight: WeightContext
@@ -182,7 +198,8 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
         effort = self._effort(weight.shape, GATHERED_FOR)
         spectra = yield from find_spectra(weight, effort, judge)
         stored = min(self.most_stored(weight.shape), spectra[0].sigma.numel())
-        carried = spectra[0].vectors[:, :stored]
+        vectors = spectra[0].vectors[:, :stored]
+        carried = [None, *[vectors] * len(self.parameters)]
         spectra, images = yield from finish_spectra(weight, effort, spectra, carried)
         facts = replace(
             facts_of(weight.shape, spectra, weight.squared_norms()),
@@ -190,7 +207,8 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
             is_exhausted=last is Verdict.MORE,
             stored=stored,
         )
-        factors = FactorsInMemory(carried.cpu(), tuple(image.cpu() for image in images))
+        of_experts = tuple(image.cpu() for image in images if image is not None)
+        factors = FactorsInMemory(vectors.cpu(), of_experts)
         return Evidence(facts, factors)
 
     def gathering_cost(self, shape: tuple[int, int], *, item: int) -> AnalysisCost:
@@ -213,6 +231,9 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
         """Return why the weight must be analyzed again for a decision; None if it need not be."""
         effort = self._effort(facts.shape)
         aligned = align(self.parameters, facts)
+        pairs = zip(aligned, facts.roles[1:], strict=True)
+        if any(alignment.selected and self._cuts(expert.rank) for alignment, expert in pairs):
+            return "the experts' task vectors are cut before they are projected"
         if not any(alignment.subspace for alignment in aligned) or facts.is_whole:
             return self._lacks_factors(aligned, facts)
         if self.common.svd == "exact" or self.common.nuclear == "top_q":

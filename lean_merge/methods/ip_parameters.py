@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from lean_merge.errors import RecipeError, shown
 from lean_merge.methods.base import per_expert
 
 AUTO = "auto"
+PAPER, PUBLISHED = "paper", "published"
+_OF_PUBLISHED = {"select_by": "max", "nuclear": "top_q", "rank": 1024}
+"""What the code that the authors published does, in place of the paper's words."""
 STAGES = ("select", "rescale", "project")
 _STAGE_SETS = (
     frozenset({"select"}),
@@ -22,6 +25,7 @@ _CHOICES = {
     "importance": ("softmax", "relative"),
     "similarity_weight": ("none", "sigma"),
     "svd": ("randomized", "exact"),
+    "variant": (PAPER, PUBLISHED),
 }
 
 
@@ -39,6 +43,8 @@ class IPMergingParameters:
     stages : select; select,rescale; select,project; or all three (the paper's Table 5).
     rank : `auto`, or the number of directions to compute.
     svd : `randomized`, or `exact` for small models and as a reference.
+    variant : `paper`, or `published`, the rule of the code that the authors published; it sets
+        select_by to max, nuclear to top_q and rank to 1024, and cuts the expert to that rank.
     """
 
     threshold: float | str = per_expert(0.4, words=(AUTO,))
@@ -51,6 +57,7 @@ class IPMergingParameters:
     stages: tuple[str, ...] = STAGES
     rank: int | str = "auto"
     svd: str = "randomized"
+    variant: str = PAPER
 
     def __post_init__(self) -> None:
         if self.threshold != AUTO and (
@@ -66,6 +73,8 @@ class IPMergingParameters:
                 raise RecipeError(
                     f"{name} must be one of {', '.join(choices)}, not {shown(getattr(self, name))}."
                 )
+        if self.variant == PUBLISHED:
+            self._follow_published()
         if frozenset(self.stages) not in _STAGE_SETS or len(set(self.stages)) != len(self.stages):
             raise RecipeError(
                 f"stages {shown(','.join(map(str, self.stages)))} is not defined; choose select; "
@@ -75,6 +84,17 @@ class IPMergingParameters:
             raise RecipeError(
                 f"rank must be 'auto' or a whole number from 1, not {shown(self.rank)}."
             )
+
+    def _follow_published(self) -> None:
+        """Set what the published code fixes; raise RecipeError for another wish."""
+        defaults = {each.name: each.default for each in fields(self)}
+        for name, value in _OF_PUBLISHED.items():
+            if getattr(self, name) not in (value, defaults[name]):
+                raise RecipeError(
+                    f"variant: published has {name}: {value}, not {shown(getattr(self, name))}; "
+                    "leave it out, or choose variant: paper."
+                )
+            object.__setattr__(self, name, value)
 
     @property
     def bound(self) -> float:

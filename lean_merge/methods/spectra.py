@@ -111,6 +111,8 @@ class Effort:
         Whether whole spectra are computed.
     start, largest : int
         Numbers of directions to compute at first, and at most.
+    sums : bool
+        Whether the sums of the sketched spectra are wanted too.
     """
 
     shape: tuple[int, int]
@@ -118,6 +120,7 @@ class Effort:
     exact: bool
     start: int
     largest: int
+    sums: bool = True
 
     @classmethod
     def of(
@@ -150,6 +153,8 @@ class Effort:
 
         The second sketch computes the images in one of its passes.
         """
+        if not self.sums:
+            return self._sketch(MAX_DEPTH) + 1
         count = self._sketch(MAX_DEPTH) + self._sketch(self.most_nodes(self.start))
         if self.largest > self.start:
             # The rank grows after MIN_DEPTH blocks or never.
@@ -205,20 +210,25 @@ def find_spectra(weight: WeightContext, effort: Effort, judge: Judge) -> PassesO
 
 
 def finish_spectra(
-    weight: WeightContext, effort: Effort, spectra: list[Spectrum], carried: Tensor | None
-) -> PassesOf[tuple[list[Spectrum], list[Tensor]]]:
-    """Complete the spectra with accurate sums, and return them with each expert's images.
+    weight: WeightContext,
+    effort: Effort,
+    spectra: list[Spectrum],
+    carried: Sequence[Tensor | None],
+) -> PassesOf[tuple[list[Spectrum], list[Tensor | None]]]:
+    """Complete the spectra with accurate sums, and return them with each task vector's images.
 
-    The images are dM_k X [out, r] for X = `carried` [in, r]; there are none if that is None.
+    The images are B X [out, r] of a task vector B for its X in `carried` [in, r]; they are None
+    where that is.
     """
-    if any(spectrum.sums is None for spectrum in spectra):
+    if effort.sums and any(spectrum.sums is None for spectrum in spectra):
         most = effort.most_nodes(spectra[0].sigma.numel())
         return (yield from _deflated_sums(weight, spectra, carried, most))
-    if carried is None:
-        return spectra, []
-    wanted = Pass(times=carried.to(weight.dtype))
-    got = yield [None, *[wanted] * (len(spectra) - 1)]
-    return spectra, [_times(products) for products in got[1:]]
+    if all(columns is None for columns in carried):
+        return spectra, [*carried]
+    got = yield [
+        None if columns is None else Pass(times=columns.to(weight.dtype)) for columns in carried
+    ]
+    return spectra, [None if products is None else _times(products) for products in got]
 
 
 def _exact(weight: WeightContext, effort: Effort) -> PassesOf[list[Spectrum]]:
@@ -258,6 +268,8 @@ def _sketched(weight: WeightContext, effort: Effort, judge: Judge) -> PassesOf[l
                 verdict = judge(spectra, _depth(sketches), may_grow)
         if verdict is Verdict.LEFT:
             return spectra
+        if verdict is not Verdict.GROW and not effort.sums:
+            return spectra
         if verdict is not Verdict.GROW:
             return (yield from _own_sums(weight, spectra, sketches, effort.most_nodes(rank)))
         rank = min(2 * rank, effort.largest)
@@ -295,24 +307,27 @@ def _own_sums(
 
 
 def _deflated_sums(
-    weight: WeightContext, spectra: list[Spectrum], carried: Tensor | None, most: int
-) -> PassesOf[tuple[list[Spectrum], list[Tensor]]]:
+    weight: WeightContext,
+    spectra: list[Spectrum],
+    carried: Sequence[Tensor | None],
+    most: int,
+) -> PassesOf[tuple[list[Spectrum], list[Tensor | None]]]:
     """Compute the sums and images with a second sketch that leaves out the settled directions."""
     settled = [spectrum.settled for spectrum in spectra]
     sketches = _sketches(weight, settled, QUADRATURE_BLOCK, "sums")
     doubted = [
         sketch.doubted(norm) for sketch, norm in zip(sketches, weight.squared_norms(), strict=True)
     ]
-    wanted = [None, *[carried] * (len(sketches) - 1)]
     got = yield [
         replace(sketch.next_pass(), times=_side_by_side(columns, again, weight.dtype))
-        for sketch, columns, again in zip(sketches, wanted, doubted, strict=True)
+        for sketch, columns, again in zip(sketches, carried, doubted, strict=True)
     ]
-    width = 0 if carried is None else carried.shape[1]
-    images = [] if carried is None else [_times(products)[:, :width] for products in got[1:]]
-    for sketch, columns, again, products in zip(sketches, wanted, doubted, got, strict=True):
+    images: list[Tensor | None] = []
+    for sketch, columns, again, products in zip(sketches, carried, doubted, got, strict=True):
+        width = 0 if columns is None else columns.shape[1]
+        images.append(None if columns is None else _times(products)[:, :width])
         if again is not None:
-            sketch.recheck(_times(products)[:, 0 if columns is None else width :])
+            sketch.recheck(_times(products)[:, width:])
     weight.parallel(_absorb, list(zip(sketches, got, strict=True)))
     while True:
         if _depth(sketches) >= min(QUADRATURE_DEPTHS):

@@ -28,6 +28,11 @@ from lean_merge.tasks import (
     tiles,
 )
 
+_HEAVY = 1e10
+"""Operations of decompositions from which two weights are analysed at a time in any memory."""
+_OPERATIONS = 20e9
+"""Operations a second of a decomposition in float64 on one core of a present machine."""
+
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
@@ -251,6 +256,19 @@ def check_fits(tasks: Sequence[CopyTask | WeightTask], footprint: Footprint) -> 
         )
 
 
+def long_work(footprint: Footprint) -> tuple[str, ...]:
+    """Return a note if decompositions of whole matrices take more than a quarter of an hour."""
+    operations = sum(footprint.cost(weight).operations for weight in footprint.weights)
+    hours = operations / _OPERATIONS / 3600
+    if hours < 0.25:
+        return ()
+    return (
+        f"decomposing whole matrices takes up to {hours:.1f} hours on one core at "
+        f"{_OPERATIONS / 1e9:.0f} billion operations a second; where the method has a rank, a "
+        "small one takes a fraction of it",
+    )
+
+
 def _decoding_bytes(mllm: Checkpoint, workers: int) -> int:
     """Return the most bytes held to write tensors out of scope that are stored with scales.
 
@@ -322,7 +340,10 @@ def _beside_waiting(footprint: Footprint, waiting: int) -> Concurrency:
         for weight in weights
         if footprint.cost(weight).passes
     }
-    limit = min(footprint.memory, formulas.FULL_SPEED) - footprint.held - waiting
+    # Decompositions of large matrices keep one core busy each, whatever the others do.
+    heavy = any(footprint.cost(weight).operations > _HEAVY for weight in weights)
+    limit = footprint.memory if heavy else min(footprint.memory, formulas.FULL_SPEED)
+    limit -= footprint.held + waiting
     # Weights are many and sizes are few: a mixture has thousands of weights of one size. The
     # largest sizes are left out, one after another, until two of the rest fit.
     order = sorted(set(sizes.values()), key=lambda size: (size[0] + size[1], size), reverse=True)

@@ -155,7 +155,9 @@ def _typed(
         elif isinstance(default, tuple) and isinstance(value, list):
             value = tuple(value)
         words = fields[name].metadata.get("words", ())
-        if type(value) is not type(default) and name != "rank" and value not in words:
+        # These are a number or a word, which the method itself checks.
+        is_free = name == "rank" or fields[name].metadata.get("is_free", False)
+        if type(value) is not type(default) and not is_free and value not in words:
             kind = " or ".join([type(default).__name__, *words])
             raise RecipeError(f"{name} must be a {kind}, not {shown(value)}.")
         typed[name] = value

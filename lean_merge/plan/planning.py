@@ -20,7 +20,7 @@ from lean_merge.methods import Method
 from lean_merge.outputs import Output, RecordedEvidence, Request, evidence_kind, output_of
 from lean_merge.outputs.gathered import FoundThreshold, Gathered
 from lean_merge.plan.evidence import EvidencePlan, Methods, decide_from_evidence
-from lean_merge.plan.fitting import Concurrency, Footprint, check_fits, concurrency, fit
+from lean_merge.plan.fitting import Concurrency, Footprint, check_fits, concurrency, fit, long_work
 from lean_merge.plan.parameters import build_method, methods_of
 from lean_merge.plan.resources import Resources, resolve_resources
 from lean_merge.plan.scope import Scope, filter_weights, positions_of
@@ -229,6 +229,7 @@ def _plan(
             *machine.notes,
             *(evidence.notes if evidence is not None else ()),
             *fallback,
+            *long_work(footprint),
         ),
         evidence=evidence,
     )

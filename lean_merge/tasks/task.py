@@ -92,6 +92,6 @@ def needs_analysis(method: Method[Any], weight: LogicalWeight) -> bool:
 
 def task_dtype(method: Method[Any] | None, weight: LogicalWeight) -> torch.dtype:
     """Return the dtype in which the task vectors of a weight are formed."""
-    if method is not None and method.exact_differences:
+    if method is not None and method.forms_exactly(weight.shape):
         return torch.float32
     return common_dtype(source.dtype for source in weight.roles)

@@ -10,6 +10,7 @@ import pytest
 
 from lean_merge import BudgetError, MergeResult, Plan, Resources, memory
 from lean_merge import plan as make_plan
+from lean_merge.methods import leading
 from lean_merge.tasks import tiles
 from support.families import Triple, contents
 
@@ -27,8 +28,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "dare": {"merge_method": "dare_ties", "rescale": "l1"},
     "della": {"merge_method": "della_linear", "seed": 5},
     "breadcrumbs": {"merge_method": "breadcrumbs_ties"},
+    "rank_one": {"merge_method": "rank_one", "scale": 0.5},
+    "star": {"merge_method": "star", "eta": 0.2},
+    "tsv_m": {"merge_method": "tsv_m", "rank": 16},
+    "iso_c": {"merge_method": "iso_c"},
+    "wudi": {"merge_method": "wudi", "keep": 1.0},
+    "optmerge": {"merge_method": "optmerge", "rank": 16},
+    "svc": {"merge_method": "svc", "rank": 16},
 }
-IN_FLOAT32 = ("ties", "slerp", "dare", "breadcrumbs")
+IN_FLOAT32 = ("ties", "slerp", "dare", "breadcrumbs", "iso_c", "wudi")
 """Methods whose task vectors are formed in float32, and tiles of them kept."""
 ONE_PASS = ("task-arithmetic", "ties over the model", "linear", "della")
 """Methods that keep no tile resident, so that memory does not change what they read."""
@@ -38,6 +46,7 @@ def cut_tiles(patch: pytest.MonkeyPatch, *, tile: int, strip: int) -> None:
     """Set the numbers in a tile and in a strip, and say that the process holds no memory."""
     patch.setattr(tiles, "TILE_ELEMENTS", tile)
     patch.setattr(tiles, "STRIP_ELEMENTS", strip)
+    patch.setattr(leading, "WHOLE_BELOW", 96)
     patch.setattr(memory, "usage", lambda: memory.Usage(anonymous=0, file_backed=0))
 
 

@@ -1,0 +1,120 @@
+"""OptMerge: WUDI on the leading singular directions of every task vector (arXiv:2505.19892)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from lean_merge.linalg import gram64
+from lean_merge.methods.base import AnalysisCost, Decision, Passes, WeightContext
+from lean_merge.methods.joint import (
+    JointMethod,
+    JointParameters,
+    by_strips,
+    check_rank,
+    multiplied,
+    product_bytes,
+    side_by_side,
+    with_core,
+)
+from lean_merge.methods.leading import effort_of, find_leading, leading_cost
+from lean_merge.methods.registry import register
+from lean_merge.methods.wudi import check_descent, mixture
+
+
+@dataclass(frozen=True, slots=True)
+class OptMergeParameters(JointParameters):
+    """Parameters of OptMerge.
+
+    scale : factor of the merged task vector.
+    weight : factor of the expert's task vector, of each expert by itself.
+    mllm_weight : factor of the MLLM's task vector.
+    steps : T, twice the learning rate times the number of iterations of the descent.
+    start : t_0, the `sum` or the `mean` of all task vectors after they are cut.
+    rank : how many directions of each task vector are kept; `auto`, min(out, in) / N of N models.
+    """
+
+    steps: float = 300.0
+    start: str = "mean"
+    rank: int | str = "auto"
+
+    def __post_init__(self) -> None:
+        JointParameters.__post_init__(self)
+        check_descent(self.steps, self.start)
+        check_rank(self.rank)
+
+
+@register
+class OptMerge(JointMethod[OptMergeParameters]):
+    """W = W_0 + scale * t, the task vector that interferes least with the cut ones of all models.
+
+    Every task vector is cut to its leading singular directions; t is then that of WUDI with all
+    eigenvalues kept, worked out in the factors.
+    """
+
+    name: ClassVar[str] = "optmerge"
+    reference: ClassVar[str] = "arXiv:2505.19892"
+    parameters_type = OptMergeParameters
+
+    def _rank(self, shape: tuple[int, int]) -> int:
+        """Return how many directions of each task vector are kept at most."""
+        most = min(shape) // self.models
+        return most if self.common.rank == "auto" else min(int(self.common.rank), *shape)
+
+    def forms_exactly(self, shape: tuple[int, int]) -> bool:
+        """Return whether everything is computed."""
+        return effort_of(shape, roles=self.roles, rank=self._rank(shape)).exact
+
+    def cost(self, shape: tuple[int, int], *, item: int) -> AnalysisCost:
+        """Return the cost of the singular triplets and of the small problem."""
+        rank = self._rank(shape)
+        cost = leading_cost(shape, roles=self.roles, rank=rank, item=item)
+        return with_core(cost, shape, rank * self.models)
+
+    def update_bytes(self, shape: tuple[int, int]) -> int:
+        """Return the bytes of the merged task vector, in factors or whole."""
+        return product_bytes(shape, self._rank(shape) * self.models)
+
+    def analyze(self, weight: WeightContext) -> Passes:
+        """Find the leading directions of all task vectors, and solve for the merged one."""
+        rank = self._rank(weight.shape)
+        found = yield from find_leading(weight, roles=self.roles, rank=rank)
+        squares = weight.squared_norms()
+        records = tuple(
+            replace(
+                leading.record(leading.parts.sigma.numel(), square=square, factor=own.weight),
+                update_norm=None,
+            )
+            for leading, square, own in zip(found[1:], squares[1:], self.parameters, strict=True)
+        )
+        live = [
+            (each.parts, own)
+            for each, own in zip(found, self.weights, strict=True)
+            if each.parts.sigma.numel() and own > 0
+        ]
+        del found
+        if not live:
+            zero = torch.zeros(weight.shape[0], 0), torch.zeros(0, weight.shape[1])
+            return Decision(records, self.in_place_of_mllm(multiplied(weight, *zero)))
+        norms = [float(parts.sigma.norm()) for parts, _ in live]
+        right = side_by_side(
+            [
+                parts.right * (parts.sigma / norm).to(parts.right)
+                for (parts, _), norm in zip(live, norms, strict=True)
+            ]
+        )
+        left = side_by_side([parts.left for parts, _ in live])
+        mixed = mixture(
+            weight,
+            gram64(right, right),
+            [parts.sigma.numel() for parts, _ in live],
+            [own * norm for (_, own), norm in zip(live, norms, strict=True)],
+            1.0 if self.common.start == "sum" else 1 / self.models,
+            steps=self.common.steps,
+            kept=right.shape[1],
+        )
+        mixed *= self.common.scale
+        left = by_strips(weight, left, mixed.to(left), dtype=left.dtype)
+        return Decision(records, self.in_place_of_mllm(multiplied(weight, left, right.T)))

@@ -1,0 +1,101 @@
+"""TSV-Merge: merge the task vectors' leading singular directions, made orthogonal to each other.
+
+Gargiulo et al., CVPR 2025 (arXiv:2412.00081).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from lean_merge.linalg import gram64
+from lean_merge.linalg.decomposition import inverse_root
+from lean_merge.methods.base import AnalysisCost, Decision, Passes, WeightContext
+from lean_merge.methods.joint import (
+    JointMethod,
+    JointParameters,
+    by_strips,
+    check_rank,
+    multiplied,
+    product_bytes,
+    side_by_side,
+    with_core,
+)
+from lean_merge.methods.leading import (
+    effort_of,
+    find_leading,
+    leading_cost,
+)
+from lean_merge.methods.registry import register
+
+
+@dataclass(frozen=True, slots=True)
+class TsvParameters(JointParameters):
+    """Parameters of TSV-Merge.
+
+    scale : factor of the merged task vector.
+    weight : factor of the expert's task vector, of each expert by itself.
+    mllm_weight : factor of the MLLM's task vector.
+    rank : how many directions of each task vector are kept; `auto`, min(out, in) / N of N models.
+    """
+
+    rank: int | str = "auto"
+
+    def __post_init__(self) -> None:
+        JointParameters.__post_init__(self)
+        check_rank(self.rank)
+
+
+@register
+class TsvMerge(JointMethod[TsvParameters]):
+    """W = W_0 + scale * U S V^T, of all models' leading singular directions side by side.
+
+    Of each of the N task vectors, the MLLM's among them, the leading min(out, in) / N singular
+    triplets are kept, without those of singular value 0. U and V, which hold the vectors of all
+    task vectors, are replaced by the nearest matrices with orthonormal columns.
+    """
+
+    name: ClassVar[str] = "tsv_m"
+    reference: ClassVar[str] = "arXiv:2412.00081"
+    parameters_type = TsvParameters
+
+    def _rank(self, shape: tuple[int, int]) -> int:
+        """Return how many directions of each task vector are kept at most."""
+        most = min(shape) // self.models
+        return most if self.common.rank == "auto" else min(int(self.common.rank), most)
+
+    def forms_exactly(self, shape: tuple[int, int]) -> bool:
+        """Return whether everything is computed."""
+        return effort_of(shape, roles=self.roles, rank=self._rank(shape)).exact
+
+    def cost(self, shape: tuple[int, int], *, item: int) -> AnalysisCost:
+        """Return the cost of the singular triplets and of making them orthogonal."""
+        rank = self._rank(shape)
+        cost = leading_cost(shape, roles=self.roles, rank=rank, item=item)
+        return with_core(cost, shape, rank * self.models)
+
+    def update_bytes(self, shape: tuple[int, int]) -> int:
+        """Return the bytes of the merged task vector, in factors or whole."""
+        return product_bytes(shape, self._rank(shape) * self.models)
+
+    def analyze(self, weight: WeightContext) -> Passes:
+        """Find the leading directions of all task vectors, and merge them."""
+        rank = self._rank(weight.shape)
+        found = yield from find_leading(weight, roles=self.roles, rank=rank)
+        squares = weight.squared_norms()
+        records = tuple(
+            leading.record(leading.parts.sigma.numel(), square=square, factor=own.weight)
+            for leading, square, own in zip(found[1:], squares[1:], self.parameters, strict=True)
+        )
+        # Parts that are made orthogonal no longer have norms of their own.
+        records = tuple(replace(record, update_norm=None) for record in records)
+        live = [(x.parts, own) for x, own in zip(found, self.weights, strict=True) if own > 0]
+        sigma = side_by_side([parts.sigma * own for parts, own in live])
+        left = side_by_side([parts.left for parts, _ in live])
+        right = side_by_side([parts.right for parts, _ in live])
+        del found, live
+        core = inverse_root(gram64(left, left)) * (self.common.scale * sigma)
+        core = core @ inverse_root(gram64(right, right))
+        left = by_strips(weight, left, core.to(left), dtype=left.dtype)
+        merged = multiplied(weight, left, right.T)
+        return Decision(records, self.in_place_of_mllm(merged))
