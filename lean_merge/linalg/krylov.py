@@ -20,8 +20,6 @@ _INDEPENDENT = 1e-12
 _DISTINCT = 1e-2
 """This is the same share for right blocks. They are orthonormal except for rounding, unless nothing
 new was left to find."""
-
-
 _NEARLY = 0.9
 """A scaled metric that is closer to the identity than this has no direction to leave out."""
 
@@ -90,11 +88,14 @@ class BlockKrylov:
         Right blocks Q [in, b], left blocks y = B Q [out, b], and z = B^T y [in, b].
     qq, yy, zz : Tensor [m, m]
         Their Gram matrices over all blocks, float64 on the CPU.
+    rounding : float
+        The share of such a matrix's largest eigenvalue below which y or z hold only rounding.
     """
 
     def __init__(self, start: Tensor, *, dtype: torch.dtype, deflate: Tensor | None = None) -> None:
         self._dtype = dtype
         self._rounded = dtype.itemsize < 4
+        self.rounding = max(_INDEPENDENT, (torch.finfo(dtype).eps / 2) ** 2)
         self._deflate = deflate
         self.q: list[Tensor] = []
         self.y: list[Tensor] = []
@@ -134,14 +135,25 @@ class BlockKrylov:
         self._next = self._orthonormal(z.clone())
 
     def _orthonormal(self, block: Tensor) -> Tensor:
-        # One round suffices for a basis that is rounded when stored: that is orthonormal only to
-        # about 1e-3 anyway.
         for _ in range(1 if self._rounded else 2):
             if self._deflate is not None:
                 remove_components(block, self._deflate)
+            if self._rounded:
+                self._remove_span(block)
+                continue
             for q in self.q:
                 remove_components(block, q)
         return orthonormalize(block).to(self._dtype)
+
+    def _remove_span(self, block: Tensor) -> None:
+        """Subtract from `block` [in, b], in place, its projection on the span of all right blocks.
+
+        Rounded blocks are orthonormal only to about 1e-3. Their metric keeps this from growing.
+        """
+        if self.q:
+            dual = self.right().coefficients
+            inner = torch.cat([q.float().T @ block for q in self.q]).double().cpu()
+            block.sub_(combine(self.q, dual @ (dual.T @ inner)))
 
     def right(self) -> Ritz:
         """Return the Ritz pairs of B^T B on the span of the right blocks `q`."""
@@ -155,7 +167,7 @@ class BlockKrylov:
 
         They are half an iteration ahead of those of the right blocks.
         """
-        return generalized_ritz(self.zz, self.yy)
+        return generalized_ritz(self.zz, self.yy, independent=self.rounding)
 
     def settled(self, count: int) -> Deflation:
         """Return the leading `count` directions in the right blocks' span, and their images."""

@@ -230,7 +230,8 @@ class Sketch:
             probes = krylov.q[0].shape[1]
             left = krylov.left()
             gauss = _Rule(right.theta, _mass(krylov.qq[:probes], right))
-            radau = _Rule(left.theta, _mass(krylov.yy[:probes], left) / _positive(left.theta))
+            mass = _mass(krylov.yy[:probes], left) / left.theta.clamp_min(1e-300)
+            radau = _Rule(left.theta, mass)
             return gauss, radau, float(krylov.qq[:probes, :probes].trace())
         # On the left side the Gauss rule's blocks are P, y_1 .. y_(d-1); their images B^T P, z_1 ..
         metric = numerator = torch.zeros(0, 0, dtype=torch.float64)
@@ -239,10 +240,10 @@ class Sketch:
             metric = grow_gram(metric, blocks[:index], block, rounded=self._rounded)
             numerator = grow_gram(numerator, images[:index], image, rounded=self._rounded)
         probes = self._probe.shape[1]
-        ritz = generalized_ritz(numerator, metric)
+        ritz = generalized_ritz(numerator, metric, independent=krylov.rounding)
         starts = torch.cat([gram64(self._start, q) for q in krylov.q], dim=1)
         gauss = _Rule(ritz.theta, _mass(metric[:probes], ritz))
-        radau = _Rule(right.theta, _mass(starts, right) / _positive(right.theta))
+        radau = _Rule(right.theta, _mass(starts, right) / right.theta.clamp_min(1e-300))
         return gauss, radau, float(metric[:probes, :probes].trace())
 
 
@@ -291,10 +292,6 @@ def _left(deflate: Deflation) -> Tensor:
 
 def _mass(start: Tensor, ritz: Ritz) -> Tensor:
     return (start @ ritz.coefficients).square().sum(0)
-
-
-def _positive(theta: Tensor) -> Tensor:
-    return theta.clamp_min(1e-300)
 
 
 def _mean_root(rule: _Rule, total: float, second_moment: float | None) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from dataclasses import dataclass
 
 import torch
@@ -133,6 +134,21 @@ def arithmetic_dtype(task: torch.dtype, device: str) -> torch.dtype:
         modern = torch.cuda.get_device_capability(torch.device(device)) >= (8, 0)
         return task if modern else torch.float32
     if torch.device(device).type == "cpu":
-        native = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-        return task if native is not None and native() else torch.float32
+        return task if _multiplies_bfloat16() else torch.float32
     return torch.float32
+
+
+def _multiplies_bfloat16() -> bool:
+    """Return whether the processor has instructions for bfloat16 products, and oneDNN uses them.
+
+    oneDNN supports these products on every AVX-512 processor. Without instructions for them it
+    converts every number first, and float32 is faster.
+    """
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    if supported is None or not (supported() and torch.backends.mkldnn.enabled):
+        return False
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
+    emulated = limit in ("AVX512_CORE", "AVX512_CORE_VNNI")
+    return torch.cpu._is_avx512_bf16_supported() and not emulated

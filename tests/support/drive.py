@@ -10,23 +10,36 @@ from torch import Tensor
 
 from lean_merge.linalg import Pass, Products
 from lean_merge.methods import Decision, Method, Update, WeightContext
+from support import bfloat16
 
 
 def products(
-    matrix: Tensor, request: Pass | None, dtype: torch.dtype, others: Sequence[Tensor] = ()
+    matrix: Tensor,
+    request: Pass | None,
+    dtype: torch.dtype,
+    others: Sequence[Tensor] = (),
+    *,
+    multiply: bfloat16.Multiply = bfloat16.multiply,
 ) -> Products | None:
-    """What one pass over `matrix` [out, in] brings back; `others` are all matrices of the pass."""
+    """What one pass over `matrix` [out, in] brings back; `others` are all matrices of the pass.
+
+    Products in bfloat16 are made by `multiply`.
+    """
     if request is None:
         return None
+
+    def product(left: Tensor, right: Tensor) -> Tensor:
+        return multiply(left, right) if right.dtype is torch.bfloat16 else left @ right
+
     low = matrix.to(dtype)
-    y = None if request.gram is None else low @ request.gram
+    y = None if request.gram is None else product(low, request.gram).to(dtype)
     return Products(
         y=y,
-        z=None if y is None else (low.T @ y).float(),
-        projected=None if request.project is None else (low.T @ request.project).float(),
+        z=None if y is None else product(low.T, y).float(),
+        projected=None if request.project is None else product(low.T, request.project).float(),
         times=None
         if request.times is None
-        else (matrix.to(request.times.dtype) @ request.times).float(),
+        else product(matrix.to(request.times.dtype), request.times).float(),
         dense=matrix.float() if request.dense else None,
         reduced=None if request.reduce is None else request.reduce(slice(0, len(matrix)), matrix),
         inner=torch.stack([(matrix.double() * other.double()).sum() for other in others])
@@ -43,6 +56,7 @@ def drive(
     name: str = "layers.0.w",
     seed: int = 0,
     surveyed: Any = None,
+    multiply: bfloat16.Multiply = bfloat16.multiply,
 ) -> tuple[Decision, int]:
     """The decision for one weight, and how many passes it took."""
     norms = [float(t.double().square().sum()) for t in task_vectors]
@@ -66,7 +80,10 @@ def drive(
             passes += 1
             pairs = zip(task_vectors, wanted, strict=True)
             wanted = analysis.send(
-                [products(matrix, request, dtype, task_vectors) for matrix, request in pairs]
+                [
+                    products(matrix, request, dtype, task_vectors, multiply=multiply)
+                    for matrix, request in pairs
+                ]
             )
     except StopIteration as end:
         return end.value, passes
