@@ -162,7 +162,7 @@ def memory_example() -> str:
     resident = weight.tiles * weight.resident_tile
     waiting = CheckpointOutput.waiting_bytes(method.update_bytes(shape), 0, weight.held)
     worker, apply = formulas.worker_bytes(weight, cost.widest), formulas.apply_bytes(weight)
-    lanes = f"lanes: {formulas.LANES + 1} x {weight.roles} x {shape[1]} x {cost.widest} x 4 bytes"
+    lanes = f"lanes: {tiles.LANES + 1} x {weight.roles} x {shape[1]} x {cost.widest} x 4 bytes"
     rows = {
         f"two workers: 2 x {worker / MIB:.1f}": 2 * worker,
         lanes: formulas.lane_bytes(weight, cost.widest),

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 from statistics import median
 
+import numpy as np
 import pytest
 import torch
 from support import bars, bfloat16, oracle
@@ -14,7 +15,7 @@ from support.drive import drive
 from support.spectra import NOISE, triple
 
 from lean_merge.errors import RecipeError
-from lean_merge.methods import Combined
+from lean_merge.methods import Combined, alignment, ip_merging, spectra
 from lean_merge.methods.ip_merging import IPMerging, IPMergingParameters
 from lean_merge.methods.spectra import EXACT_BELOW
 
@@ -352,3 +353,53 @@ def test_memory_and_passes_that_are_stated_hold_for_every_rank() -> None:
         assert method.cost((4096, 4096), item=2).widest >= 32
     low = IPMerging([IPMergingParameters(threshold=0.2)]).cost((4096, 4096), item=2)
     assert low.workspace < 200 << 20
+
+
+def published(dv: oracle.Matrix, dm: oracle.Matrix, most: int) -> oracle.Matrix:
+    """The update of the published code at a threshold of 0, with absolute cosines."""
+    _, sigma_v, right_v = np.linalg.svd(dv, full_matrices=False)
+    left_m, sigma_m, right_m = np.linalg.svd(dm, full_matrices=False)
+    cosines = np.abs(np.einsum("ij,ij->i", right_v[:most], right_m[:most]))
+    weights = np.exp(32 * (cosines - cosines.max()))
+    gamma = weights / weights.sum()
+    cut = (left_m[:, :most] * sigma_m[:most]) @ right_m[:most]
+    ratio = sigma_v[:most].sum() / sigma_m[:most].sum()
+    return ratio * (cut @ right_v[:most].T * gamma**2) @ right_v[:most]
+
+
+@pytest.mark.parametrize("most", [1024, 12])
+def test_the_published_variant_is_the_published_rule(most: int, monkeypatch: pytest.MonkeyPatch):
+    """With 12 directions in the place of 1,024, so that the expert is cut."""
+    for module in (spectra, alignment, ip_merging):
+        monkeypatch.setattr(module, "MAX_SUBSPACE", most)
+    base, mllm, expert = triple((70, 60), "power law", seed=3, dtype=torch.float32)
+    method = IPMerging([IPMergingParameters(variant="published", threshold=0.0)])
+    decision, _ = drive(method, [mllm - base, expert - base], dtype=torch.float32)
+    left, right = decision.update.factors()
+    expected = published(*((each - base).double().numpy() for each in (mllm, expert)), most)
+    found = (left.double() @ right.double()).numpy()
+    assert math.sqrt(((found - expected) ** 2).sum() / (expected**2).sum()) < 2e-4
+    record = decision.experts[0]
+    assert record.selected and record.rank == min(most, 60)
+
+
+def test_the_published_variant_selects_by_the_largest_similarity():
+    base, mllm, expert = triple((70, 60), "power law", seed=3, dtype=torch.float32)
+    first, largest = (
+        drive(
+            IPMerging([IPMergingParameters(variant=variant, threshold=0.9)]),
+            [mllm - base, expert - base],
+            dtype=torch.float32,
+        )[0].experts[0]
+        for variant in ("paper", "published")
+    )
+    assert first.reason.startswith(f"similarity {first.similarity_first:.4f}")
+    assert largest.reason.startswith(f"similarity {largest.similarity_max:.4f}")
+
+
+def test_the_published_variant_has_one_rule():
+    assert IPMergingParameters(variant="published").rank == 1024
+    with pytest.raises(RecipeError, match="variant: published has rank: 1024, not 64"):
+        IPMergingParameters(variant="published", rank=64)
+    with pytest.raises(RecipeError, match="variant must be one of paper, published"):
+        IPMergingParameters(variant="original")
