@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=measuring.PROBLEMS, help="of each task")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--only", nargs="+", metavar="GROUP", help="put these into the results")
+    parser.add_argument("--kept", type=Path, help="keep marks here, and go on from those there")
     parser.add_argument("--render", action="store_true", help="measure nothing")
     parser.add_argument("--out", type=Path, help="write results.json and figures here alone")
     options = parser.parse_args()
@@ -55,6 +56,14 @@ def main() -> None:
     print(f"{len(drawn)} figures")
 
 
+def _said(arguments: list[str]) -> list[str]:
+    """Return the arguments without the folder of marks, which changes no figure."""
+    if "--kept" not in arguments:
+        return arguments
+    place = arguments.index("--kept")
+    return arguments[:place] + arguments[place + 2 :]
+
+
 def measured(options: argparse.Namespace) -> dict[str, Any]:
     """All figures, and how they were had."""
     start = time.perf_counter()
@@ -63,12 +72,13 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         problems=options.problems,
         workers=options.workers,
         groups=options.only,
+        kept=options.kept,
         say=note,
     )
     return {
         "version": 1,
         "run": {
-            "command": shlex.join(["python", "bench/reproduce.py", *sys.argv[1:]]),
+            "command": shlex.join(["python", "bench/reproduce.py", *_said(sys.argv[1:])]),
             "minutes": round((time.perf_counter() - start) / 60, 2),
             "workers": options.workers,
             "commit": commit(),

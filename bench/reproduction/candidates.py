@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from lean_merge.demo.tasks import Task
 from reproduction import oracles
 from reproduction.exam import Weights
 from reproduction.family import TaskVectors, added
+from reproduction.grids import GRIDS, WHY_LIMIT
 
 SUMS: tuple[Task, ...] = ("text_sums", "picture_sums")
 THRESHOLDS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -22,18 +22,12 @@ STAGE_SETS = {
     "select, project": ("select", "project"),
 }
 """The paper's Table 5 without its last row, all three, which the threshold sweep measures."""
-TA_WEIGHTS = (0.1, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
-LINEAR_WEIGHTS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
-TIES_SCALES = (0.3, 0.5, 0.7, 1.0)
-TIES_DENSITY = 0.2
 TEMPERATURES = (1.0, 4.0, 8.0, 16.0, 64.0, 128.0)
 RELATIVE_TEMPERATURES = (0.0, 2.0, 8.0, 32.0)
 SCALES = (2.0, 4.0, 8.0, 16.0)
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 SHOWN = "base shown three sums"
 """The base with solved sums before the question: for families whose base knows of no worksheets."""
-WHY_LIMIT = 500
-"""Problems on which options and oracles are measured: they explain, and decide no claim."""
 
 
 @dataclass(frozen=True)
@@ -70,29 +64,6 @@ def role(name: str, family: TaskVectors) -> Weights:
     return {"base": family.base, "mllm": family.mllm, "expert": family.expert}[name]
 
 
-def linear(weight: float, family: TaskVectors) -> Weights:
-    """The straight line from the MLLM to the expert."""
-    return {n: start + weight * (family.expert[n] - start) for n, start in family.mllm.items()}
-
-
-def ties(scale: float, family: TaskVectors) -> Weights:
-    """TIES of both task vectors (arXiv:2306.01708): trim, elect the sign, average what agrees."""
-    merged = {}
-    for name, base in family.base.items():
-        kept = torch.stack([trimmed(each[name]) for each in (family.of_mllm, family.of_expert)])
-        agrees = (kept.sign() == kept.sum(0).sign()) & (kept != 0)
-        mean = (kept * agrees).sum(0) / agrees.sum(0).clamp_min(1)
-        merged[name] = base + scale * mean
-    return merged
-
-
-def trimmed(task_vector: Tensor, density: float = TIES_DENSITY) -> Tensor:
-    """Its largest entries by magnitude; the others are zero."""
-    count = max(1, round(density * task_vector.numel()))
-    smallest = task_vector.abs().flatten().kthvalue(task_vector.numel() - count + 1).values
-    return torch.where(task_vector.abs() >= smallest, task_vector, 0.0)
-
-
 def ip(family: TaskVectors, **parameters: object) -> Weights:
     """IP-Merging by lean-merge; the names of parameters are the recipe's."""
     return family.merged("ip_merging", **parameters)
@@ -101,11 +72,6 @@ def ip(family: TaskVectors, **parameters: object) -> Weights:
 def automatic(family: TaskVectors) -> Weights:
     """IP-Merging at the threshold that `auto` is for this family."""
     return ip(family, threshold=family.survey["auto"])
-
-
-def task_arithmetic(weight: float, family: TaskVectors) -> Weights:
-    """Task Arithmetic by lean-merge."""
-    return family.merged("task_arithmetic", scale=weight)
 
 
 def oracle(make: Callable[[TaskVectors], oracles.Updates], family: TaskVectors) -> Weights:
@@ -166,12 +132,10 @@ def candidates(weights: int) -> list[Candidate]:
         Candidate("models", "base", partial(role, "base"), exam="base"),
         Candidate("models", "expert", partial(role, "expert"), exam="expert"),
     ]
-    for weight in TA_WEIGHTS:
-        found.append(Candidate("task arithmetic", f"{weight:g}", partial(task_arithmetic, weight)))
-    for weight in LINEAR_WEIGHTS:
-        found.append(Candidate("linear", f"{weight:g}", partial(linear, weight)))
-    for scale in TIES_SCALES:
-        found.append(Candidate("ties", f"{scale:g}", partial(ties, scale)))
+    for grid in GRIDS:
+        for value in grid.values:
+            make = partial(grid.merged, value)
+            found.append(Candidate(grid.group, f"{value:g}", make, limit=grid.limit))
     for threshold in THRESHOLDS:
         make = partial(ip, threshold=threshold)
         found.append(Candidate("threshold", f"{threshold:g}", make))

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from reproduction.candidates import STAGE_SETS, TA_WEIGHTS, THRESHOLDS, TIES_SCALES
+from reproduction.candidates import STAGE_SETS, THRESHOLDS
+from reproduction.grids import BY_GROUP
 from reproduction.results import Change, NotMeasured, Results
 
 REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
@@ -66,9 +67,9 @@ def _keeps(results: Results) -> tuple[str, str]:
     return _verdict(holds), f"reads {shown(change)}"
 
 
-def _falls(group: str, weights: tuple[float, ...], task: str, title: str) -> Judge:
+def _falls(group: str, task: str, title: str) -> Judge:
     def judge(results: Results) -> tuple[str, str]:
-        names = results.measured(group, weights)
+        names = results.measured(group, BY_GROUP[group].values)
         changes = {name: results.change(group, name, task) for name in names}
         if "1" not in changes:
             raise NotMeasured(f"{group}, 1")
@@ -85,11 +86,11 @@ def _beats(results: Results) -> tuple[str, str]:
     task = "picture_sums"
     ours = results.share("threshold", _best(results), task)
     lines, behind = [], True
-    for title, group, weights in (
-        ("Task Arithmetic", "task arithmetic", TA_WEIGHTS),
-        ("TIES", "ties", TIES_SCALES),
+    for title, group in (
+        ("Task Arithmetic", "task arithmetic"),
+        ("TIES", "ties"),
     ):
-        best = _best_of(results, group, weights)
+        best = _best_of(results, group, BY_GROUP[group].values)
         theirs = results.share(group, best, task)
         behind = behind and all(a > b for a, b in zip(ours, theirs, strict=True))
         ahead = ", ".join(f"{a - b:+.1f}" for a, b in zip(ours, theirs, strict=True))
@@ -194,13 +195,13 @@ CLAIMS: tuple[Claim, ...] = (
         "task arithmetic falls",
         "Plain Task Arithmetic falls: MathVerse 11.3 to 9.8 (LLaVA).",
         "Picture sums fall at weight 1.",
-        _falls("task arithmetic", TA_WEIGHTS, "picture_sums", "picture sums"),
+        _falls("task arithmetic", "picture_sums", "picture sums"),
     ),
     Claim(
         "ties falls",
         "TIES loses 6.9 on MMMU (LLaVA).",
         "Reading falls at scale 1.",
-        _falls("ties", TIES_SCALES, "read", "reads"),
+        _falls("ties", "read", "reads"),
     ),
     Claim(
         "beats",

@@ -11,21 +11,19 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from reproduction.candidates import (
-    LINEAR_WEIGHTS,
-    RANKS,
-    STAGE_SETS,
-    TA_WEIGHTS,
-    THRESHOLDS,
-    TIES_SCALES,
-)
+from reproduction.candidates import RANKS, STAGE_SETS, THRESHOLDS
 from reproduction.family import ROOT
+from reproduction.grids import BY_GROUP, KINDS
 from reproduction.results import TASKS, TITLES, Both, Results
+from reproduction.scales import KEPT, TASK, default, measured_grids, names
 
 FOLDER = ROOT / "docs" / "reproduction"
 LARGEST = 200_000
 """Bytes of a figure at most."""
-_COLOURS = ("#1b6ca8", "#c8553d", "#588b3f", "#7d5ba6", "#b8860b")
+_COLOURS = (
+    *("#1b6ca8", "#c8553d", "#588b3f", "#7d5ba6", "#b8860b"),
+    *("#2a9d8f", "#d16ba5", "#6c6c6c", "#8c4a2f"),
+)
 _STYLE = {
     "svg.hashsalt": "reproduction",  # or ids would be drawn anew each time
     "svg.fonttype": "path",
@@ -61,14 +59,56 @@ def _style() -> Iterator[None]:
         yield
 
 
+def methods(results: Results) -> Figure:
+    """Picture sums against reading, a curve over the scale for each method, by kinds.
+
+    A curve begins at the smallest value; a large dot stands at the default, and the curves of the
+    other kinds are grey.
+    """
+    grids = measured_grids(results)
+    figure = Figure(figsize=(9.6, 8.4), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True, sharey=True).flatten()
+    for panel, (kind, title) in zip(axes, KINDS.items(), strict=True):
+        colours = iter(_COLOURS)
+        for grid in sorted(grids, key=lambda grid: grid.kind == kind):
+            found = names(results, grid)
+            x, y = (
+                [results.change(grid.group, name, task).mean for name in found]
+                for task in (TASK, KEPT)
+            )
+            mine = grid.kind == kind
+            colour = next(colours) if mine else "#d0d0d0"
+            label = grid.title if mine else None
+            panel.plot(x, y, ".-", color=colour, linewidth=1.3, markersize=4, label=label)
+            own = default(results, grid)
+            if mine and own is not None:
+                place = found.index(own)
+                panel.plot(x[place], y[place], "o", color=colour, markersize=7)
+            if mine:
+                ends = {found[0]: (x[0], y[0]), found[-1]: (x[-1], y[-1])}
+                for name, point in ends.items():
+                    panel.annotate(
+                        name, point, (3, 3), textcoords="offset points", color=colour, fontsize=7
+                    )
+        panel.plot(0, 0, "k*", markersize=9, label="MLLM")
+        panel.set_yscale("symlog", linthresh=2)
+        panel.set_title(title)
+        panel.legend(loc="lower right", fontsize=7)
+    for panel in axes[2:]:
+        panel.set_xlabel("picture sums, points against the MLLM")
+    for panel in axes[::2]:
+        panel.set_ylabel("reads, points against the MLLM")
+    return figure
+
+
 def thresholds(results: Results) -> Figure:
     """Points against the MLLM over the threshold, for every set of stages."""
     groups = {"all three": "threshold", **{t: f"stages: {t}" for t in STAGE_SETS}}
     figure, panels = _panels(TASKS)
     for task, panel in panels.items():
         for colour, (title, group) in zip(_COLOURS, groups.items(), strict=False):
-            names = results.measured(group, THRESHOLDS)
-            _line(panel, results, group, names, task, colour, title)
+            swept = results.measured(group, THRESHOLDS)
+            _line(panel, results, group, swept, task, colour, title)
         panel.set_xlabel("threshold")
     return _labelled(figure, panels)
 
@@ -77,19 +117,12 @@ def merges(results: Results) -> Figure:
     """Points against the MLLM over the weight of the simple merges; IP-Merging's best as a line."""
     figure, panels = _panels(TASKS)
     for task, panel in panels.items():
-        for colour, (title, group, weights) in zip(
-            _COLOURS,
-            (
-                ("Task Arithmetic", "task arithmetic", TA_WEIGHTS),
-                ("MLLM toward expert", "linear", LINEAR_WEIGHTS),
-                ("TIES", "ties", TIES_SCALES),
-            ),
-            strict=False,
-        ):
-            _line(panel, results, group, results.measured(group, weights), task, colour, title)
-        names = results.measured("threshold", THRESHOLDS)
-        if names:
-            best = max(results.change("threshold", name, task).mean for name in names)
+        for colour, group in zip(_COLOURS, ("task arithmetic", "linear", "ties"), strict=False):
+            grid = BY_GROUP[group]
+            _line(panel, results, group, names(results, grid), task, colour, grid.title)
+        swept = results.measured("threshold", THRESHOLDS)
+        if swept:
+            best = max(results.change("threshold", name, task).mean for name in swept)
             title = "IP-Merging, best threshold"
             panel.axhline(best, color=_COLOURS[3], linestyle="--", label=title)
         panel.set_xlabel("weight or scale")
@@ -134,9 +167,9 @@ def rank(results: Results) -> Figure:
     figure, panels = _panels(("text_sums", "picture_sums"))
     for task, panel in panels.items():
         for colour, (title, group) in zip(_COLOURS, groups.items(), strict=False):
-            names = [str(k) for k in RANKS if task in _tasks(results, group, str(k))]
-            if names:
-                _line(panel, results, group, names, task, colour, title, shares=True)
+            ranks = [str(k) for k in RANKS if task in _tasks(results, group, str(k))]
+            if ranks:
+                _line(panel, results, group, ranks, task, colour, title, shares=True)
         panel.set_xscale("log", base=2)
         panel.set_xticks(RANKS, [str(k) for k in RANKS])
         panel.set_xlabel("k")
@@ -183,6 +216,7 @@ def lengths(results: Results) -> Figure:
 
 
 FIGURES: dict[str, Callable[[Results], Figure]] = {
+    "methods": methods,
     "thresholds": thresholds,
     "merges": merges,
     "spectra": spectra,
@@ -217,7 +251,7 @@ def _line(
     panel: Any,
     results: Results,
     group: str,
-    names: Sequence[str],
+    found: Sequence[str],
     task: str,
     colour: str,
     title: str,
@@ -225,13 +259,13 @@ def _line(
     shares: bool = False,
 ) -> None:
     """The mean over seeds as a line, each seed as a dot, the interval over problems as a band."""
-    if not names:
+    if not found:
         return
-    places = [float(name) for name in names]
+    places = [float(name) for name in found]
     if shares:
-        values = [results.share(group, name, task) for name in names]
+        values = [results.share(group, name, task) for name in found]
     else:
-        changes = [results.change(group, name, task) for name in names]
+        changes = [results.change(group, name, task) for name in found]
         values = [[difference for difference, _ in change.of_seeds] for change in changes]
         low = [change.over_problems[0] for change in changes]
         high = [change.over_problems[1] for change in changes]

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 CONFIDENCE = 0.95
+_REACH = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
 Interval = tuple[float, float]
 
 
@@ -30,8 +31,7 @@ def paired(gained: int, lost: int, asked: int) -> Interval:
         raise ValueError(f"{gained} gained and {lost} lost of {asked} problems make no sense")
     up, down, total = gained + 0.5, lost + 0.5, asked + 2.0
     centre = (up - down) / total
-    reach = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
-    reach *= math.sqrt((up + down) - (up - down) ** 2 / total) / total
+    reach = _REACH * math.sqrt((up + down) - (up - down) ** 2 / total) / total
     return centre - reach, centre + reach
 
 

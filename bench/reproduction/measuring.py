@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,12 @@ from reproduction import intervals, oracles
 from reproduction.candidates import Candidate, candidates
 from reproduction.exam import Marks, Weights
 from reproduction.family import Family, TaskVectors
+from reproduction.kept import KeptMarks
 
 PROBLEMS = 1000
 """Of each task, as in the training logs."""
 PARTS = 2
-"""Jobs for each seed; a third or more would spend its time on preparing the questions."""
+"""Jobs for each seed at most; more would spend their time on preparing the questions."""
 Result = dict[str, Any]
 
 
@@ -68,6 +70,7 @@ def measure_all(
     problems: int | None,
     workers: int,
     groups: Sequence[str] | None = None,
+    kept: Path | None = None,
     say: Callable[[str], None],
 ) -> Result:
     """Everything, in `workers` processes of one thread each.
@@ -80,6 +83,8 @@ def measure_all(
         Held-out problems for each task, or all.
     groups
         Of candidates that are measured, beside the MLLM itself; all by default.
+    kept
+        A folder of marks, from which a run that was stopped goes on.
     """
     weights = len(Family(seeds[0], problems=1).base)
     listed = [
@@ -89,13 +94,14 @@ def measure_all(
     ]
     say(f"{len(listed)} models for each of the seeds {', '.join(map(str, seeds))}")
     jobs: dict[int, Job] = {seed: Job(seed) for seed in seeds}
+    parts = min(PARTS, workers)
     with ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), max_tasks_per_child=1
     ) as pool:
         running = [
-            pool.submit(_work, seed, listed, part, problems)
+            pool.submit(_work, seed, listed, part, parts, problems, kept)
             for seed in seeds
-            for part in range(PARTS)
+            for part in range(parts)
         ]
         for each in running:
             done = each.result()
@@ -121,22 +127,33 @@ def gathered(by_seed: Sequence[Job], listed: Sequence[Candidate], weights: int) 
     }
 
 
-def _work(seed: int, listed: Sequence[Candidate], part: int, problems: int | None) -> Job:
+def _work(
+    seed: int,
+    listed: Sequence[Candidate],
+    part: int,
+    parts: int,
+    problems: int | None,
+    kept: Path | None,
+) -> Job:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
     family = Family(seed, problems=problems)
     job = Job(seed)
-    known: dict[str, dict[str, Marks]] = {}
-    for index in range(part, len(listed), PARTS):
+    known: MutableMapping[str, dict[str, Marks]] = {}
+    if kept is not None:
+        known = KeptMarks(kept, f"{seed} {problems} {_digest(family.mllm)}")
+    for index in range(part, len(listed), parts):
         job.measured[index] = measure(family, listed[index], known)
     if part == 0:
         job.facts = facts(family)
     job.seconds = time.process_time()
+    if isinstance(known, KeptMarks):
+        job.seconds += known.seconds
     return job
 
 
 def measure(
-    family: TaskVectors, candidate: Candidate, known: dict[str, dict[str, Marks]]
+    family: TaskVectors, candidate: Candidate, known: MutableMapping[str, dict[str, Marks]]
 ) -> Measured:
     """Make one candidate and mark it; weights that were marked before are not marked again."""
     weights = candidate.make(family)
@@ -227,6 +244,7 @@ def facts(family: TaskVectors) -> Result:
             "the MLLM's": _mean_energy(family, lambda n: family.svd_of_mllm[n].right),
             "random": _mean_energy(family, _random_basis(family)),
         },
+        "cosine": _round(cosine(family)),
         "weights": weights,
         "auto": {
             "threshold": family.survey["auto"],
@@ -272,6 +290,13 @@ def energy_kept(family: TaskVectors, name: str, temperature: float = 32.0) -> fl
     matrix = family.of_expert[name].double()
     kept = (matrix @ family.svd_of_mllm[name].right) * gamma**2
     return float(kept.square().sum() / matrix.square().sum())
+
+
+def cosine(family: TaskVectors) -> float:
+    """<dV, dM> / (||dV|| ||dM||) over all weights in scope."""
+    pairs = [(family.of_mllm[n].double(), family.of_expert[n].double()) for n in family.base]
+    inner = sum(float((v * m).sum()) for v, m in pairs)
+    return inner / (oracles.norm(family.of_mllm) * oracles.norm(family.of_expert))
 
 
 def _mean_spectrum(spectra: Sequence[torch.Tensor]) -> list[float]:

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from lean_merge.demo.evaluate import Accuracy
-from reproduction import tables
+from reproduction import methodtables, tables
 from reproduction.claims import NOT_REPRODUCED, REPRODUCED, judged
 from reproduction.family import ROOT, folder_of
 from reproduction.results import FAMILIES, TASKS, Both, Results
@@ -46,24 +46,28 @@ def filled(text: str, both: Both) -> str:
 def run(both: Both) -> str:
     """How it was run."""
     results = both.seeds
-    of = results.data["run"]
+    first = {**results.data["run"], "cpu_minutes": results.data["cpu_minutes"]}
+    parts = []
+    for of in (first, *first.get("added", [])):
+        parts.append(
+            f"`{of['command']}`, {of['minutes']:.1f} minutes with {of['workers']} "
+            f"process{'es' if of['workers'] > 1 else ''} of one thread, "
+            f"{of['cpu_minutes']:.1f} minutes of CPU ({of['machine']}), commit {of['commit']}, "
+            f"{of['date']}."
+        )
     seeds = ", ".join(map(str, results.seeds))
-    text = (
-        f"`{of['command']}`, {of['minutes']:.1f} minutes with {of['workers']} processes of one "
-        f"thread, {results.data['cpu_minutes']:.1f} minutes of CPU ({of['machine']}), "
-        f"commit {of['commit']}, {of['date']}: "
-        f"{len(results.data['candidates'])} models for each of the seeds {seeds}, "
+    parts.append(
+        f"In all {len(results.data['candidates'])} models for each of the seeds {seeds}, and "
         f"{results.data['problems']} held-out problems a task."
     )
-    for later in of.get("added", []):
-        text += f" Added later: `{later['command']}`, commit {later['commit']}."
     of = both.real.data["run"]
-    return (
-        f"{text}\n\nThe rows of {FAMILIES[1]}: `{of['command']}`, {of['minutes']:.1f} minutes with "
+    parts.append(
+        f"The rows of {FAMILIES[1]}: `{of['command']}`, {of['minutes']:.1f} minutes with "
         f"one thread ({of['machine']}), commit {of['commit']}, {of['date']}: "
         f"{len(both.real.data['candidates'])} models of one seed, "
         f"{both.real.data['problems']} held-out problems a task."
     )
+    return "\n\n".join(parts)
 
 
 def claims(both: Both) -> str:
@@ -147,6 +151,10 @@ def _family_of(results: Results) -> Sequence[str]:
 
 PARTS: dict[str, Callable[[Both], str]] = {
     "run": run,
+    "methods": methodtables.methods,
+    "scales": methodtables.scales,
+    "numbers": methodtables.numbers,
+    "rules": methodtables.rules,
     "claims": claims,
     "agreement": agreement,
     "families": families,

@@ -63,6 +63,7 @@ class Results:
         self.data = data
         self.seeds: list[int] = data["seeds"]
         self._of = {(c["group"], c["name"]): c for c in data["candidates"]}
+        self._changes: dict[tuple[str, str, str], Change] = {}
 
     def __contains__(self, key: tuple[str, str]) -> bool:
         return key in self._of
@@ -97,6 +98,12 @@ class Results:
 
     def change(self, group: str, name: str, task: str) -> Change:
         """Against the MLLM on the same problems."""
+        key = group, name, task
+        if key not in self._changes:
+            self._changes[key] = self._change(*key)
+        return self._changes[key]
+
+    def _change(self, group: str, name: str, task: str) -> Change:
         found = self.entry(group, name)["tasks"][task]
         of_seeds = []
         for gained, lost in zip(found["gained"], found["lost"], strict=True):
@@ -149,7 +156,8 @@ def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     if before.entry("models", "mllm") != after.entry("models", "mllm"):
         raise ValueError("the MLLM's answers differ; measure everything anew")
     of = {(c["group"], c["name"]): c for c in (*old["candidates"], *new["candidates"])}
-    added = [*old["run"].get("added", []), new["run"]]
+    later = {**new["run"], "cpu_minutes": new["cpu_minutes"]}
+    added = [*old["run"].get("added", []), later]
     run = {**old["run"], "added": added}
     facts = [{**was, **now} for was, now in zip(old["facts"], new["facts"], strict=True)]
     return {**old, "run": run, "facts": facts, "candidates": list(of.values())}

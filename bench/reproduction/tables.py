@@ -9,16 +9,9 @@ from statistics import fmean, median
 from scipy import stats
 
 from lean_merge.linalg import log_omitted
-from reproduction.candidates import (
-    LINEAR_WEIGHTS,
-    RANKS,
-    SHOWN,
-    STAGE_SETS,
-    TA_WEIGHTS,
-    THRESHOLDS,
-    TIES_SCALES,
-)
+from reproduction.candidates import RANKS, SHOWN, STAGE_SETS, THRESHOLDS
 from reproduction.claims import DEFAULT
+from reproduction.grids import GRIDS
 from reproduction.predicting import SINGLE_PREDICTORS, pooled_rank, single_ranks
 from reproduction.results import FAMILIES, TASKS, TITLES, Both, Change, Results
 
@@ -43,18 +36,16 @@ def cell(change: Change, *, seeds: bool = False) -> str:
 
 
 def models(both: Both) -> str:
-    """Every plain way to merge, and IP-Merging over the threshold."""
+    """Every method over its grid, and IP-Merging over the threshold as well."""
     rows = _rows(both, "MLLM", "models", "mllm") + _rows(both, "base", "models", "base")
     rows += _rows(both, "base, shown three sums", "models", SHOWN)
     rows += _rows(both, "expert", "models", "expert")
-    for title, group, weights in (
-        ("Task Arithmetic", "task arithmetic", TA_WEIGHTS),
-        ("MLLM toward expert", "linear", LINEAR_WEIGHTS),
-        ("TIES", "ties", TIES_SCALES),
-        ("IP-Merging, threshold", "threshold", THRESHOLDS),
-    ):
-        for w in weights:
-            rows += _rows(both, f"{title} {w:g}", group, f"{w:g}")
+    for grid in GRIDS:
+        for value in grid.values:
+            title = f"{grid.title}, {grid.axis} {value:g}"
+            rows += _rows(both, title, grid.group, f"{value:g}")
+    for value in THRESHOLDS:
+        rows += _rows(both, f"IP-Merging, threshold {value:g}", "threshold", f"{value:g}")
     rows += _rows(both, "IP-Merging, threshold auto", "threshold auto", "auto")
     return table(HEAD, rows)
 

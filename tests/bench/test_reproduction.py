@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lean_merge.demo.evaluate import Accuracy, answer, load
+from lean_merge.methods import all_methods
+from lean_merge.plan.parameters import build_method
 
 ROOT = Path(__file__).parents[2]
 FEW = 24
@@ -196,27 +198,22 @@ def test_the_method_keeps_the_energy_that_the_facts_say(family: Any) -> None:
     assert found == pytest.approx(wanted, rel=5e-3)
 
 
-def test_ties_trims_elects_and_averages() -> None:
-    """Entry by entry, in plain Python."""
-    from types import SimpleNamespace
+def test_every_method_is_measured_by_the_program_itself(family: Any) -> None:
+    """Each has a grid, with the default that it has; both ends of every grid are valid recipes."""
+    from reproduction.grids import GRIDS
 
-    from reproduction.candidates import TIES_DENSITY, ties, trimmed
-
-    assert trimmed(torch.tensor([4.0, -3.0, 0.1, 5.0, 0.0]), 0.4).tolist() == [4.0, 0, 0, 5.0, 0]
-    generator = torch.Generator().manual_seed(0)
-    one, other, base = (torch.randn(20, 30, generator=generator) for _ in range(3))
-    kept = round(TIES_DENSITY * one.numel())
-    bars = [sorted(map(abs, each.flatten().tolist()))[-kept] for each in (one, other)]
-    wanted, met = [], set()
-    for a, b, start in zip(*(each.flatten().tolist() for each in (one, other, base)), strict=True):
-        a, b = a if abs(a) >= bars[0] else 0.0, b if abs(b) >= bars[1] else 0.0
-        agreeing = [each for each in (a, b) if each * (a + b) > 0]
-        met.add((len(agreeing), a != 0 and b != 0))
-        wanted.append(start + 0.7 * (sum(agreeing) / len(agreeing) if agreeing else 0.0))
-    assert met == {(0, False), (1, False), (1, True), (2, True)}
-    family = SimpleNamespace(base={"w": base}, of_mllm={"w": one}, of_expert={"w": other})
-    found = ties(0.7, family)["w"]  # type: ignore[arg-type]
-    torch.testing.assert_close(found.flatten(), torch.tensor(wanted))
+    known = all_methods()
+    assert known.keys() <= {grid.method for grid in GRIDS}
+    assert len({grid.group for grid in GRIDS}) == len(GRIDS)
+    for grid in GRIDS:
+        if grid.method not in known:
+            continue
+        parameters = known[grid.method].parameters_type()
+        assert getattr(parameters, grid.axis) == grid.default, grid.group
+        assert list(grid.values) == sorted(grid.values)
+        for value in (grid.values[0], grid.values[-1]):
+            made = build_method(family.recipe(grid.method, **grid.parameters(value)))
+            assert getattr(made.parameters[0], grid.axis) == value
 
 
 def test_stretched_updates_have_the_length_they_say(family: Any) -> None:
@@ -248,6 +245,22 @@ def test_measuring_counts_against_the_mllm_and_marks_equal_weights_once(family: 
     gain = int(whole.marks["text_sums"].right.sum()) - int(mllm.marks["text_sums"].right.sum())
     assert found["gained"][0] - found["lost"][0] == gain and found["asked"] == FEW
     assert found["over_seeds"] is None
+
+
+def test_marks_that_are_kept_are_those_that_were_made(tmp_path: Path) -> None:
+    from reproduction.exam import Marks
+    from reproduction.kept import KeptMarks
+
+    made = Marks(np.array([True, False]), np.array([0.5, 2.0]))
+    first = KeptMarks(tmp_path, "0 1000 abc")
+    assert "weights" not in first
+    first["weights"] = {"read": made, "text_sums": made}
+    again = KeptMarks(tmp_path, "0 1000 abc")
+    assert "weights" in again and list(again["weights"]) == ["read", "text_sums"]
+    for mark in again["weights"].values():
+        assert mark.right.tolist() == [True, False] and mark.loss.tolist() == [0.5, 2.0]
+    assert again.seconds >= 0 and "others" not in again
+    assert "weights" not in KeptMarks(tmp_path, "1 1000 abc"), "of another family"
 
 
 # --- the page -----------------------------------------------------------------------------
@@ -326,6 +339,42 @@ def made_up(**of_groups: dict[str, tuple[int, int, int]]) -> Any:
 MODELS = {"base": (0, 10, 0), "mllm": (90, 20, 0), "expert": (0, 99, 0)}
 
 
+def test_a_method_helps_and_harms_by_picture_sums_and_reading(results: Any) -> None:
+    from reproduction import methodtables
+    from reproduction.grids import BY_GROUP
+    from reproduction.results import Both
+    from reproduction.scales import RULES, best, cost, cost_of_chance, harms, helps
+
+    grid = BY_GROUP["ties"]
+    found = made_up(
+        models={**MODELS, "mllm": (90, 20, 40)},
+        ties={"0.3": (90, 20, 60), "0.7": (40, 20, 90), "1": (90, 20, 80), "1.5": (90, 20, 10)},
+    )
+    assert best(found, grid, [0]) == "0.7"
+    assert helps(found, grid) == ["0.3", "1"] and harms(found, grid) == ["0.7", "1.5"]
+    costs = [cost(found, rule, grid, 0) for rule in RULES.values()]
+    # The default is 1; the task vectors' ratio is 2, and 0.9 of dM lies outside; all are as long.
+    assert costs[:4] == [pytest.approx(10), pytest.approx(80), None, pytest.approx(10)]
+    assert costs[4] == costs[5] == pytest.approx(30)
+    assert cost_of_chance(found, grid, 0) == pytest.approx(30)
+    both = Both(results, found)
+    assert "0.7: +50.0 (of 0.3, 0.7, 1, 1.5)" in methodtables.scales(both)
+    assert "| 2.00 | not recorded | 10 % | 0.50 |" in methodtables.numbers(both)
+
+
+def test_a_rule_of_the_others_looks_at_no_other_family_than_them(results: Any) -> None:
+    from reproduction.grids import BY_GROUP
+    from reproduction.scales import MEASURED_RULES, best, cost
+
+    (rule,) = MEASURED_RULES.values()
+    grid = BY_GROUP["task arithmetic"]
+    for index in range(3):
+        name = rule(results, grid, index)
+        assert name == best(results, grid, [other for other in range(3) if other != index])
+        lost = cost(results, rule, grid, index)
+        assert lost is not None and lost >= 0
+
+
 def test_rows_of_the_second_family_stand_beside_those_of_the_seeds(results: Any) -> None:
     from reproduction import tables
     from reproduction.results import Both
@@ -339,11 +388,11 @@ def test_rows_of_the_second_family_stand_beside_those_of_the_seeds(results: Any)
     rows = [line.strip("| ").split(" | ") for line in tables.models(both).splitlines()[2:]]
     titles = [(row[0], row[1]) for row in rows]
     assert len(set(titles)) == len(titles)
-    for title in ("MLLM", "IP-Merging, threshold 0.4", "Task Arithmetic 1"):
+    for title in ("MLLM", "IP-Merging, threshold 0.4", "Task Arithmetic, scale 1"):
         place = titles.index((title, "embedded"))
         assert titles[place + 1] == (title, "SmolLM2"), title
     assert ("IP-Merging, threshold 0.5", "SmolLM2") not in titles
-    row = rows[titles.index(("Task Arithmetic 1", "SmolLM2"))]
+    row = rows[titles.index(("Task Arithmetic, scale 1", "SmolLM2"))]
     assert row[2:4] == ["0.500", "3"] and [cell.split(":")[0] for cell in row[4:]] == [
         "10.0",
         "95.0",
@@ -443,10 +492,12 @@ def test_later_figures_are_put_among_the_others(results: Any) -> None:
     old = {**results.data, "run": run}
     first = old["candidates"][0]
     new = {**old, "candidates": [first, {**old["candidates"][5], "norm": [9.0]}]}
+    new["cpu_minutes"] = 0.5
     both = joined(old, new)
     assert len(both["candidates"]) == len(old["candidates"])
     key = old["candidates"][5]["group"], old["candidates"][5]["name"]
-    assert Results(both).entry(*key)["norm"] == [9.0] and both["run"]["added"] == [old["run"]]
+    assert Results(both).entry(*key)["norm"] == [9.0]
+    assert both["run"]["added"] == [{**old["run"], "cpu_minutes": 0.5}]
     for wrong in ({"seeds": [0]}, {"candidates": [{**first, "norm": [1.0]}]}):
         with pytest.raises(ValueError, match="differ"):
             joined(old, {**new, **wrong})

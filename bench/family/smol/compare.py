@@ -31,6 +31,7 @@ from measure import commit, machine, today
 from merging import SmolFamily
 from reproduction import results as reproduced
 from reproduction.candidates import SHOWN, Candidate, candidates, role
+from reproduction.grids import GRIDS
 from reproduction.measuring import facts, measure, summary
 from telling import told
 from transformers.utils import logging
@@ -46,8 +47,7 @@ PLAIN = (  # text without digits, unlike anything in either tuning
     "bridge. It was built of wood, by a carpenter who had never seen the sea, and every tree that "
     "came down with the flood struck it like a hammer."
 )
-# What of the reproduction's candidates is measured, in the order of what is wanted first.
-WANTED: tuple[tuple[str, tuple[str, ...]], ...] = (
+_FIRST: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("models", ("base", "expert", SHOWN)),
     ("task arithmetic", ("1", "0.5")),
     ("threshold", ("0.4", "0")),
@@ -88,6 +88,18 @@ WANTED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("temperature at 0", ("8", "128")),
     ("scale at 0", ("4", "8")),
 )
+
+
+def _all_methods() -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Every method over its grid, without the values that stand in _FIRST."""
+    before = {(group, name) for group, names in _FIRST for name in names}
+    for grid in GRIDS:
+        every = [f"{value:g}" for value in grid.values]
+        yield grid.group, tuple(name for name in every if (grid.group, name) not in before)
+
+
+# What of the reproduction's candidates is measured, in the order of what is wanted first.
+WANTED = (*_FIRST, *_all_methods())
 
 
 def wanted(weights: int) -> Iterator[Candidate]:

@@ -84,9 +84,12 @@ class SmolFamily(TaskVectors):
         return survey
 
     def merged(self, method: str, out_dtype: str = "float32", **parameters: Any) -> Weights:
-        """What lean-merge makes of this family; IP-Merging from the analysis, so without SVDs."""
+        """What lean-merge makes of this family; IP-Merging from the analysis, so without SVDs.
+
+        The analysis does not hold what the published variant needs.
+        """
         recipe = self.recipe(method, out_dtype, **parameters)
-        if method != "ip_merging":
+        if method != "ip_merging" or "variant" in parameters:
             return _taken(stream(recipe, resources=self._resources))
         with TemporaryDirectory() as scratch:
             out = Path(scratch) / "merged"
