@@ -7,6 +7,8 @@ import mmap
 import os
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,6 +18,7 @@ import psutil
 
 _STATM = "/proc/self/statm"
 _CGROUP = "/sys/fs/cgroup"
+_OWN_GROUPS = "/proc/self/cgroup"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +50,37 @@ def usage() -> Usage:
 
 
 def available() -> int:
-    """Return the bytes that can be allocated without swapping or exceeding a container's limit."""
+    """Return the bytes that can be allocated without swapping and within the limits of all groups.
+
+    A control group is a container, or what the system confines a job to. Groups lie inside each
+    other, and the page cache of a group does not count, because it is given up first.
+    """
     free = int(psutil.virtual_memory().available)
+    return max(0, min([free, *(limit - held for limit, held in _groups())]))
+
+
+def _groups() -> Iterator[tuple[int, int]]:
+    """Yield the limit of each control group that this process is in, and what the group holds."""
     try:
-        limit = Path(_CGROUP, "memory.max").read_text(encoding="ascii").strip()
-        held = dict(
-            line.split() for line in Path(_CGROUP, "memory.stat").read_text("ascii").splitlines()
-        )
-        return free if limit == "max" else max(0, min(free, int(limit) - int(held["anon"])))
-    except (OSError, KeyError, ValueError):
-        return free
+        lines = Path(_OWN_GROUPS).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        root, limit, anonymous = Path(_CGROUP), "memory.max", "anon"
+        if controllers:
+            if "memory" not in controllers.split(","):
+                continue
+            root, limit, anonymous = root / "memory", "memory.limit_in_bytes", "total_rss"
+        inner = Path(path.lstrip("/"))
+        # A container may not see the folders above its own, which is then the root.
+        for folder in dict.fromkeys(root / each for each in (inner, *inner.parents)):
+            try:
+                most = int((folder / limit).read_text(encoding="ascii"))
+                rows = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+                yield most, next(int(r.split()[1]) for r in rows if r.split()[0] == anonymous)
+            except (OSError, ValueError, IndexError, StopIteration):
+                continue
 
 
 def release_free_memory() -> None:
@@ -102,7 +126,9 @@ class PeakSampler:
             self.sample()
 
     def __enter__(self) -> PeakSampler:
-        self._thread.start()
+        # Where no thread can be started, the samples that are asked for must do.
+        with suppress(RuntimeError):
+            self._thread.start()
         return self
 
     def __exit__(
@@ -112,5 +138,6 @@ class PeakSampler:
         trace: TracebackType | None,
     ) -> None:
         self._stop.set()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
         self.sample()

@@ -11,9 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from lean_merge import memory
+from lean_merge.checkpoints.identity import check_unchanged
 from lean_merge.checkpoints.jsonfile import read_object
 from lean_merge.engine import Event, RunResult, run, steps
 from lean_merge.errors import RecipeError
+from lean_merge.linalg.settings import Computing
 from lean_merge.outputs import (
     REPORT,
     Outcome,
@@ -25,7 +27,7 @@ from lean_merge.outputs import (
 from lean_merge.plan import Plan
 from lean_merge.plan import plan as make_plan
 from lean_merge.plan.resources import Resources
-from lean_merge.plan.runfacts import check_unchanged, run_facts
+from lean_merge.plan.runfacts import run_facts
 from lean_merge.recipe import MergeRecipe
 from lean_merge.report import build_report
 from lean_merge.store import OutputFolder, find_complete
@@ -64,7 +66,7 @@ def merge(
     the report alone, into `out` if there is one.
 
     If `out` holds the unfinished output of the same merge, that is continued; if it holds the
-    complete one, nothing is done.
+    complete one, nothing is done, unless it is to be overwritten or not to be resumed.
 
     Parameters
     ----------
@@ -134,7 +136,9 @@ def carry_out(
     """
     facts = run_facts(plan, out)
     if resume:
-        complete = find_complete(out, plan.shards, inputs=plan.inputs, run=facts)
+        complete = find_complete(
+            out, plan.shards, inputs=plan.inputs, run=facts, overwrite=overwrite
+        )
         if complete is not None:
             return Made(complete, len(plan.tasks))
     with OutputFolder.create(
@@ -150,12 +154,12 @@ def carry_out(
         if not plan.is_settled:
             plan = _settled(plan, folder)
         result = run(plan, plan.output.sink(folder), on_event or _ignore)
-        with result.timed("write"):
+        with result.timed("write"), Computing():
             plan.output.lay_out(folder, plan.weights)
         written = sum(shard.size for shard in folder.shards)
         report = build_report(plan, result, bytes_written=written, sampler=sampler)
-        check_unchanged(plan, out, facts)
         plan.output.end(folder, Outcome(facts, report, result.weights))
+        check_unchanged(plan.opened)
         folder.seal()
     return Made(folder.final, reused, report)
 

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
+import re
 import secrets
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lean_merge.checkpoints import TensorReader, identify
-from lean_merge.checkpoints.identity import by_role
+from lean_merge.checkpoints import TensorReader, by_role, identify
+from lean_merge.checkpoints.patterns import bounded_pattern
+from lean_merge.checkpoints.safepaths import resolved
 from lean_merge.engine import Event, run
-from lean_merge.errors import CheckpointError, LeanMergeError
-from lean_merge.outputs import output_of
+from lean_merge.errors import CheckpointError, LeanMergeError, shown
+from lean_merge.outputs import RECIPE, output_of
 from lean_merge.outputs.gathered import Gathered, found_thresholds
 from lean_merge.plan import Plan, plan_again
 from lean_merge.plan import plan as make_plan
 from lean_merge.plan.resources import Resources
 from lean_merge.plan.runfacts import environment
-from lean_merge.recipe import MergeRecipe
+from lean_merge.plan.scope import COMPILER
+from lean_merge.recipe import ANY, Filtered, MergeRecipe
+from lean_merge.recipe.yamlfile import MAX_TEXT
 from lean_merge.store import Difference, Journal
 from lean_merge.store.check import FolderCheck, check_folder
 from lean_merge.tasks import WeightResult, from_note
@@ -28,6 +34,7 @@ from lean_merge.tasks import WeightResult, from_note
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
 LEAST_SAMPLE = 8
 SAMPLE_SHARE = 0.05
+_MOST_PATTERNS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +59,8 @@ class Verification:
         The seed by which the sample was drawn.
     exact
         Whether merging again must give the same bytes on this machine, so that none may differ.
+    repair
+        The command that makes the output anew, as far as it is known; None if nothing differs.
     notes
         Sentences that say why merging again may differ, or what was left out.
     """
@@ -66,6 +75,7 @@ class Verification:
     seed: int
     exact: bool
     notes: tuple[str, ...]
+    repair: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -109,7 +119,7 @@ def verify(
     LeanMergeError
         The errors are those of `plan` and `merge`.
     """
-    folder = Path(out).expanduser().resolve()
+    folder = resolved(out)
     chosen = secrets.randbelow(2**32) if seed is None else seed
     check = check_folder(folder, lambda count: None)
     result = Verification(
@@ -124,17 +134,45 @@ def verify(
         exact=True,
         notes=(),
     )
-    if check.journal is None:
-        return result
-    if not with_inputs:
-        return replace(result, notes=("the inputs were not read",))
-    try:
-        return _with_inputs(result, check, full, resources, on_event or (lambda event: None))
-    except LeanMergeError as error:
-        if result.ok:
-            raise
-        # Differences that were found already must not be hidden by this error.
-        return replace(result, notes=(f"the inputs could not be compared: {error}",))
+    if check.journal is not None and not with_inputs:
+        result = replace(result, notes=("the inputs were not read",))
+    elif check.journal is not None:
+        try:
+            result = _with_inputs(result, check, full, resources, on_event or (lambda event: None))
+        except LeanMergeError as error:
+            if result.ok:
+                raise
+            # Differences that were found already must not be hidden by this error.
+            result = replace(result, notes=(f"the inputs could not be compared: {error}",))
+    return result if result.ok else replace(result, repair=_repair(result, check))
+
+
+def _repair(result: Verification, check: FolderCheck) -> str | None:
+    """Return the command that makes an output anew, from its own recipe if that is whole."""
+    folder, flags = result.path, ["--out", str(result.path), "--overwrite"]
+    recipe, facts = folder / RECIPE, {}
+    if not recipe.is_file() or any(each.file == RECIPE for each in result.differences):
+        return None
+    if check.journal is not None:
+        facts = check.journal.start["run"]
+        try:
+            found = _recipe(check.journal, folder)
+        except LeanMergeError:
+            return None
+        named = MergeRecipe.from_dict(facts["recipe"])
+        mllm = found.mllm_model or ""
+        # Paths in a recipe are those from the folder in which the merge was started.
+        for flag, now, then in (
+            ("--base", found.base_model, named.base_model),
+            *([] if named.mllm_model is None else [("--mllm", mllm, named.mllm_model)]),
+            *(
+                ("--expert", now.model, then.model if not now.parameters else now.model)
+                for now, then in zip(found.experts, named.experts, strict=True)
+            ),
+        ):
+            flags += [flag, now] if now != then else []
+    command = "analyze" if facts.get("kind") else "merge"
+    return shlex.join(["lean-merge", command, str(recipe), *flags])
 
 
 def _with_inputs(
@@ -147,10 +185,15 @@ def _with_inputs(
     assert check.journal is not None
     facts = check.journal.start["run"]
     recipe = _recipe(check.journal, result.path)
+    _check_patterns(recipe, result.path)
     if "kind" in facts or not output_of(recipe.output).compares:
         return replace(result, notes=("numbers alone are not compared with the inputs",))
     evidence = facts.get("analysis") or check.journal.analysis
-    plan, then = _plan(recipe, facts, evidence, resources)
+    compiler = COMPILER.set(bounded_pattern)
+    try:
+        plan, then = _plan(recipe, facts, evidence, resources)
+    finally:
+        COMPILER.reset(compiler)
     _check_inputs(plan, facts)
     _check_names(plan, check.journal, result.path)
     notes = _other_machine(then, environment(plan.device))
@@ -244,17 +287,22 @@ def _on_cpu_instead(weights: Iterable[WeightResult]) -> set[str]:
 def _recipe(journal: Journal, folder: Path) -> MergeRecipe:
     """Return the recipe; a model has the place that the journal names if it is there."""
     facts = journal.start["run"]
-    roles = [each["role"] for each in facts.get("inputs", ())]
-    told = facts.get("recipe", {})
-    receivers = ["base", "mllm"] if "mllm_model" in told else ["base"]
-    count = len(told.get("experts", ()))
-    if roles != [*receivers, *(f"expert {number}" for number in range(1, count + 1))]:
+    try:
+        told = facts["recipe"]
+        receivers = ["base", "mllm"] if "mllm_model" in told else ["base"]
+        roles = [*receivers, *(f"expert {n}" for n in range(1, len(told["experts"]) + 1))]
+        places = {str(each["role"]): folder / each["path"] for each in facts["inputs"]}
+        files = [_headers(each["files"]) for each in facts["inputs"]]
+        long = len(json.dumps(told)) > MAX_TEXT
+        strange = not isinstance(facts.get("environment", {}), dict) or not all(files) or long
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        places, roles, strange = {}, [], True
+    if strange or list(places) != roles:
         raise CheckpointError(
-            f"{folder}: its journal does not tell recipe and inputs, so it can only be verified "
-            "with --without-inputs."
+            f"{folder}: its journal does not tell recipe and inputs as ours do, so it can only be "
+            "verified with --without-inputs."
         )
     recipe = MergeRecipe.from_dict(facts["recipe"])
-    places = {each["role"]: folder / each["path"] for each in facts["inputs"]}
 
     def found(role: str, source: str) -> str:
         place = places[role]
@@ -274,6 +322,32 @@ def _recipe(journal: Journal, folder: Path) -> MergeRecipe:
     )
 
 
+def _check_patterns(recipe: MergeRecipe, folder: Path) -> None:
+    """Raise CheckpointError for patterns that could be matched for ever; nobody has read them."""
+    values = [recipe.parameters, *(expert.parameters for expert in recipe.experts)]
+    filters = [each for own in values for _, value in own for each in _filters(value)]
+    filters += [*recipe.include, *recipe.exclude]
+    names = [pattern for rules in recipe.name_rules().values() for pattern, _ in rules]
+    many = len(filters) + len(names) > _MOST_PATTERNS
+    for text in (*filters, *names):
+        try:
+            pattern = bounded_pattern(text)
+            fault = "cannot be matched in a bounded time"
+            wrong = many or (text in names and not isinstance(pattern, re.Pattern))
+        except ValueError as error:
+            fault, wrong = str(error), True
+        if wrong:
+            raise CheckpointError(
+                f"{folder}: the pattern {shown(text)} of the recipe in its journal {fault}; verify "
+                "with --without-inputs, or merge by a recipe that you have read."
+            )
+
+
+def _filters(value: Any) -> list[str]:
+    entries = value if isinstance(value, tuple) else ()
+    return [each.filter for each in entries if isinstance(each, Filtered) and each.filter != ANY]
+
+
 def _check_inputs(plan: Plan, facts: Mapping[str, Any]) -> None:
     """Raise CheckpointError unless the inputs' weight files are those that were merged.
 
@@ -289,7 +363,7 @@ def _check_inputs(plan: Plan, facts: Mapping[str, Any]) -> None:
             )
 
 
-def _headers(files: list[dict[str, Any]]) -> dict[str, tuple[int, str]]:
+def _headers(files: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, str]]:
     return {
         file["name"]: (file["size"], file["header_sha256"])
         for file in files

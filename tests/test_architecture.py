@@ -206,6 +206,25 @@ def test_every_module_says_what_it_is(name: str):
     assert text and text.strip().splitlines()[0].endswith((".", ":", "?"))
 
 
+MADE = {"empty", "zeros", "ones", "full", "rand", "randn", "linspace"}
+"""Functions of torch that make tensors of the process's default dtype unless they are told."""
+
+
+def test_every_new_tensor_says_its_dtype():
+    """The default dtype is the caller's, and is no part of a merge."""
+    for name, tree in TREES.items():
+        calls = [each for each in ast.walk(tree) if isinstance(each, ast.Call)]
+        silent = [
+            ast.unparse(call)
+            for call in calls
+            if isinstance(call.func, ast.Attribute)
+            and ast.unparse(call.func.value) == "torch"
+            and call.func.attr in MADE
+            and not {"dtype", "out"} & {keyword.arg for keyword in call.keywords}
+        ]
+        assert not silent, name
+
+
 FRAGMENTS = {"Of", "As", "What", "How", "Whether", "Which", "Where", "Who", "Why"}
 
 

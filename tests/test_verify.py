@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from lean_merge import CheckpointError, Resources, Verification, cli, verify
 from lean_merge.outputs.differing import numbers_apart, rank_of
 from lean_merge.plan import runfacts
 from lean_merge.store import JOURNAL
+from lean_merge.store.journal import decode_line, sealed_lines
 
 MODULE = sys.modules["lean_merge.verify"]
 """The module; the package's attribute of that name is the function."""
@@ -166,6 +168,9 @@ def swapped(file: Path) -> None:
         ("README.md", lambda file: file.write_text("mine"), "has changed"),
         ("model-00004-of-00004.safetensors", Path.touch, "is not part of this output"),
         ("pytorch_model.bin", Path.touch, "is not part of this output"),
+        ("tf_model.h5", Path.touch, "is not part of this output"),
+        ("weights.NPZ", Path.touch, "is not part of this output"),
+        ("adapter_config.json", Path.touch, "is not part of this output"),
     ],
 )
 def test_what_was_changed_is_named(out: Path, name: str, harm: Callable[[Path], None], words: str):
@@ -197,7 +202,6 @@ def test_what_is_no_complete_output_is_refused(scene: Scene, out: Path, tmp_path
 def rewrite(scene: Scene, out: Path, name: str, change: Callable[[torch.Tensor], None]) -> None:
     """Changes a tensor so that the journal agrees: only the inputs tell."""
     from lean_merge.store import read_journal
-    from lean_merge.store.journal import sealed_lines
 
     journal = read_journal(out / JOURNAL)
     assert journal is not None
@@ -341,6 +345,100 @@ def test_an_adapter_and_an_analysis_are_verified_too(small: Triple, tmp_path: Pa
     assert looked(analysis).ok
     flip(analysis / "lean_merge_report.json", 77)
     assert not looked(analysis).ok
+
+
+# --- what a stranger wrote --------------------------------------------------------------------
+
+
+def forge(out: Path, change: Callable[[list[dict[str, Any]]], Any]) -> None:
+    """Let a stranger change the records of the journal, so that its digests agree."""
+    lines = (out / JOURNAL).read_bytes().splitlines(keepends=True)[:-1]
+    records = [decode_line(line) for line in lines]
+    known = [record for record in records if record is not None]
+    change(known)
+    (out / JOURNAL).write_bytes(sealed_lines(known))
+
+
+HOSTILE = r"^((m|o|d|e|l|\.|a|y|r|s|0|1|_|p|g|t|j|u|w|h|i)+)+!$"
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"exclude": [HOSTILE]},
+        {"include": ["x" * 5000]},
+        {"include": ["mlp"] * 500},
+        {"parameters": {"scale": [{"filter": HOSTILE, "value": 0.5}, 1.0]}},
+        {"names": {HOSTILE: "model"}},
+    ],
+)
+def test_patterns_that_nobody_has_read_are_bounded_or_refused(
+    out: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    """By Python alone, the first would be matched for years."""
+    monkeypatch.setitem(sys.modules, "re2", None)
+    forge(out, lambda records: records[0]["run"]["recipe"].update(recipe))
+    with pytest.raises(CheckpointError, match=r"the pattern .* of the recipe in its journal"):
+        looked(out)
+    assert looked(out, with_inputs=False).ok
+
+
+@pytest.mark.parametrize("pattern", ["mlp|q_proj", r"layers\.\d+\.mlp", "^layers.0", "down_proj$"])
+def test_patterns_of_a_bounded_time_are_verified(
+    scene: Scene, tmp_path: Path, pattern: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "re2", None)
+    result = scene.merge(tmp_path / "out", output="none", include=[pattern])
+    assert result.path is not None and looked(result.path).ok
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda records: records[0]["run"].update(inputs=7),
+        lambda records: records[0]["run"]["inputs"][0].update(files=[{}]),
+        lambda records: records[0]["run"]["inputs"][1].pop("path"),
+        lambda records: records[0]["run"].update(recipe=[]),
+        lambda records: records[0]["run"].update(environment=[1]),
+        lambda records: records[0]["run"]["recipe"].update(experts=[{"model": "x" * 400_000}]),
+    ],
+)
+def test_a_journal_that_makes_no_sense_is_refused(out: Path, change: Callable[[Any], Any]):
+    forge(out, change)
+    with pytest.raises(CheckpointError, match="its journal does not tell recipe and inputs"):
+        looked(out)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda records: records[1].update(crc32_data="0"),
+        lambda records: records[1].update(shard="../../elsewhere/model.safetensors"),
+        lambda records: records[-1].update(name="/etc/passwd"),
+        lambda records: records[-1].pop("sha256"),
+        lambda records: records[0].update(shards=[1]),
+        lambda records: records.insert(1, {"record": []}),
+        lambda records: records.insert(1, {"record": "unheard of"}),
+        lambda records: records.insert(1, {"record": "analysis", "found": {"x": [[]] * 6_000_000}}),
+    ],
+)
+def test_a_record_that_makes_no_sense_counts_as_damage(out: Path, change: Callable[[Any], Any]):
+    forge(out, change)
+    result = looked(out)
+    assert [each.file for each in result.differences] == [JOURNAL]
+
+
+def test_the_command_that_repairs_is_told_and_repairs(scene: Scene, out: Path):
+    flip(shards(out)[0], shards(out)[0].stat().st_size * 8 - 3)
+    result = looked(out, with_inputs=False)
+    assert not result.ok and result.repair is not None
+    program, *arguments = shlex.split(result.repair)
+    assert program == "lean-merge" and "--overwrite" in arguments
+    cli.main([*arguments, "--quiet", "--device", "cpu"])
+    assert looked(out).ok and looked(out).repair is None
+    assert shards(out)[0].read_bytes() == scene.expected[shards(out)[0].name]
+    (out / JOURNAL).write_bytes(b"x")
+    assert looked(out).repair is not None
 
 
 # --- the command line -------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from statistics import fmean, median
 
 from scipy import stats
 
-from lean_merge.linalg import log_omitted
+from lean_merge.linalg.similarity import log_omitted
 from reproduction.candidates import RANKS, SHOWN, STAGE_SETS, THRESHOLDS
 from reproduction.claims import DEFAULT
 from reproduction.grids import GRIDS

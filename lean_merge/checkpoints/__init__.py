@@ -4,8 +4,7 @@ Files are untrusted, so each is checked before anything is computed from it. Not
 model or runs code that came with one.
 """
 
-from lean_merge.checkpoints.checkpoint import Checkpoint, open_checkpoint, open_expert
-from lean_merge.checkpoints.downloads import downloads_shown
+from lean_merge.checkpoints.checkpoint import Checkpoint, by_role, open_checkpoint, open_expert
 from lean_merge.checkpoints.dtypes import (
     FLOATING,
     ITEM_BITS,
@@ -13,6 +12,7 @@ from lean_merge.checkpoints.dtypes import (
     safetensors_dtype,
     torch_dtype,
 )
+from lean_merge.checkpoints.forms import downloads_shown
 from lean_merge.checkpoints.header import TensorSpec, read_header
 from lean_merge.checkpoints.identity import identify
 from lean_merge.checkpoints.reader import TensorReader, as_bytes
@@ -27,6 +27,7 @@ __all__ = [
     "TensorSpec",
     "WeightSource",
     "as_bytes",
+    "by_role",
     "common_dtype",
     "downloads_shown",
     "identify",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -12,6 +12,7 @@ from typing import Any
 from lean_merge.checkpoints.dtypes import FLOATING
 from lean_merge.checkpoints.forms import Adapter, Encoding, Origin, all_forms, weight_names
 from lean_merge.checkpoints.header import TensorSpec, read_header
+from lean_merge.checkpoints.identity import look_at
 from lean_merge.checkpoints.jsonfile import read_object
 from lean_merge.checkpoints.rows import Place, StoredRows, WeightSource
 from lean_merge.checkpoints.safepaths import checked_file
@@ -62,6 +63,11 @@ class Checkpoint:
         The adapter's changes to a base model, if it is an adapter; its tensors are then factors.
     origin
         The place that it was fetched from; None for a local path.
+    seen
+        What `look_at` told of each of its files before it was opened.
+    beside, left
+        Of the MLLM alone: the files that are copied beside its weights, and the names of what is
+        not copied although it is no part of the weights that were read.
     """
 
     source: str
@@ -73,6 +79,9 @@ class Checkpoint:
     encodings: Mapping[str, Encoding] = field(default_factory=lambda: MappingProxyType({}))
     adapter: Adapter | None = None
     origin: Origin | None = None
+    seen: Mapping[Path, Mapping[str, Any]] = field(default_factory=lambda: MappingProxyType({}))
+    beside: tuple[Path, ...] = ()
+    left: tuple[str, ...] = ()
 
     def rows(self, place: Place) -> WeightSource:
         """Return the source of a logical weight's rows, given its place in one of `tensors`."""
@@ -95,6 +104,14 @@ class Checkpoint:
             encoding.rows(Place(tensor, (height, width), first, height, height))
             for first in range(0, math.prod(tensor.shape), height * width)
         )
+
+
+def by_role(
+    base: Checkpoint, mllm: Checkpoint, experts: Sequence[Checkpoint]
+) -> dict[str, Checkpoint]:
+    """Return the checkpoints by role: "base", "mllm" if it is not the base, "expert 1", ..."""
+    numbered = {f"expert {number}": each for number, each in enumerate(experts, 1)}
+    return {"base": base, **({} if mllm is base else {"mllm": mllm}), **numbered}
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
@@ -157,6 +174,7 @@ def _open_folder(source: str, folder: Path, origin: Origin | None) -> Checkpoint
     if file is None:
         return _assemble(source, folder, find_weights(folder, weight_names()), origin)
     config = folder / ADAPTER_CONFIG
+    seen = look_at(folder, [checked_file(folder, file)], [checked_file(folder, config)])
     content = _read_config(folder, config, mend="save the adapter again with PEFT")
     for form in all_forms():
         adapter = form.adapter(config, content)
@@ -168,9 +186,16 @@ def _open_folder(source: str, folder: Path, origin: Origin | None) -> Checkpoint
             "LORA is understood; merge the adapter into its base first (PEFT's merge_and_unload) "
             "and pass the result."
         )
-    tensors = MappingProxyType(_read_tensors((checked_file(folder, file),)))
     return Checkpoint(
-        source, folder, tensors, None, (file,), (config,), adapter=adapter, origin=origin
+        source,
+        folder,
+        MappingProxyType(_read_tensors((file,))),
+        None,
+        (file,),
+        (config,),
+        adapter=adapter,
+        origin=origin,
+        seen=seen,
     )
 
 
@@ -192,7 +217,9 @@ def _adapter_file(folder: Path) -> Path | None:
 
 def _assemble(source: str, folder: Path, weights: WeightFiles, origin: Origin | None) -> Checkpoint:
     file, config = folder / _CONFIG, None
-    if file.is_symlink() or file.exists():
+    configs = (file,) if file.is_symlink() or file.exists() else ()
+    seen = look_at(folder, weights.files, [checked_file(folder, each) for each in configs])
+    if configs:
         config = _read_config(folder, file, mend="download or save the checkpoint again")
     tensors = _read_tensors(weights.files)
     if weights.named is not None:
@@ -204,9 +231,10 @@ def _assemble(source: str, folder: Path, weights: WeightFiles, origin: Origin | 
         MappingProxyType(dict(own)),
         config,
         weights.files,
-        () if config is None else (file,),
+        configs,
         MappingProxyType(dict(encodings)),
         origin=origin,
+        seen=seen,
     )
 
 

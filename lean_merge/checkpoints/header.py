@@ -15,6 +15,7 @@ from typing import Any
 
 from lean_merge.checkpoints.dtypes import ITEM_BITS, tensor_nbytes
 from lean_merge.checkpoints.jsonfile import parse_object
+from lean_merge.checkpoints.safepaths import open_regular
 from lean_merge.errors import CheckpointError, is_plain, shown
 from lean_merge.sizes import format_size
 
@@ -64,7 +65,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
         The file cannot be read, is truncated or unfinished, or breaks the format in any way.
     """
     try:
-        with open(file, "rb") as stream:
+        with open_regular(file) as stream:
             size = os.fstat(stream.fileno()).st_size
             length = _header_length(stream.read(8), size=size, file=file)
             data = stream.read(length)

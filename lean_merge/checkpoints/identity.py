@@ -1,4 +1,4 @@
-"""Tell whether a checkpoint is still the same as before, without reading its weights."""
+"""Tell whether files are still those that were opened, without reading their weights."""
 
 from __future__ import annotations
 
@@ -6,68 +6,83 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol
 
-from lean_merge.checkpoints.checkpoint import Checkpoint
+from lean_merge.checkpoints.header import MAX_HEADER
+from lean_merge.checkpoints.safepaths import open_regular
 from lean_merge.errors import CheckpointError
 
-_STEP = 1 << 20
+_END, _STEP = 1 << 20, 1 << 16
 
 
-def identify(checkpoint: Checkpoint, *, others: Sequence[Path] = ()) -> list[dict[str, Any]]:
-    """Return name, length and times of a checkpoint's weight files and configs, sorted by name.
+class Opened(Protocol):
+    """Files of one folder that were looked at before they were opened."""
+
+    @property
+    def path(self) -> Path:
+        """Return the folder."""
+
+    @property
+    def seen(self) -> Mapping[Path, Mapping[str, Any]]:
+        """Return what `look_at` told of each file."""
+
+
+def look_at(folder: Path, weights: Sequence[Path], others: Sequence[Path] = ()) -> dict[Path, Any]:
+    """Tell each file's name in its folder, its length and its times, as JSON has them.
 
     A weight file also has the SHA-256 of its header. If it is no safetensors file, and may keep its
     directory at its end, it has that of both its ends.
-
-    Parameters
-    ----------
-    checkpoint
-        The checkpoint, of which only the headers are read again.
-    others
-        More files of its folder.
-
-    Returns
-    -------
-    list of dict
-        Plain data for JSON, an entry for each file.
 
     Raises
     ------
     CheckpointError
         A file cannot be read.
     """
-    found = []
-    for file in {*checkpoint.files, *checkpoint.configs, *others}:
-        try:
+    found: dict[Path, Any] = {}
+    try:
+        for file in (*weights, *others):
             status = file.stat()
-            entry: dict[str, Any] = {
-                "name": Path(os.path.relpath(file, checkpoint.path)).as_posix(),
+            found[file] = {
+                "name": Path(os.path.relpath(file, folder)).as_posix(),
                 "size": status.st_size,
                 "mtime_ns": status.st_mtime_ns,
                 "ctime_ns": status.st_ctime_ns,
             }
-            if file in checkpoint.files:
-                plain = file.suffix == ".safetensors"
-                entry["header_sha256"] = header_digest(file) if plain else _ends_digest(file)
-        except OSError as error:
-            raise CheckpointError(
-                f"{file}: cannot be read ({error.strerror or error}); check the path."
-            ) from error
-        found.append(entry)
-    return sorted(found, key=lambda entry: str(entry["name"]))
+        for file in weights:
+            plain = file.suffix == ".safetensors"
+            found[file]["header_sha256"] = header_digest(file) if plain else _ends_digest(file)
+    except OSError as error:
+        raise CheckpointError(
+            f"{file}: cannot be read ({error.strerror or error}); check the path."
+        ) from error
+    return found
 
 
-def by_role(
-    base: Checkpoint, mllm: Checkpoint, experts: Sequence[Checkpoint]
-) -> dict[str, Checkpoint]:
-    """Return the checkpoints by role: "base", "mllm" if it is not the base, "expert 1", ..."""
-    numbered = {f"expert {number}": each for number, each in enumerate(experts, 1)}
-    return {"base": base, **({} if mllm is base else {"mllm": mllm}), **numbered}
+def identify(opened: Opened) -> list[Mapping[str, Any]]:
+    """Tell what was seen of all files, in the order of their names."""
+    return sorted(opened.seen.values(), key=lambda entry: str(entry["name"]))
 
 
-def changed_weights(then: Any, roles: Mapping[str, Checkpoint]) -> str | None:
-    """Return a sentence on what has changed in the inputs' numbers; None if nothing has.
+def changed(file: Path, role: str) -> CheckpointError:
+    """Return the error for a file of a role that is no longer what it was when it was opened."""
+    return CheckpointError(
+        f"{file}: this file of {role} has changed since it was opened, so what was read may be a "
+        "mixture; once nothing changes it any more, plan and merge again with --no-resume."
+    )
+
+
+def check_unchanged(opened: Mapping[str, Opened]) -> None:
+    """Raise CheckpointError if a file is no longer what it was when it was opened, by its role."""
+    for role, each in opened.items():
+        for file, before in each.seen.items():
+            is_weights = "header_sha256" in before
+            now = look_at(each.path, [file] * is_weights, [file] * (not is_weights))
+            if now[file] != before:
+                raise changed(file, f"the {role}")
+
+
+def changed_weights(then: Any, roles: Mapping[str, Opened]) -> str | None:
+    """Tell what has changed in the inputs that decides numbers, wherever they lie; None if nothing.
 
     Parameters
     ----------
@@ -75,11 +90,6 @@ def changed_weights(then: Any, roles: Mapping[str, Checkpoint]) -> str | None:
         A list of roles and files, as it was recorded for the inputs before.
     roles
         The inputs now.
-
-    Raises
-    ------
-    CheckpointError
-        An input cannot be read.
     """
     now = [{"role": role, "files": identify(each)} for role, each in roles.items()]
     old, new = ([_deciding(entry) for entry in entries] for entries in (then, now))
@@ -89,7 +99,7 @@ def changed_weights(then: Any, roles: Mapping[str, Checkpoint]) -> str | None:
         return f"the roles were {len(old)}, are {len(new)}"
     for before, entry in zip(old, new, strict=True):
         was = {file["name"]: file for file in before["files"]}
-        # Weights are compared first, because a copied folder has new dates everywhere.
+        # Weights come first, because a folder that was copied has new dates everywhere.
         for file in sorted(entry["files"], key=lambda each: "header_sha256" not in each):
             if file != was.pop(file["name"], None):
                 return f"{file['name']} of the {entry['role']} is not the same file"
@@ -108,22 +118,25 @@ def _deciding(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def header_digest(file: Path) -> str:
-    """Return the SHA-256 of a safetensors header, its length included. Raises OSError."""
+    """Return the SHA-256 of a safetensors file's header, its length included. Raises OSError."""
     digest = hashlib.sha256()
-    with open(file, "rb") as stream:
+    with open_regular(file) as stream:
         head = stream.read(8)
         digest.update(head)
-        left = int.from_bytes(head, "little")
-        while left > 0 and (part := stream.read(min(left, _STEP))):
-            digest.update(part)
-            left -= len(part)
+        _add(digest, stream, min(int.from_bytes(head, "little"), MAX_HEADER))
     return digest.hexdigest()
 
 
 def _ends_digest(file: Path) -> str:
     digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        digest.update(stream.read(_STEP))
-        stream.seek(max(0, os.fstat(stream.fileno()).st_size - _STEP))
-        digest.update(stream.read(_STEP))
+    with open_regular(file) as stream:
+        _add(digest, stream, _END)
+        stream.seek(max(0, os.fstat(stream.fileno()).st_size - _END))
+        _add(digest, stream, _END)
     return digest.hexdigest()
+
+
+def _add(digest: hashlib._Hash, stream: IO[bytes], count: int) -> None:
+    while count > 0 and (part := stream.read(min(count, _STEP))):
+        digest.update(part)
+        count -= len(part)

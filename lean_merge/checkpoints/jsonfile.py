@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lean_merge.checkpoints.safepaths import open_regular
 from lean_merge.errors import CheckpointError, shown
 from lean_merge.sizes import format_size
 
@@ -126,7 +128,7 @@ def read_object(
 ) -> dict[str, Any]:
     """Return the JSON object in `file`, which has at most `limit` bytes; see `parse_object`."""
     try:
-        with open(file, "rb") as stream:
+        with open_regular(file) as stream:
             data = stream.read(limit + 1)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot read {what} ({error.strerror}); {mend}.") from error
@@ -135,10 +137,30 @@ def read_object(
     return parse_object(data, file=file, what=what, mend=mend, unique=unique, memory=memory)
 
 
-def to_json(content: dict[str, Any]) -> bytes:
-    """Return readable JSON; NaN and infinity, for which JSON has no number, become null."""
-    text = json.dumps(_finite(content), indent=1, allow_nan=False, ensure_ascii=False)
-    return (text + "\n").encode()
+def to_json(content: dict[str, Any]) -> Iterator[bytes]:
+    """Write readable JSON, with null for NaN and infinity, which it cannot express.
+
+    It comes in parts, so that of a long list only one item at a time is in memory as text.
+    """
+    before = "{\n"
+    for name, value in content.items():
+        before += f" {json.dumps(name, ensure_ascii=False)}: "
+        if isinstance(value, list) and value:
+            before += "[\n  "
+            for item in value:
+                yield (before + _written(item, 2)).encode()
+                before = ",\n  "
+            before = "\n ],\n"
+        else:
+            yield (before + _written(value, 1)).encode()
+            before = ",\n"
+    yield before.removesuffix(",\n").encode() + b"\n}\n"
+
+
+def _written(value: Any, depth: int) -> str:
+    """Write a value that stands so deep inside of others."""
+    text = json.dumps(_finite(value), indent=1, allow_nan=False, ensure_ascii=False)
+    return text.replace("\n", "\n" + " " * depth)
 
 
 def _finite(value: Any) -> Any:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
 from lean_merge.checkpoints.descriptors import DescriptorPool
 from lean_merge.checkpoints.header import TensorSpec
+from lean_merge.checkpoints.identity import changed
 from lean_merge.checkpoints.pagecache import cached_share, fetch
 from lean_merge.errors import CheckpointError, shown
 
@@ -46,14 +49,31 @@ class TensorReader:
     Files are not mapped, so reading takes no resident memory beyond the caller's buffers. At most
     `max_files` files are held open.
 
+    Parameters
+    ----------
+    max_files, files
+        How many files may be open, or the open files of another reader.
+    seen
+        What `look_at` told of files before they were opened, which must still hold when they are
+        read; a file that is not named may be any.
+
     Attributes
     ----------
     bytes_read
         The number of bytes that it has read so far.
     """
 
-    def __init__(self, *, max_files: int = 64, files: DescriptorPool | None = None) -> None:
-        self._files = DescriptorPool(os.O_RDONLY, limit=max_files) if files is None else files
+    def __init__(
+        self,
+        *,
+        max_files: int = 64,
+        files: DescriptorPool | None = None,
+        seen: Mapping[Path, Mapping[str, Any]] | None = None,
+    ) -> None:
+        # Where a pipe has taken the place of a file, reading fails and does not wait.
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
+        self._files = DescriptorPool(flags, limit=max_files) if files is None else files
+        self._seen = seen or {}
         self._lock = threading.Lock()
         self._seek_lock = threading.Lock()
         self.bytes_read = 0
@@ -71,7 +91,7 @@ class TensorReader:
 
     def counting(self) -> TensorReader:
         """Return a reader of the same open files with its own count; it must not be closed."""
-        return TensorReader(files=self._files)
+        return TensorReader(files=self._files, seen=self._seen)
 
     def count(self, nbytes: int) -> None:
         """Add bytes that were read elsewhere for the same purpose."""
@@ -135,6 +155,7 @@ class TensorReader:
                                 "read, so restore it."
                             )
                         done += count
+                self._check_unchanged(spec, os.fstat(descriptor))
         except OSError as error:
             raise CheckpointError(
                 f"{spec.file}: cannot read tensor {shown(spec.name)} "
@@ -142,6 +163,12 @@ class TensorReader:
             ) from error
         finally:
             self.count(done)
+
+    def _check_unchanged(self, spec: TensorSpec, now: os.stat_result) -> None:
+        """Raise CheckpointError if the file that was just read is not the one that was opened."""
+        seen, times = self._seen.get(spec.file), (now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+        if seen is not None and (seen["size"], seen["mtime_ns"], seen["ctime_ns"]) != times:
+            raise changed(spec.file, "an input")
 
     def _read(self, descriptor: int, out: memoryview, position: int) -> int:
         if hasattr(os, "preadv"):

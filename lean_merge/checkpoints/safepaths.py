@@ -6,9 +6,42 @@ be copied into the output, which is then published.
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 from pathlib import Path
+from typing import IO
 
-from lean_merge.errors import CheckpointError
+from lean_merge.errors import CheckpointError, LeanMergeError, shown
+
+
+def resolved(path: str | Path, kind: type[LeanMergeError] = CheckpointError) -> Path:
+    """Return a path that a user named, absolute and without links.
+
+    Raises an error of a `kind` for what no path can be: an unknown user's home, a loop of links, a
+    name that is too long.
+    """
+    try:
+        found = Path(path).expanduser().resolve()
+        found.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise kind(f"{shown(str(path))}: is no path ({reason}); check it.") from error
+    return found
+
+
+def open_regular(file: Path) -> IO[bytes]:
+    """Open a regular file to be read; OSError for anything else, such as a pipe that never ends."""
+    return open(file, "rb", opener=regular)
+
+
+def regular(file: str, flags: int) -> int:
+    """Open a regular file as `os.open` does, and never wait for a writer of a pipe. OSError."""
+    descriptor = os.open(file, flags | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no regular file", file)
+    return descriptor
 
 
 def checked_file(folder: Path, file: Path) -> Path:

@@ -11,7 +11,7 @@ import typer
 from tqdm import tqdm
 
 from lean_merge.engine import Event
-from lean_merge.errors import plain
+from lean_merge.errors import OutputError, plain
 from lean_merge.plan import Plan
 from lean_merge.version import __version__
 
@@ -43,8 +43,16 @@ def _root(
 
 
 def echo(text: str, *, err: bool = False) -> None:
-    """Print a text with characters that steer a terminal escaped; names come from strangers."""
-    typer.echo(plain(text), err=err)
+    """Print a text in which what would steer a terminal is escaped: names come from strangers."""
+    try:
+        typer.echo(plain(text), err=err)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"The standard {'error' if err else 'output'} cannot be written ({error.strerror}); "
+            "what the command has made so far is on the disk."
+        ) from error
 
 
 @contextmanager

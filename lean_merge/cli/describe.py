@@ -205,6 +205,7 @@ def verification_dict(result: Verification) -> dict[str, Any]:
         "seed": result.seed,
         "exact": result.exact,
         "notes": list(result.notes),
+        "repair": result.repair,
     }
 
 
@@ -218,7 +219,10 @@ def verification_text(result: Verification) -> str:
         *(f"note: {note}" for note in result.notes),
         *(f"different: {each}" for each in result.differences),
     ]
-    return "\n".join([*lines, "nothing differs" if result.ok else "the output is not as written"])
+    if result.ok:
+        return "\n".join([*lines, "nothing differs"])
+    repair = result.repair or "the command that made it, with --overwrite"
+    return "\n".join([*lines, f"the output is not as written; this makes it anew: {repair}"])
 
 
 def sweep_text(table: dict[str, Any]) -> str:

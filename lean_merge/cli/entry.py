@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
 import typer
 
 from lean_merge.cli.app import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, app
-from lean_merge.errors import LeanMergeError, plain
+from lean_merge.errors import BudgetError, LeanMergeError, plain
 
 _SIGINT_OF_TYPER = 130
 _CommandLineError: type[Any] = next(
@@ -31,6 +32,9 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and leave with the exit code that docs/formats.md documents."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if sys.stderr is None:
+        # It was closed before the start; what is written there is lost then, and nothing else.
+        sys.stderr = open(os.devnull, "w")
     signal.signal(signal.SIGTERM, _terminate)
     try:
         # `verify` returns a code and other commands None; newer typers turn Ctrl-C into a code.
@@ -48,12 +52,18 @@ def main(arguments: list[str] | None = None) -> None:
         message = "The command was interrupted; the same command goes on where it stopped."
         _fail(message, EXIT_INTERRUPTED, arguments)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence_output()
         sys.exit(EXIT_FAILED)
     except MemoryError:
-        _fail("There is not enough memory; give less with --memory.", EXIT_FAILED, arguments)
+        message = "The system has not that much memory; give less with --memory."
+        _fail(message, BudgetError.exit_code, arguments)
     except Exception as error:
         _fail(f"{type(error).__name__}: {error}", EXIT_FAILED, arguments)
+
+
+def _silence_output() -> None:
+    """Let what waits to be printed be lost, which Python would try to write again in the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, code: int, arguments: list[str]) -> None:
@@ -61,5 +71,11 @@ def _fail(message: str, code: int, arguments: list[str]) -> None:
         import traceback
 
         traceback.print_exc()
-    print(f"lean-merge: {plain(message)}", file=sys.stderr)
+    with suppress(OSError):
+        print(f"lean-merge: {plain(message)}", file=sys.stderr)
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        _silence_output()
     sys.exit(code)

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TypeVar
 
 from lean_merge.checkpoints import TensorReader, TensorSpec
+from lean_merge.engine.workers import start_thread
 
 _STEP = 8 << 20
 FLUSH_EVERY = 128 << 20
@@ -34,7 +35,7 @@ class _Background(abc.ABC):
         """Do the thread's work until `_closed` is set."""
 
     def __enter__(self: B) -> B:
-        self._thread.start()
+        start_thread(self._thread)
         return self
 
     def __exit__(

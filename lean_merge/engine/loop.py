@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
+from lean_merge.checkpoints.identity import check_unchanged
 from lean_merge.engine.scheduler import Scheduler
 from lean_merge.engine.survey import survey
-from lean_merge.engine.workers import TorchSettings
+from lean_merge.errors import BudgetError
+from lean_merge.linalg.settings import Computing
 from lean_merge.outputs.base import Sink
 from lean_merge.plan import Plan
-from lean_merge.tasks import CopyTask, Note, WeightResult, from_note
+from lean_merge.tasks import CopyTask, Note, WeightResult, WeightTask, from_note
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,37 +90,56 @@ def run(plan: Plan, sink: Sink, on_event: Callable[[Event], None]) -> RunResult:
 
 
 def steps(plan: Plan, sink: Sink, result: RunResult) -> Generator[Event, None, None]:
-    """Carry out `plan`, yield an event after each task in order, and note results in `result`.
+    """Carry out `plan`: an event after each task, in order, and what happened noted in `result`.
 
-    While the caller holds an event, torch has the caller's settings, unless our threads are at
-    work.
+    Torch's settings are the caller's while it holds an event; those of the process are only as long
+    as no merge is at work. An input that is not what it was when it was planned is a
+    CheckpointError, at the latest in the end.
     """
+    check_unchanged(plan.opened)
+    try:
+        yield from _steps(plan, sink, result)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise BudgetError(
+            "The system has not as much memory as was planned with; give less with --memory, or "
+            "close what else takes it."
+        ) from error
+    check_unchanged(plan.opened)
+
+
+def _steps(plan: Plan, sink: Sink, result: RunResult) -> Generator[Event, None, None]:
     on_cuda = torch.device(plan.device).type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(plan.device)
-    callers = TorchSettings.now()
     known = {index: from_note(sink.finished(task)) for index, task in enumerate(plan.tasks)}
     reused = {index: note for index, note in known.items() if note is not None}
-    with result.timed("analyze"):
-        surveyed, result.bytes_read = survey(plan, reused)
-    scheduler = Scheduler(plan, sink, reused=reused, surveyed=surveyed, timed=result.timed)
-    with scheduler:
-        for index, note in scheduler.finished():
-            task = plan.tasks[index]
-            result.add(note, task.source.name if isinstance(task, CopyTask) else task.tensor.name)
-            event = Event(
-                name=task.tensor.name,
-                nbytes=task.tensor.nbytes,
-                merged=any(weight.merged for weight in note.weights),
-                reused=index in reused,
-                warnings=_warnings(note.weights),
-            )
-            with nullcontext() if scheduler.is_at_work else callers.in_force():
-                yield event
-        if on_cuda:
-            result.peak_vram = torch.cuda.max_memory_reserved(plan.device)
-            result.peak_vram_used = torch.cuda.max_memory_allocated(plan.device)
-        result.pinned = scheduler.pinned
+    with Computing() as computing:
+        with result.timed("analyze"):
+            surveyed, result.bytes_read = survey(plan, reused)
+        scheduler = Scheduler(plan, sink, reused=reused, surveyed=surveyed, timed=result.timed)
+        with scheduler:
+            for index, note in scheduler.finished():
+                event = _finished(plan.tasks[index], note, reused=index in reused, result=result)
+                with computing.paused(idle=not scheduler.is_at_work):
+                    yield event
+            if on_cuda:
+                result.peak_vram = torch.cuda.max_memory_reserved(plan.device)
+                result.peak_vram_used = torch.cuda.max_memory_allocated(plan.device)
+            result.pinned = scheduler.pinned
+
+
+def _finished(task: CopyTask | WeightTask, note: Note, *, reused: bool, result: RunResult) -> Event:
+    """Add what happened to a task to the result, and return its event."""
+    result.add(note, task.source.name if isinstance(task, CopyTask) else task.tensor.name)
+    return Event(
+        name=task.tensor.name,
+        nbytes=task.tensor.nbytes,
+        merged=any(weight.merged for weight in note.weights),
+        reused=reused,
+        warnings=_warnings(note.weights),
+    )
 
 
 def _warnings(weights: Sequence[WeightResult]) -> tuple[str, ...]:

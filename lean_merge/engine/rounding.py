@@ -29,7 +29,7 @@ def round_stochastic(values: Tensor, dtype: torch.dtype, generator: torch.Genera
     error = values - nearest.float()
     neighbour = _next_towards(nearest, error)
     spacing = (neighbour.float() - nearest.float()).abs()
-    draw = torch.rand(values.shape, generator=generator)
+    draw = torch.rand(values.shape, generator=generator, dtype=torch.float32)
     take = (draw * spacing < error.abs()) & torch.isfinite(neighbour)
     return torch.where(take, neighbour, nearest)
 

@@ -128,8 +128,8 @@ class Scheduler:
         self._reused = reused
         self._surveyed = surveyed
         self._timed = timed
-        self._reader = TensorReader()
-        self._readers = [self._reader.counting() for _ in plan.tasks]
+        self._reader = TensorReader(seen=plan.seen)
+        self._readers: dict[int, TensorReader] = {}
         # These hold, in order: weights whose analysis has not begun, analyses in the arena, and
         # parts that are not stored yet.
         self._to_analyse = deque(self._weights())
@@ -141,12 +141,16 @@ class Scheduler:
         self._unstored = 0
         self._settled = 0
 
-    def _weights(self) -> Iterator[tuple[WeightTask, int, TensorReader]]:
-        """Yield each logical weight to be analysed: its task, its number there, and its reader."""
+    def _reader_of(self, index: int) -> TensorReader:
+        """Return the reader that counts what is read for a task."""
+        return self._readers.setdefault(index, self._reader.counting())
+
+    def _weights(self) -> Iterator[tuple[WeightTask, int, int]]:
+        """Yield each logical weight to be analysed: its task, its number, the task's place."""
         for index, task in enumerate(self._plan.tasks):
             if isinstance(task, WeightTask) and index not in self._reused:
                 for number in range(len(task.weight.slices)):
-                    yield task, number, self._readers[index]
+                    yield task, number, index
 
     def __enter__(self) -> Scheduler:
         small = any(task.halves[number] == 1 for task, number, _ in self._to_analyse)
@@ -227,7 +231,7 @@ class Scheduler:
         write = self._sink.writer(task)
         if write is None:
             return _UnderWay(index)
-        copy, pieces = copy_pieces(task, write, self._readers[index], self._workers)
+        copy, pieces = copy_pieces(task, write, self._reader_of(index), self._workers)
         return _UnderWay(index, jobs=self._workers.submit(copy, pieces, can_wait=True))
 
     def _merge(self, index: int, task: WeightTask, number: int) -> _UnderWay:
@@ -245,13 +249,13 @@ class Scheduler:
     def _begin_analyses(self) -> None:
         """Begin the analyses for which there is room now."""
         while self._to_analyse and self._unstored <= self._plan.waiting:
-            task, number, reader = self._to_analyse[0]
+            task, number, index = self._to_analyse[0]
             taken = {half for each in self._analyses for half in each.halves}
             halves = [half for half in (0, 1) if half not in taken][: task.halves[number]]
             if len(halves) < task.halves[number]:
                 return
             self._to_analyse.popleft()
-            decide = partial(self._decider.decide, task, number, reader)
+            decide = partial(self._decider.decide, task, number, self._reader_of(index))
             [job] = self._analysts.submit(decide, [self._room(halves)])
             self._analyses.append(_BegunAnalysis(halves, job))
 
@@ -270,7 +274,7 @@ class Scheduler:
     def _store(self, index: int, task: WeightTask, number: int, decided: Decided) -> _UnderWay:
         """Begin to store a weight, and leave its room in the arena."""
         is_last = number == len(task.weight.slices) - 1
-        reader, write = self._readers[index], self._sink.writer(task)
+        reader, write = self._reader_of(index), self._sink.writer(task)
         if write is None:
             self._leave_arena()
             kept = self._sink.keep(
@@ -312,7 +316,8 @@ class Scheduler:
         note = self._reused.get(index)
         if note is None:
             non_finite = isinstance(task, CopyTask) and not all(results)
-            note = Note(self._results, self._readers[index].bytes_read, non_finite=non_finite)
+            count = self._readers.pop(index, self._reader).bytes_read
+            note = Note(self._results, count, non_finite=non_finite)
             self._results = []
             self._sink.finish(task, to_note(note))
             # The journal's line must reach the disk even if the tensor has no bytes.

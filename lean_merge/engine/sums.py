@@ -69,7 +69,9 @@ class Sums:
         self._projected = lanes("project", request.project)
         self._reduced: list[Tensor | None] = [None] * LANES
         self._dense = (
-            torch.empty(out_features, in_features, device=device) if request.dense else None
+            torch.empty(out_features, in_features, dtype=torch.float32, device=device)
+            if request.dense
+            else None
         )
 
     def add(self, lane: int, rows: slice, tile: Tensor, *, first: bool) -> None:

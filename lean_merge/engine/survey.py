@@ -75,7 +75,7 @@ def survey(plan: Plan, reused: Container[int]) -> tuple[dict[Hashable, Any], int
                 group.weights.append(_Surveyed(weight, method, stored))
     if not groups:
         return {}, 0
-    with TensorReader() as reader, worker_pool(plan.workers) as workers:
+    with TensorReader(seen=plan.seen) as reader, worker_pool(plan.workers) as workers:
         found = {key: _carried_out(group, reader, workers) for key, group in groups.items()}
         return found, reader.bytes_read
 

@@ -8,16 +8,28 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from lean_merge.errors import BudgetError
+
 T = TypeVar("T")
 R = TypeVar("R")
 
 _Job = tuple[Future[Any], Callable[[Any], Any], Any]
+
+
+def start_thread(thread: threading.Thread) -> None:
+    """Start a thread. Raises BudgetError where the system lets this process have no more."""
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise BudgetError(
+            f"No more threads can be started ({error}); allow more processes (ulimit -u), or use "
+            "fewer with --threads 1."
+        ) from error
 
 
 class Workers:
@@ -33,12 +45,15 @@ class Workers:
         self._patient: deque[_Job] = deque()
         self._closed = False
         self._changed = threading.Condition()
-        self._threads = [
-            threading.Thread(target=self._run, name=f"{name}_{number}", daemon=True)
-            for number in range(count)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        try:
+            for number in range(count):
+                thread = threading.Thread(target=self._run, name=f"{name}_{number}", daemon=True)
+                start_thread(thread)
+                self._threads.append(thread)
+        except BaseException:
+            self.close()
+            raise
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
         """Return the results in the order of `items`, all computed before anything that can wait.
@@ -72,6 +87,7 @@ class Workers:
 
     def _run(self) -> None:
         torch.set_num_threads(1)
+        torch.set_flush_denormal(False)
         while (job := self._next()) is not None:
             future, function, item = job
             if future.set_running_or_notify_cancel():
@@ -130,60 +146,11 @@ def settle(jobs: Sequence[Future[Any]]) -> None:
             job.exception()
 
 
-@dataclass(frozen=True, slots=True)
-class TorchSettings:
-    """The settings of torch that the engine changes while it computes.
-
-    Attributes
-    ----------
-    threads : int
-        How many threads a kernel call of the calling thread uses.
-    float32 : str
-        The precision of float32 products, as `torch.set_float32_matmul_precision` has it.
-    bfloat16_sums : bool
-        Whether CUDA may add partial sums of bfloat16 products in bfloat16.
-    """
-
-    threads: int
-    float32: str
-    bfloat16_sums: bool
-
-    @classmethod
-    def now(cls) -> TorchSettings:
-        """Return the settings in force."""
-        return cls(
-            torch.get_num_threads(),
-            torch.get_float32_matmul_precision(),
-            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
-        )
-
-    @contextmanager
-    def in_force(self) -> Iterator[None]:
-        """Put these settings in force inside the block, and restore the earlier ones afterwards."""
-        before = TorchSettings.now()
-        self._set()
-        try:
-            yield
-        finally:
-            before._set()
-
-    def _set(self) -> None:
-        torch.set_num_threads(self.threads)
-        torch.set_float32_matmul_precision(self.float32)
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = self.bfloat16_sums
-
-
-OURS = TorchSettings(threads=1, float32="highest", bfloat16_sums=False)
-"""One thread and full precision. The small dense problems between passes lose more to waking
-threads than they gain, and with one thread everywhere no result depends on how many there are."""
-
-
 @contextmanager
 def worker_pool(count: int, name: str = "worker") -> Iterator[Workers]:
-    """Open a pool of workers, with our settings of torch in force in the calling thread too."""
-    with OURS.in_force():
-        workers = Workers(count, name)
-        try:
-            yield workers
-        finally:
-            workers.close()
+    """Open a pool of workers. Raises as `start_thread`."""
+    workers = Workers(count, name)
+    try:
+        yield workers
+    finally:
+        workers.close()

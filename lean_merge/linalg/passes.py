@@ -90,7 +90,7 @@ def random_block(rows: int, columns: int, *, seed: int, name: str, role: str) ->
     """
     digest = hashlib.sha256(f"{seed}\0{name}\0{role}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.randn(rows, columns, generator=generator)
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float32)
 
 
 def gram64(a: Tensor, b: Tensor, *, rounded: bool = False) -> Tensor:

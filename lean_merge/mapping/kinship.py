@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
+import re
 import sys
-from collections.abc import Mapping
+from array import array
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
+
+import numpy as np
 
 from lean_merge.checkpoints.checkpoint import Checkpoint
-from lean_merge.checkpoints.jsonfile import read_object
-from lean_merge.checkpoints.safepaths import checked_file
+from lean_merge.checkpoints.safepaths import checked_file, open_regular
 from lean_merge.errors import CheckpointError, shown
 from lean_merge.mapping.placement import INTERLEAVED_QKV, QKV, Heads
 from lean_merge.mapping.structure import Decoder
@@ -22,6 +26,16 @@ _MAX_TOKENIZER = 100_000_000
 _TOKENIZER_MEMORY = 1 << 30
 """Bytes that parsing a tokenizer may take; the largest real ones, of 33 MB, need three quarters."""
 _CHUNK = 1 << 20
+_LONGEST_ITEM = 1 << 16
+"""Bytes of one token with its id, at most."""
+_STRING = rb'"((?:[^"\\]|\\.)*)"'
+_SECTION = re.compile(rb'"(vocab|added_tokens)"\s*:\s*([{\[])')
+_ITEMS = {
+    b"vocab{": re.compile(rb"\s*" + _STRING + rb"\s*:\s*(\d{1,15})\s*([,}])"),
+    b"vocab[": re.compile(rb"\s*\[\s*" + _STRING + rb"\s*,[^\[\]\"]*\]\s*([,\]])"),
+    b"added_tokens[": re.compile(rb'\s*(\{(?:[^{}"]|"(?:[^"\\]|\\.)*")*\})\s*([,\]])'),
+}
+"""The items of the sections that hold tokens: objects by token, or lists in the order of ids."""
 HEADS = {
     "num_attention_heads": "attention heads",
     "num_key_value_heads": "key/value heads",
@@ -140,17 +154,19 @@ def compare_tokens(base: Checkpoint, others: Mapping[str, Checkpoint]) -> dict[s
     """Compare each role's tokenizer with the base's, as far as both can be understood."""
     digest = _tokenizer_digest(base)
     found: dict[str, Tokens] = {}
-    ours: dict[str, int] = {}
+    ours = None
     for role, other in others.items():
         found[role] = Tokens()
         theirs_digest = digest if digest is None else _tokenizer_digest(other)
         if theirs_digest is not None and theirs_digest != digest:
-            ours = ours or vocabulary(base)
-            theirs = vocabulary(other)
-            common = ours.keys() & theirs.keys()
-            moved = sum(ours[token] != theirs[token] for token in common)
-            own = (theirs[token] for token in theirs.keys() - common)
-            found[role] = Tokens(len(common), moved, min(own if ours else (), default=math.inf))
+            ours = _token_ids(base) if ours is None else ours
+            theirs = _token_ids(other)
+            _, first, second = np.intersect1d(
+                ours[0], theirs[0], assume_unique=True, return_indices=True
+            )
+            moved = int((ours[1][first] != theirs[1][second]).sum())
+            own = np.delete(theirs[1], second) if len(ours[0]) else ours[1]
+            found[role] = Tokens(len(first), moved, float(own.min(initial=np.inf)))
     return found
 
 
@@ -171,7 +187,7 @@ def _tokenizer_digest(checkpoint: Checkpoint) -> bytes | None:
     try:
         if not os.path.lexists(file):
             return None
-        with open(checked_file(checkpoint.path, file), "rb") as stream:
+        with open_regular(checked_file(checkpoint.path, file)) as stream:
             for _ in range(0, _MAX_TOKENIZER, _CHUNK):
                 digest.update(stream.read(_CHUNK))
             return None if stream.read(1) else digest.digest()
@@ -181,31 +197,64 @@ def _tokenizer_digest(checkpoint: Checkpoint) -> bytes | None:
         ) from error
 
 
-def vocabulary(checkpoint: Checkpoint) -> dict[str, int]:
-    """Return token ids by token, as far as tokenizer.json can be understood."""
+def _token_ids(checkpoint: Checkpoint) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return digests of the tokens in tokenizer.json, sorted, and their ids.
+
+    Twelve bytes a token are kept, and the file is not parsed as a whole, which would take twenty
+    times its size. What cannot be understood has no tokens.
+    """
+    found: dict[bool, tuple[array[int], array[int]]]
+    found = {added: (array("Q"), array("q")) for added in (False, True)}
+    with open_regular(checkpoint.path / "tokenizer.json") as stream:
+        for token, place, added in _tokens(stream):
+            digest = hashlib.blake2b(token, digest_size=8).digest()
+            found[added][0].append(int.from_bytes(digest, "little"))
+            found[added][1].append(place)
+    keys, ids = (np.concatenate([found[False][n], found[True][n]]) for n in (0, 1))
+    # Of a token that is there twice the last id counts, and added tokens come last.
+    unique, last = np.unique(keys[::-1], return_index=True)
+    return unique, ids[::-1][last]
+
+
+def _tokens(stream: IO[bytes]) -> Iterator[tuple[bytes, int, bool]]:
+    """Yield each token, its id, and whether it was added; only a part of the file is in memory."""
+    held, items, count, ended = b"", None, 0, False
+    while not ended:
+        part = stream.read(_CHUNK)
+        held, at, ended = held + part, 0, not part
+        while True:
+            if items is None:
+                start = _SECTION.search(held, at)
+                if start is None:
+                    at = max(at, len(held) - _LONGEST_ITEM)
+                    break
+                at, count, section = start.end(), 0, start[1] + start[2]
+                items = _ITEMS.get(section)
+                continue
+            match = items.match(held, at)
+            if match is None and len(held) - at < _LONGEST_ITEM and not ended:
+                break
+            if match is not None:
+                at = match.end()
+                yield from _token(section, match, count)
+                count += 1
+            if match is None or match[match.lastindex or 0] in b"}]":
+                items = None
+        held = held[at:]
+
+
+def _token(section: bytes, match: re.Match[bytes], count: int) -> Iterator[tuple[bytes, int, bool]]:
+    """Yield the token that was matched in a section, where it is the `count`-th, if it is one."""
     try:
-        content = read_object(
-            checkpoint.path / "tokenizer.json",
-            limit=_MAX_TOKENIZER,
-            what="tokenizer",
-            mend="",
-            unique=False,
-            memory=_TOKENIZER_MEMORY,
-        )
-    except CheckpointError:
-        return {}
-    result: dict[str, int] = {}
-    model = content.get("model")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(vocabulary, dict):
-        result.update({k: v for k, v in vocabulary.items() if type(v) is int})
-    elif isinstance(vocabulary, list):
-        for place, item in enumerate(vocabulary):
-            if isinstance(item, list) and item and isinstance(item[0], str):
-                result[item[0]] = place
-    added = content.get("added_tokens")
-    for item in added if isinstance(added, list) else []:
-        if isinstance(item, dict) and isinstance(item.get("content"), str):
-            if type(item.get("id")) is int:
-                result[item["content"]] = item["id"]
-    return result
+        if section == b"added_tokens[":
+            item = json.loads(match[1])
+            if isinstance(item.get("content"), str) and type(item.get("id")) is int:
+                yield item["content"].encode("utf-8", "surrogatepass"), item["id"], True
+            return
+        # Files may differ in what they escape.
+        token = match[1]
+        if b"\\" in token:
+            token = json.loads(b'"%s"' % token).encode("utf-8", "surrogatepass")
+        yield token, int(match[2]) if section == b"vocab{" else count, False
+    except ValueError:
+        return

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lean_merge.linalg import (
+from lean_merge.linalg import gram64
+from lean_merge.linalg.similarity import (
     Omitted,
     corresponding_cosines,
-    gram64,
     importance,
     log_omitted,
     omitted_errors,

@@ -148,7 +148,7 @@ class Elementwise(Update):
         self, rows: slice, task_vectors: Sequence[Tensor | None], scratch: Tensor, out: Tensor
     ) -> None:
         """Call the method's `fill` to write these rows of the update to `out`."""
-        none = torch.empty(0)
+        none = torch.empty(0, dtype=torch.float32)
         given = [none if each is None else each for each in task_vectors]
         block = Block(given, scratch, self._statistics, rows, self._name, self._seed)
         self._method.fill(block, out)

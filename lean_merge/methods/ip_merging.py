@@ -376,7 +376,7 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
                 experts=records(self.parameters, facts, aligned, norms),
                 update=Combined((0.0, *scales)) if any(scales) else None,
             )
-        left = torch.zeros(facts.shape[0], kept.numel(), device=vectors.device)
+        left = torch.zeros(facts.shape[0], kept.numel(), dtype=torch.float32, device=vectors.device)
         norms = []
         for scale, alignment, image in zip(scales, aligned, images, strict=True):
             if not alignment.selected or image is None:

@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lean_merge.linalg import Pass, gram64, numerical_rank
+from lean_merge.linalg import Pass, gram64
+from lean_merge.linalg.spectrum import numerical_rank
 from lean_merge.methods.base import (
     AnalysisCost,
     Decision,

@@ -11,7 +11,8 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from lean_merge.linalg import Pass, Products, counting_bytes, largest_magnitudes
+from lean_merge.linalg import Pass, Products
+from lean_merge.linalg.magnitudes import counting_bytes, largest_magnitudes
 from lean_merge.methods.base import AnalysisCost, WeightContext
 from lean_merge.methods.elementwise import Block
 from lean_merge.methods.sparse import SparseMethod, SparseParameters

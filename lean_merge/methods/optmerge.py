@@ -96,7 +96,10 @@ class OptMerge(JointMethod[OptMergeParameters]):
         ]
         del found
         if not live:
-            zero = torch.zeros(weight.shape[0], 0), torch.zeros(0, weight.shape[1])
+            zero = (
+                torch.zeros(weight.shape[0], 0, dtype=torch.float32),
+                torch.zeros(0, weight.shape[1], dtype=torch.float32),
+            )
             return Decision(records, self.in_place_of_mllm(multiplied(weight, *zero)))
         norms = [float(parts.sigma.norm()) for parts, _ in live]
         right = side_by_side(

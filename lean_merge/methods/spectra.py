@@ -15,15 +15,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lean_merge.linalg import (
-    Deflation,
-    Pass,
-    Products,
-    SingularSums,
-    Sketch,
-    exact_spectrum,
-    numerical_rank,
-)
+from lean_merge.linalg import Pass, Products
+from lean_merge.linalg.krylov import Deflation
+from lean_merge.linalg.sketch import SingularSums, Sketch
+from lean_merge.linalg.spectrum import exact_spectrum, numerical_rank
 from lean_merge.methods.base import AnalysisCost, WeightContext
 
 MAX_SUBSPACE = 1024

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lean_merge.errors import RecipeError
-from lean_merge.linalg import SingularSums
+from lean_merge.linalg.sketch import SingularSums
 from lean_merge.methods.base import (
     AnalysisCost,
     Decision,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from lean_merge.linalg import Split, null_cdf, null_quantile, otsu_split, uniform_distance
+from lean_merge.linalg.null import Split, null_cdf, null_quantile, otsu_split, uniform_distance
 
 FALSE = 0.01
 """The probability that any weight at all passes for related by chance."""

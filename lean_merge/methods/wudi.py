@@ -136,7 +136,7 @@ class Wudi(JointMethod[WudiParameters]):
         kept = round(self.common.keep * weight.shape[1])
         share = 1.0 if self.common.start == "sum" else 1 / self.models
         if not live:
-            merged = torch.zeros(weight.shape, device=weight.device)
+            merged = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         elif self._stacks(weight.shape):
             merged = self._stacked(weight, live, share, kept)
         else:
@@ -155,8 +155,8 @@ class Wudi(JointMethod[WudiParameters]):
         start = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
         for matrix, own, _ in live:
             start.add_(matrix, alpha=own * share)
-        total = torch.zeros(0)
-        pull = torch.zeros(0)
+        total = torch.zeros(0, dtype=torch.float32)
+        pull = torch.zeros(0, dtype=torch.float32)
         for number, (matrix, own, square) in enumerate(live):
             gram = _gram(weight, matrix, matrix).div_(square)
             part = by_strips(weight, matrix * own - start, gram, dtype=torch.float64)
@@ -183,7 +183,7 @@ class Wudi(JointMethod[WudiParameters]):
         )
         # All task vectors have the same rows, so what is taken of them for one row is added up.
         mixed = mixed.view(len(live), height, -1).sum(0)
-        merged = torch.zeros(weight.shape, device=weight.device)
+        merged = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for number, ((matrix, _, _), norm) in enumerate(zip(live, norms, strict=True)):
             columns = slice(number * height, (number + 1) * height)
             right = matrix.double() if is_always_whole(weight.shape) else matrix

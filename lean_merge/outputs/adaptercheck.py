@@ -153,7 +153,7 @@ class AdapterComparison(Comparison):
         width = spec.shape[1]
         for strip in self._rows_of_b(update, runs, width):
             for first, start, count in _inside(runs, done, strip.shape[0]):
-                rows = torch.zeros(count, width)
+                rows = torch.zeros(count, width, dtype=torch.float32)
                 if rank:
                     rows[:, left : left + rank] = strip[start : start + count]
                 off += self._off(spec, first * width, rows)
@@ -169,7 +169,7 @@ class AdapterComparison(Comparison):
             return
         rows = sum(count for _, count in runs)
         for first in range(0, rows, height):
-            yield torch.empty(min(height, rows - first), 0)
+            yield torch.empty(min(height, rows - first), 0, dtype=torch.float32)
 
     def _off(self, spec: TensorSpec, first: int, numbers: Tensor) -> int:
         """Count the bytes of a factor, from its number `first` on, that differ from `numbers`."""

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lean_merge.linalg import BlockKrylov, Pass, exact_spectrum, random_block
+from lean_merge.linalg import Pass, random_block
+from lean_merge.linalg.krylov import BlockKrylov
+from lean_merge.linalg.spectrum import exact_spectrum
 from lean_merge.methods import (
     AnalysisCost,
     LowRank,

@@ -30,6 +30,8 @@ from lean_merge.tasks import CopyTask, Stored, WeightResult, WeightTask
 
 DECODED_DTYPE = torch.bfloat16
 """The dtype for weights that are stored with scales, unless the recipe gives another."""
+REPORT = "lean_merge_report.json"
+"""The file in which a merge tells what happened."""
 RECIPE = "lean_merge_recipe.yml"
 """The file of an output that holds its recipe."""
 REPORT = "lean_merge_report.json"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from lean_merge.checkpoints.safepaths import checked_file
+from lean_merge.checkpoints.safepaths import checked_file, open_regular
 from lean_merge.errors import CheckpointError
 
 _LICENSE_FIELDS = ("license", "license_name", "license_link")
@@ -123,7 +123,7 @@ def license_of(mllm_path: Path) -> dict[str, str]:
     if not file.exists():
         return {}
     try:
-        with open(checked_file(mllm_path, file), "rb") as stream:
+        with open_regular(checked_file(mllm_path, file)) as stream:
             text = stream.read(_MAX_FRONT_MATTER).decode("utf-8-sig", errors="ignore")
     except OSError as error:
         raise CheckpointError(

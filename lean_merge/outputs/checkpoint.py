@@ -17,7 +17,7 @@ from lean_merge.checkpoints import (
     safetensors_dtype,
     torch_dtype,
 )
-from lean_merge.checkpoints.sidefiles import missing_from_cache
+from lean_merge.checkpoints.sidefiles import left_out, missing_from_cache
 from lean_merge.outputs.base import (
     DECODED_DTYPE,
     REPORT,
@@ -188,7 +188,13 @@ class CheckpointOutput(Output):
     @property
     def notes(self) -> tuple[str, ...]:
         """Return a warning if side files are missing that the output should have."""
-        return tuple(missing_from_cache(self.mllm))
+        return (*missing_from_cache(self.mllm), *left_out(self.mllm))
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Return the bytes of the weight files, and of the side files that are copied."""
+        beside = (int(self.mllm.seen[file]["size"]) for file in self.mllm.beside)
+        return self.bytes_written + sum(beside)
 
     @staticmethod
     def waiting_bytes(update: int, rank: int, kept: int) -> int:
@@ -202,6 +208,8 @@ class CheckpointOutput(Output):
     def sink(self, folder: OutputFolder | None) -> CheckpointSink:
         """Return a sink that writes into the shards of `folder`."""
         assert folder is not None
+        for file in self.mllm.beside:
+            folder.side_file(file.relative_to(self.mllm.path).as_posix())
         return CheckpointSink(self.shards, folder)
 
     def end(self, folder: OutputFolder, outcome: Outcome) -> None:
@@ -209,6 +217,7 @@ class CheckpointOutput(Output):
         wanted = self.recipe.out_dtype
         copy_side_files(
             self.mllm.path,
+            self.mllm.beside,
             folder,
             out_dtype=None if wanted == "auto" else wanted,
             decoded=safetensors_dtype(DECODED_DTYPE) if self.mllm.encodings else None,

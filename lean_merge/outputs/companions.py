@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lean_merge.checkpoints import torch_dtype
 from lean_merge.checkpoints.jsonfile import read_object, to_json
-from lean_merge.checkpoints.sidefiles import side_files
+from lean_merge.checkpoints.safepaths import open_regular
 from lean_merge.errors import CheckpointError
 from lean_merge.outputs.base import RECIPE, REPORT, Outcome, Output
 from lean_merge.outputs.card import license_of
@@ -42,14 +42,19 @@ def card_facts(output: Output) -> dict[str, Any]:
 
 
 def copy_side_files(
-    mllm_path: Path, folder: OutputFolder, *, out_dtype: str | None, decoded: str | None = None
+    mllm_path: Path,
+    files: Iterable[Path],
+    folder: OutputFolder,
+    *,
+    out_dtype: str | None,
+    decoded: str | None = None,
 ) -> tuple[str, ...]:
     """Copy the MLLM's side files into the output, as data, and return their names.
 
     Parameters
     ----------
-    mllm_path
-        The MLLM's folder.
+    mllm_path, files
+        The MLLM's folder, and those of its files that are copied.
     folder
         The output.
     out_dtype
@@ -69,7 +74,7 @@ def copy_side_files(
         There is no such `out_dtype`.
     """
     names = []
-    for file in side_files(mllm_path):
+    for file in files:
         name = file.relative_to(mllm_path).as_posix()
         if decoded and name == _QUANTISATION_FILE:
             continue
@@ -84,7 +89,7 @@ def copy_side_files(
 def _parts(file: Path) -> Iterator[bytes]:
     """Yield a file's bytes a few at a time, up to the length that it has when it is opened."""
     try:
-        with open(file, "rb") as stream:
+        with open_regular(file) as stream:
             for start in range(0, size := os.fstat(stream.fileno()).st_size, _PART):
                 yield stream.read(min(_PART, size - start))
     except OSError as error:

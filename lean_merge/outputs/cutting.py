@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lean_merge.linalg import Truncation, truncate
+from lean_merge.linalg.truncation import Truncation, truncate
 from lean_merge.methods import Decision
 from lean_merge.tasks import Truncated
 from lean_merge.tasks.tiles import STRIP_ELEMENTS

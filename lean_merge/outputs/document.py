@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lean_merge.linalg import null_quantile
+from lean_merge.linalg.null import null_quantile
 from lean_merge.mapping import layer_of
 from lean_merge.methods import Compared, EvidenceMethod, ExpertRecord
 from lean_merge.methods.plainfacts import from_plain

@@ -39,7 +39,7 @@ def write_factors(folder: OutputFolder, blocks: Mapping[str, StoredBlock]) -> Sh
     """
     shard = factors_layout({name: block.shape for name, block in blocks.items()})
     folder.add(shard)
-    chunk = torch.empty(_CHUNK)
+    chunk = torch.empty(_CHUNK, dtype=torch.float32)
     for name, block in blocks.items():
         write, count = folder.writer(shard, name), block.nbytes // ITEM
         for first in range(0, count, _CHUNK):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from lean_merge.checkpoints import Checkpoint
+from lean_merge.checkpoints.identity import Opened
 from lean_merge.errors import RecipeError, shown
 from lean_merge.methods import EvidenceMethod, Factors, Facts, all_methods, canonical_name
 from lean_merge.recipe import Expert, Filtered, MergeRecipe
@@ -138,7 +139,7 @@ def evidence_method(recipe: MergeRecipe) -> type[EvidenceMethod[Any]]:
     return kind
 
 
-class RecordedEvidence(Protocol):
+class RecordedEvidence(Opened, Protocol):
     """The evidence of an analysis that was opened."""
 
     @property

@@ -134,7 +134,7 @@ def write_adapter(
         )
     shard = adapter_layout(modules, dtype)
     folder.add(shard)
-    chunk = torch.empty(_CHUNK)
+    chunk = torch.empty(_CHUNK, dtype=torch.float32)
     for module in modules:
         _write_a(folder, shard, module, dtype, chunk)
         _write_b(folder, shard, module, dtype, chunk)
@@ -177,7 +177,7 @@ def _write_b(
         for first, count in part.runs:
             for start in range(0, count, height):
                 rows = min(height, count - start)
-                block = torch.zeros(rows, module.rank)
+                block = torch.zeros(rows, module.rank, dtype=torch.float32)
                 if part.b is not None:
                     numbers = chunk[: rows * part.rank].view(rows, part.rank)
                     folder.blocks.read(part.b, done * part.rank, numbers)

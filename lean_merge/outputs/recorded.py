@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lean_merge.checkpoints import Checkpoint, TensorReader, TensorSpec, as_bytes, read_header
-from lean_merge.checkpoints.identity import by_role, changed_weights
+from lean_merge.checkpoints import (
+    Checkpoint,
+    TensorReader,
+    TensorSpec,
+    as_bytes,
+    by_role,
+    read_header,
+)
+from lean_merge.checkpoints.identity import changed_weights, look_at
 from lean_merge.checkpoints.jsonfile import parse_object
+from lean_merge.checkpoints.safepaths import open_regular, resolved
 from lean_merge.errors import CheckpointError, RecipeError, shown
 from lean_merge.methods import EvidenceMethod, Factors, Facts
 from lean_merge.methods.plainfacts import from_plain
@@ -39,6 +47,8 @@ class Analysis:
         The settings that its evidence depends on beside the inputs.
     sha256
         The digest of analysis.json.
+    seen
+        What `look_at` told of its files before they were opened.
     own
         Whether a merge made it for itself, and removes it at its end.
     """
@@ -49,6 +59,7 @@ class Analysis:
     sha256: str
     _facts: Mapping[str, Facts]
     _tensors: Mapping[str, TensorSpec]
+    seen: Mapping[Path, Mapping[str, Any]] = field(default_factory=dict)
     own: bool = False
 
     def suggested_thresholds(
@@ -67,7 +78,7 @@ class Analysis:
 
     def factors(self, canonical: str) -> Factors:
         """Return the factors of a weight that has facts; they are read when they are asked for."""
-        return _FactorsInFile(self._tensors, canonical, self._facts[canonical])
+        return _FactorsInFile(self._tensors, canonical, self._facts[canonical], self.seen)
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -94,8 +105,15 @@ class Analysis:
 class _FactorsInFile:
     """The factors of one weight in analysis.safetensors, which implement `Factors`."""
 
-    def __init__(self, tensors: Mapping[str, TensorSpec], canonical: str, facts: Facts) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, TensorSpec],
+        canonical: str,
+        facts: Facts,
+        seen: Mapping[Path, Mapping[str, Any]],
+    ) -> None:
         self._tensors, self._canonical, self._facts = tensors, canonical, facts
+        self._seen = seen
         self.bytes_read = 0
 
     def vectors(self, kept: Tensor) -> Tensor:
@@ -109,8 +127,8 @@ class _FactorsInFile:
     def _columns(self, name: str, kept: Tensor) -> Tensor:
         """Read the rows with the indices `kept`, and return them as columns."""
         spec = self._tensors[f"{self._canonical}.{name}"]
-        rows = torch.empty(kept.numel(), spec.shape[1])
-        with TensorReader() as reader:
+        rows = torch.empty(kept.numel(), spec.shape[1], dtype=torch.float32)
+        with TensorReader(seen=self._seen) as reader:
             for place, index in enumerate(kept.tolist()):
                 reader.read_into(spec, index * spec.shape[1] * 4, as_bytes(rows[place]))
             self.bytes_read += reader.bytes_read
@@ -127,7 +145,9 @@ def open_analysis(path: str | Path) -> Analysis:
     CheckpointError
         There is no complete analysis, or what it says makes no sense.
     """
-    folder = Path(path).expanduser().resolve()
+    folder = resolved(path)
+    there = [each for each in (folder / ANALYSIS, folder / FACTORS) if each.is_file()]
+    seen = look_at(folder, there[1:], there[:1])
     data = _content(folder / ANALYSIS)
     document = parse_object(data, file=folder / ANALYSIS, what="the analysis", mend=_MEND)
     try:
@@ -150,12 +170,12 @@ def open_analysis(path: str | Path) -> Analysis:
     tensors, _ = read_header(folder / FACTORS)
     _check_tensors(folder / FACTORS, facts, tensors)
     digest = hashlib.sha256(data).hexdigest()
-    return Analysis(folder, document, gathered, digest, facts, tensors)
+    return Analysis(folder, document, gathered, digest, facts, tensors, seen)
 
 
 def _content(file: Path) -> bytes:
     try:
-        with open(file, "rb") as stream:
+        with open_regular(file) as stream:
             data = stream.read(_MAX_DOCUMENT + 1)
     except OSError as error:
         raise CheckpointError(

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lean_merge.linalg import null_cdf
+from lean_merge.linalg.null import null_cdf
 from lean_merge.page.frame import (
     PageContent,
     escaped,

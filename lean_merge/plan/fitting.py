@@ -6,8 +6,9 @@ The choice follows from headers, the methods' costs and the formulas. No result 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 
@@ -32,6 +33,7 @@ _HEAVY = 1e10
 """Operations of decompositions from which two weights are analysed at a time in any memory."""
 _OPERATIONS = 20e9
 """Operations a second of a decomposition in float64 on one core of a present machine."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,8 @@ class Footprint:
     most
         Bytes on the host of the weight that holds most with no tile resident. All weights share
         what stays resident, so that must fit beside this one.
+    looks
+        What was found at each weight: there are thousands, and planning asks many times.
     """
 
     output: Output
@@ -60,6 +64,7 @@ class Footprint:
     vram: int
     held: int
     most: int = 0
+    looks: dict[tuple[str, str, str], Any] = field(default_factory=dict, repr=False)
 
     @property
     def weights(self) -> list[LogicalWeight]:
@@ -73,6 +78,17 @@ class Footprint:
 
     def shape(self, weight: LogicalWeight, device: str = "") -> formulas.WeightShape:
         """Return the sizes of a weight that the formulas need, for `device` or else the plan's."""
+        place = device or self.device
+        return self._once(("shape", weight.canonical, place), lambda: self._shape(weight, place))
+
+    def _once(self, key: tuple[str, str, str], look: Callable[[], T]) -> T:
+        """Return what a look at a weight finds; each weight is looked at once, however often."""
+        if key not in self.looks:
+            self.looks[key] = look()
+        found: T = self.looks[key]
+        return found
+
+    def _shape(self, weight: LogicalWeight, device: str) -> formulas.WeightShape:
         method = self.output.methods.get(weight.canonical)
         task = task_dtype(method, weight)
         strips = 0 if method is None else method.cost(weight.shape, item=task.itemsize).scratch
@@ -87,7 +103,7 @@ class Footprint:
             roles=len(weight.others),
             stored_item=max(torch_dtype(source.dtype).itemsize for source in weight.roles),
             task_item=task.itemsize,
-            arithmetic_item=arithmetic_dtype(task, device or self.device).itemsize,
+            arithmetic_item=arithmetic_dtype(task, device).itemsize,
             widened=any(torch_dtype(source.dtype) != task for source in weight.roles),
             scratch=scratch[0] + max(scratch[1:]) + scratch[1],
             held=sum(source.held for source in weight.roles),
@@ -97,6 +113,10 @@ class Footprint:
 
     def cost(self, weight: LogicalWeight, device: str = "") -> AnalysisCost:
         """Return the most that analysing a weight and storing its update may cost."""
+        place = device or self.device
+        return self._once(("cost", weight.canonical, place), lambda: self._cost(weight, place))
+
+    def _cost(self, weight: LogicalWeight, device: str) -> AnalysisCost:
         method = self.output.methods.get(weight.canonical)
         if method is None or not needs_analysis(method, weight):
             return AnalysisCost()
@@ -210,6 +230,9 @@ def fit(output: Output, machine: ResolvedResources) -> tuple[Footprint, tuple[st
     """
     workers = min(machine.threads, tiles.LANES)
     held = memory.usage().anonymous + output.held_bytes + _decoding_bytes(output.mllm, workers)
+    logical = sum(len(weight.slices) for weight in output.weights)
+    copied = len(output.tensors) if output.writes_rows else 0
+    held += formulas.record_bytes(logical, copied, experts=len(output.recipe.experts))
     found = Footprint(output, machine.device, workers, machine.memory, machine.vram, held)
     notes: tuple[str, ...] = ()
     needed = max((found.fixed(weight)[1] for weight in found.weights), default=0)

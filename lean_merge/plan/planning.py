@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lean_merge.checkpoints import FLOATING, Checkpoint, open_checkpoint, open_expert
-from lean_merge.checkpoints.sidefiles import side_files
+from lean_merge.checkpoints import FLOATING, Checkpoint, by_role, open_checkpoint, open_expert
+from lean_merge.checkpoints.identity import Opened
+from lean_merge.checkpoints.sidefiles import with_side_files
 from lean_merge.errors import CoverageError
 from lean_merge.mapping import Coverage, map_roles
 from lean_merge.methods import Method
@@ -88,6 +89,18 @@ class Plan:
             *(checkpoint.path for checkpoint in checkpoints),
             *(file.resolve() for file in files if file.is_symlink()),
         )
+
+    @property
+    def opened(self) -> dict[str, Opened]:
+        """Return all that is read, by its role, with what was seen of its files."""
+        source = None if self.evidence is None else self.evidence.source
+        roles: dict[str, Opened] = {**by_role(self.base, self.mllm, self.experts)}
+        return roles if source is None else {**roles, "analysis": source}
+
+    @property
+    def seen(self) -> dict[Path, Mapping[str, Any]]:
+        """Return what was seen of all files that are read."""
+        return {file: entry for each in self.opened.values() for file, entry in each.seen.items()}
 
     @property
     def shards(self) -> tuple[Shard, ...]:
@@ -169,10 +182,12 @@ def _plan(
 
     # Open the checkpoints, and find the weights that correspond.
     base = open_checkpoint(recipe.base_model)
-    mllm = base if recipe.mllm_model is None else open_checkpoint(recipe.mllm_model)
-    experts = tuple(open_expert(expert.model) for expert in recipe.experts)
     # Side files that cannot be copied are refused now, and not after the work is done.
-    side_files(mllm.path)
+    if recipe.mllm_model is None:
+        base = mllm = with_side_files(base)
+    else:
+        mllm = with_side_files(open_checkpoint(recipe.mllm_model))
+    experts = tuple(open_expert(expert.model) for expert in recipe.experts)
     coverage = map_roles(
         base,
         mllm,

@@ -5,21 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lean_merge.checkpoints import identify
-from lean_merge.checkpoints.identity import by_role
-from lean_merge.checkpoints.sidefiles import side_files
-from lean_merge.errors import CheckpointError
+from lean_merge.checkpoints import by_role, identify
+from lean_merge.checkpoints.identity import check_unchanged
+from lean_merge.checkpoints.safepaths import resolved
+from lean_merge.errors import OutputError
+from lean_merge.linalg.settings import Computing
 from lean_merge.plan import Plan
 from lean_merge.plan.resources import arithmetic_dtype
 from lean_merge.recipe import MergeRecipe
-from lean_merge.store import changed_input
 from lean_merge.version import __version__
 
 
@@ -29,8 +27,9 @@ def run_facts(plan: Plan, out: Path) -> dict[str, Any]:
     Raises
     ------
     CheckpointError
-        An input cannot be read.
+        An input cannot be read, or has changed since it was planned.
     """
+    check_unchanged(plan.opened)
     facts = {
         "recipe": plan.recipe.to_dict(),
         "recipe_sha256": recipe_digest(plan.recipe),
@@ -51,30 +50,17 @@ def recipe_digest(recipe: MergeRecipe) -> str:
 
 
 def input_facts(plan: Plan, out: Path) -> list[dict[str, Any]]:
-    """Return each role's folder, relative to `out`, and its files. Raises CheckpointError."""
+    """Return each role's folder, relative to `out`, and its files."""
     roles = by_role(plan.base, plan.mllm, plan.experts)
-    final = out.expanduser().resolve()
+    final = resolved(out, OutputError)
     return [
         {
             "role": role,
             "path": seen_from(final, checkpoint.path.resolve()),
-            "files": identify(
-                checkpoint, others=side_files(checkpoint.path) if checkpoint is plan.mllm else ()
-            ),
+            "files": identify(checkpoint),
         }
         for role, checkpoint in roles.items()
     ]
-
-
-def check_unchanged(plan: Plan, out: Path, facts: dict[str, Any]) -> None:
-    """Raise CheckpointError if an input is not what it was when the merge began."""
-    now = input_facts(plan, out)
-    if now != facts["inputs"]:
-        change = changed_input(facts["inputs"], now)
-        raise CheckpointError(
-            f"{out}: is not sealed, because {change}, while it was read; merge again with "
-            "--no-resume once nothing changes it any more."
-        )
 
 
 def seen_from(folder: Path, path: Path) -> str:
@@ -86,36 +72,31 @@ def seen_from(folder: Path, path: Path) -> str:
 
 
 def environment(device: str) -> dict[str, str]:
-    """Return the versions and the hardware that decide the last bits of arithmetic on `device`."""
-    facts = {
-        "lean_merge": __version__,
-        "torch": torch.__version__,
-        "numpy": _version("numpy"),
-        "scipy": _version("scipy"),
-        "processor": _processor(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "device": device,
-        "bfloat16_products": str(arithmetic_dtype(torch.bfloat16, device)).removeprefix("torch."),
-    }
+    """Return what decides the last bits of arithmetic on `device`.
+
+    Versions, processors and settings that choose kernels are too many to be listed. The digest of
+    small products and decompositions tells whether the kernels give the same bits.
+    """
+    facts = {"lean_merge": __version__, "torch": torch.__version__, "device": device}
     if torch.device(device).type == "cuda":
         facts["device"] = torch.cuda.get_device_name(torch.device(device))
-        facts["cuda"] = str(torch.version.cuda)
-    return facts
+    return {**facts, "arithmetic": _probe(device)}
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as stream:
-            for line in stream:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+def _probe(device: str) -> str:
+    """Return a digest of what the kernels on the CPU and on `device` make of fixed numbers."""
+    digest = hashlib.sha256()
+    with Computing():
+        generator = torch.Generator().manual_seed(0)
+        numbers = torch.randn(2048, 64, generator=generator, dtype=torch.float32)
+        found = [numbers, numbers.exp(), numbers.sum(), numbers.double().sum(0)]
+        for place in dict.fromkeys(("cpu", device)):
+            for dtype in dict.fromkeys((torch.float32, arithmetic_dtype(torch.bfloat16, place))):
+                there = numbers.to(place, dtype)
+                found += [there.T @ there[:, :32], there[:96] @ there[96:160], there[0] @ there.T]
+        small = (numbers[:64].T @ numbers[:64]).double()
+        found += [*torch.linalg.eigh(small + small.T), *torch.linalg.qr(small), small @ small]
+        found += [*torch.linalg.svd(small)]
+    for each in found:
+        digest.update(each.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]

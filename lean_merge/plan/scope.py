@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 from lean_merge.errors import RecipeError, shown
 from lean_merge.mapping import Coverage, LogicalWeight, MappedWeight, layer_of
 from lean_merge.recipe import ANY
 
+COMPILER: ContextVar[Callable[[str], Any]] = ContextVar("compiler", default=re.compile)
+"""What compiles the filters of a recipe; it is another for a recipe that nobody has read."""
 _RANGES = re.compile(r"layers:\s*(?P<ranges>.*)")
 _RANGE = re.compile(r"(?P<first>\d+)(?P<dash>\s*-\s*(?P<last>\d+)?)?")
 
@@ -65,15 +69,15 @@ class Position:
             return any(layer in layers for layers in _ranges(entry, found["ranges"]))
         if entry == ANY:
             return True
-        search = _pattern(entry).search
+        search = _pattern(entry, COMPILER.get()).search
         return bool(search(self.canonical) or search(self.mllm))
 
 
 @cache
-def _pattern(entry: str) -> re.Pattern[str]:
+def _pattern(entry: str, compiler: Callable[[str], Any]) -> Any:
     try:
-        return re.compile(entry)
-    except (re.error, OverflowError, RecursionError) as error:
+        return compiler(entry)
+    except (re.error, ValueError, OverflowError, RecursionError) as error:
         raise RecipeError(
             f"The filter {shown(entry)} is not a regular expression ({error}); write one such as "
             "mlp, self_attn, q_proj or layers: 0-15."

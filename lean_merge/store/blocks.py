@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,9 +161,9 @@ class BlockStore:
         if self._descriptor is not None:
             sync_data(self._descriptor)
 
-    def sealed(self) -> list[Record]:
-        """Return the records of all groups, by name, as a sealed journal has them."""
-        return [to_record(name, self.groups[name], sealed=True) for name in sorted(self.groups)]
+    def sealed(self) -> Iterator[Record]:
+        """Yield the records of all groups, by name, as a sealed journal has them."""
+        return (to_record(name, self.groups[name], sealed=True) for name in sorted(self.groups))
 
     def close(self) -> None:
         """Close the file; may be called twice."""
@@ -194,10 +194,12 @@ def intact_groups(records: Mapping[str, Record], file: Path) -> dict[str, BlockG
     groups = {}
     for name, record in records.items():
         blocks = {
-            each["name"]: StoredBlock(tuple(each["shape"]), each["crc32_data"], each["start"])
+            each["name"]: StoredBlock(
+                tuple(each["shape"]), each["crc32_data"], each.get("start", 0)
+            )
             for each in record["blocks"]
         }
-        groups[name] = BlockGroup(blocks, record["result"])
+        groups[name] = BlockGroup(blocks, record.get("result"))
     if file.is_symlink() or not file.is_file():
         return {name: group for name, group in groups.items() if not group.blocks}
     buffer = memoryview(bytearray(_STEP))

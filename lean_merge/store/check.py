@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,14 +11,19 @@ from typing import Any
 
 from lean_merge.checkpoints.header import TensorSpec, read_header
 from lean_merge.checkpoints.identity import header_digest
+from lean_merge.checkpoints.safepaths import open_regular
 from lean_merge.checkpoints.weightfiles import INDEX, read_index
 from lean_merge.errors import CheckpointError
 from lean_merge.store.digest import range_digest
 from lean_merge.store.journal import JOURNAL, Difference, Journal, commit_mark, read_journal
-from lean_merge.store.state import PARTIAL, UNSEALED
+from lean_merge.store.state import UNSEALED
 
 _STEP = 4 << 20
-_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", PARTIAL)
+_OTHER_WEIGHTS = re.compile(
+    r".*\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|onnx|onnx_data|msgpack|h5|keras|ot|npz|npy|pkl"
+    r"|pickle|tflite|pdparams|partial)(\.index(\.\w+)?\.json)?|adapter_config\.json",
+    re.IGNORECASE,
+)
 _MEND = "pass the folder of a complete lean-merge output"
 
 
@@ -87,9 +93,11 @@ def _check(folder: Path, names: set[str], on_bytes: Callable[[int], None]) -> Fo
         check.add(JOURNAL, "is damaged, so there is nothing to compare with")
         return check
     check.journal = journal
+    known: dict[str, dict[str, Any]] = {name: {} for name in journal.shards}
+    for tensor, record in journal.tensors.items():
+        known.setdefault(record["shard"], {})[tensor] = record
     for name, record in journal.shards.items():
-        known = {n: r for n, r in journal.tensors.items() if r["shard"] == name}
-        _check_shard(folder / name, record, known, check, on_bytes)
+        _check_shard(folder / name, record, known[name], check, on_bytes)
     for name, record in journal.files.items():
         check.files += 1
         file = folder / name
@@ -101,7 +109,7 @@ def _check(folder: Path, names: set[str], on_bytes: Callable[[int], None]) -> Fo
         _check_index(folder / INDEX, journal, check)
     ours = {JOURNAL, *journal.shards, *journal.files}
     for name in sorted(names - ours):
-        if name.lower().endswith(_OTHER_WEIGHTS) or name == INDEX:
+        if _OTHER_WEIGHTS.fullmatch(name):
             check.add(name, "is not part of this output")
     return check
 
@@ -129,7 +137,7 @@ def _check_shard(
     for tensor in sorted(known.keys() ^ specs.keys()):
         check.add(name, "is in the header or in the journal only", tensor)
     buffer = memoryview(bytearray(_STEP))
-    with open(file, "rb", buffering=0) as stream:
+    with open_regular(file) as stream:
         for spec in specs.values():
             digest = range_digest(stream.fileno(), spec.offset, spec.nbytes, buffer)
             on_bytes(spec.nbytes)
@@ -143,7 +151,7 @@ def _check_shard(
 
 def _sha256(file: Path) -> tuple[int, str]:
     digest, size = hashlib.sha256(), 0
-    with open(file, "rb") as stream:
+    with open_regular(file) as stream:
         while part := stream.read(_STEP):
             digest.update(part)
             size += len(part)

@@ -7,6 +7,7 @@ bytes are on the disk. The last rename, of the index or of the only shard, makes
 from __future__ import annotations
 
 import os
+import stat
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -25,6 +26,7 @@ from lean_merge.store.journal import (
     JournalWriter,
     Record,
     commit_mark,
+    encode_line,
     start_record,
 )
 from lean_merge.store.layout import Shard, extents, index_json
@@ -45,7 +47,6 @@ from lean_merge.store.workplace import (
     discard_analysis,
     find_workplace,
     publish,
-    switch,
 )
 
 _STEP = 4 << 20
@@ -150,9 +151,10 @@ class OutputFolder:
             try:
                 folder._begin(place.journal)
             except BaseException:
-                folder._close()
+                folder._close_files()
                 if place.journal is None:
                     folder._remove()
+                folder._close()
                 raise
         except OSError as error:
             raise explain(final, error) from error
@@ -169,8 +171,8 @@ class OutputFolder:
         sync_folder(self.path)
         if journal is not None:
             found = self._intact_tensors(journal)
-            self._journal.tensors.update(found)
-            self.finished = {name: record["result"] for name, record in found.items()}
+            self._journal.tensors.update((name, encode_line(each)) for name, each in found.items())
+            self.finished = {name: each.get("result") for name, each in found.items()}
             self.blocks.restore(intact_groups(journal.groups, self.path / BLOCKS))
 
     def _make(self, shard: Shard) -> None:
@@ -359,16 +361,25 @@ class OutputFolder:
             The disk is full.
         """
         self._check_open()
+        file = self.side_file(name)
+        with self._explained(file):
+            file.parent.mkdir(exist_ok=True)
+            self._write_new(file, name, data)
+
+    def side_file(self, name: str) -> Path:
+        """Return the path of a side file. Raises OutputError where it could not be written."""
         parent, _, last = name.replace("\\", "/").rpartition("/")
         taken = {"", ".", "..", INDEX, SINGLE, JOURNAL, *(shard.file_name for shard in self.shards)}
         if parent not in _SIDE_FOLDERS or last in taken:
             raise OutputError(f"{name!r} cannot be the name of a side file; rename it in the MLLM.")
         file = self.path / PurePosixPath(parent, last)
-        with self._explained(file):
-            file.parent.mkdir(exist_ok=True)
-            if file.parent != self.path and file.parent.is_symlink():
-                raise OutputError(f"{file.parent}: is a link to another folder; remove it.")
-            self._write_new(file, name, data)
+        if file.parent != self.path and file.parent.is_symlink():
+            raise OutputError(f"{file.parent}: is a link to another folder; remove it.")
+        with self._explained(file), suppress(FileNotFoundError):
+            # This fails for a name that is too long, too, and for one inside of a file.
+            if stat.S_ISDIR(os.lstat(file).st_mode):
+                raise OutputError(f"{file}: is a folder, where a file is to be; remove it.")
+        return file
 
     def _write_new(self, file: Path, name: str, data: bytes | Iterable[bytes]) -> None:
         size, digest = write_new(file, [data] if isinstance(data, bytes) else data)
@@ -399,7 +410,7 @@ class OutputFolder:
         mark = commit_mark(names)
         if mark is not None and mark not in names:
             self._write_new(self._partial(mark), mark, index_json(self.shards))
-        write_new(path / JOURNAL, [self._journal.sealed(self.shards, self.blocks.sealed())])
+        write_new(path / JOURNAL, self._journal.sealed(self.shards, self.blocks.sealed()))
         # Windows cannot rename an open file.
         self._close_files()
         discard_analysis(path)
@@ -410,7 +421,7 @@ class OutputFolder:
         sync_folder(path)
         publish(path, names)
         if path != self.final:
-            switch(self.final)
+            self._place.switch()
         self.sealed = True
         self._close()
 

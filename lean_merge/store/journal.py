@@ -12,11 +12,14 @@ import os
 import re
 import threading
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from lean_merge.checkpoints.jsonfile import MAX_PARSED, parsed_bytes
+from lean_merge.checkpoints.safepaths import open_regular
 from lean_merge.checkpoints.weightfiles import INDEX
 from lean_merge.store.layout import Shard
 from lean_merge.store.storage import open_own, sync_data, write_all
@@ -24,7 +27,10 @@ from lean_merge.store.storage import open_own, sync_data, write_all
 JOURNAL = "lean_merge_journal.jsonl"
 _FORMAT = 1
 _MAX_LINE = 64 << 20
+_MAX_TOTAL = 2 << 30
+"""Bytes that all lines together may take at most, several times what they do take."""
 _SEAL = re.compile(rb',"crc32":"([0-9a-f]{8})"}\n', re.ASCII)
+_OUTSIDE = re.compile(r"(^|/)\.\.(/|$)|[\\\0]")
 _SEAL_LENGTH = len(b',"crc32":"00000000"}\n')
 _SEALED_ONLY = frozenset({"analysis", "file", "end"})
 
@@ -39,12 +45,46 @@ def encode_line(record: Record) -> bytes:
 
 
 def decode_line(line: bytes) -> dict[str, Any] | None:
-    """Return the record of a line; None if the line is torn or changed."""
+    """Return the record of a line; None if the line is torn, changed, or no record of ours.
+
+    The journal may come from a stranger, so nothing is parsed that could take much memory.
+    """
     body, seal = line[:-_SEAL_LENGTH], _SEAL.fullmatch(line[-_SEAL_LENGTH:])
-    if seal is None or int(seal[1], 16) != zlib.crc32(body):
+    if seal is None or int(seal[1], 16) != zlib.crc32(body) or parsed_bytes(line) > MAX_PARSED:
         return None
-    record: dict[str, Any] = json.loads(body + b"}")
-    return record
+    try:
+        record = json.loads(body + b"}")
+    except (ValueError, RecursionError):
+        return None
+    return record if _makes_sense(record) else None
+
+
+_FIELDS: Mapping[str, Mapping[str, type]] = {
+    "start": {"format": int, "run": dict, "shards": list},
+    "shard": {"file": str, "size": int, "header_sha256": str},
+    "tensor": {"name": str, "shard": str, "crc32_data": int},
+    "blocks": {"name": str, "blocks": list},
+    "block": {"name": str, "shape": list, "crc32_data": int},
+    "analysis": {"found": dict},
+    "file": {"name": str, "size": int, "sha256": str},
+    "end": {"records": int, "sha256": str},
+}
+"""What the records of each kind hold; docs/durability.md explains it."""
+
+
+def _makes_sense(record: Any, kind: Any = None) -> bool:
+    """Tell whether a record has the fields of its kind, and names no file outside the folder."""
+    if not isinstance(record, dict):
+        return False
+    kind = record.get("record") if kind is None else kind
+    fields = _FIELDS.get(kind) if isinstance(kind, str) else None
+    if fields is None or not all(type(record.get(key)) is each for key, each in fields.items()):
+        return False
+    file = record.get({"file": "name", "tensor": "shard"}.get(kind, "file"), "")
+    if not isinstance(file, str) or file.startswith("/") or _OUTSIDE.search(file):
+        return False
+    inner = {"start": ("shards", "shard"), "blocks": ("blocks", "block")}.get(kind)
+    return inner is None or all(_makes_sense(each, inner[1]) for each in record[inner[0]])
 
 
 def start_record(run: Mapping[str, Any], shards: Sequence[Shard]) -> dict[str, Any]:
@@ -117,11 +157,16 @@ def read_journal(file: Path) -> Journal | None:
     if file.is_symlink() or not file.is_file():
         return None
     records: list[dict[str, Any]] = []
-    sealed, length, whole = False, 0, hashlib.sha256()
-    with open(file, "rb") as stream:
+    sealed, length, parsed, whole = False, 0, 0, hashlib.sha256()
+    with open_regular(file) as stream:
         while not sealed and (line := stream.readline(_MAX_LINE)):
             record = decode_line(line)
-            if record is None or (record["record"] == "start") != (not records):
+            parsed += parsed_bytes(line) - parsed_bytes(b"")
+            if (
+                record is None
+                or parsed > _MAX_TOTAL
+                or (record["record"] == "start") != (not records)
+            ):
                 break
             if record["record"] == "end":
                 if (record["records"], record["sha256"]) != (len(records), whole.hexdigest()):
@@ -160,17 +205,23 @@ def _journal(records: Sequence[dict[str, Any]], sealed: bool, length: int) -> Jo
 
 def sealed_lines(records: Iterable[Record]) -> bytes:
     """Return a sealed journal of `records`, the end added."""
-    lines = [encode_line(record) for record in records]
-    digest = hashlib.sha256(b"".join(lines)).hexdigest()
-    return b"".join(
-        [*lines, encode_line({"record": "end", "records": len(lines), "sha256": digest})]
-    )
+    return b"".join(_ended(map(encode_line, records)))
+
+
+def _ended(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the lines of a sealed journal, the end added."""
+    digest, count = hashlib.sha256(), 0
+    for line in lines:
+        digest.update(line)
+        count += 1
+        yield line
+    yield encode_line({"record": "end", "records": count, "sha256": digest.hexdigest()})
 
 
 class JournalWriter:
     """The journal of an unfinished output, and what its sealed form will say.
 
-    Several threads may share one.
+    Several threads may share one. Records wait as lines, which take a fifth of their memory.
 
     Parameters
     ----------
@@ -182,16 +233,16 @@ class JournalWriter:
     Attributes
     ----------
     tensors, files
-        The records of finished tensors and of written files, by name.
+        The lines of finished tensors and of written files, by name.
     """
 
     def __init__(self, file: Path, start: Record) -> None:
-        self.tensors: dict[str, Record] = {}
-        self.files: dict[str, Record] = {}
-        self._start = start
-        self._added: list[Record] = []
-        self._analysis: list[Record] = []
-        self._waiting: list[Record] = []
+        self.tensors: dict[str, bytes] = {}
+        self.files: dict[str, bytes] = {}
+        self._start = encode_line(start)
+        self._added: list[bytes] = []
+        self._analysis: list[bytes] = []
+        self._waiting: list[bytes] = []
         self._lock = threading.Lock()
         self._file = file
         self._descriptor: int | None = None
@@ -203,37 +254,29 @@ class JournalWriter:
         self._length = length
         os.ftruncate(self._descriptor, length)
         if length == 0:
-            self._append([self._start])
-
-    def _append(self, records: Sequence[Record]) -> None:
-        """Add lines, which are on the disk when this returns. Raises OSError."""
-        if self._descriptor is None:
-            raise ValueError("The journal is closed.")
-        data = b"".join(map(encode_line, records))
-        write_all(self._descriptor, memoryview(data), self._length)
-        sync_data(self._descriptor)
-        self._length += len(data)
+            self.save([self._start])
 
     def add_shard(self, shard: Shard) -> None:
         """Add a weight file whose layout was not known at the start. Raises OSError."""
-        record = {"record": "shard", **_described(shard)}
-        self._append([record])
-        self._added.append(record)
+        line = encode_line({"record": "shard", **_described(shard)})
+        self.save([line])
+        self._added.append(line)
 
     def finish(self, record: Record) -> None:
         """Add a tensor or a group of blocks whose bytes were all written, by the next `save`."""
+        line = encode_line(record)
         with self._lock:
             if record["record"] == "tensor":
-                self.tensors[record["name"]] = record
-            self._waiting.append(record)
+                self.tensors[record["name"]] = line
+            self._waiting.append(line)
 
     @property
     def has_waiting(self) -> bool:
         """Return whether any finished record is not yet in the file."""
         return bool(self._waiting)
 
-    def take_waiting(self) -> list[Record]:
-        """Take the finished records that are not in the file; they are saved once bytes are synced.
+    def take_waiting(self) -> list[bytes]:
+        """Take the finished lines that are not in the file; they are saved once bytes are synced.
 
         Whoever fails to sync them must not try again: some systems report a failure once only.
         """
@@ -241,25 +284,32 @@ class JournalWriter:
             taken, self._waiting = self._waiting, []
         return taken
 
-    def save(self, records: Sequence[Record]) -> None:
-        """Add the lines of `records`, whose bytes are on the disk. Raises OSError."""
-        if records:
-            self._append(records)
+    def save(self, lines: Sequence[bytes]) -> None:
+        """Add lines, whose bytes are on the disk; so are the lines after it. Raises OSError."""
+        if not lines:
+            return
+        if self._descriptor is None:
+            raise ValueError("The journal is closed.")
+        data = b"".join(lines)
+        write_all(self._descriptor, memoryview(data), self._length)
+        sync_data(self._descriptor)
+        self._length += len(data)
 
     def add_file(self, name: str, size: int, sha256: str) -> None:
         """Note for the sealed journal that a file other than a shard was written."""
-        self.files[name] = {"record": "file", "name": name, "size": size, "sha256": sha256}
+        record = {"record": "file", "name": name, "size": size, "sha256": sha256}
+        self.files[name] = encode_line(record)
 
     def add_analysis(self, found: Mapping[str, Any]) -> None:
         """Note for the sealed journal what the output's own analysis found."""
-        self._analysis = [{"record": "analysis", "found": dict(found)}]
+        self._analysis = [encode_line({"record": "analysis", "found": dict(found)})]
 
-    def sealed(self, shards: Sequence[Shard], groups: Sequence[Record]) -> bytes:
-        """Return the sealed journal, in the order of the output."""
-        tensors = [self.tensors[name] for shard in shards for name in shard.offsets]
-        files = [self.files[name] for name in sorted(self.files)]
-        records = [self._start, *self._added, *groups, *tensors, *self._analysis, *files]
-        return sealed_lines(records)
+    def sealed(self, shards: Sequence[Shard], groups: Iterable[Record]) -> Iterator[bytes]:
+        """Yield the lines of the sealed journal, in the order of the output."""
+        tensors = (self.tensors[name] for shard in shards for name in shard.offsets)
+        files = (self.files[name] for name in sorted(self.files))
+        begin = [self._start, *self._added]
+        return _ended(chain(begin, map(encode_line, groups), tensors, self._analysis, files))
 
     def close(self) -> None:
         """Close the file; may be called twice."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -99,10 +101,23 @@ def choose(folder: Path, start: Mapping[str, Any], *, overwrite: bool, resume: b
         )
     known = ""
     if journal is not None and journal.sealed:
-        reason = difference(journal.start, start, machine=False) or "files are missing"
-        known = f" (it holds a complete lean-merge output, but {reason})"
+        reason = difference(journal.start, start, machine=False)
+        if reason is not None or state is not State.COMPLETE:
+            known = f" (it holds a complete lean-merge output, but {reason or 'files are missing'})"
+        elif added := _added(folder, journal):
+            known = f" (it holds the complete output of this very merge, and {added})"
+        else:
+            # What is replaced is made again, so that nothing can be lost.
+            overwrite = overwrite or not resume
+            known = " (it holds the complete output of this very merge)"
     _refuse_to_lose(folder, overwrite=overwrite, known=known)
     return Step.REPLACE
+
+
+def _added(folder: Path, journal: Journal) -> str:
+    """Name a file that somebody put into a complete output; empty if there is none."""
+    ours = {JOURNAL, INDEX, *journal.shards, *(name.split("/")[0] for name in journal.files)}
+    return min({each.name for each in folder.iterdir()} - ours, default="")
 
 
 def _refuse_to_lose(folder: Path, *, overwrite: bool, known: str) -> None:
@@ -130,6 +145,12 @@ def _refuse_to_lose(folder: Path, *, overwrite: bool, known: str) -> None:
         raise OutputError(
             f"{folder}: holds the folder {deep[0]}, which overwriting would delete; move it "
             "away or choose another output folder."
+        )
+    sticky = folder.parent.stat().st_mode & stat.S_ISVTX and hasattr(os, "getuid")
+    if os.path.ismount(folder) or (sticky and os.getuid() not in {0, folder.stat().st_uid}):
+        raise OutputError(
+            f"{folder}: cannot be renamed, because a disk is mounted there or it is another user's "
+            "in a shared folder, and so it cannot be replaced; choose a folder inside it."
         )
 
 

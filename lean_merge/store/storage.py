@@ -8,18 +8,22 @@ import os
 import shutil
 import stat
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import ClassVar
 
 from lean_merge.errors import BudgetError, LeanMergeError, OutputError
 from lean_merge.sizes import format_size
 
 _LARGEST_WRITE = 1 << 30
+_SMALLEST_WRITE = 1 << 20
 _FULL = frozenset({errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)})
 _UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS})
 _PLAIN = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _seek_lock = threading.Lock()
+TRIES = 100
+"""How often a folder is made again that other runs give up at the same time."""
 
 
 def explain(path: Path, error: OSError) -> LeanMergeError:
@@ -103,7 +107,7 @@ def write_new(file: Path, parts: Iterable[bytes]) -> tuple[int, str]:
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _PLAIN, 0o666)
     size, digest = 0, hashlib.sha256()
     try:
-        for part in parts:
+        for part in _joined(parts):
             write_all(descriptor, memoryview(part), size)
             size += len(part)
             digest.update(part)
@@ -113,16 +117,31 @@ def write_new(file: Path, parts: Iterable[bytes]) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
+def _joined(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the same bytes in parts that are worth a system call each."""
+    held, size = [], 0
+    for part in parts:
+        held.append(part)
+        size += len(part)
+        if size >= _SMALLEST_WRITE:
+            yield b"".join(held)
+            held, size = [], 0
+    yield b"".join(held)
+
+
 def make_folder(folder: Path) -> list[Path]:
     """Make a folder and those above it that are missing; they are on the disk when this returns.
 
-    Return those that were made, the highest first. Raises OSError.
+    Return those that were made here and not by another at the same time, the highest first. Raises
+    OSError.
     """
-    missing = [each for each in (folder, *folder.parents) if not each.exists()]
-    for each in reversed(missing):
-        os.mkdir(each)
-        sync_folder(each.parent)
-    return missing[::-1]
+    made = []
+    for each in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
+        with suppress(FileExistsError):
+            os.mkdir(each)
+            made.append(each)
+            sync_folder(each.parent)
+    return made
 
 
 def sync_data(descriptor: int) -> None:
@@ -158,8 +177,41 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def lock_folder(folder: Path) -> int | None:
-    """Lock the folder for this process until the returned descriptor is closed.
+class FolderLock:
+    """The hold that this process has on a folder until it is released; its forks have none."""
+
+    held: ClassVar[set[FolderLock]] = set()
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self.held.add(self)
+
+    def is_at(self, folder: Path) -> bool:
+        """Tell whether the folder that is held is the one that has this path now."""
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), os.stat(folder))
+        except OSError:
+            return False
+
+    def release(self) -> None:
+        """Let go of the folder; may be called twice."""
+        if self in self.held:
+            self.held.remove(self)
+            os.close(self._descriptor)
+
+
+def _forget_locks() -> None:
+    # A lock lasts until its last descriptor is closed, and a child has copies of all of them.
+    for lock in [*FolderLock.held]:
+        lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_locks)
+
+
+def lock_folder(folder: Path) -> FolderLock | None:
+    """Take the folder for this process until the lock is released.
 
     Return None where the system has no such locks. Raises OSError if there is no such folder, and
     OutputError if another process, or another writer in this one, has it.
@@ -168,29 +220,39 @@ def lock_folder(folder: Path) -> int | None:
         import fcntl
     except ImportError:
         return None
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise OutputError(
-            f"{folder}: another lean-merge is writing there; wait for it or choose another folder."
-        ) from None
-    except OSError:
-        # The file system has no locks, so go on without one.
-        pass
-    # Meanwhile the one who had it may have put another folder in this one's place.
-    if not _is_at(descriptor, folder):
-        os.close(descriptor)
-        raise OutputError(f"{folder}: another lean-merge has just replaced it; try again.")
-    return descriptor
+    while True:
+        lock = FolderLock(os.open(folder, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY))
+        try:
+            fcntl.flock(lock._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.release()
+            raise OutputError(
+                f"{folder}: another lean-merge is writing there; wait for it or choose another "
+                "folder."
+            ) from None
+        except OSError:
+            # The file system has no locks, so go on without one.
+            return lock
+        # Meanwhile the one who had it may have put another folder in this one's place.
+        if lock.is_at(folder):
+            return lock
+        lock.release()
 
 
-def _is_at(descriptor: int, folder: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(folder))
-    except OSError:
-        return False
+def hold_folder(folder: Path) -> tuple[FolderLock | None, list[Path]]:
+    """Lock a folder, which is made if it is missing; return the folders that were made as well.
+
+    Raises as `lock_folder`.
+    """
+    for left in reversed(range(TRIES)):
+        try:
+            made = make_folder(folder)
+            return lock_folder(folder), made
+        except FileNotFoundError:
+            # Another run has just given up what it had made.
+            if not left:
+                raise
+    raise AssertionError("the last try returns or raises")
 
 
 def check_free_space(folder: Path, needed: int, *, freed: int) -> None:

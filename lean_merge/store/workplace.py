@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lean_merge.checkpoints.safepaths import resolved
 from lean_merge.checkpoints.weightfiles import INDEX
 from lean_merge.errors import OutputError
 from lean_merge.store.blocks import BLOCKS
@@ -37,11 +38,13 @@ from lean_merge.store.state import (
     look,
 )
 from lean_merge.store.storage import (
+    TRIES,
+    FolderLock,
     check_free_space,
     explain,
     folder_bytes,
+    hold_folder,
     lock_folder,
-    make_folder,
     sync_folder,
 )
 
@@ -59,36 +62,64 @@ class Workplace:
     journal
         The journal of the unfinished output to go on with, if there is one.
     locks, made
-        Descriptors that hold folders; folders that were made, the highest first.
+        What holds the folders; folders that were made, the highest first.
     """
 
     final: Path
     path: Path
     journal: Journal | None = None
-    locks: list[int] = field(default_factory=list)
+    locks: list[FolderLock] = field(default_factory=list)
     made: list[Path] = field(default_factory=list)
 
-    def lock(self, folder: Path) -> None:
-        """Hold `folder`, if it is there, until `release`. Raises OSError, OutputError."""
-        descriptor = lock_folder(folder) if folder.exists() else None
-        if descriptor is not None:
-            self.locks.append(descriptor)
+    def hold(self, folder: Path) -> None:
+        """Hold `folder`, made if it is missing, until `release`. Raises OSError, OutputError."""
+        lock, made = hold_folder(folder)
+        self.made += made
+        if lock is not None:
+            self.locks.append(lock)
+
+    def hold_final(self) -> None:
+        """Hold the folder where the output belongs. Raises OSError, OutputError.
+
+        Between the two renames by which another run replaces it, that place is empty. A folder that
+        is made there at that moment is given up again.
+        """
+        old = _beside(self.final)[1]
+        for _ in range(TRIES):
+            # What vanishes at a look is another run's, and then the lock says so.
+            with suppress(FileNotFoundError):
+                recover(self.final)
+            self.hold(self.final)
+            if not self.locks or (not old.is_dir() and self.locks[-1].is_at(self.final)):
+                return
+            self.undo()
+            self.release()
+        raise OutputError(f"{self.final}: others replace it again and again; try again later.")
+
+    def switch(self) -> None:
+        """Put the folder that was written in the place of the old one. Raises OSError, OutputError.
+
+        The old one is still held unless somebody removed it meanwhile.
+        """
+        if not any(lock.is_at(self.final) for lock in self.locks):
+            self.hold(self.final)
+        switch(self.final)
 
     def release(self) -> None:
         """Let go of the folders; may be called twice."""
         while self.locks:
-            os.close(self.locks.pop())
+            self.locks.pop().release()
 
     def undo(self) -> None:
-        """Remove the folders that were made, if they are empty."""
-        for each in reversed(self.made):
+        """Remove the folders that were made, if they are empty, while they are still held."""
+        while self.made:
             with suppress(OSError):
-                each.rmdir()
+                self.made.pop().rmdir()
 
 
 def checked_place(out: Path, inputs: Sequence[Path]) -> Path:
     """Return `out`, resolved; OutputError if it is a file, an input, inside or around one."""
-    final = out.expanduser().resolve()
+    final = resolved(out, OutputError)
     if final.exists() and not final.is_dir():
         raise OutputError(f"{final}: is a file; choose a folder.")
     # The folders beside it may be deleted, so they must be no inputs either.
@@ -132,14 +163,13 @@ def find_workplace(
     `disk` is the most that it takes, where that is more than the weight files that `start` lists.
     Raises OSError, LeanMergeError.
     """
-    recover(final)
     place, (new, _) = Workplace(final, final), _beside(final)
     try:
-        place.lock(final)
+        place.hold_final()
         step = choose(final, start, overwrite=overwrite, resume=resume)
         if step is Step.REPLACE:
             place.path = new
-            place.lock(new)
+            place.hold(new)
             step = _step_beside(new, start, resume=resume)
         if step is Step.GO_ON:
             place.journal = look(place.path)[1]
@@ -148,12 +178,9 @@ def find_workplace(
             _clear(place)
         if place.path == final:
             _delete(new)
-        if not place.path.exists():
-            place.made = make_folder(place.path)
-            place.lock(place.path)
     except BaseException:
-        place.release()
         place.undo()
+        place.release()
         raise
     return place
 
@@ -182,10 +209,10 @@ def _clear(place: Workplace) -> None:
     The unsealed journal is removed last, because it tells whose the other files are.
     """
     folder = place.path
-    if not folder.is_dir():
-        return
     if folder != place.final:
-        _remove(folder)
+        if any(folder.iterdir()):
+            _remove(folder)
+            place.hold(folder)
         return
     _, journal = look(folder)
     # The journal may come from a stranger, so nothing outside the folder is removed.
@@ -250,17 +277,19 @@ def switch(final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def recover(final: Path) -> None:
-    """Complete what a crash interrupted between the renames of `publish` and `switch`.
+def recover(final: Path) -> bool:
+    """Complete what a crash interrupted between renames of `publish` and `switch`; tell if it did.
 
     Raises OSError, and OutputError if the run that renames is still alive.
     """
     new, old = _beside(final)
+    ended = False
     for folder in (final, new):
         state, journal = look(folder)
         if state is State.COMPLETE and journal is not None and _is_half_named(folder):
             with _held(folder):
                 publish(folder, list(journal.shards))
+            ended = True
     whole = not new.is_symlink() and look(new)[0] is State.COMPLETE
     if old.is_dir() and not old.is_symlink():
         if not final.exists() and not whole:
@@ -270,9 +299,11 @@ def recover(final: Path) -> None:
                 sync_folder(final.parent)
         elif final.exists():
             _delete(old)
+            ended = True
     if whole:
         with _held(new), _held(final):
             switch(final)
+    return ended or whole
 
 
 def _is_half_named(folder: Path) -> bool:
@@ -282,12 +313,12 @@ def _is_half_named(folder: Path) -> bool:
 @contextmanager
 def _held(folder: Path) -> Iterator[None]:
     """Hold a folder, if it is there, inside the block. Raises OSError, OutputError."""
-    descriptor = lock_folder(folder) if folder.exists() else None
+    lock = lock_folder(folder) if folder.exists() else None
     try:
         yield
     finally:
-        if descriptor is not None:
-            os.close(descriptor)
+        if lock is not None:
+            lock.release()
 
 
 def _delete(folder: Path) -> None:
@@ -317,7 +348,7 @@ def check_output(
     final = checked_place(out, inputs)
     start = start_record(run or {}, shards)
     try:
-        if is_complete(final, start):
+        if resume and not overwrite and is_complete(final, start):
             return
         step = choose(final, start, overwrite=overwrite, resume=resume)
         if step is not Step.GO_ON:
@@ -328,15 +359,25 @@ def check_output(
 
 
 def find_complete(
-    out: Path, shards: Sequence[Shard], *, inputs: Sequence[Path], run: Mapping[str, Any]
+    out: Path,
+    shards: Sequence[Shard],
+    *,
+    inputs: Sequence[Path],
+    run: Mapping[str, Any],
+    overwrite: bool = False,
 ) -> Path | None:
     """Return the folder, if `out` holds the complete output of `run` already. Raises OutputError.
 
-    If a crash interrupted the sealing or replacing of it, that is completed first.
+    If a crash interrupted the sealing or replacing of it, that is completed first. With `overwrite`
+    only an output counts that was completed now, because any other is to be replaced.
     """
     final = checked_place(out, inputs)
     try:
-        recover(final)
-        return final if is_complete(final, start_record(run, shards)) else None
+        ended = recover(final)
+        wanted = ended or not overwrite
+        return final if wanted and is_complete(final, start_record(run, shards)) else None
+    except FileNotFoundError:
+        # Another run is at work there, which the lock will tell.
+        return None
     except OSError as error:
         raise explain(final, error) from error

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lean_merge.checkpoints.jsonfile import read_object
+from lean_merge.checkpoints.safepaths import resolved
 from lean_merge.errors import CheckpointError, OutputError
 from lean_merge.page import make_page, plotly_installed
 
@@ -49,7 +50,7 @@ def render(folder: str | Path, out: str | Path | None = None) -> Path:
     OutputError
         Plotly is not installed, or the page cannot be made or written.
     """
-    place = Path(folder).expanduser()
+    place = resolved(folder)
     for kind, page in PAGES.items():
         if (place / f"{kind}.json").is_file():
             document = read_object(
@@ -59,7 +60,7 @@ def render(folder: str | Path, out: str | Path | None = None) -> Path:
                 mend="name the folder of a complete analysis, sweep or comparison",
                 memory=_MAX_PARSED,
             )
-            target = place / page if out is None else Path(out).expanduser()
+            target = place / page if out is None else resolved(out)
             return _write(target, make_page(kind, document))
     raise CheckpointError(
         f"{place}: holds no analysis.json, sweep.json or comparison.json; name the folder of an "

@@ -283,6 +283,28 @@ def write_archive(file: Path, data: bytes, **entries: bytes) -> Path:
     return file
 
 
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda t: torch._neg_view(t),
+        lambda t: torch.complex(t, t).conj(),
+        lambda t: torch.complex(t, t).conj().imag,
+        lambda t: torch.nn.Parameter(torch._neg_view(t)),
+    ],
+)
+def test_numbers_that_are_not_those_stored_are_refused(
+    tmp_path: Path, view: Callable[[Tensor], Tensor]
+):
+    """Torch notes beside the bytes that they are to be negated or conjugated."""
+    numbers = torch.arange(1.0, 5.0)
+    torch.save({"w": view(numbers), "v": numbers}, tmp_path / "x.bin")
+    with pytest.raises(CheckpointError, match=r"negated or conjugated .*resolve_neg"):
+        read_pickle_header(tmp_path / "x.bin")
+    whole = view(numbers).detach().resolve_neg().resolve_conj()
+    torch.save({"w": whole, "v": numbers}, tmp_path / "x.bin")
+    assert torch.equal(read_all(tmp_path / "x.bin")["w"], whole)
+
+
 def described(
     shape: tuple[int, ...] = (2,),
     stride: tuple[int, ...] = (1,),

@@ -300,10 +300,13 @@ def test_an_index_cannot_name_files_elsewhere(hub: Server):
 @pytest.mark.parametrize(
     ("names", "wanted"),
     [
-        (["model.safetensors", "model.fp16.safetensors", "x.bin"], ["model.safetensors"]),
+        (
+            ["model.safetensors", "model.fp16.safetensors", "spk_dict.pt", "optimizer.pt"],
+            ["model.safetensors", "spk_dict.pt"],
+        ),
         (["one.safetensors", "pytorch_model.bin"], ["one.safetensors"]),
         (
-            ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "a.onnx"],
+            ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.onnx"],
             ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
         ),
         (

@@ -39,7 +39,7 @@ from lean_merge import plan as make_plan
 from lean_merge.engine import deciding, device, taskvectors
 from lean_merge.engine.device import BlockingQueues, is_out_of_memory
 from lean_merge.engine.transfer import Done, Parcel, Uploader
-from lean_merge.engine.workers import OURS, Workers, worker_pool
+from lean_merge.engine.workers import Workers, worker_pool
 from lean_merge.methods import spectra
 from lean_merge.outputs.checkpoint import CheckpointComparison
 from lean_merge.plan import formulas
@@ -392,16 +392,6 @@ def test_running_out_of_memory_is_told_from_other_errors():
     assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access"))
     assert not is_out_of_memory(MemoryError("out of memory"))
     assert not is_out_of_memory(DataError("CUDA error: out of memory"))
-
-
-def test_full_precision_ends_with_the_context():
-    products = torch.backends.cuda.matmul
-    before = products.allow_bf16_reduced_precision_reduction, torch.get_float32_matmul_precision()
-    with OURS.in_force():
-        assert products.allow_bf16_reduced_precision_reduction is False
-        assert torch.get_float32_matmul_precision() == "highest"
-    after = products.allow_bf16_reduced_precision_reduction, torch.get_float32_matmul_precision()
-    assert after == before
 
 
 class Shortage:

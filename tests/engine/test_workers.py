@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from lean_merge.engine.workers import OURS, TorchSettings, Workers, settle, worker_pool
+from lean_merge.engine.workers import Workers, settle, start_thread, worker_pool
+from lean_merge.errors import BudgetError
 
 
 def test_results_come_in_the_order_of_the_items():
@@ -141,19 +142,21 @@ def test_buffers_are_a_threads_own_and_used_again():
         assert {*workers.map(address, range(2))} == {first, second}
 
 
-def test_the_callers_settings_of_torch_are_given_back():
-    before = TorchSettings.now()
-    try:
-        torch.set_num_threads(3)
-        torch.set_float32_matmul_precision("medium")
-        callers = TorchSettings.now()
-        with worker_pool(1) as workers:
-            assert TorchSettings.now() == OURS
-            assert workers.map(lambda _: torch.get_num_threads(), [0]) == [1]
-            with callers.in_force():
-                assert TorchSettings.now() == callers
-            assert TorchSettings.now() == OURS
-        assert TorchSettings.now() == callers
-    finally:
-        torch.set_num_threads(before.threads)
-        torch.set_float32_matmul_precision(before.float32)
+def test_a_pool_that_cannot_have_its_threads_ends_in_a_sentence(monkeypatch: pytest.MonkeyPatch):
+    """And in no thread, not even those that could be started."""
+    started = []
+
+    def start(thread: threading.Thread) -> None:
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        real(thread)
+
+    real = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(BudgetError, match=r"No more threads can be started .*--threads 1"):
+        with worker_pool(3):
+            raise AssertionError("it was opened")
+    assert len(started) == 2 and not any(thread.is_alive() for thread in started)
+    with pytest.raises(BudgetError):
+        start_thread(threading.Thread())

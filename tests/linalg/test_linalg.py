@@ -13,20 +13,16 @@ from support import bars, bfloat16
 from support.drive import products
 from support.spectra import NOISE, orthonormal, spectrum
 
-from lean_merge.linalg import (
-    BlockKrylov,
-    Deflation,
-    Pass,
-    SingularSums,
-    Sketch,
+from lean_merge.linalg import Pass, random_block
+from lean_merge.linalg.krylov import BlockKrylov, Deflation
+from lean_merge.linalg.similarity import (
     corresponding_cosines,
-    exact_spectrum,
     importance,
     log_omitted,
-    numerical_rank,
     omitted_errors,
-    random_block,
 )
+from lean_merge.linalg.sketch import SingularSums, Sketch
+from lean_merge.linalg.spectrum import exact_spectrum, numerical_rank
 from lean_merge.methods.spectra import SPREAD
 
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lean_merge.linalg import Pass, Products, largest_magnitudes
+from lean_merge.linalg import Pass, Products
+from lean_merge.linalg.magnitudes import largest_magnitudes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

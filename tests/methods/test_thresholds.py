@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lean_merge.linalg import null_cdf, null_quantile, otsu_split, uniform_distance
+from lean_merge.linalg.null import null_cdf, null_quantile, otsu_split, uniform_distance
 from lean_merge.methods.threshold import FALSE, Sample, suggest_threshold
 
 NUMBERS = st.lists(st.floats(0, 1, allow_nan=False), min_size=2, max_size=40)

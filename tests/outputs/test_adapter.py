@@ -33,7 +33,7 @@ from lean_merge import (
     plan,
 )
 from lean_merge.demo.run import family_recipe
-from lean_merge.linalg import truncate
+from lean_merge.linalg.truncation import truncate
 from lean_merge.outputs import peft as adapter_module
 from lean_merge.outputs.cutting import ADAPTER_ERROR
 from lean_merge.outputs.modulenames import _RENAMED, module_name

@@ -32,6 +32,7 @@ def mllm(tmp_path: Path) -> Path:
         *("modeling_x.py", "chat_template.jinja", "LICENSE", "additional_chat_templates/t.jinja"),
         *("model.safetensors", "model.safetensors.index.json", "model.safetensors.partial"),
         *("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "x.GGUF", "o.pt"),
+        *("spk.npz", "optimizer.pt", "rng_state_0.pth", "consolidated.00.pth"),
         *("README.md", ".gitattributes", "lean_merge_report.json", "lean-merge.yaml"),
         "model.safetensors.index.fp16.json",
     ):
@@ -45,18 +46,36 @@ def mllm(tmp_path: Path) -> Path:
 
 SIDE = [
     *("LICENSE", "additional_chat_templates/t.jinja", "chat_template.jinja", "config.json"),
-    *("merges.txt", "modeling_x.py", "preprocessor_config.json", "tokenizer.json"),
-    "tokenizer.model",
+    *("merges.txt", "modeling_x.py", "o.pt", "preprocessor_config.json", "spk.npz"),
+    *("tokenizer.json", "tokenizer.model"),
 ]
 
 
-def test_side_files_are_everything_but_weights(mllm: Path):
-    assert [file.relative_to(mllm).as_posix() for file in side_files(mllm)] == SIDE
+def along(mllm: Path) -> tuple[Path, ...]:
+    return side_files(mllm, [mllm / "model.safetensors"])[0]
+
+
+def test_side_files_are_everything_but_weights_and_training_states(mllm: Path):
+    """They are told by the names that libraries give them, not by how the names end."""
+    files, left = side_files(mllm, [mllm / "model.safetensors"])
+    assert [file.relative_to(mllm).as_posix() for file in files] == SIDE
+    assert left == (
+        *("consolidated.00.pth", "model.safetensors.partial", "onnx", "optimizer.pt"),
+        *("pytorch_model.bin", "rng_state_0.pth", "tf_model.h5", "x.GGUF"),
+    )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are Unicode on Windows")
+def test_a_name_that_cannot_be_written_down_is_refused(mllm: Path):
+    with open(os.fsencode(mllm) + b"/a\xff.json", "wb"):
+        pass
+    with pytest.raises(CheckpointError, match="not valid Unicode; rename it"):
+        side_files(mllm)
 
 
 def test_side_files_are_copied_byte_for_byte(mllm: Path, tmp_path: Path):
     with create(tmp_path / "out") as folder:
-        assert list(copy_side_files(mllm, folder, out_dtype=None)) == SIDE
+        assert list(copy_side_files(mllm, along(mllm), folder, out_dtype=None)) == SIDE
     for name in SIDE:
         assert (tmp_path / "out" / name).read_bytes() == (mllm / name).read_bytes()
 
@@ -64,7 +83,7 @@ def test_side_files_are_copied_byte_for_byte(mllm: Path, tmp_path: Path):
 @pytest.mark.parametrize("dtype", ["BF16", "bfloat16"])
 def test_the_config_says_the_new_dtype_wherever_it_said_one(mllm: Path, tmp_path: Path, dtype: str):
     with create(tmp_path / "out") as folder:
-        copy_side_files(mllm, folder, out_dtype=dtype)
+        copy_side_files(mllm, along(mllm), folder, out_dtype=dtype)
     assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8")) == {
         "torch_dtype": "bfloat16",
         "text_config": {"torch_dtype": "bfloat16", "dtype": "bfloat16", "hidden_act": "é"},
@@ -75,9 +94,9 @@ def test_the_config_says_the_new_dtype_wherever_it_said_one(mllm: Path, tmp_path
 def test_a_config_without_dtype_gets_one(mllm: Path, tmp_path: Path):
     (mllm / "config.json").write_text("{}")
     with create(tmp_path / "out") as folder:
-        copy_side_files(mllm, folder, out_dtype="F32")
+        copy_side_files(mllm, along(mllm), folder, out_dtype="F32")
         with pytest.raises(ValueError, match="int8"):
-            copy_side_files(mllm, folder, out_dtype="int8")
+            copy_side_files(mllm, along(mllm), folder, out_dtype="int8")
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"dtype": "float32"}
 
 

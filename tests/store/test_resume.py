@@ -75,7 +75,7 @@ def test_a_merge_interrupted_anywhere_ends_in_the_same_bytes(
     out = folder / "out"
     if overwrite:
         shutil.copytree(scene.folder / "old" / "out", out)
-    done, reads = 0, True
+    done, reads, replace = 0, True, overwrite
     for after, threads, memory in runs:
         given_bytes = None if memory is None else least_memory(scene, threads)
         reads = reads and memory is None
@@ -92,14 +92,16 @@ def test_a_merge_interrupted_anywhere_ends_in_the_same_bytes(
 
         try:
             scene.merge(
-                out, threads=threads, memory=given_bytes, overwrite=overwrite, on_event=on_event
+                out, threads=threads, memory=given_bytes, overwrite=replace, on_event=on_event
             )
+            # What is complete would be replaced again.
+            replace = False
         except Stop:
             state = assert_never_half_done(folder, scene)
             assert state == ("old" if overwrite else "unfinished")
         assert sum(event.reused for event in events) == (done if events else 0)
         done = min(6, done + after)
-    result = scene.merge(out, overwrite=overwrite)
+    result = scene.merge(out, overwrite=replace)
     assert result.reused == done
     found = contents(out)
     if not reads:
@@ -211,10 +213,9 @@ def test_onto_its_complete_output_there_is_nothing_to_do(scene: Scene, out: Path
     first = scene.merge(out)
     before = {file: file.stat().st_mtime_ns for file in out.rglob("*")}
     events: list[Event] = []
-    for overwrite in (False, True):
-        again = scene.merge(out, overwrite=overwrite, on_event=events.append)
-        assert again.was_complete and again.reused == 6
-        assert again.report == json.loads(json.dumps(first.report))
+    again = scene.merge(out, on_event=events.append)
+    assert again.was_complete and again.reused == 6
+    assert again.report == json.loads(json.dumps(first.report))
     assert events == []
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*")} == before
 
@@ -230,6 +231,29 @@ def test_a_complete_output_that_lacks_something_is_not_complete(scene: Scene, ou
     assert_same(contents(out), scene.expected)
 
 
+@pytest.mark.parametrize("options", [{"overwrite": True}, {"resume": False}])
+def test_a_damaged_output_is_made_anew_when_that_is_asked_for(
+    scene: Scene, out: Path, options: dict[str, bool]
+):
+    """Its files are there in their lengths, so that only reading them tells of the damage."""
+    scene.merge(out)
+    shard = sorted(out.glob("*.safetensors"))[0]
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    result = scene.merge(out, **options)
+    assert result.reused == 0 and not result.was_complete
+    assert_same(contents(out), scene.expected)
+
+
+def test_what_was_added_to_a_complete_output_is_not_lost_by_starting_over(scene: Scene, out: Path):
+    scene.merge(out)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"this very merge, and notes\.txt\); .*--overwrite"):
+        scene.merge(out, resume=False)
+    assert (out / "notes.txt").read_text() == "mine"
+
+
 def test_starting_over_uses_nothing(scene: Scene, out: Path):
     interrupt(scene, out, 4)
     (out / "notes.txt").write_text("mine")
@@ -238,8 +262,7 @@ def test_starting_over_uses_nothing(scene: Scene, out: Path):
     assert (out / "notes.txt").read_text() == "mine"
     (out / "notes.txt").unlink()
     assert_same(contents(out), scene.expected)
-    with pytest.raises(OutputError, match="--overwrite"):
-        scene.merge(out, resume=False)
+    assert scene.merge(out, resume=False).reused == 0
     assert scene.merge(out, resume=False, overwrite=True).reused == 0
 
 
@@ -369,7 +392,9 @@ def test_an_input_that_changes_while_it_is_read_is_not_sealed(tmp_path: Path):
     def touch(event: Event) -> None:
         os.utime(scene.triple.base / "model.safetensors")
 
-    with pytest.raises(CheckpointError, match=r"model\.safetensors of the base has changed"):
+    with pytest.raises(
+        CheckpointError, match=r"base/model\.safetensors: this file of .* has changed"
+    ):
         scene.merge(out, on_event=touch)
     assert assert_never_half_done(out.parent, scene) == "unfinished"
     scene.merge(out, resume=False)
@@ -402,11 +427,13 @@ def test_a_second_run_is_refused_while_the_first_lives(scene: Scene, out: Path, 
 
 @pytest.mark.skipif(os.name == "nt", reason="locks of folders are POSIX")
 def test_the_lock_dies_with_its_owner(tmp_path: Path):
-    """Killed without a chance to let go."""
+    """Killed without a chance to let go, while a child that it forked lives on."""
     code = (
-        "import sys; from pathlib import Path\n"
+        "import os, sys; from pathlib import Path\n"
         "from lean_merge.store.storage import lock_folder\n"
-        "lock_folder(Path(sys.argv[1])); print('locked', flush=True); sys.stdin.read()"
+        "lock = lock_folder(Path(sys.argv[1]))\n"
+        "if os.fork(): print('locked', flush=True)\n"
+        "sys.stdin.read()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE

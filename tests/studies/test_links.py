@@ -234,7 +234,7 @@ def test_an_output_that_is_being_replaced_is_left_alone(pair: tuple[Path, Path],
     try:
         assert files.add(pair[1], decisions(SECOND)) == 0
     finally:
-        os.close(lock)
+        lock.release()
     assert not any(same_files(*pair))
 
 

@@ -11,6 +11,8 @@ import abc
 import importlib
 import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -152,3 +154,21 @@ def weight_names() -> Iterator[WeightNames]:
     """Yield names of weight files, those of safetensors first; only then are forms imported."""
     yield SAFETENSORS
     yield from (form.names for form in all_forms() if form.names is not None)
+
+
+_DOWNLOADS_SHOWN = ContextVar("downloads are shown", default=True)
+
+
+@contextmanager
+def downloads_shown(shown: bool) -> Iterator[None]:
+    """Choose whether downloads inside the block show their progress on standard error."""
+    token = _DOWNLOADS_SHOWN.set(shown)
+    try:
+        yield
+    finally:
+        _DOWNLOADS_SHOWN.reset(token)
+
+
+def are_downloads_shown() -> bool:
+    """Return whether progress is shown here; outside of `downloads_shown` blocks it is."""
+    return _DOWNLOADS_SHOWN.get()

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from lean_merge.checkpoints import downloads
-from lean_merge.checkpoints.forms import Form, Origin, weight_names
+from lean_merge.checkpoints.forms import Form, Origin, are_downloads_shown, weight_names
+from lean_merge.checkpoints.sidefiles import README, comes_along
 from lean_merge.checkpoints.weightfiles import (
     ADAPTER_CONFIG,
     ADAPTER_FILES,
@@ -23,12 +23,8 @@ _HUB_ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(@(?P<revision>[\w./-]{1,255}))?",
     re.ASCII,
 )
-# These are configuration, tokenizers, processors, remote code and licences.
-_BESIDE = re.compile(
-    r".+\.(json|jsonl|txt|model|py|jinja|tiktoken|spm|bpe)|README\.md|(LICENSE|NOTICE)[^/]*",
-    re.IGNORECASE,
-)
-_INDEX = re.compile(r".+\.index(\.[^.]+)?\.json")
+# No loader needs what is shown to readers.
+_SHOWN = re.compile(r".+\.(png|jpe?g|gif|webp|svg|mp4|mov|pdf)", re.IGNORECASE)
 _TEMPLATES = "additional_chat_templates/"
 
 
@@ -86,7 +82,7 @@ def _progress_bars() -> Iterator[None]:
         enable_progress_bars,
     )
 
-    if downloads.are_shown() or are_progress_bars_disabled():
+    if are_downloads_shown() or are_progress_bars_disabled():
         yield
         return
     disable_progress_bars()
@@ -177,7 +173,8 @@ def needed_files(
     beside = [
         name
         for name in names
-        if (_BESIDE.fullmatch(name) and "/" not in name and not _INDEX.fullmatch(name))
+        if ("/" not in name and comes_along(name) and not _SHOWN.fullmatch(name))
+        or name == README
         or (name.startswith(_TEMPLATES) and name.endswith(".jinja"))
     ]
     return sorted({*weights, *beside})

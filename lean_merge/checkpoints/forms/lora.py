@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,25 +15,16 @@ from torch import Tensor
 from lean_merge.checkpoints.dtypes import FLOATING
 from lean_merge.checkpoints.forms import Adapter, Change, Form
 from lean_merge.checkpoints.header import TensorSpec
+from lean_merge.checkpoints.patterns import BoundedPattern, bounded_pattern
 from lean_merge.checkpoints.reader import TensorReader
 from lean_merge.checkpoints.rows import Buffer, Place, StoredRows, WeightSource, row_block
 from lean_merge.errors import CheckpointError, shown
 
 _MERGED = "merge the adapter into its base first (PEFT's merge_and_unload) and pass the result"
 _MAX_PATTERNS = 10_000
-_MAX_PATTERN = 1024  # characters, as in a tensor's name
+_MAX_STEPS = 1_000_000
+"""Comparisons of modules with patterns, at most; those of real adapters are some thousands."""
 _NAME = re.compile(r"[\w.-]*")
-# This syntax means the same to `re` and to RE2. No two tokens begin alike, so that this pattern
-# itself matches in linear time.
-_READ_ALIKE = re.compile(
-    r"""(?: [^\\\[\](){}]                   # any character but these; also . ^ $ | * + ?
-          | \\[dDwWsSb] | \\[^\w\s]          # a class, an escape
-          | \[\^? (?: \\[dDwWsS] | \\[^\w\s] | [\w.](?:-[\w.])? )+ \]
-          | \((?:\?:|(?!\?)) | \)            # a group
-          | \{\d+(?:,\d*)?\}                 # a number of times
-        )*""",
-    re.VERBOSE,
-)
 # This is far beyond any lora_alpha, and small enough that no quotient of it overflows.
 _MAX_NUMBER = 1e30
 _WRAPPER = "base_model.model."
@@ -95,17 +86,16 @@ class Lora(Form):
                 raise fail(f"has a {key} that gives modules no positive numbers")
         if len(alphas) > _MAX_PATTERNS:
             raise fail(f"has an alpha_pattern of {len(alphas)} keys, more than {_MAX_PATTERNS}")
-        patterns = []
-        for each, value in alphas.items():
+        for key in alphas:
             try:
-                patterns.append((module_pattern(each), float(value)))
+                module_pattern(key)
             except ValueError as error:
-                raise fail(f"has the alpha_pattern {shown(each)}, which {error}") from error
+                raise fail(f"has the alpha_pattern {shown(key)}, which {error}") from error
         base = config.get("base_model_name_or_path")
         return LoraAdapter(
             base=base if isinstance(base, str) and base else None,
             alpha=float(alpha),
-            alpha_patterns=tuple(patterns),
+            alphas=Alphas(alphas),
             ranks=frozenset([rank, *ranks.values()]),
             rslora=bool(config.get("use_rslora")),
         )
@@ -126,47 +116,61 @@ def _is_rank(value: Any) -> bool:
     return type(value) is int and 1 <= value < 2**31
 
 
-class ModulePattern(Protocol):
-    """A compiled pattern of modules' names."""
-
-    def match(self, text: str, /) -> object:
-        """Return a true value if the name fits."""
-
-
-def module_pattern(key: str) -> ModulePattern:
+def module_pattern(key: str) -> BoundedPattern:
     """Return PEFT's pattern for a key of alpha_pattern, which fits the end of a module's name.
 
     A key whose only metacharacters are dots repeats nothing, so `re` matches it in a time bounded
-    by both lengths. For other keys, which come from strangers too, `re` could take years. RE2
-    matches them in linear time; it is used for syntax that it certainly reads as `re` does.
+    by both lengths. For other keys, which come from strangers too, `re` could take years.
 
     Raises
     ------
     ValueError
         The key cannot be matched as PEFT does; the message is a predicate with the mend.
     """
-    if len(key) > _MAX_PATTERN:
-        raise ValueError(f"has {len(key)} characters, more than {_MAX_PATTERN}")
-    pattern = rf"(.*\.)?({key})$"
-    if _NAME.fullmatch(key):
-        return re.compile(pattern)
-    try:
-        import re2
-    except ImportError as error:
-        raise ValueError(
-            "is a regular expression, so google-re2 has to be installed "
-            "(pip install 'lean-merge[patterns]')"
-        ) from error
-    if not _READ_ALIKE.fullmatch(key):
-        raise ValueError("is more of a regular expression than modules' names need")
-    options = re2.Options()
-    options.log_errors = False
-    try:
-        re.compile(pattern)  # RE2 takes "(?)" and the like, which PEFT could not load
-        compiled: ModulePattern = re2.compile(pattern, options)
-    except (re.error, re2.error, RecursionError, OverflowError) as error:
-        raise ValueError("is no regular expression that can be matched in linear time") from error
-    return compiled
+    return bounded_pattern(key, f"(.*\\.)?({key})$", is_plain=bool(_NAME.fullmatch(key)))
+
+
+class Alphas:
+    """The alphas that a config gives to modules by patterns, of which the first that fits counts.
+
+    Keys that are plain names are looked up. A dot in them fits any character, so they are kept by
+    their length and by where their dots are, of which an adapter has few kinds.
+
+    Raises
+    ------
+    ValueError
+        A key cannot be matched as PEFT does; the message is a predicate with the mend.
+    """
+
+    def __init__(self, stated: Mapping[str, float]) -> None:
+        self._named: dict[tuple[int, tuple[int, ...]], dict[str, tuple[int, float]]] = {}
+        self._others: list[tuple[int, BoundedPattern, float]] = []
+        for number, (key, alpha) in enumerate(stated.items()):
+            pattern = module_pattern(key)
+            if _NAME.fullmatch(key):
+                dots = tuple(at for at, each in enumerate(key) if each == ".")
+                group = self._named.setdefault((len(key), dots), {})
+                group.setdefault(key, (number, float(alpha)))
+            else:
+                self._others.append((number, pattern, float(alpha)))
+
+    @property
+    def steps(self) -> int:
+        """Return how many comparisons a module takes; 0 if there are no patterns."""
+        return len(self._named) + len(self._others)
+
+    def of(self, module: str) -> float | None:
+        """Return the alpha of a module; None if no pattern fits its name."""
+        found = [(number, alpha) for number, each, alpha in self._others if each.match(module)]
+        for (length, dots), group in self._named.items():
+            start = len(module) - length
+            if start == 0 or (start > 0 and module[start - 1] == "."):
+                end = list(module[start:])
+                for at in dots:
+                    end[at] = "."
+                if (named := group.get("".join(end))) is not None:
+                    found.append(named)
+        return min(found)[1] if found else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +183,8 @@ class LoraAdapter(Adapter):
         The model that it was trained on, as its author named it.
     alpha
         The lora_alpha of modules that no pattern names.
-    alpha_patterns
-        Patterns of modules' names, each with its alpha. The first that matches counts.
+    alphas
+        The alphas of modules that patterns name.
     ranks
         Every rank that the config gives to some module.
     rslora
@@ -189,7 +193,7 @@ class LoraAdapter(Adapter):
 
     base: str | None
     alpha: float
-    alpha_patterns: tuple[tuple[ModulePattern, float], ...]
+    alphas: Alphas
     ranks: frozenset[int]
     rslora: bool
 
@@ -220,6 +224,12 @@ class LoraAdapter(Adapter):
                     f"{one.file}: tensor {shown(one.name)} lacks its other factor for "
                     f"{shown(module)}; save the adapter again with PEFT."
                 )
+        if self.alphas.steps * len(found) > _MAX_STEPS:
+            raise CheckpointError(
+                f"{next(iter(tensors.values())).file.parent}: the alpha_pattern has so many kinds "
+                f"of keys that matching them with {len(found)} modules could take for ever; "
+                f"{_MERGED}."
+            )
         changes = {
             module: LoraChange(module, factors["B"], factors["A"], self)
             for module, factors in found.items()
@@ -228,8 +238,8 @@ class LoraAdapter(Adapter):
 
     def scaling(self, module: str, rank: int) -> float:
         """Return the factor by which PEFT multiplies a module's B A of this rank."""
-        stated = (alpha for pattern, alpha in self.alpha_patterns if pattern.match(module))
-        alpha = next(stated, self.alpha)
+        stated = self.alphas.of(module)
+        alpha = self.alpha if stated is None else stated
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
@@ -258,7 +268,7 @@ class LoraChange(Change):
                 f"{left.file}: the factors of {module} have shapes {list(left.shape)} and "
                 f"{list(right.shape)}, which have no product; save the adapter again with PEFT."
             )
-        if self._config.alpha_patterns and not self._module.isascii():
+        if self._config.alphas.steps and not self._module.isascii():
             raise CheckpointError(
                 f"{left.file}: the name of {module} is not ASCII, so it is not sure which "
                 f"alpha_pattern fits it; {_MERGED}."

@@ -18,6 +18,7 @@ from lean_merge.checkpoints import (
     open_expert,
 )
 from lean_merge.engine import worker_pool
+from lean_merge.linalg.settings import Computing
 from lean_merge.mapping.gate import title
 from lean_merge.mapping.renaming import renamed
 from lean_merge.mapping.structure import Key
@@ -178,7 +179,7 @@ def _measure(
     for _, group in groups:
         for role, source in group.items():
             largest[role] = max(largest.get(role, 0), strip_bytes(source))
-    with worker_pool(_workers(sum(largest.values()), resources)) as workers:
+    with Computing(), worker_pool(_workers(sum(largest.values()), resources)) as workers:
         found = workers.map(
             lambda sources: products(sources, reader, workers), [group for _, group in groups]
         )

@@ -76,7 +76,7 @@ def is_comparison(folder: Path) -> bool:
     ours = {COMPARISON, PAGES["comparison"], JOURNAL}
     try:
         names = {each.name for each in folder.expanduser().iterdir()}
-    except OSError:
+    except (OSError, RuntimeError, ValueError):
         return False
     return {COMPARISON, JOURNAL} <= names <= ours
 

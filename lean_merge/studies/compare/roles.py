@@ -9,7 +9,8 @@ from typing import Any
 
 from lean_merge.checkpoints import Checkpoint
 from lean_merge.checkpoints.header import TensorSpec
-from lean_merge.errors import CoverageError, shown
+from lean_merge.checkpoints.jsonfile import read_object
+from lean_merge.errors import CheckpointError, CoverageError, shown
 from lean_merge.mapping.gate import locate, title
 from lean_merge.mapping.kinship import (
     heads,
@@ -17,7 +18,6 @@ from lean_merge.mapping.kinship import (
     rope_theta,
     sizes,
     text_config,
-    vocabulary,
 )
 from lean_merge.mapping.structure import Decoder, decoders
 
@@ -25,6 +25,9 @@ SIZES = "sizes"
 POSITIONS = "positions"
 TOKENIZER = "tokenizer"
 FORMAT = "format"
+_MAX_TOKENIZER = 100_000_000
+_TOKENIZER_MEMORY = 1 << 30
+"""Bytes that parsing one may take; the largest real ones, of 33 MB, need three quarters."""
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "tok_embeddings.weight", "embed_in.weight")
 
 
@@ -219,3 +222,33 @@ def _differ(
     if words == "rope scaling":
         return one != other
     return one is not None and other is not None and one != other
+
+
+def vocabulary(checkpoint: Checkpoint) -> dict[str, int]:
+    """Return token ids by token, as far as tokenizer.json can be understood."""
+    try:
+        content = read_object(
+            checkpoint.path / "tokenizer.json",
+            limit=_MAX_TOKENIZER,
+            what="tokenizer",
+            mend="",
+            unique=False,
+            memory=_TOKENIZER_MEMORY,
+        )
+    except CheckpointError:
+        return {}
+    result: dict[str, int] = {}
+    model = content.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, dict):
+        result.update({k: v for k, v in vocabulary.items() if type(v) is int})
+    elif isinstance(vocabulary, list):
+        for place, item in enumerate(vocabulary):
+            if isinstance(item, list) and item and isinstance(item[0], str):
+                result[item[0]] = place
+    added = content.get("added_tokens")
+    for item in added if isinstance(added, list) else []:
+        if isinstance(item, dict) and isinstance(item.get("content"), str):
+            if type(item.get("id")) is int:
+                result[item["content"]] = item["id"]
+    return result

@@ -105,4 +105,4 @@ def _held(folder: Path) -> Iterator[Journal | None]:
         yield journal
     finally:
         if lock is not None:
-            os.close(lock)
+            lock.release()

@@ -32,6 +32,7 @@ from lean_merge.studies.sweep.start import (
     folders,
     gathers,
     held,
+    is_made,
 )
 from lean_merge.studies.sweep.table import (
     TABLE_VERSION,
@@ -258,7 +259,9 @@ class _Sweep:
         self, point: Point, recipe: MergeRecipe, decided: Decisions, record: PointRow
     ) -> None:
         folder = self.place / point.name
-        result = merge(self._plan(recipe), folder, overwrite=self.overwrite)
+        plan = self._plan(recipe)
+        overwrite = self.overwrite and not is_made(plan, folder)
+        result = merge(plan, folder, overwrite=overwrite)
         if result.was_complete and (known := self._known(record)):
             record |= {key: known[key] for key in ("seconds", "result", "evaluation")}
         shared = self.files.add(folder, decided.digests)

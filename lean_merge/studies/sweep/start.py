@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,14 +10,17 @@ from pathlib import Path
 from lean_merge.engine import Event
 from lean_merge.errors import CheckpointError, OutputError, RecipeError
 from lean_merge.outputs import output_of
+from lean_merge.outputs.analysis import AnalysisOutput
 from lean_merge.outputs.gathered import evidence_method
 from lean_merge.outputs.recorded import Analysis, open_analysis
 from lean_merge.plan import Plan
 from lean_merge.plan import plan as make_plan
 from lean_merge.plan.parameters import build_method
 from lean_merge.plan.resources import Resources
+from lean_merge.plan.runfacts import run_facts
 from lean_merge.recipe import MergeRecipe
-from lean_merge.store.storage import explain, lock_folder, make_folder
+from lean_merge.store import find_complete
+from lean_merge.store.storage import explain, hold_folder
 from lean_merge.studies.analyze import analyze
 from lean_merge.studies.sweep.evaluation import Evaluation
 from lean_merge.studies.sweep.grid import METHOD, Grid, MethodGrid, Point, Value
@@ -107,7 +109,16 @@ def analysis_for(
     lowest: tuple[tuple[str, Value], ...] = ((METHOD, able.merge_method),)
     lowest += tuple(("temperature", value) for value in temperatures[:1])
     wanted = replace(Point(ANALYSIS_FOLDER, lowest).recipe(recipe), output="none")
-    return analyze(wanted, folder, resources=resources, overwrite=True, on_event=on_event).analysis
+    looking = make_plan(wanted, resources, output=AnalysisOutput)
+    # One that is damaged although it looks complete is replaced as well.
+    overwrite = not is_made(looking, folder) or _opened(folder) is None
+    return analyze(looking, folder, overwrite=overwrite, on_event=on_event).analysis
+
+
+def is_made(plan: Plan, folder: Path) -> bool:
+    """Tell if a folder of the sweep holds the complete output of a plan already."""
+    facts = run_facts(plan, folder)
+    return find_complete(folder, plan.shards, inputs=plan.inputs, run=facts) is not None
 
 
 def _opened(folder: Path) -> Analysis | None:
@@ -130,15 +141,13 @@ def held(place: Path) -> Iterator[None]:
     lock = None
     try:
         try:
-            if not place.exists():
-                make_folder(place)
-            lock = lock_folder(place)
+            lock, _ = hold_folder(place)
         except OSError as error:
             raise explain(place, error) from error
         yield
     finally:
         if lock is not None:
-            os.close(lock)
+            lock.release()
 
 
 def earlier_points(place: Path, recipe: MergeRecipe) -> dict[str, PointRow]:

@@ -105,10 +105,10 @@ def write_table(out: Path, table: Mapping[str, Any]) -> None:
     OutputError, BudgetError
         A file cannot be written, or the disk is full.
     """
-    for name, data in ((TABLE, to_json(dict(table))), (CSV, to_csv(table))):
+    for name, data in ((TABLE, to_json(dict(table))), (CSV, [to_csv(table)])):
         file = out / name
         try:
-            write_new(out / f"{name}{_PARTIAL}", [data])
+            write_new(out / f"{name}{_PARTIAL}", data)
             os.replace(out / f"{name}{_PARTIAL}", file)
             sync_folder(out)
         except OSError as error:

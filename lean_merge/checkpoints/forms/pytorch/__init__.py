@@ -23,6 +23,7 @@ from lean_merge.checkpoints.dtypes import ITEM_BITS
 from lean_merge.checkpoints.forms import Form
 from lean_merge.checkpoints.forms.pytorch.pickleops import PickledTensor, PickleError, follow
 from lean_merge.checkpoints.header import TensorSpec, name_fault
+from lean_merge.checkpoints.safepaths import regular
 from lean_merge.checkpoints.weightfiles import WeightNames
 from lean_merge.errors import CheckpointError, plain, shown
 
@@ -64,7 +65,7 @@ def read_pickle_header(file: Path) -> dict[str, TensorSpec]:
         contiguous block of numbers.
     """
     try:
-        with _BoundedFile(file, "rb") as stream:
+        with _BoundedFile(file, "rb", opener=regular) as stream:
             return _read(file, stream)
     except OSError as error:
         raise CheckpointError(

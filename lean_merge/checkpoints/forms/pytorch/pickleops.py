@@ -114,9 +114,42 @@ def _tensor(dtype: str | None, storage: Any, offset: Any, shape: Any, stride: An
     )
 
 
-def _tensor_v3(
-    storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, *_: Any
+def _plain(given: tuple[Any, ...]) -> None:
+    """Check what follows the arguments that are read: torch notes there how numbers are to be read.
+
+    These are its bits for negated and conjugated views. Raises PickleError for any of them.
+    """
+    if any(given):
+        raise PickleError(
+            "describes a tensor whose numbers are not those stored, as of a negated or conjugated "
+            "view, which .resolve_neg().resolve_conj() stores"
+        )
+
+
+def _tensor_v2(
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    stride: Any,
+    _grad: Any = None,
+    _hooks: Any = None,
+    *noted: Any,
 ) -> PickledTensor:
+    _plain(noted)
+    return _tensor(None, storage, offset, shape, stride)
+
+
+def _tensor_v3(
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    stride: Any,
+    _grad: Any,
+    _hooks: Any,
+    dtype: Any,
+    *noted: Any,
+) -> PickledTensor:
+    _plain(noted)
     known = dtype_by_torch_name(dtype.name) if isinstance(dtype, _Global) else None
     if known is None:
         raise PickleError("describes a tensor of an unknown dtype")
@@ -142,8 +175,8 @@ def _ordered_dict(*given: Any) -> dict[Any, Any]:
 _CALLS: MappingProxyType[str, Callable[..., Any]] = MappingProxyType(
     {
         "collections.OrderedDict": _ordered_dict,
-        "torch._utils._rebuild_tensor": lambda *of: _tensor(None, *of[:4]),
-        "torch._utils._rebuild_tensor_v2": lambda *of: _tensor(None, *of[:4]),
+        "torch._utils._rebuild_tensor": _tensor_v2,
+        "torch._utils._rebuild_tensor_v2": _tensor_v2,
         "torch._utils._rebuild_tensor_v3": _tensor_v3,
         "torch._utils._rebuild_parameter": lambda data, *_: data,
         "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
