@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lean_merge.checkpoints import TensorReader, by_role, identify
+from lean_merge.checkpoints import TensorReader, identify
 from lean_merge.checkpoints.patterns import bounded_pattern
 from lean_merge.checkpoints.safepaths import resolved
 from lean_merge.engine import Event, run
@@ -166,7 +166,7 @@ def _repair(result: Verification, check: FolderCheck) -> str | None:
             ("--base", found.base_model, named.base_model),
             *([] if named.mllm_model is None else [("--mllm", mllm, named.mllm_model)]),
             *(
-                ("--expert", now.model, then.model if not now.parameters else now.model)
+                ("--expert", now.model, now.model if now.parameters or now.parent else then.model)
                 for now, then in zip(found.experts, named.experts, strict=True)
             ),
         ):
@@ -290,7 +290,9 @@ def _recipe(journal: Journal, folder: Path) -> MergeRecipe:
     try:
         told = facts["recipe"]
         receivers = ["base", "mllm"] if "mllm_model" in told else ["base"]
-        roles = [*receivers, *(f"expert {n}" for n in range(1, len(told["experts"]) + 1))]
+        numbered = {f"expert {n}": each for n, each in enumerate(told["experts"], 1)}
+        parents = [f"parent of {role}" for role, each in numbered.items() if "parent" in each]
+        roles = [*receivers, *numbered, *parents]
         places = {str(each["role"]): folder / each["path"] for each in facts["inputs"]}
         files = [_headers(each["files"]) for each in facts["inputs"]]
         long = len(json.dumps(told)) > MAX_TEXT
@@ -311,7 +313,11 @@ def _recipe(journal: Journal, folder: Path) -> MergeRecipe:
         return str(place) if place.exists() else source
 
     experts = tuple(
-        replace(expert, model=found(f"expert {number}", expert.model))
+        replace(
+            expert,
+            model=found(f"expert {number}", expert.model),
+            parent=expert.parent and found(f"parent of expert {number}", expert.parent),
+        )
         for number, expert in enumerate(recipe.experts, 1)
     )
     return replace(
@@ -354,7 +360,7 @@ def _check_inputs(plan: Plan, facts: Mapping[str, Any]) -> None:
     Times are not compared, so that copies elsewhere are accepted.
     """
     then = {each["role"]: each["files"] for each in facts["inputs"]}
-    for role, checkpoint in by_role(plan.base, plan.mllm, plan.experts).items():
+    for role, checkpoint in plan.roles.items():
         now = _headers(identify(checkpoint))
         if now != _headers(then[role]):
             raise CheckpointError(

@@ -107,11 +107,18 @@ class Checkpoint:
 
 
 def by_role(
-    base: Checkpoint, mllm: Checkpoint, experts: Sequence[Checkpoint]
+    base: Checkpoint,
+    mllm: Checkpoint,
+    experts: Sequence[Checkpoint],
+    parents: Mapping[int, Checkpoint],
 ) -> dict[str, Checkpoint]:
-    """Return the checkpoints by role: "base", "mllm" if it is not the base, "expert 1", ..."""
+    """Return the checkpoints by role: "base", "mllm" if it is not the base, "expert 1", ...
+
+    The parent of an expert, by the expert's number, is "parent of expert 1".
+    """
     numbered = {f"expert {number}": each for number, each in enumerate(experts, 1)}
-    return {"base": base, **({} if mllm is base else {"mllm": mllm}), **numbered}
+    roles = {"base": base, **({} if mllm is base else {"mllm": mllm}), **numbered}
+    return roles | {f"parent of expert {number}": each for number, each in parents.items()}
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:

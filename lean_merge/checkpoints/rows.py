@@ -98,6 +98,11 @@ class WeightSource(abc.ABC):
     """The reason, in words, why a difference is zero; empty unless it is known to be."""
 
     @property
+    def parts(self) -> tuple[WeightSource, ...]:
+        """The sources whose rows make up its own; by default this one alone."""
+        return (self,)
+
+    @property
     def in_columns(self) -> bool:
         """Return whether its rows are stored as columns, so that few cost as much as many."""
         return False
@@ -231,3 +236,71 @@ class StoredRows(WeightSource):
         spans = [(first * item, length * item) for first, length in self.place.spans(rows)]
         reader.read_spans(self.place.tensor, spans, as_bytes(out))
         return out
+
+
+@dataclass(frozen=True, slots=True)
+class DifferenceRows(WeightSource):
+    """The rows of one role less those of the parent that it was tuned from, in float32."""
+
+    own: WeightSource
+    parent: WeightSource
+
+    is_difference: ClassVar[bool] = True
+
+    @property
+    def parts(self) -> tuple[WeightSource, ...]:
+        return self.own, self.parent
+
+    @property
+    def in_columns(self) -> bool:
+        return self.own.in_columns or self.parent.in_columns
+
+    @property
+    def name(self) -> str:
+        return self.own.name
+
+    @property
+    def file(self) -> Path:
+        return self.own.file
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.own.shape
+
+    @property
+    def dtype(self) -> str:
+        return "F32"
+
+    @property
+    def stored(self) -> tuple[TensorSpec, ...]:
+        return *self.own.stored, *self.parent.stored
+
+    @property
+    def extents(self) -> tuple[TensorSpec, ...]:
+        return *self.own.extents, *self.parent.extents
+
+    @property
+    def loaded(self) -> int:
+        return self.own.loaded + self.parent.loaded
+
+    @property
+    def held(self) -> int:
+        return self.own.held + self.parent.held
+
+    def load(self, reader: TensorReader) -> DifferenceRows:
+        return DifferenceRows(self.own.load(reader), self.parent.load(reader))
+
+    def nbytes(self, rows: slice) -> int:
+        return self.own.nbytes(rows) + self.parent.nbytes(rows)
+
+    def scratch(self, count: int) -> int:
+        """The bytes of the rows of each part, and of what reading them takes."""
+        size = count * self.shape[1]
+        return sum(
+            part.scratch(count) + size * torch_dtype(part.dtype).itemsize for part in self.parts
+        )
+
+    def read(self, rows: slice, reader: TensorReader, buffer: Buffer, name: str) -> Tensor:
+        out = buffer(name, (rows.stop - rows.start, self.shape[1]), torch.float32)
+        out.copy_(self.own.read(rows, reader, buffer, f"{name} own"))
+        return out.sub_(self.parent.read(rows, reader, buffer, f"{name} parent"))

@@ -223,7 +223,7 @@ class TaskVectors:
         return square
 
     def _refuse_non_finite(self, source: WeightSource, rows: slice) -> None:
-        for suspect in (self.weight.base, source):
+        for suspect in (self.weight.base, *source.parts):
             raw = suspect.read(rows, self._reader, self._workers.buffer, "suspect")
             if not bool(torch.isfinite(raw).all()):
                 raise DataError(

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from lean_merge.checkpoints.checkpoint import Checkpoint
+from lean_merge.checkpoints.checkpoint import Checkpoint, by_role
 from lean_merge.checkpoints.header import TensorSpec
 from lean_merge.checkpoints.reader import TensorReader
-from lean_merge.checkpoints.rows import Place, WeightSource
+from lean_merge.checkpoints.rows import DifferenceRows, Place, WeightSource
 from lean_merge.errors import CoverageError
 from lean_merge.mapping.adaptermap import ZeroRows, map_adapter
 from lean_merge.mapping.gate import Faults, check_heads, locate, report, title
@@ -174,6 +174,7 @@ def map_roles(
     base: Checkpoint,
     mllm: Checkpoint,
     experts: Sequence[Checkpoint],
+    parents: Mapping[int, Checkpoint] = MappingProxyType({}),
     *,
     allow_partial: bool = False,
     names: Mapping[str, NameRules] = MappingProxyType({}),
@@ -194,6 +195,8 @@ def map_roles(
         The multimodal model; the base itself if that receives.
     experts
         Language models tuned from `base`, or adapters of it.
+    parents
+        The models that experts were tuned from, if not from the base, by the experts' numbers.
     allow_partial
         Whether to leave out weights that do not map, instead of raising.
     names
@@ -210,9 +213,11 @@ def map_roles(
         A weight has no counterpart of its shape in some role, the roles have different heads, the
         language model cannot be told from other parts, or nothing maps at all.
     """
-    others = {"mllm": mllm} | {f"expert {n}": each for n, each in enumerate(experts, start=1)}
+    roles = by_role(base, mllm, experts, parents)
+    others = {"mllm": mllm, **roles}
+    del others["base"]
+    _refuse_parents_of_adapters(experts, parents)
     whole = {role: each for role, each in others.items() if each.adapter is None}
-    roles = {"base": base, **others}
     named = {role: renamed(roles[role], role, names[role]) for role in names}
     models = {"base", *whole}
     found = locate(base, whole, {role: each for role, each in named.items() if role in models})
@@ -235,13 +240,13 @@ def map_roles(
             faults.add("base", key, fault)
         elif len(present) == len(theirs):
             ours = base.rows(place)
-            experts_rows = tuple(
-                adapters[role].task_vector(key, ours)
+            rows = {
+                role: adapters[role].task_vector(key, ours)
                 if role in adapters
                 else each.rows(present[role])
                 for role, each in others.items()
-                if role != "mllm"
-            )
+            }
+            experts_rows = _task_vectors(rows)
             receiving = ours if mllm is base else mllm.rows(present["mllm"])
             mapped[key] = LogicalWeight(
                 f"layers.{key[0]}.{key[1]}", present["mllm"], ours, receiving, experts_rows
@@ -278,6 +283,26 @@ def map_roles(
     )
 
 
+def _refuse_parents_of_adapters(
+    experts: Sequence[Checkpoint], parents: Mapping[int, Checkpoint]
+) -> None:
+    for number in parents:
+        if experts[number - 1].adapter is not None:
+            raise CoverageError(
+                f"{experts[number - 1].source}: expert {number} is an adapter, which is the "
+                "difference from its own parent already; leave out the expert's parent."
+            )
+
+
+def _task_vectors(rows: Mapping[str, WeightSource]) -> tuple[WeightSource, ...]:
+    """Return the rows of the experts; those of one with a parent are the difference from it."""
+    parents = {role: rows.get(f"parent of {role}") for role in rows if role.startswith("expert ")}
+    return tuple(
+        rows[role] if parent is None else DifferenceRows(rows[role], parent)
+        for role, parent in parents.items()
+    )
+
+
 def _beside(
     shared: Mapping[str, Mapping[str, Place]],
     models: Mapping[str, Checkpoint],
@@ -292,11 +317,13 @@ def _beside(
     for canonical, theirs in shared.items():
         place, ours = theirs["mllm"], models["base"].rows(theirs["base"])
         is_base = models["mllm"] is models["base"]
-        experts = tuple(
-            models[role].rows(theirs[role]) if role in theirs else ZeroRows(ours, each.files[0])
+        rows_of = {
+            role: models[role].rows(theirs[role])
+            if role in theirs
+            else ZeroRows(ours, each.files[0])
             for role, each in others.items()
-            if role != "mllm"
-        )
+        }
+        experts = _task_vectors(rows_of)
         mllm = ours if is_base else models["mllm"].rows(place)
         of_tensor = parts.setdefault(place.tensor, [])
         of_tensor.append(LogicalWeight(canonical, place, ours, mllm, experts, is_matrix=False))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -41,7 +41,7 @@ class Gathered:
 
     def recipe(self, recipe: MergeRecipe) -> MergeRecipe:
         """Return `recipe` with only these parameters, for the methods that gather."""
-        experts = tuple(Expert(expert.model) for expert in recipe.experts)
+        experts = tuple(replace(expert, parameters=()) for expert in recipe.experts)
         return replace(
             recipe,
             merge_method=self.method,
@@ -150,9 +150,7 @@ class RecordedEvidence(Opened, Protocol):
     def identity(self) -> Mapping[str, Any]:
         """Return the facts that tell it from any other, for the journal of a merge from it."""
 
-    def check_inputs(
-        self, base: Checkpoint, mllm: Checkpoint, experts: Sequence[Checkpoint]
-    ) -> None:
+    def check_inputs(self, roles: Mapping[str, Checkpoint]) -> None:
         """Raise CheckpointError if the inputs are not those analysed, and name what has changed."""
 
     def suggested_thresholds(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from lean_merge.checkpoints import (
     TensorReader,
     TensorSpec,
     as_bytes,
-    by_role,
     read_header,
 )
 from lean_merge.checkpoints.identity import changed_weights, look_at
@@ -89,11 +88,8 @@ class Analysis:
             "environment": self.document["environment"],
         }
 
-    def check_inputs(
-        self, base: Checkpoint, mllm: Checkpoint, experts: Sequence[Checkpoint]
-    ) -> None:
+    def check_inputs(self, roles: Mapping[str, Checkpoint]) -> None:
         """Raise CheckpointError if the inputs are not those analysed, and name what has changed."""
-        roles = by_role(base, mllm, experts)
         change = changed_weights(self.document["inputs"], roles)
         if change is not None:
             raise CheckpointError(

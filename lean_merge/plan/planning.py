@@ -60,6 +60,8 @@ class Plan:
     base: Checkpoint
     mllm: Checkpoint
     experts: tuple[Checkpoint, ...]
+    parents: Mapping[int, Checkpoint]
+    """The models that experts were tuned from, where it is not the base, by numbers from 1."""
     coverage: Coverage
     scope: Scope
     output: Output
@@ -78,12 +80,17 @@ class Plan:
     evidence: EvidencePlan | None = None
 
     @property
+    def roles(self) -> dict[str, Checkpoint]:
+        """Return all checkpoints by their roles."""
+        return by_role(self.base, self.mllm, self.experts, self.parents)
+
+    @property
     def inputs(self) -> tuple[Path, ...]:
         """Return the folders that are read, and the files that links in them lead to.
 
         Nothing is ever written there.
         """
-        checkpoints = (self.base, self.mllm, *self.experts)
+        checkpoints = self.roles.values()
         files = [file for checkpoint in checkpoints for file in checkpoint.files]
         return (
             *(checkpoint.path for checkpoint in checkpoints),
@@ -94,7 +101,7 @@ class Plan:
     def opened(self) -> dict[str, Opened]:
         """Return all that is read, by its role, with what was seen of its files."""
         source = None if self.evidence is None else self.evidence.source
-        roles: dict[str, Opened] = {**by_role(self.base, self.mllm, self.experts)}
+        roles: dict[str, Opened] = {**self.roles}
         return roles if source is None else {**roles, "analysis": source}
 
     @property
@@ -188,10 +195,13 @@ def _plan(
     else:
         mllm = with_side_files(open_checkpoint(recipe.mllm_model))
     experts = tuple(open_expert(expert.model) for expert in recipe.experts)
+    numbered = enumerate(recipe.experts, 1)
+    parents = {n: open_checkpoint(each.parent) for n, each in numbered if each.parent is not None}
     coverage = map_roles(
         base,
         mllm,
         experts,
+        parents,
         allow_partial=recipe.allow_partial,
         names=recipe.name_rules(),
         scope=recipe.scope,
@@ -204,7 +214,7 @@ def _plan(
     methods: Methods = methods_of(recipe, positions, scope)
     if evidence is not None:
         if evidence.source is not None:
-            evidence.source.check_inputs(base, mllm, experts)
+            evidence.source.check_inputs(by_role(base, mllm, experts, parents))
         methods, evidence = decide_from_evidence(methods, positions, recipe, evidence)
     settled = evidence is not None or all(each.is_settled for each in methods.values())
 
@@ -226,6 +236,7 @@ def _plan(
         base=base,
         mllm=mllm,
         experts=experts,
+        parents=parents,
         coverage=coverage,
         scope=scope,
         output=output,
@@ -259,7 +270,11 @@ def _rules(methods: Methods) -> list[str]:
 def _check_numbers(coverage: Coverage) -> None:
     """Raise CoverageError for an in-scope tensor without numbers that can be merged."""
     for source in (
-        source for weight in coverage.weights for part in weight.slices for source in part.roles
+        part
+        for weight in coverage.weights
+        for logical in weight.slices
+        for role in logical.roles
+        for part in role.parts
     ):
         if 0 in source.shape:
             raise CoverageError(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lean_merge.checkpoints import by_role, identify
+from lean_merge.checkpoints import identify
 from lean_merge.checkpoints.identity import check_unchanged
 from lean_merge.checkpoints.safepaths import resolved
 from lean_merge.errors import OutputError
@@ -51,7 +51,6 @@ def recipe_digest(recipe: MergeRecipe) -> str:
 
 def input_facts(plan: Plan, out: Path) -> list[dict[str, Any]]:
     """Return each role's folder, relative to `out`, and its files."""
-    roles = by_role(plan.base, plan.mllm, plan.experts)
     final = resolved(out, OutputError)
     return [
         {
@@ -59,7 +58,7 @@ def input_facts(plan: Plan, out: Path) -> list[dict[str, Any]]:
             "path": seen_from(final, checkpoint.path.resolve()),
             "files": identify(checkpoint),
         }
-        for role, checkpoint in roles.items()
+        for role, checkpoint in plan.roles.items()
     ]
 
 

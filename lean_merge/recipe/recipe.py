@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,10 +51,14 @@ class Expert:
         A folder or hub id.
     parameters : tuple of (name, value)
         The parameters that hold for this expert alone.
+    parent : str, optional
+        The model that it was tuned from, if that is not the base. Its task vector is then the
+        difference from this model.
     """
 
     model: str
     parameters: Parameters = ()
+    parent: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +135,7 @@ class MergeRecipe:
         experts = tuple(_expert(entry) for entry in _list(self.experts, "experts"))
         object.__setattr__(self, "experts", experts)
         object.__setattr__(self, "parameters", _frozen(self.parameters, "parameters"))
-        object.__setattr__(self, "names", _names(self.names, len(experts)))
+        object.__setattr__(self, "names", _names(self.names, experts))
         object.__setattr__(self, "include", _filters(self.include, "include"))
         object.__setattr__(self, "exclude", _filters(self.exclude, "exclude"))
         object.__setattr__(self, "shard_size", parse_size(self.shard_size))
@@ -144,6 +148,8 @@ class MergeRecipe:
             raise RecipeError("names are for the MLLM, and there is none; nest them under a role.")
         for expert in experts:
             _check_model("experts[].model", expert.model)
+            if expert.parent is not None:
+                _check_model("experts[].parent", expert.parent)
         if not isinstance(self.merge_method, str) or not self.merge_method:
             raise RecipeError(f"merge_method must name a method, not {shown(self.merge_method)}.")
         if not isinstance(self.allow_partial, bool):
@@ -174,6 +180,8 @@ class MergeRecipe:
         experts = []
         for expert in self.experts:
             entry: dict[str, Any] = {"model": expert.model}
+            if expert.parent is not None:
+                entry["parent"] = expert.parent
             if expert.parameters:
                 entry["parameters"] = _plain(expert.parameters)
             experts.append(entry)
@@ -265,15 +273,17 @@ def _list(value: Any, name: str) -> list[Any]:
 
 def _expert(entry: Any) -> Expert:
     if isinstance(entry, Expert):
-        return Expert(entry.model, _frozen(entry.parameters, "experts[].parameters"))
+        parameters = _frozen(entry.parameters, "experts[].parameters")
+        return dataclasses.replace(entry, parameters=parameters)
     if isinstance(entry, str):
         return Expert(entry)
     if not isinstance(entry, Mapping):
         raise RecipeError(f"An expert must be a mapping with a model, not {shown(entry)}.")
-    reject_unknown(entry, ("model", "parameters"), "experts[]")
+    reject_unknown(entry, ("model", "parent", "parameters"), "experts[]")
     if "model" not in entry:
         raise RecipeError("An expert lacks its model.")
-    return Expert(entry["model"], _frozen(entry.get("parameters"), "experts[].parameters"))
+    parameters = _frozen(entry.get("parameters"), "experts[].parameters")
+    return Expert(entry["model"], parameters, entry.get("parent"))
 
 
 def _frozen(parameters: Any, where: str) -> Parameters:
@@ -367,12 +377,14 @@ def _plain_value(value: Any) -> Any:
     return [_plain_value(each) for each in value] if isinstance(value, tuple) else value
 
 
-def _names(names: Any, experts: int) -> Parameters:
+def _names(names: Any, experts: Sequence[Expert]) -> Parameters:
     """Check the rules of `names`, and return them by role if that is how they were given."""
     rules = _pairs(names, "names")
     if all(isinstance(value, str) for _, value in rules):
         return _rules(rules, "names")
-    roles = ["base", "mllm", *(f"expert {number}" for number in range(1, experts + 1))]
+    roles = ["base", "mllm"]
+    for number, expert in enumerate(experts, 1):
+        roles += [f"expert {number}", *[f"parent of expert {number}"][: expert.parent is not None]]
     reject_unknown((role for role, _ in rules), roles, "names, by role")
     return tuple(
         (role, _rules(_pairs(value, f"names.{role}"), f"names.{role}")) for role, value in rules

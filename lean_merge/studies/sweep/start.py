@@ -94,12 +94,12 @@ def analysis_for(
         return None
     if given is not None:
         analysis = open_analysis(given) if isinstance(given, (str, Path)) else given
-        analysis.check_inputs(plan.base, plan.mllm, plan.experts)
+        analysis.check_inputs(plan.roles)
         return analysis
     folder = place / ANALYSIS_FOLDER
     if not overwrite and (found := _opened(folder)) is not None:
         try:
-            found.check_inputs(plan.base, plan.mllm, plan.experts)
+            found.check_inputs(plan.roles)
         except CheckpointError as error:
             raise CheckpointError(
                 f"{error} A sweep makes its own anew with --overwrite."
@@ -132,6 +132,7 @@ def _opened(folder: Path) -> Analysis | None:
 def folders(recipe: MergeRecipe) -> list[Path]:
     """Return the folders of the inputs; an input that is a hub id has none."""
     models = [recipe.base_model, recipe.receiver, *(each.model for each in recipe.experts)]
+    models += [each.parent for each in recipe.experts if each.parent is not None]
     return [path for path in map(Path, models) if path.exists()]
 
 
