@@ -89,7 +89,9 @@ def test_any_density_ties_zeros_and_signs(
     ]
     expected = expected_of(parameters, task_vectors)
     update = update_of(parameters, task_vectors).double().numpy()
-    np.testing.assert_allclose(update, expected, rtol=1e-6, atol=1e-9)
+    # What is left of two numbers that nearly cancel is as accurate as they were.
+    largest = max(float(each.abs().max()) for each in task_vectors)
+    np.testing.assert_allclose(update, expected, rtol=0, atol=1e-6 * largest)
 
 
 def test_of_equal_task_vectors_the_large_entries_stay():

@@ -13,7 +13,7 @@ from support.families import SMALL, Triple, load, write_triple
 
 from lean_merge import MergeRecipe, MethodGrid, RecipeError, Resources, cli, merge, sweep
 from lean_merge.cli.describe import sweep_text
-from lean_merge.page.sweep import content
+from lean_merge.page.sweep import sweep_content
 from lean_merge.studies import pages
 from lean_merge.studies.sweep.table import read_table, to_csv
 
@@ -79,7 +79,7 @@ def test_every_point_is_the_merge_of_its_method_and_the_receiver_is_measured(
     log.unlink()
     assert "the model that receives, as it is" in sweep_text(table)
     assert "trim_over" in to_csv(table).decode().splitlines()[0]
-    assert content(read_table(out) or {}).data["receiver"] == {"size": 1.5}
+    assert sweep_content(read_table(out) or {}).data["receiver"] == {"size": 1.5}
     before = read_table(out)
     sweep(recipe, grid, out, evaluate=command, resources=CPU)
     assert read_table(out) == before and not log.exists()
