@@ -69,8 +69,8 @@ def added(method: Method[Any]) -> LinearRule:
     return LinearRule(method, (0.0, *scales), "the experts' task vectors are added, times scale")
 
 
-def averaged(method: Method[Any]) -> LinearRule:
-    """Return W_0 + scale * the mean of all models' task vectors, for a method with one scale."""
+def averaged(method: Method[Any], weights: Sequence[float]) -> LinearRule:
+    """Return W_0 + scale * the mean of all models' weighed task vectors, the MLLM's first."""
     share = method.common.scale / method.models
-    coefficients = (share - 1.0, *(share for _ in method.parameters))
+    coefficients = (share * weights[0] - 1.0, *(share * weight for weight in weights[1:]))
     return LinearRule(method, coefficients, "the mean of all task vectors is taken, times scale")

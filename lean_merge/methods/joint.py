@@ -70,7 +70,7 @@ class JointMethod(Method[P], abc.ABC):
 
     def beside_matrices(self) -> LinearRule:
         """Return the rule that takes the mean of all task vectors."""
-        return averaged(self)
+        return averaged(self, self.weights)
 
     def reads_task_vectors(self) -> tuple[bool, ...]:
         """Tell that an update takes away the MLLM's task vector, and reads no other."""

@@ -89,7 +89,7 @@ class Approximating(Method[Any]):
         # A method without passes decides on weights that no expert changes too.
         always = method.changes_by_itself or not method.cost((8, 8), item=4).passes
         vars(self).update(
-            exact_differences=method.exact_differences,
+            differences=method.differences,
             changes_by_itself=always,
             rule=method.rule,
         )
@@ -98,6 +98,10 @@ class Approximating(Method[Any]):
     def is_settled(self) -> bool:
         """Return whether the other method's parameters are all known."""
         return self._method.is_settled
+
+    def forms_exactly(self, shape: tuple[int, int]) -> bool:
+        """Return whether the other method's task vectors are formed in float32."""
+        return self._method.forms_exactly(shape)
 
     def survey(self) -> Survey | None:
         """Return the other method's survey."""
