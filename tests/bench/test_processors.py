@@ -1,0 +1,34 @@
+"""The accuracy bars under the smaller instruction sets of this processor, in part."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[2] / "bench"
+
+
+def test_bars_hold_under_smaller_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(BENCH), *sys.path])
+    import processors
+
+    runs = {one.name: processors.run(one, processors.QUICK, 1) for one in processors.smaller()}
+    assert runs and all(each.passed for each in runs.values())
+    rows = processors.margins(runs).splitlines()[2:]
+    (row,) = [row for row in rows if "nuclear norm after six blocks" in row]
+    assert float(row.strip("| ").rpartition("|")[2]) >= 1
+
+
+def test_instruction_sets_that_a_processor_lacks_are_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "path", [str(BENCH), *sys.path])
+    import processors
+    import torch
+
+    for each in ("avx2", "avx512", "avx512_bf16", "amx_tile"):
+        monkeypatch.setattr(torch.cpu, f"_is_{each}_supported", lambda each=each: "avx2" in each)
+    assert [one.name for one in processors.ALL if one.is_here] == ["default", "AVX2"]
+    assert [one.name for one in processors.smaller()] == ["default"]
