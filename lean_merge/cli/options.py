@@ -9,12 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
+from lean_merge.checkpoints import open_checkpoint
 from lean_merge.cli import describe
 from lean_merge.errors import RecipeError
+from lean_merge.mapping import language_layout
 from lean_merge.plan.resources import Resources
 from lean_merge.recipe import MergeRecipe, load_recipe_file
 from lean_merge.sizes import parse_size
 
+MERGEKITS = ("models", "slices", "modules", "gate_mode")
+"""Keys that only mergekit's own recipes have."""
 RecipeFile = Annotated[
     Path | None, typer.Argument(metavar="[RECIPE.yml]", help="The recipe, which flags override.")
 ]
@@ -119,6 +123,8 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 def _recipe(file: Path | None, given: dict[str, Any], parameters: dict[str, Any]) -> MergeRecipe:
     """Return the recipe of a file, in which the flags that were given replace what it says."""
     data = load_recipe_file(file) if file is not None else {}
+    if any(key in data for key in MERGEKITS):
+        data = _mergekits(data, given)
     data |= {name: value for name, value in given.items() if value is not None}
     flags = {name: value for name, value in parameters.items() if value is not None}
     if flags:
@@ -136,6 +142,26 @@ def _recipe(file: Path | None, given: dict[str, Any], parameters: dict[str, Any]
     if missing:
         raise RecipeError(f"Missing {', '.join(missing)}; give them, or a recipe file.")
     return MergeRecipe.from_dict(data)
+
+
+def _mergekits(data: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Return the recipe that mergekit's recipe stands for, with the flags that were given."""
+    from lean_merge.recipe.mergekit import translated
+
+    for key in ("base_model", "merge_method"):
+        if given.get(key) is not None:
+            data[key] = given[key]
+    scope = given.get("scope") or "language"
+    found = translated(data, mllm=given.get("mllm_model"), scope=scope)
+    if found.layers is not None:
+        base = open_checkpoint(found.recipe["base_model"])
+        layers = next(iter(language_layout(base).values()), found.layers)
+        if layers != found.layers:
+            raise RecipeError(
+                f"slices: their layer_range ends at layer {found.layers}, and the models have "
+                f"{layers} layers; lean-merge merges all, and does not stack layers anew."
+            )
+    return found.recipe
 
 
 def _rank(text: str | None) -> int | str | None:
