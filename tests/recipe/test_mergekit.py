@@ -6,13 +6,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.families import Triple, write_triple
+from support import oracle
+from support.families import Triple, as_matrix, load, write_triple
+from support.oracle import Matrix
 from typer.testing import CliRunner
 
+from lean_merge import Resources, merge
 from lean_merge.cli.app import app
 from lean_merge.errors import RecipeError
 from lean_merge.plan.parameters import MethodTable
@@ -288,3 +292,71 @@ def test_the_command_line_reads_it_and_knows_the_layers(triple: Triple, tmp_path
     assert "layer_range ends at layer 2, and the models have 3 layers" in said
     said = planned(triple, tmp_path, config, "--set", "mllm_weight=-1")
     assert "mllm_weight must lie in 0 .. 100" in said
+
+
+# --- merges of text models ------------------------------------------------------------------
+
+WHOLE: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "slerp": {"t": 0.3},
+    "task_arithmetic": {"lambda": 0.5},
+    "ties": {"density": 0.5},
+    "breadcrumbs": {"density": 0.5, "gamma": 0.1},
+    "dare_linear": {"density": 0.5},
+    "della": {"density": 0.5},
+}
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Triple:
+    return write_triple(tmp_path_factory.mktemp("family") / "in", SHAPES, experts=2)
+
+
+@pytest.mark.parametrize("method", WHOLE)
+def test_text_models_merge_to_the_formula(family: Triple, tmp_path: Path, method: str):
+    """Without an MLLM, norms included, as mergekit defines it."""
+    weights = {str(family.experts[0]): 0.5, str(family.experts[1]): 0.25}
+    models = [{"model": each, "parameters": {"weight": own}} for each, own in weights.items()]
+    if method == "linear":
+        models.append({"model": str(family.base), "parameters": {"weight": 1.0}})
+    if method == "slerp":
+        models = [{"model": each} for each in (str(family.base), str(family.experts[0]))]
+    config = {"merge_method": method, "base_model": str(family.base), "models": models}
+    config["parameters"] = WHOLE[method]
+    recipe = MergeRecipe.from_dict(translated(config).recipe)
+    found = load(merge(recipe, tmp_path / "out", resources=Resources(device="cpu")).path)
+    base, *experts = (load(folder) for folder in (family.base, *family.experts))
+    for name, tensor in found.items():
+        ours = name.removeprefix("model.").removesuffix(".weight")
+        roles = [as_matrix(each[name]) for each in (base, *experts)]
+        wanted = by_the_book(method, ours, [each.reshape(-1, each.shape[-1]) for each in roles])
+        stored = as_matrix(tensor).reshape(wanted.shape)
+        np.testing.assert_allclose(stored, wanted, rtol=3e-7, atol=3e-8)
+
+
+def by_the_book(method: str, ours: str, roles: list[Matrix]) -> Matrix:
+    """The merged weight; the experts have the weights 0.5 and 0.25."""
+    base, *experts = roles
+    if method == "linear":
+        return (base + 0.5 * experts[0] + 0.25 * experts[1]) / 1.75
+    if method == "slerp":
+        return oracle.slerp(base, experts[0], 0.3)
+    task_vectors = [each - base for each in experts]
+    if method == "task_arithmetic":
+        return base + 0.5 * (0.5 * task_vectors[0] + 0.25 * task_vectors[1])
+    sparse = []
+    for role, each in enumerate(task_vectors, start=1):
+        chance = oracle.uniform(each.shape, seed=0, name=ours, purpose=f"drop {role}")
+        probabilities: Any = 0.5
+        if method == "della":
+            probabilities = oracle.della_probabilities(each, 0.5, 0.15)
+        if method == "ties":
+            sparse.append(np.where(np.abs(each) >= oracle.magnitude_kept([each], 0.5), each, 0))
+        elif method == "breadcrumbs":
+            sparse.append(oracle.in_band(each, 0.5, 0.1))
+        else:
+            sparse.append(oracle.dropped(each, probabilities, chance, "l1"))
+    is_sum = method in ("breadcrumbs", "dare_linear")
+    return base + oracle.merged(
+        sparse, weights=[0.5, 0.25], elects=not is_sum, normalize=not is_sum
+    )
