@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lean_merge.errors import RecipeError, shown
-from lean_merge.recipe.mergekit.values import Rule, filtered, rules_of
+from lean_merge.recipe.mergekit.values import WordedValue, filtered, rules_of
 from lean_merge.recipe.recipe import reject_unknown
 
 _KEYS = (
@@ -301,7 +301,7 @@ class _Reading:
             given = [scope[name] for scope in scopes if name in scope]
             found = [rule for setting in given for rule in rules_of(setting, name)]
             if parameter.default is not None:
-                found.append(Rule(None, parameter.default))
+                found.append(WordedValue(None, parameter.default))
             last = next((n for n, each in enumerate(found) if each.words is None), None)
             if last is None:
                 which = "" if model is None else f" of {shown(model)}"
@@ -309,7 +309,9 @@ class _Reading:
                     f"{name}{which}: mergekit's {self.method} needs a value for every tensor; add "
                     "one without a filter."
                 )
-            rules.append([Rule(e.words, parameter.convert(e.value)) for e in found[: last + 1]])
+            rules.append(
+                [WordedValue(e.words, parameter.convert(e.value)) for e in found[: last + 1]]
+            )
         return filtered(rules, [each.layers for each in self.slices], is_whole=self.is_whole)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from lean_merge.errors import RecipeError, shown
 from lean_merge.recipe.recipe import reject_unknown
 
-Value = Any
+Setting = Any
 """A number, a word or a truth value; or a tuple of numbers, interpolated over the layers."""
 _OUTSIDE = {
     "embed_tokens": "model.embed_tokens.weight",
@@ -25,19 +25,19 @@ _OUTSIDE = {
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class WordedValue:
     """A value for the tensors whose names contain `words`, or for all if that is None."""
 
     words: str | None
-    value: Value
+    value: Setting
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
+class _Filtering:
     """A value for the tensors whose names a filter of ours matches, or for all if that is None."""
 
     filter: str | None
-    value: Value
+    value: Setting
 
     def fits(self, ours: str) -> bool:
         """Return whether the filter matches a tensor outside of the layers."""
@@ -48,11 +48,11 @@ class _Entry:
         return not in_layers and any(re.search(self.filter, name) for name in names)
 
 
-def rules_of(setting: Any, name: str) -> list[Rule]:
+def rules_of(setting: Any, name: str) -> list[WordedValue]:
     """Read one of mergekit's settings of the parameter `name`. Raises RecipeError."""
     entries = [setting] if isinstance(setting, Mapping) else setting
     if not (isinstance(entries, list) and any(isinstance(each, Mapping) for each in entries)):
-        return [] if entries == [] else [Rule(None, _value(entries, name))]
+        return [] if entries == [] else [WordedValue(None, _value(entries, name))]
     rules = []
     for entry in entries:
         if not isinstance(entry, Mapping):
@@ -61,11 +61,11 @@ def rules_of(setting: Any, name: str) -> list[Rule]:
         words = entry.get("filter")
         if words is not None and not isinstance(words, str):
             raise RecipeError(f"{name}: a filter must be words of a name, not {shown(words)}.")
-        rules.append(Rule(None if words == "*" else words, _value(entry.get("value"), name)))
+        rules.append(WordedValue(None if words == "*" else words, _value(entry.get("value"), name)))
     return rules
 
 
-def _value(raw: Any, name: str) -> Value:
+def _value(raw: Any, name: str) -> Setting:
     """Return a value; YAML reads numbers such as 1e-3 as words."""
     if isinstance(raw, list):
         parts = tuple(_value(each, name) for each in raw)
@@ -82,7 +82,7 @@ def _value(raw: Any, name: str) -> Value:
     return raw
 
 
-def _at(value: Value, place: float) -> Value:
+def _at(value: Setting, place: float) -> Setting:
     """Return a value at the place from 0, the first layer of its slice, to 1, the last one."""
     if not isinstance(value, tuple):
         return value
@@ -94,7 +94,7 @@ def _at(value: Value, place: float) -> Value:
 
 
 def filtered(
-    rules: Sequence[Sequence[Rule]], layers: Sequence[range | None], *, is_whole: bool
+    rules: Sequence[Sequence[WordedValue]], layers: Sequence[range | None], *, is_whole: bool
 ) -> Any:
     """Return one value, a list over the layers, or entries with filters, as our recipes have them.
 
@@ -106,15 +106,15 @@ def filtered(
     is_whole
         Whether tensors outside of the layers are merged too.
     """
-    entries: list[_Entry] = []
+    entries: list[_Filtering] = []
     for own, of_slice in zip(rules, layers, strict=True):
         if len(rules) == 1:
-            entries += [_Entry(e.words and _pattern(e.words), e.value) for e in own]
+            entries += [_Filtering(e.words and _pattern(e.words), e.value) for e in own]
         else:
             assert of_slice is not None
             entries += _in_layers(own, of_slice)
     if len(rules) > 1:
-        entries.append(_Entry(None, _outside("embed_tokens", rules[0])))
+        entries.append(_Filtering(None, _outside("embed_tokens", rules[0])))
     if is_whole:
         entries = [*_beside_layers(rules[-1], entries), *entries]
     if len({repr(each.value) for each in entries}) == 1:
@@ -125,32 +125,32 @@ def filtered(
     ]
 
 
-def _in_layers(rules: Sequence[Rule], layers: range) -> Iterator[_Entry]:
+def _in_layers(rules: Sequence[WordedValue], layers: range) -> Iterator[_Filtering]:
     """Yield a slice's values with filters that name its layers."""
     for rule in rules:
         if not isinstance(rule.value, tuple):
-            yield _Entry(_within(rule.words, layers), rule.value)
+            yield _Filtering(_within(rule.words, layers), rule.value)
             continue
         for layer in layers:
             place = (layer - layers.start) / (len(layers) - 1) if len(layers) > 1 else 1.0
             here = range(layer, layer + 1)
-            yield _Entry(_within(rule.words, here), _at(rule.value, place))
+            yield _Filtering(_within(rule.words, here), _at(rule.value, place))
 
 
-def _beside_layers(last: Sequence[Rule], entries: Sequence[_Entry]) -> list[_Entry]:
+def _beside_layers(last: Sequence[WordedValue], entries: Sequence[_Filtering]) -> list[_Filtering]:
     """Return entries for the last norm and the head, where our own reading would differ.
 
     mergekit gives them the first value of a list, of the last slice; we give them the last value.
     """
-    found: dict[str, tuple[list[str], Value]] = {}
+    found: dict[str, tuple[list[str], Setting]] = {}
     for ours in ("norm", "lm_head"):
         wanted = _outside(ours, last)
         if _at(next(each.value for each in entries if each.fits(ours)), 1.0) != wanted:
             found.setdefault(repr(wanted), ([], wanted))[0].append(ours)
-    return [_Entry(f"^(?:{'|'.join(names)})$", value) for names, value in found.values()]
+    return [_Filtering(f"^(?:{'|'.join(names)})$", value) for names, value in found.values()]
 
 
-def _outside(ours: str, rules: Sequence[Rule]) -> Value:
+def _outside(ours: str, rules: Sequence[WordedValue]) -> Setting:
     """Return mergekit's value for a tensor outside of the layers."""
     name = _OUTSIDE[ours]
     return next(_at(e.value, 0.0) for e in rules if e.words is None or e.words in name)
@@ -172,8 +172,8 @@ def _within(words: str | None, layers: range) -> str:
     return rf"^(?=.*{_pattern(words)})(?:.*\.)?layers\.(?:{numbers})\."
 
 
-def _plain(value: Value) -> Any:
+def _plain(value: Setting) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-__all__ = ["Rule", "Value", "filtered", "rules_of"]
+__all__ = ["Setting", "WordedValue", "filtered", "rules_of"]
