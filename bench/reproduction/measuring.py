@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -95,21 +95,25 @@ def measure_all(
     say(f"{len(listed)} models for each of the seeds {', '.join(map(str, seeds))}")
     jobs: dict[int, Job] = {seed: Job(seed) for seed in seeds}
     parts = min(PARTS, workers)
+    tasks = [(seed, listed, part, parts, problems, kept) for seed in seeds for part in range(parts)]
+    for done in _each(tasks, workers):
+        jobs[done.seed].measured |= done.measured
+        jobs[done.seed].facts |= done.facts
+        jobs[done.seed].seconds += done.seconds
+        say(f"seed {done.seed}: {len(jobs[done.seed].measured)} of {len(listed)} measured")
+    return gathered([jobs[seed] for seed in seeds], listed, weights)
+
+
+def _each(tasks: Sequence[tuple[Any, ...]], workers: int) -> Iterator[Job]:
+    """Work on all tasks, in this process if there is one worker."""
+    if workers == 1:
+        yield from (_work(*task) for task in tasks)
+        return
     with ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), max_tasks_per_child=1
     ) as pool:
-        running = [
-            pool.submit(_work, seed, listed, part, parts, problems, kept)
-            for seed in seeds
-            for part in range(parts)
-        ]
-        for each in running:
-            done = each.result()
-            jobs[done.seed].measured |= done.measured
-            jobs[done.seed].facts |= done.facts
-            jobs[done.seed].seconds += done.seconds
-            say(f"seed {done.seed}: {len(jobs[done.seed].measured)} of {len(listed)} measured")
-    return gathered([jobs[seed] for seed in seeds], listed, weights)
+        running = [pool.submit(_work, *task) for task in tasks]
+        yield from (each.result() for each in running)
 
 
 def gathered(by_seed: Sequence[Job], listed: Sequence[Candidate], weights: int) -> Result:
@@ -137,6 +141,7 @@ def _work(
 ) -> Job:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
+    began = time.process_time()
     family = Family(seed, problems=problems)
     job = Job(seed)
     known: MutableMapping[str, dict[str, Marks]] = {}
@@ -146,7 +151,7 @@ def _work(
         job.measured[index] = measure(family, listed[index], known)
     if part == 0:
         job.facts = facts(family)
-    job.seconds = time.process_time()
+    job.seconds = time.process_time() - began
     if isinstance(known, KeptMarks):
         job.seconds += known.seconds
     return job

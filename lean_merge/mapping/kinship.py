@@ -166,7 +166,8 @@ def compare_tokens(base: Checkpoint, others: Mapping[str, Checkpoint]) -> dict[s
             )
             moved = int((ours[1][first] != theirs[1][second]).sum())
             own = np.delete(theirs[1], second) if len(ours[0]) else ours[1]
-            found[role] = Tokens(len(first), moved, float(own.min(initial=np.inf)))
+            added = float(own.min()) if own.size else math.inf
+            found[role] = Tokens(len(first), moved, added)
     return found
 
 
