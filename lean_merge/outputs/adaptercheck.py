@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Set
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from lean_merge.methods import Decision
 from lean_merge.outputs.base import Comparison, ReadRows
 from lean_merge.outputs.cutting import CutUpdate, cut_update
 from lean_merge.outputs.differing import bytes_apart
-from lean_merge.outputs.peft import ADAPTER, AdapterModule, cast_factors
+from lean_merge.outputs.modules import RowRuns
+from lean_merge.outputs.peft import ADAPTER, AdapterModule, cast_factors, gaps
 from lean_merge.store import Difference
 from lean_merge.tasks import CopyTask, Note, Truncated, WeightTask, to_note
 from lean_merge.tasks.tiles import STRIP_ELEMENTS
@@ -28,9 +30,17 @@ TOLERATED_UPDATE = 0.01
 
 @dataclass
 class _Found:
-    """The differences of one module: in bytes of A and B, and as a share of the update's norm."""
+    """The differences of one module: in bytes of A and B, and as a share of the update's norm.
+
+    `tensors` are those that it is made of, of which `left` are still to come; `rank` is that of the
+    parts that were compared, and `runs` are their rows.
+    """
 
     module: AdapterModule
+    tensors: tuple[str, ...]
+    left: set[str]
+    rank: int = 0
+    runs: list[tuple[int, int, int]] = field(default_factory=list)
     fault: str = ""
     off_a: int = 0
     off_b: int = 0
@@ -42,33 +52,45 @@ class AdapterComparison(Comparison):
 
     Parameters
     ----------
-    module
-        A function that returns the module of a tensor in scope, without its parts.
+    pieces
+        A function that returns the modules that a logical weight of a tensor lies in, and its rows in each.
+    tensors
+        The modules to compare, by name, with the tensors in scope that each is made of.
+    modules
+        The same modules, without their parts.
     dtype
         The dtype of the factors in the file.
-    rank
-        The recipe's `lora_rank`: a number, or "auto".
-    stored, reader, sampled
+    rank, is_padded
+        The recipe's `lora_rank` and `lora_uniform_rank`.
+    stored, reader
         As `Output.comparison` has them.
     """
 
     def __init__(
         self,
-        module: Callable[[MappedWeight], AdapterModule],
+        *,
+        pieces: Callable[[MappedWeight, LogicalWeight], list[tuple[str, RowRuns]]],
+        tensors: Mapping[str, Sequence[str]],
+        modules: Mapping[str, AdapterModule],
         dtype: torch.dtype,
         rank: int | str,
+        is_padded: bool,
         stored: Mapping[str, TensorSpec],
         reader: TensorReader,
-        sampled: Set[str],
     ) -> None:
-        self._module = module
+        self._pieces = pieces
         self._dtype = dtype
         self._rank = rank
+        self._is_padded = is_padded
         self._stored = stored
         self._reader = reader
-        self._sampled = sampled
-        self._done = 0
-        self._found: dict[str, _Found] = {}
+        self._sampled = {name for names in tensors.values() for name in names}
+        self._found = {
+            name: _Found(modules[name], tuple(names), set(names)) for name, names in tensors.items()
+        }
+        specs = [stored[each.key_a] for each in modules.values() if each.key_a in stored]
+        ranks = Counter(spec.shape[0] for spec in specs if spec.shape)
+        self._usual = max(ranks, key=ranks.__getitem__, default=0)
 
     def finished(self, task: CopyTask | WeightTask) -> Any:
         """Report that tensors which are not to be compared are done."""
@@ -77,29 +99,47 @@ class AdapterComparison(Comparison):
     def keep(
         self, task: WeightTask, weight: LogicalWeight, decision: Decision, read: ReadRows
     ) -> Truncated | None:
-        """Compare the rows of a module that belong to a logical weight."""
-        found = self._found.setdefault(task.tensor.name, _Found(self._module(task.weight)))
+        """Compare the rows of the modules that belong to a logical weight."""
         update = cut_update(decision, self._rank)
-        stored = self._factors(found.module, weight.shape[1], task)
-        if isinstance(stored, str):
-            found.fault = stored
-        elif stored is not None:
-            self._compare(found, update, stored, weight.row_runs)
-        elif update is not None and update.rank:
-            found.fault = "is missing, although the merge gives an update"
+        for name, runs in self._pieces(task.weight, weight):
+            found = self._found.get(name)
+            if found is None:
+                continue
+            stored = self._factors(found.module)
+            if isinstance(stored, str):
+                found.fault = stored
+            elif stored is not None:
+                self._compare(found, update, stored, runs)
+            elif update is not None and update.rank:
+                found.fault = "is missing, although the merge gives an update"
         return None if update is None else update.truncated
 
     def finish(self, task: CopyTask | WeightTask, note: Any) -> None:
-        """Compare the sum of the parts' ranks with the module's rank."""
-        found, done = self._found[task.tensor.name], self._done
-        self._done = 0
-        spec = self._stored.get(found.module.key_a)
-        if spec is not None and not found.fault and done != spec.shape[0]:
-            found.fault = f"has rank {spec.shape[0]}, and the merge gives {done}"
+        """Look at what no part fills, in the modules that this was the last tensor of."""
+        for found in self._found.values():
+            if task.tensor.name not in found.left:
+                continue
+            found.left.remove(task.tensor.name)
+            stored = self._factors(found.module)
+            if not found.left and isinstance(stored, tuple) and not found.fault:
+                self._compare_rest(found, *stored)
 
-    def _factors(
-        self, module: AdapterModule, in_features: int, task: WeightTask
-    ) -> tuple[TensorSpec, TensorSpec] | str | None:
+    def _compare_rest(self, found: _Found, a: TensorSpec, b: TensorSpec) -> None:
+        """Compare the sum of the parts' ranks with the module's, and what is left with zeros."""
+        rank, module = a.shape[0], found.module
+        if found.rank > rank or (found.rank < rank and not self._is_padded):
+            found.fault = f"has rank {rank}, and the merge gives {found.rank}"
+            return
+        if self._is_padded and rank != self._usual:
+            found.fault = f"has rank {rank}, and others have {self._usual}"
+            return
+        for row in range(found.rank, rank):
+            zeros = torch.zeros(1, module.in_features)
+            found.off_a += self._off(a, row * module.in_features, zeros)
+        for first, count in gaps(found.runs, module.out_features):
+            found.off_b += self._compare_b(b, 0, 0, None, ((0, first, count),))
+
+    def _factors(self, module: AdapterModule) -> tuple[TensorSpec, TensorSpec] | str | None:
         """Return the stored A and B, the fault that they have, or None if absent."""
         a, b = self._stored.get(module.key_a), self._stored.get(module.key_b)
         if a is None and b is None:
@@ -107,7 +147,7 @@ class AdapterComparison(Comparison):
         if a is None or b is None:
             return "has one factor only"
         rank = a.shape[0] if a.shape else 0
-        wanted = (rank, in_features), (task.weight.mllm.shape[0], rank)
+        wanted = (rank, module.in_features), (module.out_features, rank)
         dtype = safetensors_dtype(self._dtype)
         if (a.shape, b.shape) != wanted or {a.dtype, b.dtype} != {dtype} or not rank:
             return f"has factors of {a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}"
@@ -118,13 +158,14 @@ class AdapterComparison(Comparison):
         found: _Found,
         update: CutUpdate | None,
         stored: tuple[TensorSpec, TensorSpec],
-        runs: tuple[tuple[int, int], ...],
+        runs: RowRuns,
     ) -> None:
-        (a, b), left = stored, self._done
+        (a, b), left = stored, found.rank
         rank = 0 if update is None else update.rank
-        self._done += rank
+        found.rank += rank
+        found.runs += runs
         off_a = off_b = 0
-        fits = self._done <= a.shape[0]
+        fits = found.rank <= a.shape[0]
         if fits:
             off_a = self._compare_a(a, left, update)
             off_b = self._compare_b(b, left, rank, update, runs)
@@ -146,7 +187,7 @@ class AdapterComparison(Comparison):
         left: int,
         rank: int,
         update: CutUpdate | None,
-        runs: tuple[tuple[int, int], ...],
+        runs: RowRuns,
     ) -> int:
         """Count them in B's rows in `runs`, where the update has `rank` columns from `left` on."""
         off = done = 0
@@ -160,14 +201,12 @@ class AdapterComparison(Comparison):
             done += strip.shape[0]
         return off
 
-    def _rows_of_b(
-        self, update: CutUpdate | None, runs: tuple[tuple[int, int], ...], width: int
-    ) -> Iterator[Tensor]:
+    def _rows_of_b(self, update: CutUpdate | None, runs: RowRuns, width: int) -> Iterator[Tensor]:
         height = max(1, STRIP_ELEMENTS // width)
         if update is not None and update.rank:
             yield from update.b()
             return
-        rows = sum(count for _, count in runs)
+        rows = max(source + count for source, _, count in runs)
         for first in range(0, rows, height):
             yield torch.empty(min(height, rows - first), 0, dtype=torch.float32)
 
@@ -191,7 +230,7 @@ class AdapterComparison(Comparison):
         update: CutUpdate | None,
         a: TensorSpec,
         b: TensorSpec,
-        runs: tuple[tuple[int, int], ...],
+        runs: RowRuns,
     ) -> float:
         """Compute ||stored - update|| / ||update||, Frobenius, of the rows in `runs`.
 
@@ -228,9 +267,9 @@ class AdapterComparison(Comparison):
         The update of a tensor in `elsewhere` may differ by `TOLERATED_UPDATE` of its norm.
         """
         differences = []
-        for name, found in self._found.items():
+        for found in self._found.values():
             module = found.module
-            if name in elsewhere and found.apart:
+            if found.apart and not elsewhere.isdisjoint(found.tensors):
                 if not found.apart <= TOLERATED_UPDATE:
                     fault = f"the update differs from the merge's by {found.apart:.2%} of its norm"
                     differences.append(Difference(ADAPTER, module.key_b, fault))
@@ -245,16 +284,12 @@ class AdapterComparison(Comparison):
         return differences
 
 
-def _inside(
-    runs: tuple[tuple[int, int], ...], start: int, count: int
-) -> Iterator[tuple[int, int, int]]:
-    """Yield the places of rows [start, start + count), counted through all `runs` in order.
+def _inside(runs: RowRuns, start: int, count: int) -> Iterator[tuple[int, int, int]]:
+    """Yield the places in the module of an update's rows [start, start + count).
 
-    Each item is (row of the whole, row counted from `start`, how many rows).
+    Each item is (row of the module, row counted from `start`, how many rows).
     """
-    done = 0
-    for first, length in runs:
-        low, high = max(start, done), min(start + count, done + length)
+    for source, first, length in runs:
+        low, high = max(start, source), min(start + count, source + length)
         if low < high:
-            yield first + low - done, low - start, high - low
-        done += length
+            yield first + low - source, low - start, high - low

@@ -169,6 +169,11 @@ class Output(abc.ABC):
         """Return warnings for people, in sentences."""
         return ()
 
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What its journal tells beside recipe and inputs; it decides the bytes too."""
+        return {}
+
     # --- what it takes ------------------------------------------------------------------------
 
     @property

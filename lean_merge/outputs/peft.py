@@ -6,8 +6,8 @@ Their ranks are known only when all weights are analysed; until then, factors wa
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from lean_merge.checkpoints.dtypes import safetensors_dtype
 from lean_merge.checkpoints.reader import as_bytes
 from lean_merge.checkpoints.weightfiles import ADAPTER_CONFIG
 from lean_merge.errors import DataError, OutputError
+from lean_merge.outputs.modules import RowRuns
 from lean_merge.store.blocks import StoredBlock
 from lean_merge.store.folder import OutputFolder
 from lean_merge.store.layout import OutputTensor, Shard, single_file
@@ -30,50 +31,43 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class StoredFactors:
-    """The update of some rows of a module, b [rows, rank] @ a [rank, in].
+    """The update of some rows of a module, rows of b [rows, rank] @ a [rank, in].
 
     Attributes
     ----------
     runs
-        The (first, count) of the module's rows, in the order of b's rows.
+        The (row of b, row of the module, count) of the rows that lie in the module.
     rank
         The rank of the update; 0 if there is none.
     a, b
         Blocks of the output; None if there is no update, or while only sizes matter.
     """
 
-    runs: tuple[tuple[int, int], ...]
+    runs: RowRuns
     rank: int = 0
     a: StoredBlock | None = None
     b: StoredBlock | None = None
 
-    @property
-    def rows(self) -> int:
-        """Return the number of rows that it updates."""
-        return sum(count for _, count in self.runs)
-
 
 @dataclass(frozen=True, slots=True)
 class AdapterModule:
-    """One module of the adapter; each of its rows is in one of its parts.
+    """One module of the adapter.
 
     A fused weight has a part for each projection. Their rows of A are stacked, and an entry of B is
-    zero if its row and its column belong to different parts, so that the ranks add up.
+    zero if its row and its column belong to different parts, so that the ranks add up. Rows without
+    a part stay as they are. If the ranks add up to less than `least_rank`, zeros follow.
     """
 
     name: str
+    out_features: int
     in_features: int
-    parts: tuple[StoredFactors, ...]
-
-    @property
-    def out_features(self) -> int:
-        """Return the number of rows of the module's weight."""
-        return sum(part.rows for part in self.parts)
+    parts: tuple[StoredFactors, ...] = ()
+    least_rank: int = 0
 
     @property
     def rank(self) -> int:
         """Return the rank of A and B."""
-        return sum(part.rank for part in self.parts)
+        return max(self.least_rank, sum(part.rank for part in self.parts))
 
     @property
     def key_a(self) -> str:
@@ -84,6 +78,23 @@ class AdapterModule:
     def key_b(self) -> str:
         """Return the name of B [out, rank]."""
         return f"{_KEY}{self.name}.lora_B.weight"
+
+
+def gaps(runs: Iterable[tuple[int, int, int]], rows: int) -> Iterator[tuple[int, int]]:
+    """Yield (first, count) of the `rows` rows of a module that no run has."""
+    done = 0
+    for _, first, count in sorted(runs, key=lambda run: run[1]):
+        if first > done:
+            yield done, first - done
+        done = first + count
+    if rows > done:
+        yield done, rows - done
+
+
+def same_rank(modules: Sequence[AdapterModule]) -> list[AdapterModule]:
+    """Bring all modules to the largest of their ranks."""
+    largest = max((module.rank for module in modules), default=0)
+    return [replace(module, least_rank=largest) for module in modules]
 
 
 def adapter_layout(modules: Sequence[AdapterModule], dtype: torch.dtype) -> Shard:
@@ -106,6 +117,8 @@ def write_adapter(
     *,
     dtype: torch.dtype,
     base_model: str,
+    beside: Sequence[str] = (),
+    task: str | None = "CAUSAL_LM",
 ) -> None:
     """Write weights and adapter_config.json into an open folder, which stays unsealed.
 
@@ -119,6 +132,8 @@ def write_adapter(
         The dtype of the factors in the file.
     base_model
         The model that the adapter belongs to: the MLLM, as the user named it.
+    beside, task
+        As `Modules` has them.
 
     Raises
     ------
@@ -138,7 +153,7 @@ def write_adapter(
     for module in modules:
         _write_a(folder, shard, module, dtype, chunk)
         _write_b(folder, shard, module, dtype, chunk)
-    config = adapter_config(modules, base_model=base_model)
+    config = adapter_config(modules, base_model=base_model, beside=beside, task=task)
     folder.write_file(ADAPTER_CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
@@ -160,6 +175,11 @@ def _write_a(
             data = as_bytes(cast_factors(numbers, dtype, module.name))
             write(position, data)
             position += data.nbytes
+    end = module.rank * module.in_features * dtype.itemsize
+    while position < end:
+        data = as_bytes(torch.zeros(min(_CHUNK, (end - position) // dtype.itemsize), dtype=dtype))
+        write(position, data)
+        position += data.nbytes
 
 
 def _write_b(
@@ -171,19 +191,22 @@ def _write_b(
 ) -> None:
     write, width = folder.writer(shard, module.key_b), module.rank * dtype.itemsize
     height = max(1, _CHUNK // module.rank)
+    stored = [part for part in module.parts if part.b is not None]
+    for first, count in gaps((run for part in stored for run in part.runs), module.out_features):
+        for start in range(first, first + count, height):
+            rows = min(height, first + count - start)
+            write(start * width, as_bytes(torch.zeros(rows, module.rank, dtype=dtype)))
     left = 0
-    for part in module.parts:
-        done = 0
-        for first, count in part.runs:
+    for part in stored:
+        assert part.b is not None
+        for source, first, count in part.runs:
             for start in range(0, count, height):
                 rows = min(height, count - start)
+                numbers = chunk[: rows * part.rank].view(rows, part.rank)
+                folder.blocks.read(part.b, (source + start) * part.rank, numbers)
                 block = torch.zeros(rows, module.rank, dtype=torch.float32)
-                if part.b is not None:
-                    numbers = chunk[: rows * part.rank].view(rows, part.rank)
-                    folder.blocks.read(part.b, done * part.rank, numbers)
-                    block[:, left : left + part.rank] = numbers
+                block[:, left : left + part.rank] = numbers
                 write((first + start) * width, as_bytes(cast_factors(block, dtype, module.name)))
-                done += rows
         left += part.rank
 
 
@@ -198,13 +221,19 @@ def cast_factors(numbers: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return cast
 
 
-def adapter_config(modules: Sequence[AdapterModule], *, base_model: str) -> dict[str, Any]:
+def adapter_config(
+    modules: Sequence[AdapterModule],
+    *,
+    base_model: str,
+    beside: Sequence[str] = (),
+    task: str | None = "CAUSAL_LM",
+) -> dict[str, Any]:
     """Return the content of adapter_config.json.
 
-    Every alpha equals its rank, so PEFT's scaling alpha / rank is 1 everywhere, even for loaders
-    that know only one alpha. `r` is the largest rank, and patterns name the modules of lower rank.
-    The revision after the @ of a hub id has a key of its own, because loaders take `base_model` for
-    a repository's name.
+    Every alpha equals its rank, so PEFT's scaling alpha / rank is 1 everywhere. `r` is the largest
+    rank, and patterns name the modules of lower rank. The revision after the @ of a hub id has a
+    key of its own, because loaders take `base_model` for a repository's name. `beside` are modules whose names end as
+    those of the adapter do, and `task` is PEFT's type of task.
     """
     name, revision = base_model, ""
     if not Path(base_model).expanduser().exists():
@@ -215,13 +244,14 @@ def adapter_config(modules: Sequence[AdapterModule], *, base_model: str) -> dict
         "base_model_name_or_path": name,
         "revision": revision or None,
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task,
         "inference_mode": True,
         "r": largest,
         "lora_alpha": largest,
         "rank_pattern": smaller,
         "alpha_pattern": smaller,
         "target_modules": [module.name for module in modules],
+        **({"exclude_modules": list(beside)} if beside else {}),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -239,5 +269,7 @@ __all__ = [
     "adapter_config",
     "adapter_layout",
     "cast_factors",
+    "gaps",
+    "same_rank",
     "write_adapter",
 ]

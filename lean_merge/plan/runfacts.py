@@ -40,7 +40,7 @@ def run_facts(plan: Plan, out: Path) -> dict[str, Any]:
         facts["analysis"] = plan.evidence.identity
     if plan.output.called:
         facts["kind"] = plan.output.called
-    return facts
+    return {**facts, **plan.output.facts}
 
 
 def recipe_digest(recipe: MergeRecipe) -> str:

@@ -19,6 +19,7 @@ SCOPES = ("matrices", "language")
 _PLAIN_FIELDS = (
     "output",
     "lora_rank",
+    "lora_uniform_rank",
     "out_dtype",
     "rounding",
     "seed",
@@ -92,6 +93,8 @@ class MergeRecipe:
     lora_rank : int or str
         Rank of each weight in an adapter: a number, or `auto` for the smallest rank that keeps the
         update.
+    lora_uniform_rank : bool
+        Whether zeros bring every module of an adapter to the largest rank among them.
     out_dtype : str
         The dtype of the in-scope weights. With `auto`, each keeps the dtype that it has in the
         MLLM, and an adapter's factors are float32.
@@ -124,6 +127,7 @@ class MergeRecipe:
     exclude: tuple[str, ...] = ()
     output: str = "checkpoint"
     lora_rank: int | str = "auto"
+    lora_uniform_rank: bool = True
     out_dtype: str = "auto"
     rounding: str = "nearest"
     seed: int = 0
@@ -152,10 +156,10 @@ class MergeRecipe:
                 _check_model("experts[].parent", expert.parent)
         if not isinstance(self.merge_method, str) or not self.merge_method:
             raise RecipeError(f"merge_method must name a method, not {shown(self.merge_method)}.")
-        if not isinstance(self.allow_partial, bool):
-            raise RecipeError(
-                f"allow_partial must be true or false, not {shown(self.allow_partial)}."
-            )
+        for name in ("allow_partial", "lora_uniform_rank"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise RecipeError(f"{name} must be true or false, not {shown(value)}.")
         if not isinstance(self.output, str) or not _is_storable(self.output):
             raise RecipeError(f"output must name a kind of output, not {shown(self.output)}.")
         _check_choice("out_dtype", self.out_dtype, OUT_DTYPES)

@@ -186,6 +186,8 @@ def difference(
         return f"the bytes could differ from those already written ({changed})"
     if before.get("analysis") != now.get("analysis"):
         return "it was decided from another analysis, or from none"
+    if before.get("modules") != now.get("modules"):
+        return "the installed transformers gives the MLLM's modules other names"
     if {**before, "environment": 0} != {**now, "environment": 0} or old["shards"] != new["shards"]:
         return "its files are laid out differently"
     return None

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.agreement import EXACT, MEDIAN, compare
+from support.class_table import page_of_classes
 from support.families import Triple, cases, load, rows_of
 from support.family_table import FAMILIES, Family, build, page, reloaded
 from support.form_table import FORMS, Form, as_form, entries
@@ -156,7 +157,7 @@ def kind(canonical: str) -> str:
 
 
 def test_the_page_of_families_is_up_to_date():
-    text = page() + page_of_forms()
+    text = page() + page_of_forms() + page_of_classes()
     if os.environ.get("LEAN_MERGE_WRITE_DOCS") == "1":
         DOCS.write_text(text, encoding="utf-8")
     assert DOCS.read_text(encoding="utf-8") == text, "write it with LEAN_MERGE_WRITE_DOCS=1"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from lean_merge import (
     RecipeError,
     Resources,
     merge,
-    open_checkpoint,
     plan,
 )
 from lean_merge.demo.run import family_recipe
@@ -210,15 +208,14 @@ def test_an_adapter_in_sixteen_bits_is_loaded_and_near(adapted: Adapted, tmp_pat
 def test_the_factors_are_the_whole_merges_updates(adapted: Adapted, name: str):
     triple, whole, adapter = adapted(name)
     found = updates(adapter.path)
-    before, after = load(triple.mllm), load(whole.path)
-    config = open_checkpoint(triple.mllm).config
-    prefix = triple.slots[0].mllm.split("layers.")[0] + "layers."
+    before, after = (
+        load_model(triple.loader, folder).state_dict() for folder in (triple.mllm, whole.path)
+    )
     changed = {n for n in after if not torch.equal(after[n], before[n])}
-    modules = {module_name(n, prefix=prefix, config=config): n for n in changed}
-    assert modules.keys() == found.keys()
-    for module, tensor in modules.items():
-        change = as_matrix(after[tensor]) - as_matrix(before[tensor])
-        assert relative_error(found[module], change) < 1e-3
+    assert changed == {f"{module}.weight" for module in found}
+    for module, update in found.items():
+        change = as_matrix(after[f"{module}.weight"]) - as_matrix(before[f"{module}.weight"])
+        assert relative_error(update, change) < 1e-3
     rows = rows_of(adapter)
     for key, row in rows_of(whole).items():
         same = [n for n in row if n not in ("update_kept", "lora_rank", "lora_error")]
@@ -245,10 +242,11 @@ def test_several_experts_share_a(two_experts: Triple, tmp_path: Path):
     for module, update in updates(result.path).items():
         tensor = f"{module}.weight"
         assert relative_error(update, as_matrix(after[tensor]) - as_matrix(before[tensor])) < 1e-3
-    for tensor in load_file(result.path / WEIGHTS).values():
-        if tensor.shape[0] <= 16:
-            gram = as_matrix(tensor) @ as_matrix(tensor).T
-            assert np.allclose(gram, np.eye(len(gram)), atol=1e-5)
+    for key, tensor in load_file(result.path / WEIGHTS).items():
+        if ".lora_A." in key:
+            kept = tensor[tensor.any(dim=1)]
+            gram = as_matrix(kept) @ as_matrix(kept).T
+            assert len(kept) and np.allclose(gram, np.eye(len(gram)), atol=1e-5)
 
 
 def test_fused_weights_are_block_diagonal(adapted: Adapted):
@@ -269,7 +267,7 @@ def test_fused_weights_are_block_diagonal(adapted: Adapted):
             assert not outside.any()
             assert rank == 0 or bool(block[:, start : start + rank].any())
             start += rank
-        assert start == b.shape[1]
+        assert start <= b.shape[1] and not b[:, start:].any()
         seen += 1
     assert seen
 
@@ -341,66 +339,33 @@ def test_a_truncation_of_nothing_has_no_rank():
     assert (cut.rank, cut.error) == (0, 0.0)
 
 
-# --- names --------------------------------------------------------------------------------
+# --- one rank for all ---------------------------------------------------------------------
 
 
-def renamed_by_transformers(model_type: str, classes: Sequence[str], name: str) -> str:
-    """What the installed transformers calls a tensor of a model's classes once it is loaded."""
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-    from transformers.core_model_loading import rename_source_key
-
-    tables = [get_checkpoint_conversion_mapping(key) or [] for key in (*classes, model_type)]
-    renamed: str = rename_source_key(name, [rule for table in tables for rule in table], [])[0]
-    # The rest is said of the inner model, whose own prefix is "model.".
-    return re.sub(r"^(model\.\w+_model\.)model\.", r"\1", renamed)
-
-
-def known_to_transformers() -> dict[str, list[str]]:
-    """The classes of every model type that generates text, and of those that we rename."""
-    from transformers.models.auto import modeling_auto
-
-    found: dict[str, list[str]] = {kind: [] for kinds in _RENAMED.values() for kind in kinds}
-    for table in ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "CAUSAL_LM"):
-        names = getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES")
-        for kind, classes in names.items():
-            known = found.setdefault(kind, [])
-            each = [classes] if isinstance(classes, str) else classes
-            known += [name for name in each if name not in known]
-    return found
+@pytest.mark.parametrize("name", ["llava", "phi3"])
+def test_one_alpha_scales_every_module_whoever_divides_it(adapted: Adapted, name: str):
+    """llama.cpp divides the one lora_alpha by the rank of each tensor."""
+    _, _, adapter = adapted(name)
+    config, tensors = config_of(adapter.path), load_file(adapter.path / WEIGHTS)
+    ranks = {t.shape[0] for key, t in tensors.items() if ".lora_A." in key}
+    assert ranks == {config["r"]} == {config["lora_alpha"]}
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    kept = [row["lora_rank"] or 0 for row in rows_of(adapter).values()]
+    assert len(set(kept)) > 1, "all ranks were equal anyway"
 
 
-def test_modules_are_named_as_transformers_renames_them():
-    """Of every model type that it knows, wherever it nests a language model."""
-    moved = set()
-    for kind, classes in known_to_transformers().items():
-        for prefix in ("language_model.model.", "model.", "text_model.model."):
-            tensor = f"{prefix}layers.3.self_attn.q_proj.weight"
-            wanted = renamed_by_transformers(kind, classes, tensor)
-            if re.match(r"model\.\w+_model\.layers\.", wanted):
-                ours = module_name(tensor, prefix=f"{prefix}layers.", config={"model_type": kind})
-                assert f"{ours}.weight" == wanted, kind
-                moved.add((prefix, kind))
-    assert moved == {(old, kind) for (old, _), kinds in _RENAMED.items() for kind in kinds}
-
-
-@pytest.mark.parametrize(
-    ("prefix", "config"),
-    [
-        ("model.language_model.", {"model_type": "llava"}),
-        ("model.language_model.", {"model_type": "qwen2_5_vl"}),
-        ("model.", {"model_type": "llama"}),
-        ("model.", {"model_type": "llava"}),
-        ("model.text_model.", {"model_type": "idefics3"}),
-        ("language_model.model.", {"model_type": "internvl_chat", "auto_map": {}}),
-        ("model.", {"model_type": ["qwen2_vl"]}),
-        ("model.", None),
-    ],
-)
-def test_other_modules_are_named_as_their_tensors(prefix: str, config: dict[str, Any] | None):
-    tensor = f"{prefix}layers.3.mlp.up_proj.weight"
-    assert (
-        module_name(tensor, prefix=f"{prefix}layers.", config=config) == tensor[: -len(".weight")]
-    )
+def test_without_padding_each_module_has_its_own_rank(adapted: Adapted, tmp_path: Path):
+    triple, _, padded = adapted("llava")
+    own = triple.merge(tmp_path / "own", output="lora", lora_uniform_rank=False)
+    config, tensors = config_of(own.path), load_file(own.path / WEIGHTS)
+    rows = {row["name"]: row["lora_rank"] for row in rows_of(own).values() if row["lora_rank"]}
+    ranks = sorted(t.shape[0] for key, t in tensors.items() if ".lora_A." in key)
+    assert ranks == sorted(rows.values()) and config["r"] == max(ranks)
+    assert config["rank_pattern"] == config["alpha_pattern"] != {}
+    for key, tensor in load_file(padded.path / WEIGHTS).items():
+        rank = tensors[key].shape[0 if ".lora_A." in key else 1]
+        kept, zeros = tensor.split([rank, config["r"] - rank], 0 if ".lora_A." in key else 1)
+        assert torch.equal(kept, tensors[key]) and not zeros.any()
 
 
 # --- what it costs ------------------------------------------------------------------------
@@ -546,31 +511,42 @@ def test_experts_of_a_mixture_are_refused_by_name_and_may_be_left_out(tmp_path: 
     heights=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 4)), min_size=1, max_size=4),
     columns=st.integers(1, 9),
     chunk=st.integers(1, 40),
+    gap=st.integers(0, 3),
+    extra=st.integers(0, 3),
     shuffle=st.randoms(use_true_random=False),
 )
 def test_parts_are_put_together_whatever_their_ranks_rows_and_the_chunks(
-    tmp_path: Path, heights: list[tuple[int, int]], columns: int, chunk: int, shuffle: Any
+    tmp_path: Path,
+    heights: list[tuple[int, int]],
+    columns: int,
+    chunk: int,
+    gap: int,
+    extra: int,
+    shuffle: Any,
 ):
     heights = [*heights, (2, 1)]
     generator = torch.Generator().manual_seed(len(heights))
     folder = Path(tmp_path / f"{len(list(tmp_path.iterdir()))}")
     blocks, parts, done = [], [], 0
-    order = list(range(sum(rows for rows, _ in heights)))
+    order = list(range(gap + sum(rows for rows, _ in heights)))
     shuffle.shuffle(order)
     with (
         pytest.MonkeyPatch.context() as patch,
         OutputFolder.create(folder, (), inputs=(), overwrite=False) as out,
     ):
-        patch.setattr(adapter_module, "_CHUNK", max(chunk, sum(rank for _, rank in heights)))
+        patch.setattr(adapter_module, "_CHUNK", max(chunk, extra + sum(r for _, r in heights)))
         for rows, rank in heights:
             b, a = (torch.randn(s, generator=generator) for s in ((rows, rank), (rank, columns)))
             blocks.append(as_matrix(b) @ as_matrix(a))
-            runs = tuple((first, 1) for first in order[done : done + rows])
+            runs = tuple((row, first, 1) for row, first in enumerate(order[done : done + rows]))
             of_a = out.blocks.put(f"{done}.a", a.shape, [a])
             of_b = out.blocks.put(f"{done}.b", b.shape, [b])
             parts.append(StoredFactors(runs, rank, of_a, of_b))
             done += rows
-        module = AdapterModule("m", columns, tuple(parts))
+        # Rows that no part has stay as they are, and zeros fill the rank.
+        blocks.append(np.zeros((gap, columns)))
+        least = extra + sum(rank for _, rank in heights)
+        module = AdapterModule("m", len(order), columns, tuple(parts), least)
         out.blocks.finish("m", None)
         write_adapter(out, [module], dtype=torch.float32, base_model="x")
         out.seal()

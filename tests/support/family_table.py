@@ -461,7 +461,8 @@ STORED = {
 ATTENTION = {"split": "", "fused": "qkv_proj fused", "interleaved": "wqkv interleaved by heads"}
 HEADING = """# Families
 
-<!-- Written by the tests: LEAN_MERGE_WRITE_DOCS=1 pytest tests/mapping/test_families.py -->
+<!-- Written by the tests: LEAN_MERGE_WRITE_DOCS=1 pytest tests/mapping/test_families.py; the last
+part from bench/families.json, which `python bench/families.py` writes -->
 
 The language model is found inside every checkpoint by the structure of its tensors' names, so
 prefixes need no configuration, and a family that is not in this table works too if its layers are
