@@ -142,9 +142,31 @@ OUTSIDE: Mapping[str, Any] = {
 SECTIONS = [2, 3, 3]
 """Positions of time, height and width, which make up half a head."""
 # What the rules above do not say, by model type: {path: value}.
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 SPECIAL: Mapping[str, Mapping[str, Any]] = {
-    # Its speech needs a file of voices.
+    "chameleon": {"vocabulary_map": {"<image>": VOCABULARY - 10}},
+    "cohere_compass": {
+        "text_config.rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}
+    },
+    "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "dots3_note": {"text_config.num_key_value_heads": HEADS},
+    "emu3": {"vocabulary_map": {"<image>": VOCABULARY - 10}},
+    "ernie4_5_vl_moe": {"text_config.rope_parameters": ROPE | {"mrope_section": [3, 3, 2]}},
+    "fun_asr_nano": {
+        "adaptor_config.hidden_size": HIDDEN,
+        "adaptor_config.intermediate_size": HIDDEN // 4,
+    },
+    "glm5_next": {
+        "text_config.num_key_value_heads": HEADS,
+        "text_config.qk_rope_head_dim": 0,
+        "text_config.qk_nope_head_dim": SIZE,
+        "text_config.head_dim": 0,
+    },
+    "hunyuan_vl": {"text_config.head_dim": SIZE},
+    "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
+    # Their speech needs a file of voices, or parts that no text model has.
     "qwen2_5_omni": {"enable_audio_output": False},
+    "qwen3_omni_moe": {"enable_audio_output": False},
 }
 
 
@@ -181,7 +203,9 @@ def shrink(config: dict[str, Any], name: str = "") -> dict[str, Any]:
 
 def is_part(key: str, value: Any) -> bool:
     """Tell whether a value is a configuration of its own."""
-    return isinstance(value, dict) and (key.endswith("config") or "model_type" in value)
+    if not isinstance(value, dict) or key == "per_layer_config":
+        return False
+    return key.endswith("config") or "model_type" in value
 
 
 def with_sections(rope: dict[str, Any]) -> dict[str, Any]:
@@ -219,6 +243,14 @@ def cut_layers(config: dict[str, Any], count: int) -> None:
     chosen = sorted({*chosen, *[n for n in range(total) if n not in chosen][: count - len(chosen)]})
     for each in lists:
         config[each] = [config[each][n] for n in chosen]
+    own = config.get("per_layer_config") or {}
+    if own:
+        own = {int(number): value for number, value in own.items()}
+        config["per_layer_config"] = {
+            place: {k: TEXT_SIZES.get(k, v) for k, v in own[number].items()}
+            for place, number in enumerate(chosen)
+            if number in own
+        }
     if key and config.get(key) is not None:
         config[key] = len(chosen)
 

@@ -53,7 +53,8 @@ class AdapterComparison(Comparison):
     Parameters
     ----------
     pieces
-        A function that returns the modules that a logical weight of a tensor lies in, and its rows in each.
+        A function that returns the modules that a logical weight of a tensor lies in, and its rows
+        in each.
     tensors
         The modules to compare, by name, with the tensors in scope that each is made of.
     modules

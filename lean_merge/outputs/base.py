@@ -171,7 +171,7 @@ class Output(abc.ABC):
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """What its journal tells beside recipe and inputs; it decides the bytes too."""
+        """Return what decides the bytes beside recipe and inputs, for the journal."""
         return {}
 
     # --- what it takes ------------------------------------------------------------------------

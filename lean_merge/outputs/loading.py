@@ -1,4 +1,4 @@
-"""Which rows of which modules a checkpoint's tensors become, by the rules of the loader itself.
+"""Ask transformers and PEFT which rows of which modules a checkpoint's tensors become.
 
 transformers renames, fuses and splits tensors while it loads them, by tables that differ between
 its versions. So the model that config.json describes is built without numbers, the tables of the
@@ -43,7 +43,7 @@ Answer = dict[str, Any]
 def ask(
     config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], wanted: Sequence[str]
 ) -> Answer:
-    """Tell how the installed transformers names the modules of a checkpoint's tensors.
+    """Return how the installed transformers names the modules of a checkpoint's tensors.
 
     Parameters
     ----------
@@ -57,12 +57,12 @@ def ask(
     Returns
     -------
     dict
-        Plain data. `unknown` says why transformers has no rules for this checkpoint, or `failed`
-        why the class that its config.json names cannot be built. Else `refused` says of tensors why
-        no adapter changes them, and is empty if it changes them all; `pieces` has for each wanted
-        tensor a list of [module, [[row of the tensor, row of the module, count], ...]]; `sizes` has
-        [out, in] of each module; `beside` are the modules that PEFT would take for them, and `task`
-        is PEFT's type of task.
+        The answer as plain data. `unknown` says why transformers has no rules for this checkpoint,
+        or `failed` why the class that its config.json names cannot be built. Else `refused` says of
+        tensors why no adapter changes them, and is empty if it changes them all; `pieces` has for
+        each wanted tensor a list of [module, [[row of the tensor, row of the module, count], ...]];
+        `sizes` has [out, in] of each module; `beside` are the modules that PEFT would take for
+        them, and `task` is PEFT's type of task.
     """
     with _quiet():
         return _asked(config, shapes, wanted)
@@ -121,7 +121,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _class_of(config: Mapping[str, Any]) -> tuple[Any, bool]:
-    """Give the class of the model, and tell whether config.json names it; None if there is none."""
+    """Return the model's class, or None, and whether config.json names it."""
     from transformers.models.auto import modeling_auto
 
     named = config.get("architectures")
@@ -158,7 +158,7 @@ def _check_depth(config: Mapping[str, Any], tensors: int) -> None:
 
 
 def _built(kind: Any, config: Mapping[str, Any]) -> Any:
-    """Build the model without numbers."""
+    """Return the model without numbers."""
     left_out = ("auto_map", "quantization_config")
     plain = _with_floats({key: value for key, value in config.items() if key not in left_out})
     own = kind.config_class.from_dict(plain)
@@ -168,7 +168,7 @@ def _built(kind: Any, config: Mapping[str, Any]) -> Any:
 
 
 def _with_floats(value: Any) -> Any:
-    """Copy JSON, with the numbers that transformers writes as {"__float__": "Infinity"}."""
+    """Return a copy of JSON data, where {"__float__": "Infinity"} becomes that number."""
     if isinstance(value, Mapping):
         if value.keys() == {"__float__"}:
             return float(value["__float__"])
@@ -182,7 +182,7 @@ def _with_floats(value: Any) -> Any:
 def _located(
     model: Any, shapes: Mapping[str, Sequence[int]], wanted: Sequence[str], *, strict: bool
 ) -> Answer:
-    """Find the wanted tensors' rows in the modules' weights; see `ask` for what is returned."""
+    """Return the wanted tensors' rows in the modules' weights, as `ask` describes."""
     parameters = dict(model.state_dict())
     sources = _sources(model, shapes, parameters)
     asked = set(wanted)
@@ -218,7 +218,7 @@ def _located(
 def _sources(
     model: Any, shapes: Mapping[str, Any], parameters: Mapping[str, Any]
 ) -> dict[str, tuple[list[str], Any]]:
-    """Give, for each parameter, the tensors that transformers makes it of, and its converter.
+    """Return, for each parameter, the tensors that transformers makes it of, and its converter.
 
     A converter is a pair of transformers' own and of the patterns by which it takes the tensors;
     None where a tensor is loaded as it is.
@@ -239,7 +239,7 @@ def _sources(
 def _rules(
     model: Any, parameters: Mapping[str, Any]
 ) -> tuple[Callable[[str], tuple[str, Any]], Mapping[str, Any], Callable[[str], Any]]:
-    """Give the installed transformers' renaming, its converters by pattern, and its order."""
+    """Return the installed transformers' renaming, its converters by pattern, and its order."""
     prefix = model.base_model_prefix
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -266,7 +266,7 @@ def _rules(
 
 
 def _older_rules(model: Any, parameters: Mapping[str, Any]) -> Callable[[str], tuple[str, Any]]:
-    """Give the renaming of transformers 4: one table for each class, and the base's prefix."""
+    """Return the renaming of transformers 4: one table for each class, and the base's prefix."""
     rules = getattr(model, "_checkpoint_conversion_mapping", {})
     prefix = f"{model.base_model_prefix}."
 
@@ -285,7 +285,7 @@ def _older_rules(model: Any, parameters: Mapping[str, Any]) -> Callable[[str], t
 def _converted(
     target: str, names: Sequence[str], converter: Any, shapes: Mapping[str, Any], model: Any
 ) -> dict[str, list[list[Any]]]:
-    """Give [tensor, row of the tensor, row of the parameter, count] for each parameter.
+    """Return [tensor, row of the tensor, row of the parameter, count] for each parameter.
 
     Raises ValueError where a parameter is not made of whole rows.
     """
@@ -311,7 +311,7 @@ def _converted(
 
 
 def _runs(parameter: str, made: Any, firsts: Sequence[tuple[int, str]]) -> list[list[Any]]:
-    """Read the rows' numbers again, as `_converted` gives them."""
+    """Return the runs of rows whose numbers stand in a converted tensor."""
     tensor = made[0] if isinstance(made, list) else made
     if tensor.dim() != 2 or tensor.shape[1] != 2 or not bool((tensor[:, 1] == ~tensor[:, 0]).all()):
         raise ValueError(f"transformers makes {parameter} of it, and not row by row")
@@ -328,7 +328,7 @@ def _runs(parameter: str, made: Any, firsts: Sequence[tuple[int, str]]) -> list[
 
 
 def _module_of(model: Any, parameter: str) -> str:
-    """Name the module whose weight a parameter is. Raises ValueError if PEFT fits none to it."""
+    """Return the module whose weight a parameter is. Raises ValueError if it is not linear."""
     module, _, leaf = parameter.rpartition(".")
     if leaf != "weight" or not isinstance(model.get_submodule(module), torch.nn.Linear):
         raise ValueError(
@@ -341,7 +341,7 @@ def _module_of(model: Any, parameter: str) -> str:
 
 
 def _unapplied(build: Callable[[], Any], model: Any, found: Answer) -> dict[str, str]:
-    """Tell of the modules that PEFT does not apply whole, and why; none if it is not installed."""
+    """Return the modules that PEFT does not apply, with a reason; none if it is not installed."""
     if not find_spec("peft"):
         return {}
     sizes = found["sizes"]
@@ -363,7 +363,7 @@ def _unapplied(build: Callable[[], Any], model: Any, found: Answer) -> dict[str,
 def _tried(
     model: Any, modules: Iterable[str], sizes: Mapping[str, Sequence[int]], found: Answer
 ) -> dict[str, str]:
-    """Put an adapter of these modules on the model; tell what PEFT does not apply."""
+    """Put an adapter of these modules on the model, and return what PEFT does not apply."""
     import peft
     from peft.tuners.lora import LoraLayer
 
@@ -395,7 +395,7 @@ def _tried(
 
 
 def _brief(error: Exception) -> str:
-    """Give an error in one line, cut to a readable length."""
+    """Return an error in one line, cut to a readable length."""
     line = " ".join(f"{type(error).__name__}: {error}".split())
     return line if len(line) <= 300 else f"{line[:300]}..."
 

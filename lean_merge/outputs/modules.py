@@ -1,4 +1,4 @@
-"""The modules of an adapter: what the MLLM's tensors are called once a loader has loaded them.
+"""Name the modules of an adapter as a loader names them once it has loaded the MLLM.
 
 The loader's own rules say it where they can be had (`loading`), and the names of the files where
 not. A tensor that no adapter would change is refused here, before anything is written.
@@ -25,7 +25,7 @@ from lean_merge.mapping import MappedWeight
 from lean_merge.outputs.loading import ask
 
 RowRuns = tuple[tuple[int, int, int], ...]
-"""(first row here, first row there, count)."""
+"""Runs of rows as (first row here, first row there, count)."""
 _ALONE = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
     "from lean_merge.outputs.loading import answer; answer()"
@@ -42,7 +42,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Modules:
-    """Where the rows of the tensors in scope are once a loader has loaded them.
+    """The modules of the tensors in scope, and the places of their rows in them.
 
     Attributes
     ----------
@@ -66,14 +66,14 @@ class Modules:
 
     @property
     def digest(self) -> str:
-        """The SHA-256 of what decides an adapter's names and rows."""
+        """Return the SHA-256 of what decides an adapter's names and rows."""
         known = {name: [[p.module, p.runs] for p in each] for name, each in self.pieces.items()}
         text = json.dumps([known, dict(self.sizes), self.beside, self.task], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 def modules_of(mllm: Checkpoint, weights: Sequence[MappedWeight]) -> Modules:
-    """Name the modules of all weights in scope.
+    """Return the modules of all weights in scope.
 
     Raises
     ------
@@ -148,7 +148,7 @@ def _refuse(weights: Sequence[MappedWeight], faults: Mapping[str, str]) -> None:
 
 
 def rows_inside(runs: Sequence[tuple[int, int]], piece: RowRuns) -> RowRuns:
-    """Find rows of a tensor in the module that a piece of the tensor lies in.
+    """Return the rows of a weight in the module that a piece of its tensor lies in.
 
     Parameters
     ----------
@@ -180,7 +180,7 @@ def rows_inside(runs: Sequence[tuple[int, int]], piece: RowRuns) -> RowRuns:
 # --- asking -------------------------------------------------------------------------------------
 
 _ANSWERS: dict[str, dict[str, Any]] = {}
-"""The last answer by the digest of its question: a merge plans more than once."""
+"""The last answer by the digest of its question, because a merge plans more than once."""
 
 
 def _asked(question: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def _asked(question: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _asked_alone(question: bytes) -> dict[str, Any]:
-    """Ask in a process of its own."""
+    """Ask in a process of its own, and return the answer."""
     root = str(Path(__file__).parents[2])
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     try:

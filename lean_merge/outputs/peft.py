@@ -81,7 +81,7 @@ class AdapterModule:
 
 
 def gaps(runs: Iterable[tuple[int, int, int]], rows: int) -> Iterator[tuple[int, int]]:
-    """Yield (first, count) of the `rows` rows of a module that no run has."""
+    """Yield the (first, count) of those of the `rows` rows of a module that no run has."""
     done = 0
     for _, first, count in sorted(runs, key=lambda run: run[1]):
         if first > done:
@@ -92,7 +92,7 @@ def gaps(runs: Iterable[tuple[int, int, int]], rows: int) -> Iterator[tuple[int,
 
 
 def same_rank(modules: Sequence[AdapterModule]) -> list[AdapterModule]:
-    """Bring all modules to the largest of their ranks."""
+    """Return the modules, each with the largest of their ranks."""
     largest = max((module.rank for module in modules), default=0)
     return [replace(module, least_rank=largest) for module in modules]
 
@@ -232,8 +232,8 @@ def adapter_config(
 
     Every alpha equals its rank, so PEFT's scaling alpha / rank is 1 everywhere. `r` is the largest
     rank, and patterns name the modules of lower rank. The revision after the @ of a hub id has a
-    key of its own, because loaders take `base_model` for a repository's name. `beside` are modules whose names end as
-    those of the adapter do, and `task` is PEFT's type of task.
+    key of its own, because loaders take `base_model` for a repository's name. `beside` are modules
+    whose names end as those of the adapter do, and `task` is PEFT's type of task.
     """
     name, revision = base_model, ""
     if not Path(base_model).expanduser().exists():

@@ -34,7 +34,6 @@ from lean_merge.demo.run import family_recipe
 from lean_merge.linalg.truncation import truncate
 from lean_merge.outputs import peft as adapter_module
 from lean_merge.outputs.cutting import ADAPTER_ERROR
-from lean_merge.outputs.modulenames import _RENAMED, module_name
 from lean_merge.outputs.peft import AdapterModule, StoredFactors, adapter_layout, write_adapter
 from lean_merge.store import BlockStore, OutputFolder
 
