@@ -7,7 +7,7 @@ tensors which hold the numbers of their rows. PEFT, where it is installed, then 
 that model, and what it did not apply is told.
 
 Importing both takes seconds and some hundred megabytes, so they are imported inside functions, and
-`answer` lets a process of its own do so.
+`answer_stdin` lets a process of its own do so.
 """
 
 from __future__ import annotations
@@ -403,7 +403,7 @@ def _brief(error: Exception) -> str:
 # --- in a process of its own --------------------------------------------------------------------
 
 
-def answer() -> None:
+def answer_stdin() -> None:
     """Read the arguments of `ask` as JSON from standard input, and write what it returns."""
     out = os.dup(1)
     # Libraries may print; only the answer may go where it is read.
@@ -413,4 +413,4 @@ def answer() -> None:
         stream.write(json.dumps(ask(**question)).encode())
 
 
-__all__ = ["answer", "ask"]
+__all__ = ["answer_stdin", "ask"]

@@ -28,7 +28,7 @@ RowRuns = tuple[tuple[int, int, int], ...]
 """Runs of rows as (first row here, first row there, count)."""
 _ALONE = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
-    "from lean_merge.outputs.loading import answer; answer()"
+    "from lean_merge.outputs.loading import answer_stdin; answer_stdin()"
 )
 
 

@@ -354,16 +354,23 @@ def test_one_alpha_scales_every_module_whoever_divides_it(adapted: Adapted, name
 
 
 def test_without_padding_each_module_has_its_own_rank(adapted: Adapted, tmp_path: Path):
-    triple, _, padded = adapted("llava")
+    triple, _, padded = adapted("phi3")
     own = triple.merge(tmp_path / "own", output="lora", lora_uniform_rank=False)
     config, tensors = config_of(own.path), load_file(own.path / WEIGHTS)
-    rows = {row["name"]: row["lora_rank"] for row in rows_of(own).values() if row["lora_rank"]}
-    ranks = sorted(t.shape[0] for key, t in tensors.items() if ".lora_A." in key)
-    assert ranks == sorted(rows.values()) and config["r"] == max(ranks)
-    assert config["rank_pattern"] == config["alpha_pattern"] != {}
+    added: dict[str, int] = {}
+    for row in rows_of(own).values():
+        module = row["name"].removesuffix(".weight")
+        added[module] = added.get(module, 0) + (row["lora_rank"] or 0)
+    ranks = {key[17 : -len(".lora_A.weight")]: t.shape[0] for key, t in tensors.items()
+             if ".lora_A." in key}  # fmt: skip
+    assert ranks == {module: rank for module, rank in added.items() if rank}
+    assert config["r"] == config["lora_alpha"] == max(ranks.values())
+    smaller = {module: rank for module, rank in ranks.items() if rank < config["r"]}
+    assert config["rank_pattern"] == config["alpha_pattern"] == smaller != {}
     for key, tensor in load_file(padded.path / WEIGHTS).items():
-        rank = tensors[key].shape[0 if ".lora_A." in key else 1]
-        kept, zeros = tensor.split([rank, config["r"] - rank], 0 if ".lora_A." in key else 1)
+        side = 0 if ".lora_A." in key else 1
+        rank = tensors[key].shape[side]
+        kept, zeros = tensor.split([rank, config["r"] - rank], side)
         assert torch.equal(kept, tensors[key]) and not zeros.any()
 
 
