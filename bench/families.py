@@ -163,8 +163,8 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
         "text_config.head_dim": 0,
     },
     "hunyuan_vl": {"text_config.head_dim": SIZE},
+    "minimax_m3_vl": {"text_config.mlp_layer_types": ["dense", "sparse", "sparse"]},
     "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
-    # Their speech needs a file of voices, or parts that no text model has.
     "qwen2_5_omni": {"enable_audio_output": False},
     "qwen3_omni_moe": {"enable_audio_output": False},
 }
@@ -238,9 +238,11 @@ def cut_layers(config: dict[str, Any], count: int) -> None:
     if not isinstance(total, int) or total <= count:
         return
     lists = [k for k in lists if len(config[k]) == total]
-    rows = list(zip(*(map(str, config[k]) for k in lists), strict=True)) or [()] * total
+    repeating = [config[k] for k in lists if len(set(map(str, config[k]))) < total]
+    rows = list(zip(*(map(str, each) for each in repeating), strict=True)) or [()] * total
     chosen = sorted({rows.index(row) for row in dict.fromkeys(rows)})[: 2 * count]
-    chosen = sorted({*chosen, *[n for n in range(total) if n not in chosen][: count - len(chosen)]})
+    others = [n for n in range(total) if n not in chosen]
+    chosen = sorted([*chosen, *others[: max(0, count - len(chosen))]])
     for each in lists:
         config[each] = [config[each][n] for n in chosen]
     own = config.get("per_layer_config") or {}
@@ -396,7 +398,11 @@ def merged(folder: Path, out: str, **options: Any) -> Path:
 
 def loaded(model_class: Any, folder: Path) -> Any:
     """Load a model; ValueError if a weight is missing or left over."""
-    model, info = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    from transformers import PreTrainedModel
+
+    # Qwen2.5-Omni's own loads a file of voices as well.
+    load = PreTrainedModel.from_pretrained.__func__
+    model, info = load(model_class, folder, dtype=torch.float32, output_loading_info=True)
     wrong = {key: sorted(map(str, value))[:2] for key, value in info.items() if value}
     if wrong:
         raise ValueError(f"the class loads its files with {wrong}")
@@ -470,11 +476,11 @@ def tried(kind: str, name: str, folder: Path) -> dict[str, Any]:
             adapter = merged(folder, f"adapter{attempt}", output="lora", **options)
             break
         except LeanMergeError as error:
-            words = re.search(r"--exclude (?:'([^']+)'|(\w+))", str(error))
+            words = re.search(r"--exclude '([^']+)'", str(error))
             result.setdefault("adapter refused", first_sentence(error)[:400])
             if words is None:
                 return result
-            left_out = (*options.get("exclude", ()), words[1] or words[2])
+            left_out = (*options.get("exclude", ()), words[1])
             options = {"exclude": left_out}
             result["left out"] = list(left_out)
     else:

@@ -134,7 +134,9 @@ def _refuse(weights: Sequence[MappedWeight], faults: Mapping[str, str]) -> None:
     kinds: dict[str, None] = {}
     for part in (part for weight in refused for part in weight.slices):
         inside = re.sub(r"^layers\.\d+\.", "", part.canonical)
-        kinds["experts" if ".experts." in f".{inside}" else inside] = None
+        # "mlp.experts" leaves shared experts in.
+        parent, experts, _ = inside.partition(".experts.")
+        kinds[f"{parent}.experts" if experts else inside] = None
     pattern = "|".join(kinds)
     # One tensor stands for those of all layers and experts.
     examples: dict[str, str] = {}
@@ -143,7 +145,7 @@ def _refuse(weights: Sequence[MappedWeight], faults: Mapping[str, str]) -> None:
     first = "; nor ".join(f"{name}, since {faults[name]}" for name in [*examples.values()][:3])
     raise RecipeError(
         f"An adapter cannot hold {first}. Leave the {len(refused)} tensors of this kind out with "
-        f"--exclude {pattern if pattern.isalpha() else repr(pattern)}, or write a checkpoint."
+        f"--exclude '{pattern}', or write a checkpoint."
     )
 
 
