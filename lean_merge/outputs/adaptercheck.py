@@ -135,7 +135,7 @@ class AdapterComparison(Comparison):
             found.fault = f"has rank {rank}, and others have {self._usual}"
             return
         for row in range(found.rank, rank):
-            zeros = torch.zeros(1, module.in_features)
+            zeros = torch.zeros(1, module.in_features, dtype=torch.float32)
             found.off_a += self._off(a, row * module.in_features, zeros)
         for first, count in gaps(found.runs, module.out_features):
             found.off_b += self._compare_b(b, 0, 0, None, ((0, first, count),))

@@ -299,7 +299,7 @@ def _converted(
     firsts, start = [], 0
     for name in names:
         # The number of a row stands in it with both signs, so that columns that move are seen.
-        rows = torch.arange(start, start + shapes[name][0], dtype=torch.int64)
+        rows = torch.arange(start, start + shapes[name][0], dtype=torch.int64, device="cpu")
         firsts.append((start, name))
         start += len(rows)
         rule.add_tensor(target, name, patterns[name], torch.stack([rows, -1 - rows], dim=1))
@@ -316,7 +316,7 @@ def _runs(parameter: str, made: Any, firsts: Sequence[tuple[int, str]]) -> list[
     if tensor.dim() != 2 or tensor.shape[1] != 2 or not bool((tensor[:, 1] == ~tensor[:, 0]).all()):
         raise ValueError(f"transformers makes {parameter} of it, and not row by row")
     numbers = tensor[:, 0]
-    starts = torch.tensor([start for start, _ in firsts])
+    starts = torch.tensor([start for start, _ in firsts], device="cpu")
     breaks = (numbers[1:] != numbers[:-1] + 1) | torch.isin(numbers[1:], starts)
     begins = [0, *(torch.nonzero(breaks).flatten() + 1).tolist()]
     runs = []
