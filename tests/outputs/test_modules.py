@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.families import SMALL, Triple, load, write_triple
 
@@ -19,6 +20,8 @@ from lean_merge.outputs.loading import ask
 from lean_merge.outputs.modules import rows_inside
 from lean_merge.outputs.peft import gaps
 
+# PEFT asks transformers by a name that it has given another since.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 BENCH = Path(__file__).parents[2] / "bench"
 RENAMINGS = {
     "idefics3": "as the files have it",
@@ -91,7 +94,7 @@ def test_every_row_of_a_module_is_that_of_the_file(kind: str, families: Any, tmp
     assert (len(filled) < len(asked["wanted"])) is (kind == "minimax_m3_vl")
 
 
-@pytest.mark.parametrize("kind", ["lfm3_vl", "minimax_m3_vl", "qwen2_5_omni", "glm4v_moe"])
+@pytest.mark.parametrize("kind", ["minimax_m3_vl", "qwen2_5_omni", "glm4v_moe"])
 def test_a_class_takes_its_adapter_whole_or_is_refused_by_name(
     kind: str, families: Any, tmp_path: Path
 ):
@@ -163,11 +166,19 @@ def test_a_process_of_its_own_gives_the_same_answer(tmp_path: Path):
 # --- rows ---------------------------------------------------------------------------------------
 
 
-@given(data=st.data(), rows=st.integers(1, 24))
-def test_rows_are_found_wherever_runs_begin_and_end(data: st.DataObject, rows: int):
-    """Against a table with an entry for every row."""
-    order = data.draw(st.permutations(range(rows)))
-    moved = data.draw(st.permutations(range(rows)))[: data.draw(st.integers(0, rows))]
+@settings(deadline=None)
+@given(rows=st.integers(1, 24), seed=st.integers(0, 10**6), broken=st.integers(0, 24))
+def test_rows_are_found_wherever_runs_begin_and_end(rows: int, seed: int, broken: int):
+    """Against a table with an entry for every row; few rows are moved, or all."""
+    draw = random.Random(seed)
+    order, moved = list(range(rows)), list(range(rows))
+    for each in (order, moved):
+        for _ in range(broken):
+            cut = draw.randrange(rows)
+            each[:] = each[cut:] + each[:cut]
+            at = draw.randrange(rows)
+            each[at], each[-1] = each[-1], each[at]
+    moved = moved[: draw.randint(0, rows)]
     runs = joined([(row,) for row in order])
     piece = joined(list(enumerate(moved)))
     found = rows_inside([(first, count) for first, count in runs], tuple(piece))
