@@ -378,9 +378,14 @@ def _tried(
     tensors = {}
     for name in modules:
         # The model's own sizes, which files may contradict where no class is named.
-        rows, columns = model.get_submodule(name).weight.shape
-        tensors[f"{_KEY}{name}.lora_A.weight"] = torch.empty(1, columns, device="meta")
-        tensors[f"{_KEY}{name}.lora_B.weight"] = torch.empty(rows, 1, device="meta")
+        weight = model.get_submodule(name).weight
+        rows, columns = weight.shape
+        tensors[f"{_KEY}{name}.lora_A.weight"] = torch.empty(
+            (1, columns), dtype=weight.dtype, device="meta"
+        )
+        tensors[f"{_KEY}{name}.lora_B.weight"] = torch.empty(
+            (rows, 1), dtype=weight.dtype, device="meta"
+        )
     adapted = peft.get_peft_model(model, config, low_cpu_mem_usage=True)
     loaded = peft.set_peft_model_state_dict(adapted, tensors, low_cpu_mem_usage=True)
     inner = adapted.base_model.model
