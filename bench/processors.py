@@ -123,6 +123,7 @@ def margins(runs: Mapping[str, Run]) -> str:
 def main() -> None:
     """Parse the arguments, run the tests under each instruction set, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("tests", nargs="*", default=TESTS, help="in place of all")
     parser.add_argument(
         "--quick", action="store_true", help="one test, under all but the largest set"
     )
