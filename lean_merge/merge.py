@@ -172,10 +172,10 @@ def _settled(plan: Plan, folder: OutputFolder) -> Plan:
     """
     resources = Resources(plan.device, plan.memory, plan.vram or None, plan.threads)
     with memory.PeakSampler() as sampler:
-        looking = make_plan(plan.recipe, resources, output=evidence_kind())
+        looking = make_plan(plan.recipe, resources, output=evidence_kind(), like=plan)
         made = carry_out(looking, folder.own_analysis(), sampler)
     own = evidence_kind().open(made.path, own=True)
-    found = make_plan(plan.recipe, resources, analysis=own)
+    found = make_plan(plan.recipe, resources, analysis=own, like=plan)
     assert found.evidence is not None
     folder.note_analysis(found.evidence.identity)
     return found

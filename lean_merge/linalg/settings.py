@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+_SMALLEST, _ONE = float.fromhex("0x1p-1074"), float("1")
 _PRODUCTS = ("cuda", "mkldnn")
 """The backends whose precision of float32 products torch keeps apart."""
 
@@ -86,14 +87,16 @@ def _plain_thread() -> Iterator[None]:
     if threads == 1:
         # A new thread begins with what another merge has set for itself.
         threads = _PROCESS.threads
-    with (
-        torch.inference_mode(False),
-        torch.device("cpu"),
-        torch.autocast("cpu", enabled=False),
-        torch.autocast("cuda", enabled=False),
-    ):
-        # Torch does not tell whether it flushes the smallest numbers to zero, but it shows.
-        flushes = not torch.tensor(5e-324, dtype=torch.float64).mul(1.0).item()
+    # Torch does not tell whether the processor takes the smallest numbers for zero, but it shows.
+    flushes = _SMALLEST * _ONE == 0.0
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
         torch.set_num_threads(1)
         torch.set_flush_denormal(False)
         try:

@@ -138,6 +138,7 @@ def plan(
     *,
     analysis: RecordedEvidence | None = None,
     output: type[Output] | None = None,
+    like: Plan | None = None,
 ) -> Plan:
     """Read the headers of all checkpoints and lay out the whole merge.
 
@@ -151,6 +152,8 @@ def plan(
         An analysis of the same inputs, from whose evidence each weight is decided.
     output
         The kind of output; by default the one that the recipe names.
+    like
+        A plan of the same models. What it opened and mapped is not opened and mapped again.
 
     Raises
     ------
@@ -162,7 +165,8 @@ def plan(
         The memory given is too small; the message names the smallest that works.
     """
     evidence = None if analysis is None else EvidencePlan(analysis.gathered, analysis)
-    return _plan(recipe, resources or Resources(), output or output_of(recipe.output), evidence)
+    kind = output or output_of(recipe.output)
+    return _plan(recipe, resources or Resources(), kind, evidence, like)
 
 
 def plan_again(
@@ -182,31 +186,21 @@ def plan_again(
 
 
 def _plan(
-    recipe: MergeRecipe, resources: Resources, kind: type[Output], evidence: EvidencePlan | None
+    recipe: MergeRecipe,
+    resources: Resources,
+    kind: type[Output],
+    evidence: EvidencePlan | None,
+    like: Plan | None = None,
 ) -> Plan:
     kind.check(recipe)
     method = build_method(recipe)
 
     # Open the checkpoints, and find the weights that correspond.
-    base = open_checkpoint(recipe.base_model)
-    # Side files that cannot be copied are refused now, and not after the work is done.
-    if recipe.mllm_model is None:
-        base = mllm = with_side_files(base)
+    if like is not None and _models(like.recipe) == _models(recipe):
+        base, mllm, experts = like.base, like.mllm, like.experts
+        parents, coverage = like.parents, like.coverage
     else:
-        mllm = with_side_files(open_checkpoint(recipe.mllm_model))
-    experts = tuple(open_expert(expert.model) for expert in recipe.experts)
-    numbered = enumerate(recipe.experts, 1)
-    parents = {n: open_checkpoint(each.parent) for n, each in numbered if each.parent is not None}
-    coverage = map_roles(
-        base,
-        mllm,
-        experts,
-        parents,
-        allow_partial=recipe.allow_partial,
-        names=recipe.name_rules(),
-        scope=recipe.scope,
-    )
-    _check_numbers(coverage)
+        base, mllm, experts, parents, coverage = _mapped(recipe)
 
     # Choose what is merged, and how each weight is decided.
     positions = positions_of(coverage)
@@ -265,6 +259,39 @@ def _rules(methods: Methods) -> list[str]:
     """Sentences for people: how weights are merged that the recipe's method is not made for."""
     rules = Counter(method.rule for method in methods.values() if method.rule)
     return [f"{count} weights are no matrices of layers: {rule}" for rule, count in rules.items()]
+
+
+def _models(recipe: MergeRecipe) -> tuple[Any, ...]:
+    """Return what of a recipe decides which weights correspond."""
+    experts = [(each.model, each.parent) for each in recipe.experts]
+    rules = recipe.allow_partial, recipe.name_rules(), recipe.scope
+    return recipe.base_model, recipe.mllm_model, experts, *rules
+
+
+def _mapped(
+    recipe: MergeRecipe,
+) -> tuple[Checkpoint, Checkpoint, tuple[Checkpoint, ...], Mapping[int, Checkpoint], Coverage]:
+    """Open the base, the MLLM, the experts and their parents, and map their weights."""
+    base = open_checkpoint(recipe.base_model)
+    # Side files that cannot be copied are refused now, and not after the work is done.
+    if recipe.mllm_model is None:
+        base = mllm = with_side_files(base)
+    else:
+        mllm = with_side_files(open_checkpoint(recipe.mllm_model))
+    experts = tuple(open_expert(expert.model) for expert in recipe.experts)
+    numbered = enumerate(recipe.experts, 1)
+    parents = {n: open_checkpoint(each.parent) for n, each in numbered if each.parent is not None}
+    coverage = map_roles(
+        base,
+        mllm,
+        experts,
+        parents,
+        allow_partial=recipe.allow_partial,
+        names=recipe.name_rules(),
+        scope=recipe.scope,
+    )
+    _check_numbers(coverage)
+    return base, mllm, experts, parents, coverage
 
 
 def _check_numbers(coverage: Coverage) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from support.checkpoint_files import entry, raw_file, write_index
 from support.families import SKETCHED, SMALL, Triple, contents, load, save_tokenizer, write_triple
 
 from lean_merge import CheckpointError, cli, merge, open_checkpoint
+from lean_merge.engine import scheduler
 from lean_merge.store import storage
 
 program = importlib.import_module("lean_merge.cli.app")
@@ -475,6 +477,101 @@ def test_an_output_that_is_a_file_is_refused(roles: Triple, refused: Run, tmp_pa
     (tmp_path / "out").write_text("mine")
     assert "is a file" in refused(code=FAILED)
     assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="paths of POSIX")
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/x", "loop/x", "x" * 300])
+def test_an_output_that_is_no_path_is_refused(fails: Run, tmp_path: Path, name: str):
+    (tmp_path / "loop").symlink_to("loop")
+    out = Path(name) if name.startswith("~") else tmp_path / name
+    message = fails(code=FAILED, out=out)
+    assert "check" in message and name[:10] in message
+    assert not list(tmp_path.glob("x*"))
+
+
+def folder_of_that_name(file: Path) -> None:
+    file.mkdir()
+
+
+def link_outwards(file: Path) -> None:
+    file.symlink_to("/etc/hostname")
+
+
+def no_unicode(file: Path) -> None:
+    os.close(os.open(os.fsencode(file) + b"\xff", os.O_CREAT))
+
+
+def larger_than_the_disk(file: Path) -> None:
+    with open(file, "wb") as stream:
+        stream.truncate(1 << 42)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pipes, links and sparse files")
+@pytest.mark.parametrize(
+    ("name", "make", "code"),
+    [
+        ("README.md", folder_of_that_name, FAILED),
+        ("README.md", os.mkfifo, FAILED),
+        ("README.md", link_outwards, FAILED),
+        ("notes.json", os.mkfifo, FAILED),
+        ("notes.json", link_outwards, FAILED),
+        ("notes.json", no_unicode, FAILED),
+        ("notes.npz", larger_than_the_disk, BUDGET),
+    ],
+)
+def test_what_cannot_be_copied_is_refused_before_a_weight_is_read(
+    roles: Triple,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    make: Any,
+    code: int,
+):
+    make(roles.mllm / name)
+    for command in ("plan", "merge"):
+        with pytest.raises(SystemExit) as left:
+            cli.main([command, *arguments(roles, tmp_path / "out")[1:]])
+        assert left.value.code == code
+        assert ("mllm" in capsys.readouterr().err) is (code == FAILED)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
+def test_a_full_standard_output_is_told_apart_from_the_merge(
+    roles: Triple,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as left:
+            cli.main(arguments(roles, tmp_path / "out"))
+    assert left.value.code == FAILED
+    assert "The standard output cannot be written (No space left" in capsys.readouterr().err
+    assert open_checkpoint(tmp_path / "out").tensors
+
+
+def test_a_closed_standard_error_is_no_error(
+    roles: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "stderr", None)
+    cli.main(arguments(roles, tmp_path / "out"))
+    with pytest.raises(SystemExit) as left:
+        cli.main(arguments(roles, tmp_path / "out", "--seed", 4))
+    sys.stderr.close()
+    assert left.value.code == FAILED
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't")])
+def test_memory_that_the_system_lacks_is_no_bare_error(
+    fails: Run, monkeypatch: pytest.MonkeyPatch, error: Exception
+):
+    def full(*given: Any, **options: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(scheduler.torch, "empty", full)
+    assert "has not" in fails(code=BUDGET) and "--memory" in fails(code=BUDGET)
 
 
 def test_an_output_that_is_not_empty_is_refused(refused: Run, tmp_path: Path):

@@ -96,6 +96,7 @@ class Stage:
             workers=3,
             recipe=SimpleNamespace(rounding="nearest", seed=0),
             output=SimpleNamespace(writes_rows=self.writes),
+            seen={},
         )
         reused: Any = dict.fromkeys(self.reused, "note")
         with pytest.MonkeyPatch.context() as patch:

@@ -36,7 +36,7 @@ from torch import Tensor
 from lean_merge import Expert, MergeRecipe, Resources, merge, open_checkpoint
 from lean_merge import plan as make_plan
 from lean_merge.checkpoints import open_expert
-from lean_merge.checkpoints.forms.lora import module_pattern
+from lean_merge.checkpoints.forms.lora import Alphas, module_pattern
 from lean_merge.errors import CheckpointError, CoverageError, LeanMergeError
 
 Family = Callable[..., Triple]
@@ -481,6 +481,27 @@ def test_keys_match_as_in_peft(pattern: str, modules: list[str]):
         for module in modules:
             if module != pattern:
                 assert bool(read.match(module)) is matched_by_peft(pattern, module), module
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    keys=st.lists(st.text("ab._", max_size=5), max_size=6, unique=True),
+    modules=st.lists(st.text("ab._", max_size=8), min_size=1, max_size=6),
+)
+def test_the_first_key_that_fits_counts_however_it_is_looked_up(
+    keys: list[str], modules: list[str]
+):
+    alphas = Alphas({key: float(number) for number, key in enumerate(keys)})
+    for module in modules:
+        fitting = [n for n, key in enumerate(keys) if re.match(rf"(.*\.)?({key})$", module)]
+        assert alphas.of(module) == (float(fitting[0]) if fitting else None)
+
+
+def test_thousands_of_keys_take_as_many_steps_as_they_have_kinds():
+    names = [f"model.layers.{n:04}.self_attn.q_proj" for n in range(5000)]
+    alphas = Alphas(dict.fromkeys(names, 4.0))
+    assert alphas.steps == 1
+    assert {alphas.of(name) for name in names} == {4.0}
 
 
 @pytest.mark.parametrize("pattern", [".*.*.*.*.*.*.*.*x", "(?:a|a|a.)*x", "[^b]{3,999}x", "x"])

@@ -126,7 +126,7 @@ def sweep(
     place = checked_place(Path(out), folders(recipe))
     with held(place):
         earlier = earlier_points(place, recipe)
-        work = _Sweep(recipe, place, earlier, evaluation, resources, overwrite)
+        work = _Sweep(recipe, place, earlier, evaluation, resources, overwrite, plan)
         work.known_receiver = (read_table(place) or {}).get("receiver")
         table = work.table(grid, points)
         # From here on the folder is known to be that of a sweep, even if the sweep fails.
@@ -164,6 +164,8 @@ class _Sweep:
     evaluation: Evaluation | None
     resources: Resources | None
     overwrite: bool
+    like: Plan
+    """The plan of any point, whose models are opened and mapped once for all."""
     analysis: Analysis | None = None
     files: EqualFiles = field(default_factory=EqualFiles)
     known_receiver: PointRow | None = None
@@ -230,7 +232,7 @@ class _Sweep:
 
     def _plan(self, recipe: MergeRecipe) -> Plan:
         analysis = self.analysis if gathers(recipe) else None
-        return make_plan(recipe, self.resources, analysis=analysis)
+        return make_plan(recipe, self.resources, analysis=analysis, like=self.like)
 
     def _make(self, point: Point, record: PointRow) -> None:
         start = time.monotonic()

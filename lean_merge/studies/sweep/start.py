@@ -50,8 +50,10 @@ def check(
         (each.parameters.get(METHOD), each.parameters.get("stages")): each
         for each in reversed(points)
     }
+    plan = None
     for first in kinds.values():
-        plan = make_plan(first.recipe(recipe), resources)
+        plan = make_plan(first.recipe(recipe), resources, like=plan)
+    assert plan is not None
     return plan
 
 
@@ -109,7 +111,7 @@ def analysis_for(
     lowest: tuple[tuple[str, Value], ...] = ((METHOD, able.merge_method),)
     lowest += tuple(("temperature", value) for value in temperatures[:1])
     wanted = replace(Point(ANALYSIS_FOLDER, lowest).recipe(recipe), output="none")
-    looking = make_plan(wanted, resources, output=AnalysisOutput)
+    looking = make_plan(wanted, resources, output=AnalysisOutput, like=plan)
     # One that is damaged although it looks complete is replaced as well.
     overwrite = not is_made(looking, folder) or _opened(folder) is None
     return analyze(looking, folder, overwrite=overwrite, on_event=on_event).analysis
