@@ -13,7 +13,7 @@ from torch import Tensor
 from lean_merge import memory
 from lean_merge.checkpoints.identity import check_unchanged
 from lean_merge.checkpoints.jsonfile import read_object
-from lean_merge.engine import Event, RunResult, run, steps
+from lean_merge.engine import Event, RunResult, early_look, run, steps
 from lean_merge.errors import RecipeError
 from lean_merge.linalg.settings import Computing
 from lean_merge.outputs import (
@@ -141,6 +141,7 @@ def carry_out(
         )
         if complete is not None:
             return Made(complete, len(plan.tasks))
+    seen = early_look(plan, refuse=plan.output.in_recipes)
     with OutputFolder.create(
         out,
         plan.shards,
@@ -157,7 +158,7 @@ def carry_out(
         with result.timed("write"), Computing():
             plan.output.lay_out(folder, plan.weights)
         written = sum(shard.size for shard in folder.shards)
-        report = build_report(plan, result, bytes_written=written, sampler=sampler)
+        report = build_report(plan, result, seen, bytes_written=written, sampler=sampler)
         plan.output.end(folder, Outcome(facts, report, result.weights))
         check_unchanged(plan.opened)
         folder.seal()
@@ -188,8 +189,9 @@ def _without_folder(plan: Plan, sampler: memory.PeakSampler, on_event: OnEvent) 
             "threshold: auto keeps its evidence on the disk; give a folder with --out, or "
             "an analysis with --analysis."
         )
+    seen = early_look(plan)
     result = run(plan, plan.output.sink(None), on_event)
-    return build_report(plan, result, bytes_written=0, sampler=sampler)
+    return build_report(plan, result, seen, bytes_written=0, sampler=sampler)
 
 
 def _planned(
@@ -245,7 +247,9 @@ def stream(
     LeanMergeError
         Errors that show in the headers are raised at once; all others when the tensor is made.
     """
-    return _tensors(make_plan(recipe, resources, output=stream_kind()))
+    plan = make_plan(recipe, resources, output=stream_kind())
+    early_look(plan)
+    return _tensors(plan)
 
 
 def _tensors(plan: Plan) -> Generator[tuple[str, Tensor], None, None]:

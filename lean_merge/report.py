@@ -9,11 +9,11 @@ from dataclasses import asdict
 from typing import Any
 
 from lean_merge.checkpoints.sidefiles import remote_code
-from lean_merge.engine import RunResult
+from lean_merge.engine import EarlyLook, RunResult
 from lean_merge.memory import PeakSampler
 from lean_merge.methods import Recalling
 from lean_merge.plan import Plan
-from lean_merge.tasks import Truncated, WeightResult, Written, decision_fields
+from lean_merge.tasks import Truncated, WeightResult, Written, decision_fields, kind_of
 from lean_merge.version import __version__
 
 REPORT_VERSION = 1
@@ -32,6 +32,7 @@ KEPT_WARNING = 0.9
 def build_report(
     plan: Plan,
     result: RunResult,
+    look: EarlyLook,
     *,
     bytes_written: int,
     sampler: PeakSampler,
@@ -62,8 +63,9 @@ def build_report(
             "tensors": len(plan.tasks),
             "logical_weights": len(result.weights),
         },
+        "changed": changed(plan, result, look),
         "warnings": [
-            *plan.coverage.warnings,
+            *dict.fromkeys([*plan.coverage.warnings, *look.warnings, *_analysis_warnings(plan)]),
             *plan.notes,
             *kept_warnings(result),
             *accuracy_warnings(result),
@@ -85,6 +87,12 @@ def build_report(
         **measured,
         "weights": rows,
     }
+
+
+def _analysis_warnings(plan: Plan) -> list[str]:
+    """Return the warnings of the analysis that a merge was decided from."""
+    source = None if plan.evidence is None else plan.evidence.source
+    return [] if source is None else source.warnings
 
 
 def _from_analysis(plan: Plan) -> dict[str, Any] | None:
@@ -112,6 +120,7 @@ def measures(
             "read": result.bytes_read,
             "read_predicted": prediction.bytes_read,
             "read_most": prediction.most_read,
+            "looked": prediction.looked,
             "written": bytes_written,
             "written_predicted": prediction.bytes_written,
             "written_predicted_exactly": prediction.exact_writes,
@@ -163,15 +172,45 @@ def weight_rows(plan: Plan, weight: WeightResult) -> list[dict[str, Any]]:
     return rows
 
 
+def changed(plan: Plan, result: RunResult, look: EarlyLook) -> dict[str, Any]:
+    """Tell how many weights were changed, and the norm of all updates over that of these weights.
+
+    The weights' norms are estimated from the rows of the early look.
+    """
+    shapes = {part.canonical: part.shape for task in plan.weights for part in task.weight.slices}
+    usual = sum(look.squares.values()) / len(look.squares) if look.squares else 0.0
+    count, update, whole = 0, 0.0, 0.0
+    for weight in result.weights:
+        squared = _squared_update(weight)
+        count += squared != 0
+        if squared:
+            mean = look.squares.get(kind_of(weight.canonical), usual)
+            update, whole = update + squared, whole + mean * math.prod(shapes[weight.canonical])
+    relative = math.sqrt(update / whole) if whole else None
+    return {"weights": count, "of": len(result.weights), "relative_update": relative}
+
+
+def _squared_update(weight: WeightResult) -> float | None:
+    """Return ||update||_F^2, or None if it was not computed.
+
+    If no rows were written, the updates of several experts are taken for orthogonal.
+    """
+    if not weight.merged:
+        return 0.0
+    if isinstance(weight.stored, Written):
+        return weight.stored.squared
+    norms = [math.nan if e.update_norm is None else e.update_norm for e in weight.experts]
+    squared = math.fsum(norm**2 for norm in norms)
+    return None if math.isnan(squared) else squared
+
+
 def update_kept(weight: WeightResult) -> float | None:
     """Return the share of an update that rounding kept: <stored change, update> / ||update||^2.
 
-    It is 0 for a zero update, and None where no sum was stored.
+    It is None for a zero update, of which nothing can be lost, and where no sum was stored.
     """
-    if not weight.merged or not isinstance(weight.stored, Written):
+    if not isinstance(weight.stored, Written) or not _squared_update(weight):
         return None
-    if weight.stored.squared == 0.0:
-        return 0.0
     return weight.stored.along / weight.stored.squared
 
 

@@ -318,7 +318,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_every_field_of_the_report_is_documented_and_no_other(report: dict[str, Any]):
     text = section("formats.md", "## `lean_merge_report.json`")
     top, row = text.split("### A row of `weights`")
-    assert documented(top) == paths(report, {"counts", "bytes", "memory"})
+    assert documented(top) == paths(report, {"counts", "changed", "bytes", "memory"})
     assert documented(row) == set(report["weights"][0])
     phases = re.search(r"\| `seconds` \|(.*)\|", top)
     assert phases is not None

@@ -43,6 +43,12 @@ def numbers(*words: object, shape: Sequence[int]) -> Tensor:
     return torch.randn(tuple(shape), generator=seed)
 
 
+def tuned(role: str, *words: object, shape: Sequence[int]) -> Tensor:
+    """The numbers of the base, to which every other role adds some of its own."""
+    base = numbers("base", *words, shape=shape)
+    return base if role == "base" else base + 0.3 * numbers(role, *words, shape=shape)
+
+
 def language_model(
     role: str, *, rows: int = 20, tied: bool = False, fused: bool = False, prefix: str = "model."
 ) -> dict[str, Tensor]:
@@ -54,18 +60,18 @@ def language_model(
         f"{at}input_layernorm.weight": (WIDTH,),
         f"{prefix}norm.weight": (WIDTH,),
     }
-    made = {name: numbers(role, name[len(prefix) :], shape=shape) for name, shape in shapes.items()}
+    made = {name: tuned(role, name[len(prefix) :], shape=shape) for name, shape in shapes.items()}
     for kind, shape in (("weight", (8, WIDTH)), ("bias", (8,))):
-        parts = [numbers(role, leaf, kind, shape=shape) for leaf in "qkv"]
+        parts = [tuned(role, leaf, kind, shape=shape) for leaf in "qkv"]
         if fused:
             made[f"{at}self_attn.qkv_proj.{kind}"] = torch.cat(parts)
         else:
             for leaf, part in zip("qkv", parts, strict=True):
                 made[f"{at}self_attn.{leaf}_proj.{kind}"] = part
-    made[f"{prefix}embed_tokens.weight"] = numbers(role, "embed", shape=(rows, WIDTH))
+    made[f"{prefix}embed_tokens.weight"] = tuned(role, "embed", shape=(rows, WIDTH))
     if not tied:
         head = "lm_head.weight" if prefix == "model." else "language_model.lm_head.weight"
-        made[head] = numbers(role, "head", shape=(rows, WIDTH))
+        made[head] = tuned(role, "head", shape=(rows, WIDTH))
     return made
 
 

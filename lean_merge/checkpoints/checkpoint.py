@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,15 +21,17 @@ from lean_merge.checkpoints.weightfiles import (
     ADAPTER_FILES,
     GGUF,
     SAFETENSORS,
-    SINGLE,
     WeightFiles,
+    adapter_file,
     find_weights,
+    no_weights,
     unfinished,
 )
 from lean_merge.errors import CheckpointError, shown
 
 _CONFIG = "config.json"
 _MAX_CONFIG = 10_000_000
+_TEXT_CONFIGS = ("thinker_config", "text_config", "llm_config", "language_config", "decoder")
 _MAX_TENSORS = 500_000
 """Five times the tensors of the largest mixtures of experts; it bounds what all shards take."""
 # These are buffers that older models saved and newer ones compute; loaders skip them too.
@@ -60,7 +62,9 @@ class Checkpoint:
     encodings
         By name, the encodings of the tensors whose numbers have to be computed from stored ones.
     adapter
-        The adapter's changes to a base model, if it is an adapter; its tensors are then factors.
+        What it adds to a base model, if it is an adapter; its tensors are then the factors.
+    attached
+        An adapter that lies beside its weights and is added to them, as transformers adds it.
     origin
         The place that it was fetched from; None for a local path.
     seen
@@ -78,6 +82,7 @@ class Checkpoint:
     configs: tuple[Path, ...] = ()
     encodings: Mapping[str, Encoding] = field(default_factory=lambda: MappingProxyType({}))
     adapter: Adapter | None = None
+    attached: Checkpoint | None = None
     origin: Origin | None = None
     seen: Mapping[Path, Mapping[str, Any]] = field(default_factory=lambda: MappingProxyType({}))
     beside: tuple[Path, ...] = ()
@@ -137,7 +142,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     CheckpointError
         It does not exist, is an adapter or of an unsupported kind, or is unfinished or damaged.
     """
-    checkpoint = open_expert(source)
+    checkpoint = _open(source, expert=False)
     if checkpoint.adapter is not None:
         raise CheckpointError(
             f"{source}: holds an adapter, not a whole model, which only an expert may be; merge it "
@@ -147,7 +152,15 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
 
 
 def open_expert(source: str | Path) -> Checkpoint:
-    """Open a checkpoint as `open_checkpoint` does, or an adapter in a folder or under a hub id."""
+    """Open a checkpoint as `open_checkpoint` does, or an adapter in a folder or under a hub id.
+
+    A model with an adapter beside it is what transformers makes of the two: the adapter is added
+    to the model's weights.
+    """
+    return _open(source, expert=True)
+
+
+def _open(source: str | Path, *, expert: bool) -> Checkpoint:
     name = str(source)
     try:
         path = Path(source).expanduser()
@@ -159,11 +172,11 @@ def open_expert(source: str | Path) -> Checkpoint:
     if is_file:
         return _open_file(name, path)
     if is_dir:
-        return _open_folder(name, path, None)
+        return _open_folder(name, path, None, expert)
     for form in all_forms():
         origin = form.fetch(name)
         if origin is not None:
-            return _open_folder(name, origin.folder, origin)
+            return _open_folder(name, origin.folder, origin, expert)
     raise CheckpointError(
         f"{source}: there is no such folder or file, and it is no hub id like org/name; "
         "check the spelling."
@@ -176,18 +189,47 @@ def _open_file(source: str, file: Path) -> Checkpoint:
     return _assemble(source, file.parent, WeightFiles((file,)), None)
 
 
-def _open_folder(source: str, folder: Path, origin: Origin | None) -> Checkpoint:
-    file = _adapter_file(folder)
+def _open_folder(source: str, folder: Path, origin: Origin | None, expert: bool) -> Checkpoint:
+    weights = find_weights(folder, weight_names())
+    config, file = folder / ADAPTER_CONFIG, adapter_file(folder)
+    model = None if weights is None else _assemble(source, folder, weights, origin)
+    if not config.exists() or (model is not None and (file is None or not expert)):
+        if model is None:
+            raise no_weights(folder)
+        return model
     if file is None:
-        return _assemble(source, folder, find_weights(folder, weight_names()), origin)
+        raise CheckpointError(
+            f"{folder}: has {ADAPTER_CONFIG} but neither {' nor '.join(ADAPTER_FILES)}; download "
+            "the adapter again."
+        )
+    adapter = _open_adapter(source, folder, file, origin)
+    if model is None:
+        return adapter
+    assert adapter.adapter is not None
+    stated = adapter.adapter.base
+    if model.config is None or (stated is not None and Path(stated).name != folder.name):
+        raise CheckpointError(
+            f"{folder}: holds a whole model and an adapter{f' of {shown(stated)}' * bool(stated)}, "
+            f"and either may be meant. Pass a copy without {ADAPTER_CONFIG} for the model, and "
+            f"one with {file.name} and {ADAPTER_CONFIG} alone for the adapter; if both are "
+            "meant together, merge them first (PEFT's merge_and_unload)."
+        )
+    return replace(
+        model,
+        files=(*model.files, file),
+        configs=(*model.configs, config),
+        attached=adapter,
+        seen={**model.seen, **adapter.seen},
+    )
+
+
+def _open_adapter(source: str, folder: Path, file: Path, origin: Origin | None) -> Checkpoint:
     config = folder / ADAPTER_CONFIG
     seen = look_at(folder, [checked_file(folder, file)], [checked_file(folder, config)])
     content = _read_config(folder, config, mend="save the adapter again with PEFT")
-    for form in all_forms():
-        adapter = form.adapter(config, content)
-        if adapter is not None:
-            break
-    else:
+    found = (form.adapter(config, content) for form in all_forms())
+    adapter = next((each for each in found if each is not None), None)
+    if adapter is None:
         raise CheckpointError(
             f"{config}: is an adapter of the type {shown(content.get('peft_type'))}, and only "
             "LORA is understood; merge the adapter into its base first (PEFT's merge_and_unload) "
@@ -206,22 +248,6 @@ def _open_folder(source: str, folder: Path, origin: Origin | None) -> Checkpoint
     )
 
 
-def _adapter_file(folder: Path) -> Path | None:
-    """Return the file with an adapter's tensors; None if the folder holds no adapter."""
-    if not (folder / ADAPTER_CONFIG).exists():
-        return None
-    for name in ADAPTER_FILES:
-        if (folder / name).exists():
-            return folder / name
-    if any((folder / name).exists() for name in (_CONFIG, SINGLE)):
-        # This is a whole model with the config of an adapter that was merged into it.
-        return None
-    raise CheckpointError(
-        f"{folder}: has {ADAPTER_CONFIG} but neither {' nor '.join(ADAPTER_FILES)}; download "
-        "the adapter again."
-    )
-
-
 def _assemble(source: str, folder: Path, weights: WeightFiles, origin: Origin | None) -> Checkpoint:
     file, config = folder / _CONFIG, None
     configs = (file,) if file.is_symlink() or file.exists() else ()
@@ -231,7 +257,7 @@ def _assemble(source: str, folder: Path, weights: WeightFiles, origin: Origin | 
     tensors = _read_tensors(weights.files)
     if weights.named is not None:
         tensors = _match_index(folder, tensors, weights)
-    own, encodings = _decode(folder, _without_ties(tensors, config), config)
+    own, encodings = _decode(_without_ties(tensors, config), config)
     return Checkpoint(
         source,
         folder,
@@ -297,9 +323,17 @@ def _match_index(
     return {name: spec for name, spec in tensors.items() if name in named}
 
 
-def _parts(config: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """Return the config of the whole model, then those of its parts."""
-    return [config or {}, *(v for v in (config or {}).values() if isinstance(v, dict))]
+def language_configs(config: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """Return config.json, and its parts down to that of the language model, which is last.
+
+    Flags of the language model may stand in any of them.
+    """
+    found: list[Mapping[str, Any]] = [config or {}]
+    for key in _TEXT_CONFIGS:
+        inner = found[-1].get(key)
+        if isinstance(inner, dict):
+            found.append(inner)
+    return found
 
 
 def _without_ties(
@@ -310,7 +344,7 @@ def _without_ties(
     A PyTorch file names shared bytes twice. Transformers writes them once, under the embedding's
     name, and so does the output. Other shared bytes stay under each of their names.
     """
-    if not any(part.get("tie_word_embeddings") for part in _parts(config)):
+    if not any(part.get("tie_word_embeddings") for part in language_configs(config)):
         return tensors
     places = {
         (spec.file, spec.offset)
@@ -325,21 +359,24 @@ def _without_ties(
 
 
 def _decode(
-    folder: Path, tensors: Mapping[str, TensorSpec], config: Mapping[str, Any] | None
+    tensors: Mapping[str, TensorSpec], config: Mapping[str, Any] | None
 ) -> tuple[Mapping[str, TensorSpec], Mapping[str, Encoding]]:
     """Return the model's own tensors, and the encodings of those that have one."""
     stated = [
         part.get(key)
-        for part in _parts(config)
+        for part in [config or {}, *(v for v in (config or {}).values() if isinstance(v, dict))]
         for key in ("quantization_config", "compression_config")
     ]
     settings = [each for each in stated if isinstance(each, dict) and each]
     if not settings and all(spec.dtype in _PLAIN_DTYPES for spec in tensors.values()):
         return tensors, {}
-    # It is imported only here, because a plain checkpoint needs none of it.
-    from lean_merge.checkpoints.quantised import decode
-
-    return decode(folder, tensors, settings)
+    for form in all_forms():
+        form.check(tensors, settings)
+    encodings: dict[str, Encoding] = {}
+    for form in all_forms():
+        tensors, found = form.decode(tensors, settings)
+        encodings |= found
+    return tensors, encodings
 
 
 def _read_config(folder: Path, file: Path, *, mend: str) -> Mapping[str, Any]:

@@ -75,27 +75,39 @@ class WeightFiles:
     named: Mapping[str, str] | None = None
 
 
-def find_weights(folder: Path, forms: Iterable[WeightNames]) -> WeightFiles:
-    """Return the weight files of a model's folder, in the first of `forms` that is there.
+def find_weights(folder: Path, forms: Iterable[WeightNames]) -> WeightFiles | None:
+    """Return the weight files of a model's folder in the first form that is there, if any is.
+
+    An adapter's files are not among them.
 
     Raises
     ------
     CheckpointError
-        There are none, some are missing, or it is unclear which belong to the model.
+        Some are missing, or it cannot be told which belong to the model.
     """
-    try:
-        names = sorted(entry.name for entry in folder.iterdir())
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder}: cannot be listed ({error.strerror}); check its rights."
-        ) from error
+    names = _names(folder)
     for form in forms:
         found = _in_form(folder, names, form)
         if found is not None:
             for file in found.files:
                 checked_file(folder, file)
             return found
-    raise CheckpointError(f"{folder}: {_why_none(names)}")
+    return None
+
+
+def no_weights(folder: Path) -> CheckpointError:
+    """Return the error for a folder that holds neither a model's weights nor an adapter."""
+    return CheckpointError(f"{folder}: {_why_none(folder, _names(folder))}")
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        names = {entry.name for entry in folder.iterdir()}
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: cannot be listed ({error.strerror}); check its rights."
+        ) from error
+    return sorted(names - set(ADAPTER_FILES))
 
 
 def _in_form(folder: Path, names: list[str], form: WeightNames) -> WeightFiles | None:
@@ -130,7 +142,15 @@ def unfinished(path: Path) -> CheckpointError:
     )
 
 
-def _why_none(names: list[str]) -> str:
+def adapter_file(folder: Path) -> Path | None:
+    """Return the file with an adapter's tensors, if there is one."""
+    files = (folder / name for name in ADAPTER_FILES)
+    return next((file for file in files if file.exists()), None)
+
+
+def _why_none(folder: Path, names: list[str]) -> str:
+    if (adapter := adapter_file(folder)) is not None:
+        return f"has {adapter.name} but no {ADAPTER_CONFIG}; download the adapter again."
     if any(name.endswith(".gguf") for name in names):
         return GGUF
     others = [name for name in names if name.endswith(_OTHER_FORMATS)]

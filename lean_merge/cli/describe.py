@@ -43,6 +43,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
     return {
         "recipe": plan.recipe.to_dict(),
         "prefixes": dict(plan.coverage.prefixes),
+        "natures": dict(plan.coverage.natures),
         "counts": {
             "in_scope": len(plan.weights),
             "copied": len(plan.copies),
@@ -84,7 +85,10 @@ def plan_text(plan: Plan) -> str:
         reads = f"about {reads}, at most {format_size(predicted.most_read)}"
     lines = [
         f"method    {plan.recipe.merge_method}",
-        *(f"{role:<9} {prefix}*" for role, prefix in plan.coverage.prefixes.items()),
+        *(
+            f"{role:<9} {prefix}*, {plan.coverage.natures[role]}"
+            for role, prefix in plan.coverage.prefixes.items()
+        ),
         f"in scope  {len(plan.weights)} tensors: {_counted(leaves)}",
         f"copied    {len(plan.copies)} tensors: {_counted(copied)}",
         f"filtered  {_counted(Counter(plan.scope.filtered.values()))}",
@@ -114,7 +118,21 @@ def result_text(path: Path | None, report: dict[str, Any]) -> str:
         f"{format_size(report['bytes']['written'])} written, peak memory "
         f"{format_size(used['peak_anonymous'])}{details}",
     ]
-    return "\n".join([*lines, *(f"warning: {line}" for line in report["warnings"])])
+    lines += (f"warning: {line}" for line in report["warnings"])
+    return "\n".join([*lines, changed_text(report)])
+
+
+def changed_text(report: dict[str, Any]) -> str:
+    """Tell how many weights a merge changed, and by how much."""
+    changed = report["changed"]
+    if not changed["weights"]:
+        rows = report["weights"]
+        reasons = dict.fromkeys(row["reason"] for row in rows if not row["selected"])
+        why = "; ".join(reasons) or "every update is zero"
+        return f"no weight was changed, so the result equals the model that receives: {why}"
+    relative = changed["relative_update"]
+    size = "" if relative is None else f", by {relative:.2%} of their norm"
+    return f"changed {changed['weights']} of {changed['of']} weights{size}"
 
 
 def analysis_dict(path: Path, document: dict[str, Any]) -> dict[str, Any]:

@@ -103,6 +103,13 @@ Seed = Annotated[int | None, typer.Option(help="The seed of all random numbers."
 AllowPartial = Annotated[
     bool, typer.Option("--allow-partial", help="Go on where weights do not map; say what is left.")
 ]
+AllowTextMllm = Annotated[
+    bool,
+    typer.Option("--allow-text-mllm", help="Take an MLLM of text alone beside one that has more."),
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Go on where a model was hardly tuned from the base.")
+]
 Device = Annotated[str, typer.Option(help="Compute on auto, cpu, cuda or cuda:N.")]
 Memory = Annotated[
     str | None,
@@ -202,6 +209,8 @@ def work_of(
     shard_size: ShardSize = None,
     seed: Seed = None,
     allow_partial: AllowPartial = False,
+    allow_text_mllm: AllowTextMllm = False,
+    force: Force = False,
     device: Device = "auto",
     memory: Memory = None,
     vram: Vram = None,
@@ -240,6 +249,8 @@ def work_of(
         "shard_size": shard_size,
         "seed": seed,
         "allow_partial": allow_partial or None,
+        "allow_text_mllm": allow_text_mllm or None,
+        "force": force or None,
     }
     resources = resources_of(device, memory, vram, threads)
     return _recipe(recipe, wanted, parameters), resources

@@ -1,5 +1,6 @@
 """Find the logical weights of the base in the MLLM and in every expert."""
 
+from lean_merge.mapping.kinship import heads as stated_heads
 from lean_merge.mapping.names import (
     Coverage,
     LogicalWeight,
@@ -16,4 +17,5 @@ __all__ = [
     "language_layout",
     "layer_of",
     "map_roles",
+    "stated_heads",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -11,11 +12,19 @@ from lean_merge.checkpoints.header import TensorSpec
 from lean_merge.checkpoints.rows import Place
 from lean_merge.errors import CoverageError
 from lean_merge.mapping.kinship import HEADS, head_counts, heads, sizes
-from lean_merge.mapping.structure import Decoder, Key, decoders
+from lean_merge.mapping.structure import (
+    Decoder,
+    Key,
+    Parts,
+    decoders,
+    modalities,
+    nature,
+    text_config,
+)
 
 ONE_BASE = "pass checkpoints that were all tuned from one base"
 NAMES = "say which tensors are the base's with names: in the recipe"
-_SHOWN = 8
+_SHOWN = 12
 
 
 def title(role: str) -> str:
@@ -45,6 +54,22 @@ class Faults:
                 f"{decoder.prefix}{base.depth}: the {title(role)} has {decoder.depth} layers, "
                 f"the base only {base.depth}"
             )
+
+    def check_surplus(self, role: str, decoder: Decoder, base: Decoder) -> None:
+        """Note the matrices in the layers of a role that the base does not have."""
+        for key in decoder.weights:
+            if key not in base.weights and key[0] < base.depth:
+                self.add(role, key, "has it, but the base lacks it")
+
+    def kinds(self) -> list[str]:
+        """Return the lines without the numbers of layers and experts, each with its count."""
+        found: dict[str, list[str]] = {}
+        for line in self.lines:
+            found.setdefault(re.sub(r"(?<=\.)\d+(?=[.:])", "*", line), []).append(line)
+        return [
+            lines[0] if len(lines) == 1 else f"{kind} ({len(lines)} times)"
+            for kind, lines in found.items()
+        ]
 
     def counterpart(
         self, role: str, checkpoint: Checkpoint, decoder: Decoder, key: Key, base: Place
@@ -86,48 +111,77 @@ def locate(
     """
     roles = {"base": base, **others}
     known = [each for each in map(heads, roles.values()) if each is not None]
-    all_found = {}
+    found = {}
     for role, checkpoint in roles.items():
         own = heads(checkpoint)
         tensors = named.get(role, checkpoint.tensors)
-        all_found[role] = decoders(tensors, known if own is None else [own, *known])
-    candidates = all_found.pop("base")
-    if not candidates:
-        raise CoverageError(
-            f"{base.source}: the base has no language model layers (…layers.N.…q_proj.weight and "
-            "the like); pass the text model that the others were tuned from."
-        )
-    fitting = [
-        candidate
-        for candidate in candidates.values()
+        every = decoders(tensors, known if own is None else [own, *known])
+        found[role] = _language_models(role, checkpoint, every)
+    candidates = found.pop("base")
+    fitting = {
+        prefix: each
+        for prefix, each in candidates.items()
         if all(
-            any(d.has_whole_layer_of(candidate) for d in each.values())
-            for each in all_found.values()
+            any(d.has_whole_layer_of(each) for d in theirs.values()) for theirs in found.values()
         )
-    ]
-    # A base that is itself multimodal has towers too: its decoder has the fullest layers.
-    best = _only_best("base", base, {d.prefix: d.rank() for d in fitting or candidates.values()})
-    chosen = candidates[best]
+    }
+    chosen = _chosen(base, fitting or candidates)
     located = {"base": chosen}
-    for role, each in all_found.items():
-        if role in named and best in each:
-            each = {best: each[best]}
-        located[role] = _like(chosen, role, others[role], each)
+    for role, theirs in found.items():
+        if role in named and chosen.prefix in theirs:
+            theirs = {chosen.prefix: theirs[chosen.prefix]}
+        located[role] = _like(chosen, role, others[role], theirs)
     return located
+
+
+def _language_models(
+    role: str, checkpoint: Checkpoint, found: Mapping[str, Decoder]
+) -> dict[str, Decoder]:
+    """Return the parts that are not another part of the model by their names or by the config."""
+    parts = Parts(checkpoint.config)
+    kept = {prefix: each for prefix, each in found.items() if parts.is_language(prefix)}
+    if kept:
+        return kept
+    others = f", but for {', '.join(map(repr, sorted(found)))} of other parts" if found else ""
+    raise CoverageError(
+        f"{checkpoint.source}: the {title(role)} has no language model layers "
+        f"(...layers.N....q_proj.weight and the like){others}; {ONE_BASE}, or {NAMES}."
+    )
+
+
+def _chosen(base: Checkpoint, candidates: dict[str, Decoder]) -> Decoder:
+    """Return the base's language model, by its config, by its name, or as by far the largest."""
+    config, parts = text_config(base), Parts(base.config)
+
+    def as_configured(decoder: Decoder) -> bool:
+        widths = {size for place in decoder.weights.values() for size in place.shape}
+        depth, width = config.get("num_hidden_layers"), config.get("hidden_size")
+        return depth == decoder.depth and width in widths
+
+    def is_named(decoder: Decoder) -> bool:
+        return parts.kind(decoder.prefix) == "language"
+
+    for rule in (as_configured, is_named):
+        candidates = {p: d for p, d in candidates.items() if rule(d)} or candidates
+    numbers = {prefix: each.rank()[1] for prefix, each in candidates.items()}
+    most = max(numbers.values())
+    return candidates[_only_best("base", base, {p: (10 * n > most,) for p, n in numbers.items()})]
 
 
 def _like(base: Decoder, role: str, source: Checkpoint, found: dict[str, Decoder]) -> Decoder:
     found = {prefix: decoder.numbered_as(base) for prefix, decoder in found.items()}
     fitting = {p: d for p, d in found.items() if d.has_whole_layer_of(base)}
     if not fitting:
+        # What a whole kind of layer lacks is for the gate to say, if there is no doubt where.
         names = base.one_layer()
-        closest = max(found.values(), key=lambda d: len(names & d.one_layer()), default=None)
-        if closest is None:
-            fault = "has no layers with weights like the base's"
-        else:
-            lacking = sorted(names - closest.one_layer())
-            fault = f"has layers under {closest.prefix!r}, but they lack {', '.join(lacking)}"
-        raise CoverageError(f"{source.source}: the {title(role)} {fault}; {ONE_BASE}, or {NAMES}.")
+        fitting = {p: d for p, d in found.items() if 2 * len(names & d.one_layer()) >= len(names)}
+    if not fitting:
+        closest = max(found.values(), key=lambda d: len(names & d.one_layer()))
+        lacking = ", ".join(sorted(names - closest.one_layer()))
+        raise CoverageError(
+            f"{source.source}: the {title(role)} has layers under {closest.prefix!r}, but they "
+            f"lack {lacking}; {ONE_BASE}, or {NAMES}."
+        )
     # Names count before shapes: a tower may share a width with the base, rarely a whole layer.
     scores = {}
     for prefix, decoder in fitting.items():
@@ -148,6 +202,17 @@ def _only_best(role: str, source: Checkpoint, scores: Mapping[str, tuple[int, ..
             f"{NAMES}."
         )
     return best[0]
+
+
+def check_roles(checkpoints: Mapping[str, Checkpoint]) -> None:
+    """Raise CoverageError for an MLLM of text alone beside a model that has vision or audio."""
+    if any(map(modalities, checkpoints.values())) and not modalities(checkpoints["mllm"]):
+        looks = "; ".join(f"{title(role)}: {nature(each)}" for role, each in checkpoints.items())
+        raise CoverageError(
+            f"{checkpoints['mllm'].source}: the MLLM has text alone, beside a model that has more. "
+            f"It looks as if roles were exchanged ({looks}); exchange them, or go on with "
+            "--allow-text-mllm."
+        )
 
 
 def check_heads(base: Checkpoint, others: Mapping[str, Checkpoint]) -> None:
@@ -184,11 +249,12 @@ def report(
         if unequal:
             differences.append(f"{'; '.join(unequal)} ({checkpoint.source})")
     reason = f" They differ in size: {'; '.join(differences)}." if differences else ""
-    shown = "".join(f"\n  {line}" for line in faults.lines[:_SHOWN])
-    rest = len(faults.lines) - _SHOWN
-    more = f"\n  ... and {rest} more" if rest > 0 else ""
+    kinds = faults.kinds()
+    shown = "".join(f"\n  {line}" for line in kinds[:_SHOWN])
+    rest = len(kinds) - _SHOWN
+    more = f"\n  ... and {rest} more kinds" if rest > 0 else ""
     partial = (
-        f", or merge only the {mapped} weights that map with --allow-partial" if mapped else ""
+        f", or merge only the {mapped} tensors that map with --allow-partial" if mapped else ""
     )
     return (
         f"The models do not map onto each other at {len(faults.lines)} places.{reason}"

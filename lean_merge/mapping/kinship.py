@@ -19,9 +19,8 @@ from lean_merge.checkpoints.checkpoint import Checkpoint
 from lean_merge.checkpoints.safepaths import checked_file, open_regular
 from lean_merge.errors import CheckpointError, shown
 from lean_merge.mapping.placement import INTERLEAVED_QKV, QKV, Heads
-from lean_merge.mapping.structure import Decoder
+from lean_merge.mapping.structure import Decoder, text_config
 
-_TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 _MAX_TOKENIZER = 100_000_000
 _TOKENIZER_MEMORY = 1 << 30
 """Bytes that parsing a tokenizer may take; the largest real ones, of 33 MB, need three quarters."""
@@ -36,21 +35,13 @@ _ITEMS = {
     b"added_tokens[": re.compile(rb'\s*(\{(?:[^{}"]|"(?:[^"\\]|\\.)*")*\})\s*([,\]])'),
 }
 """The items of the sections that hold tokens: objects by token, or lists in the order of ids."""
+_ALIKE = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}
+"""Names of activations that compute the same as another."""
 HEADS = {
     "num_attention_heads": "attention heads",
     "num_key_value_heads": "key/value heads",
     "head_dim": "head size",
 }
-
-
-def text_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """Return the part of config.json that describes the language model; it may be empty."""
-    config = checkpoint.config or {}
-    for key in ("thinker_config", *_TEXT_CONFIGS):
-        inner = config.get(key)
-        if isinstance(inner, dict):
-            config = inner
-    return config
 
 
 def head_counts(checkpoint: Checkpoint) -> dict[str, int]:
@@ -98,34 +89,60 @@ def config_warnings(base: Checkpoint, other: Checkpoint, role: str) -> list[str]
     """Return a sentence for each difference that allows a merge but may cost quality."""
     warnings = []
     ours, theirs = rope_theta(base), rope_theta(other)
-    if ours and theirs and ours != theirs:
+    kinds = ours.keys() | theirs.keys() if ours and theirs else ()
+    if any(_of_kind(ours, kind) != _of_kind(theirs, kind) for kind in kinds):
         warnings.append(
             f"rope_theta is {plain_theta(ours)} in the base and {plain_theta(theirs)} in the "
             f"{role}; the merged model keeps the MLLM's."
         )
-    act, other_act = (text_config(each).get("hidden_act") for each in (base, other))
-    if isinstance(act, str) and isinstance(other_act, str) and act != other_act:
+    act, other_act = _activation(base), _activation(other)
+    if act and other_act and _ALIKE.get(act, act) != _ALIKE.get(other_act, other_act):
         warnings.append(
             f"hidden_act is {shown(act)} in the base and {shown(other_act)} in the {role}."
         )
     return warnings
 
 
-def rope_theta(checkpoint: Checkpoint) -> dict[str, float]:
-    """Return rope_theta by kind of layer; the only kind is "" if all layers share it."""
+def _activation(checkpoint: Checkpoint) -> str | None:
     config = text_config(checkpoint)
-    parameters = config.get("rope_parameters")
+    stated = config.get("hidden_activation") or config.get("hidden_act")
+    return stated if isinstance(stated, str) else None
+
+
+def rope_theta(checkpoint: Checkpoint) -> dict[str, float]:
+    """Return rope_theta by kind of layer; the only kind is "" if all layers share it.
+
+    Configs of transformers 4 have values of their own for layers of sliding attention, those of
+    version 5 the parameters of each kind.
+    """
+    config = text_config(checkpoint)
+    parameters = config.get("rope_parameters") or config.get("rope_scaling")
     places = {"": config}
     if isinstance(parameters, dict):
-        places = {"": parameters} | {k: v for k, v in parameters.items() if isinstance(v, dict)}
+        nested = {k: v for k, v in parameters.items() if isinstance(v, dict)}
+        places |= nested or ({"": parameters} if "rope_theta" in parameters else {})
     found = {kind: place.get("rope_theta") for kind, place in places.items()}
-    found = found if any(found.values()) else {"": config.get("rope_theta")}
+    for key in ("rope_local_base_freq", "local_rope_theta"):
+        if key in config:
+            found.setdefault("sliding_attention", config[key])
+            found.setdefault("full_attention", config.get("global_rope_theta", found[""]))
+    if len(found) > 1:
+        del found[""]
     # An integer beyond the range of floats is not a frequency.
     return {
         k: float(v)
         for k, v in found.items()
         if isinstance(v, (int, float)) and abs(v) <= sys.float_info.max
     }
+
+
+def _of_kind(thetas: Mapping[str, float], kind: str) -> float | None:
+    """Return the frequency of one kind of layer; None if the config states none for it."""
+    return thetas.get(kind, thetas.get("") if kind else _only(thetas))
+
+
+def _only(thetas: Mapping[str, float]) -> float | None:
+    return next(iter(thetas.values())) if len(set(thetas.values())) == 1 else None
 
 
 def plain_theta(thetas: Mapping[str, float]) -> str:

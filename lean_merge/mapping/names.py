@@ -12,14 +12,13 @@ from lean_merge.checkpoints.checkpoint import Checkpoint, by_role
 from lean_merge.checkpoints.header import TensorSpec
 from lean_merge.checkpoints.reader import TensorReader
 from lean_merge.checkpoints.rows import DifferenceRows, Place, WeightSource
-from lean_merge.errors import CoverageError
-from lean_merge.mapping.adaptermap import ZeroRows, map_adapter
-from lean_merge.mapping.gate import Faults, check_heads, locate, report, title
+from lean_merge.errors import CoverageError, RecipeError, shown
+from lean_merge.mapping.experts import ZeroRows, map_expert
+from lean_merge.mapping.gate import Faults, check_heads, check_roles, locate, report, title
 from lean_merge.mapping.kinship import compare_tokens, config_warnings, tokenizer_warnings
-from lean_merge.mapping.language import shared_places
 from lean_merge.mapping.placement import FUSED
-from lean_merge.mapping.renaming import NameRules, renamed
-from lean_merge.mapping.structure import Decoder, Key, language_layout
+from lean_merge.mapping.scopes import MATRICES, places_beside
+from lean_merge.mapping.structure import Decoder, Key, language_layout, nature
 
 __all__ = [
     "Coverage",
@@ -30,6 +29,8 @@ __all__ = [
     "map_roles",
 ]
 
+NameRules = tuple[tuple[str, str], ...]
+"""(pattern, template) pairs; the first pattern that is found in a name decides."""
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -72,6 +73,11 @@ class LogicalWeight:
     def shape(self) -> tuple[int, int]:
         """Return the weight's out and in."""
         return self.base.shape
+
+    @property
+    def in_columns(self) -> bool:
+        """Return whether the rows of any role are columns of what is stored."""
+        return any(source.in_columns for source in self.roles)
 
     @property
     def others(self) -> tuple[WeightSource, ...]:
@@ -160,6 +166,8 @@ class Coverage:
         With `allow_partial`, a line for each in-scope weight that could not be mapped.
     prefixes
         The prefix of each role's language model, by role: "base", "mllm", "expert 1", ...
+    natures
+        What each role looks like, in words, such as "text and vision (model.visual)".
     warnings
         Sentences about what may cost quality.
     """
@@ -167,6 +175,7 @@ class Coverage:
     weights: tuple[MappedWeight, ...]
     left_out: tuple[str, ...]
     prefixes: Mapping[str, str]
+    natures: Mapping[str, str]
     warnings: tuple[str, ...]
 
 
@@ -177,15 +186,16 @@ def map_roles(
     parents: Mapping[int, Checkpoint] = MappingProxyType({}),
     *,
     allow_partial: bool = False,
+    allow_text_mllm: bool = False,
     names: Mapping[str, NameRules] = MappingProxyType({}),
     scope: str = "matrices",
 ) -> Coverage:
     """Map every in-scope weight of the base, or say why that cannot be done.
 
-    In scope are the matrices of attention and feed-forward layers, experts of a mixture included,
-    however they are stored. With scope "language" these are joined by norms, biases, routers,
-    embeddings and head, as far as all roles have them in one shape. Nothing outside the language
-    model is.
+    In scope are all matrices in the layers of the language model, experts of a mixture included,
+    however they are stored, but for what `NO_MATRICES` and `NO_MODULES` name, such as norms and
+    routers. With scope "language" these are joined by norms, biases, routers, embeddings and head,
+    as far as all roles have them in one shape. Nothing outside the language model is.
 
     Parameters
     ----------
@@ -199,6 +209,8 @@ def map_roles(
         The models that experts were tuned from, if not from the base, by the experts' numbers.
     allow_partial
         Whether to leave out weights that do not map, instead of raising.
+    allow_text_mllm
+        Whether to take an MLLM of text alone although another role has vision or audio.
     names
         The rules that turn a role's names into the base's, by role: "mllm", "expert 1", "base".
         `renamed` explains them.
@@ -211,7 +223,8 @@ def map_roles(
         `names` does not fit the checkpoints.
     CoverageError
         A weight has no counterpart of its shape in some role, the roles have different heads, the
-        language model cannot be told from other parts, or nothing maps at all.
+        language model cannot be told from other parts, roles look exchanged, or nothing maps at
+        all.
     """
     roles = by_role(base, mllm, experts, parents)
     others = {"mllm": mllm, **roles}
@@ -220,14 +233,22 @@ def map_roles(
     whole = {role: each for role, each in others.items() if each.adapter is None}
     named = {role: renamed(roles[role], role, names[role]) for role in names}
     models = {"base", *whole}
+    if not allow_text_mllm and mllm is not base:
+        check_roles({"base": base, **whole})
     found = locate(base, whole, {role: each for role, each in named.items() if role in models})
     faults = Faults()
     for role, decoder in found.items():
         faults.check_decoder(role, decoder, found["base"])
+        faults.check_surplus(role, decoder, found["base"])
     adapters = {
-        role: map_adapter(role, each, base, found["base"], faults, named.get(role, each.tensors))
+        role: map_expert(role, each, roles, found, faults, named.get(role, each.tensors))
         for role, each in others.items()
         if each.adapter is not None
+    }
+    attached = {
+        role: map_expert(role, each.attached, roles, found, faults, each.attached.tensors)
+        for role, each in whole.items()
+        if each.attached is not None
     }
     mapped: dict[Key, LogicalWeight] = {}
     for key, place in found["base"].weights.items():
@@ -243,6 +264,8 @@ def map_roles(
             rows = {
                 role: adapters[role].task_vector(key, ours)
                 if role in adapters
+                else attached[role].added(key, each.rows(present[role]))
+                if role in attached
                 else each.rows(present[role])
                 for role, each in others.items()
             }
@@ -251,20 +274,22 @@ def map_roles(
             mapped[key] = LogicalWeight(
                 f"layers.{key[0]}.{key[1]}", present["mllm"], ours, receiving, experts_rows
             )
-    weights = _by_tensor(found["base"], found["mllm"], mapped, faults)
+    weights = _by_tensor(found["mllm"], mapped, faults)
     if faults.lines and not (allow_partial and weights):
         raise CoverageError(report(faults, {"base": base, **whole}, found, mapped=len(weights)))
     check_heads(base, whole)
-    warnings = _scope_warnings(found["base"], found["mllm"], scope)
-    warnings += [line for each in adapters.values() for line in each.warnings]
+    warnings = _scope_warnings(found["base"], found["mllm"])
+    warnings += [
+        line for each in (*adapters.values(), *attached.values()) for line in each.warnings
+    ]
     for role, other in others.items():
         warnings += config_warnings(base, other, title(role))
     tokens = compare_tokens(base, others)
     warnings += tokenizer_warnings({title(role): each for role, each in tokens.items()})
-    if scope == "language":
+    if scope != MATRICES:
         every = {"base": base, **whole}
         tensors = {role: named.get(role, each.tensors) for role, each in every.items()}
-        shared, told = shared_places(every, tensors, found, tokens)
+        shared, told = places_beside(scope)(every, tensors, found, tokens)
         more, rows_told = _beside(shared, every, others)
         weights |= more
         warnings += [*told, *rows_told]
@@ -278,6 +303,9 @@ def map_roles(
                 if role != "mllm" or mllm is not base
             }
             | {role: each.prefix for role, each in adapters.items()}
+        ),
+        natures=MappingProxyType(
+            {role: nature(each) if role in models else "an adapter" for role, each in roles.items()}
         ),
         warnings=tuple(warnings),
     )
@@ -342,7 +370,7 @@ def _beside(
 
 
 def _by_tensor(
-    base: Decoder, mllm: Decoder, mapped: Mapping[Key, LogicalWeight], faults: Faults
+    mllm: Decoder, mapped: Mapping[Key, LogicalWeight], faults: Faults
 ) -> dict[str, MappedWeight]:
     """Return the stored tensors of the MLLM whose weights are all mapped, by name.
 
@@ -357,9 +385,6 @@ def _by_tensor(
         if len(slices) == len(keys):
             weights[tensor.name] = MappedWeight(tensor, slices)
         elif slices:
-            for key in keys:
-                if key not in base.weights:
-                    faults.add("base", key, "lacks it")
             faults.lines.append(
                 f"{tensor.name}: left as it is, because {len(keys) - len(slices)} of the "
                 f"{len(keys)} weights in it do not map"
@@ -367,8 +392,8 @@ def _by_tensor(
     return weights
 
 
-def _scope_warnings(base: Decoder, mllm: Decoder, scope: str) -> list[str]:
-    """Warn of fused weights merged as one, and of tensors in the layers that are only copied."""
+def _scope_warnings(base: Decoder, mllm: Decoder) -> list[str]:
+    """Warn of fused weights that are merged as one, and of layers that are only copied."""
     unsplit = Counter(rest.rpartition(".")[2] for _, rest in base.weights)
     warnings = [
         f"{unsplit[leaf]} fused {leaf} weights are merged as one matrix each, because nothing says "
@@ -381,16 +406,41 @@ def _scope_warnings(base: Decoder, mllm: Decoder, scope: str) -> list[str]:
             "kind that the base lacks; they are copied as they are, and the others counted without "
             "them."
         )
-    unknown = list(mllm.unknown) if scope == "matrices" else []
-    surplus = [key for key in mllm.weights if key not in base.weights and key[0] < base.depth]
-    for keys, why in (
-        (unknown, "are of a kind that is not merged"),
-        (surplus, "have no counterpart in the base"),
-    ):
-        if keys:
-            layer, rest = keys[0]
-            warnings.append(
-                f"{len(keys)} weight matrices of the MLLM's language layers, such as "
-                f"layers.{layer}.{rest}, {why}; they are copied as they are."
-            )
     return warnings
+
+
+def renamed(checkpoint: Checkpoint, role: str, rules: NameRules) -> Mapping[str, TensorSpec]:
+    """Return all tensors of a checkpoint by the names that the rules give them.
+
+    Where a rule's pattern is first found in a name, the template takes its place, as in `re.sub`.
+    A tensor that no rule fits keeps its name.
+
+    Raises
+    ------
+    RecipeError
+        A rule fits no tensor, a template cannot be filled, or two tensors get one name.
+    """
+    compiled = [(re.compile(pattern), template) for pattern, template in rules]
+    unused = [pattern for pattern, _ in rules]
+    tensors: dict[str, TensorSpec] = {}
+    for name, spec in checkpoint.tensors.items():
+        new = name
+        for pattern, template in compiled:
+            new, found = pattern.subn(template, name, count=1)
+            if found:
+                unused = [each for each in unused if each != pattern.pattern]
+                break
+        if new in tensors:
+            raise RecipeError(
+                f"names.{role}: {shown(tensors[new].name)} and {shown(name)} of "
+                f"{checkpoint.source} both become {shown(new)}; make the patterns tell them "
+                "apart."
+            )
+        tensors[new] = spec
+    if unused:
+        examples = ", ".join(shown(name) for name in list(checkpoint.tensors)[:3])
+        raise RecipeError(
+            f"names.{role}: the pattern {shown(unused[0])} is the first to fit for no tensor of "
+            f"{checkpoint.source}, whose names are like {examples}; correct it or leave it out."
+        )
+    return tensors

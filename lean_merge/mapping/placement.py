@@ -6,6 +6,7 @@ weights q, k, v, o, gate, up and down.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,14 +15,25 @@ from lean_merge.checkpoints.rows import Place, row_block
 
 QKV = "qkv_proj"
 GATE_UP = "gate_up_proj"
+UP_GATE = "up_gate_proj"
 INTERLEAVED_QKV = "wqkv"
-FUSED = frozenset({QKV, GATE_UP, INTERLEAVED_QKV})
+_ALWAYS_WHOLE = frozenset({"c_attn", "query_key_value", "Wqkv", "qkv", "att_proj"})
+FUSED = frozenset({QKV, GATE_UP, UP_GATE, INTERLEAVED_QKV}) | _ALWAYS_WHOLE
 EXPERTS = "experts"
-_LEAVES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj", "wo": "o_proj"}
+_LINEAR = {"input_linear": GATE_UP, "output_linear": "down_proj"}
+"""Granite's names, whose tensors hold all experts if they have three dimensions."""
+_LEAVES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj", "wo": "o_proj"} | _LINEAR
 _MODULES = {"attention": "self_attn", "feed_forward": "mlp", "block_sparse_moe": "mlp"}
-LEAVES = FUSED | frozenset(
-    {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", *_LEAVES}
+_STACKED = frozenset({GATE_UP, "gate_proj", "up_proj", "down_proj"})
+_LEAF = frozenset({QKV, INTERLEAVED_QKV, "q_proj", "k_proj", "v_proj", "o_proj"}) | _STACKED
+NO_MATRICES = re.compile(
+    r"norm|^ln(_|\d|$)|conv|bias|embed|rotary|sinks?$|scale|^wg$|^A_log$|^D$|^dt$|^weight$"
 )
+"""Names of what holds no matrix of a method, though it may have two dimensions: norms,
+convolutions, biases, embeddings, attention sinks, scales, and decays of state-space models."""
+NO_MODULES = re.compile(r"(^|\.)(router\w*|(shared_expert_)?gate|lora_\w+)(\.|$)")
+"""Modules that are left out too: routers and gates of experts, and adapters of the model's own."""
+_COUNTS = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +51,37 @@ class Heads:
 
 
 def canonical(rest: str) -> str:
-    """Return a weight's name inside its layer as Llama has it, such as "mlp.gate_proj"."""
-    *modules, leaf = rest.split(".")
+    """Return a weight's name inside its layer as Llama has it, such as "mlp.gate_proj".
+
+    Only names that mean the same in every model become Llama's. A wq is not a q_proj, because its
+    rows stand in another order, and the meaning of out_proj or fc1 depends on the family.
+    """
+    *modules, leaf = rest.removesuffix(".base_layer").split(".")
     return ".".join([*(_MODULES.get(each, each) for each in modules), _LEAVES.get(leaf, leaf)])
+
+
+def is_stack(rest: str, tensor: TensorSpec) -> bool:
+    """Return whether a tensor holds the matrices of all experts in a layout that is known."""
+    parent, _, leaf = canonical(rest).rpartition(".")
+    known = parent.rpartition(".")[2] == EXPERTS or rest.rpartition(".")[2] in _LINEAR
+    return len(tensor.shape) == 3 and leaf in _STACKED and known
+
+
+def is_matrix(rest: str, tensor: TensorSpec) -> bool:
+    """Return whether a tensor of a layer holds what methods merge: a matrix, or a stack of them.
+
+    Parameters
+    ----------
+    rest
+        The canonical name in the layer, without ".weight".
+    tensor
+        Every tensor of two dimensions counts unless `NO_MATRICES` or `NO_MODULES` names it.
+    """
+    leaf, shape = rest.rpartition(".")[2], tensor.shape
+    if len(shape) < 2 or NO_MODULES.search(rest):
+        return False
+    known = leaf in _LEAF
+    return known or not (NO_MATRICES.search(leaf) or 1 in shape or tensor.dtype in _COUNTS)
 
 
 def places(rest: str, tensor: TensorSpec, heads: Sequence[Heads]) -> dict[str, Place]:
@@ -61,8 +101,8 @@ def places(rest: str, tensor: TensorSpec, heads: Sequence[Heads]) -> dict[str, P
     stem = f"{parent}." if parent else ""
     rows = tensor.shape[0]
     parts = {leaf: rows}
-    if leaf == GATE_UP and rows % 2 == 0:
-        parts = {"gate_proj": rows // 2, "up_proj": rows // 2}
+    if leaf in (GATE_UP, UP_GATE) and rows % 2 == 0:
+        parts = dict.fromkeys(("gate_proj", "up_proj")[:: 1 if leaf == GATE_UP else -1], rows // 2)
     if leaf in (QKV, INTERLEAVED_QKV):
         fitting = next((each for each in heads if each.rows == rows), None)
         if fitting is not None and leaf == INTERLEAVED_QKV:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lean_merge.methods.base import (
+    FAR,
     AnalysisCost,
     Decision,
     ExpertRecord,
@@ -31,6 +32,7 @@ from lean_merge.methods.registry import canonical_name, register, registered
 from lean_merge.methods.updates import Combined, Dense, LowRank, Update
 
 __all__ = [
+    "FAR",
     "AnalysisCost",
     "Combined",
     "Compared",

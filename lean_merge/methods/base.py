@@ -17,6 +17,9 @@ from lean_merge.methods.updates import Update
 Passes = Generator[Sequence[Pass | None], Sequence[Products | None], "Decision"]
 """An analysis in progress: it asks each task vector for a pass, and ends in a decision."""
 
+FAR = 0.5
+"""If ||task vector|| / ||W_0|| is larger, the model was hardly tuned from this base."""
+
 
 @dataclass(frozen=True, slots=True)
 class WeightContext:

@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any
 
 from lean_merge.linalg.null import Split, null_cdf, null_quantile, otsu_split, uniform_distance
+from lean_merge.methods.base import FAR
 
 FALSE = 0.01
 """The probability that any weight at all passes for related by chance."""
@@ -24,8 +25,6 @@ LEAST_GAP = 0.05
 """Two neighbouring similarities that differ by this much differ by more than their noise."""
 RELATED_P = 0.01
 """Task vectors count as related if the p-value is smaller than this."""
-FAR = 0.5
-"""If ||task vector|| / ||W_0|| is larger, the model was hardly tuned from this base."""
 
 
 @dataclass(frozen=True, slots=True)

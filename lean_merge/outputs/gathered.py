@@ -147,6 +147,10 @@ class RecordedEvidence(Opened, Protocol):
         """Return the settings that it depends on beside the inputs."""
 
     @property
+    def warnings(self) -> list[str]:
+        """The sentences by which the analysis warned of the models."""
+
+    @property
     def identity(self) -> Mapping[str, Any]:
         """Return the facts that tell it from any other, for the journal of a merge from it."""
 

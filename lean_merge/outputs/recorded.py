@@ -80,6 +80,14 @@ class Analysis:
         return _FactorsInFile(self._tensors, canonical, self._facts[canonical], self.seen)
 
     @property
+    def warnings(self) -> list[str]:
+        """Return the sentences by which the analysis warned of the models."""
+        stated = self.document.get("warnings")
+        return (
+            [each for each in stated if isinstance(each, str)] if isinstance(stated, list) else []
+        )
+
+    @property
     def identity(self) -> Mapping[str, Any]:
         """Return the facts that tell it from any other, for the journal of a merge from it."""
         return {

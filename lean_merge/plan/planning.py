@@ -16,7 +16,7 @@ from lean_merge.checkpoints import FLOATING, Checkpoint, by_role, open_checkpoin
 from lean_merge.checkpoints.identity import Opened
 from lean_merge.checkpoints.sidefiles import with_side_files
 from lean_merge.errors import CoverageError
-from lean_merge.mapping import Coverage, map_roles
+from lean_merge.mapping import Coverage, LogicalWeight, map_roles
 from lean_merge.methods import Method
 from lean_merge.outputs import Output, RecordedEvidence, Request, evidence_kind, output_of
 from lean_merge.outputs.gathered import FoundThreshold, Gathered
@@ -27,7 +27,7 @@ from lean_merge.plan.resources import Resources, resolve_resources
 from lean_merge.plan.scope import Scope, filter_weights, positions_of
 from lean_merge.recipe import MergeRecipe
 from lean_merge.store import Shard
-from lean_merge.tasks import CopyTask, WeightTask
+from lean_merge.tasks import CopyTask, WeightTask, tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,8 @@ class Prediction:
     stay in memory, because they are then read again in every pass of an analysis, and how many
     passes it takes depends on the data. `exact_writes` is False if `bytes_written` is an
     estimate, as for an adapter, whose ranks depend on the data.
-    `disk` is the most that the output takes while it is made, together with an
-    analysis that it makes for itself.
+    `looked` is what the early look at a sample reads before all that. `disk` is the most that the
+    output takes while it is made, together with an analysis that it makes for itself.
     """
 
     peak_memory: int
@@ -49,6 +49,7 @@ class Prediction:
     bytes_written: int = 0
     disk: int = 0
     exact_writes: bool = True
+    looked: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,8 @@ class Plan:
     """The number of updates that may wait to be stored while another weight is analysed."""
     prediction: Prediction
     notes: tuple[str, ...]
+    sample: tuple[tuple[LogicalWeight, tuple[slice, ...]], ...] = ()
+    """The weights, and their rows, of which the early look reads every role."""
     evidence: EvidencePlan | None = None
 
     @property
@@ -223,6 +226,7 @@ def _plan(
 
     # List what is done for each tensor.
     tasks = _tasks(output, scope, footprint, shared)
+    sample = _sample(output)
     check_fits(tasks, footprint)
     return Plan(
         recipe=recipe,
@@ -242,7 +246,7 @@ def _plan(
         workers=footprint.workers,
         arena=shared.arena,
         waiting=shared.waiting,
-        prediction=_predict(tasks, footprint, shared, settled=settled),
+        prediction=_predict(tasks, footprint, shared, settled=settled, looked=_bytes_of(sample)),
         notes=(
             *output.notes,
             *_rules(methods),
@@ -251,6 +255,7 @@ def _plan(
             *fallback,
             *long_work(footprint),
         ),
+        sample=sample,
         evidence=evidence,
     )
 
@@ -264,7 +269,7 @@ def _rules(methods: Methods) -> list[str]:
 def _models(recipe: MergeRecipe) -> tuple[Any, ...]:
     """Return what of a recipe decides which weights correspond."""
     experts = [(each.model, each.parent) for each in recipe.experts]
-    rules = recipe.allow_partial, recipe.name_rules(), recipe.scope
+    rules = recipe.allow_partial, recipe.allow_text_mllm, recipe.name_rules(), recipe.scope
     return recipe.base_model, recipe.mllm_model, experts, *rules
 
 
@@ -287,11 +292,35 @@ def _mapped(
         experts,
         parents,
         allow_partial=recipe.allow_partial,
+        allow_text_mllm=recipe.allow_text_mllm,
         names=recipe.name_rules(),
         scope=recipe.scope,
     )
     _check_numbers(coverage)
     return base, mllm, experts, parents, coverage
+
+
+def _sample(output: Output) -> tuple[tuple[LogicalWeight, tuple[slice, ...]], ...]:
+    """Choose what the early look reads of the weights that are merged."""
+    parts = {
+        part.canonical: part
+        for weight in output.weights
+        for part in weight.slices
+        if part.is_matrix
+    }
+    chosen = [parts[name] for name in tiles.looked_at([*(parts.keys() & output.methods.keys())])]
+    return tuple(
+        (part, tiles.look_blocks(part.canonical, part.shape, together=part.in_columns))
+        for part in chosen
+    )
+
+
+def _bytes_of(sample: Sequence[tuple[LogicalWeight, Sequence[slice]]]) -> int:
+    return sum(
+        source.loaded + sum(source.nbytes(rows) for rows in blocks)
+        for part, blocks in sample
+        for source in part.roles
+    )
 
 
 def _check_numbers(coverage: Coverage) -> None:
@@ -361,6 +390,7 @@ def _predict(
     shared: Concurrency,
     *,
     settled: bool,
+    looked: int,
 ) -> Prediction:
     usual = most = vram = 0
     for task in tasks:
@@ -385,4 +415,5 @@ def _predict(
         bytes_written=output.bytes_written,
         disk=disk,
         exact_writes=output.exact,
+        looked=looked,
     )

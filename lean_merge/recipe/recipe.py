@@ -26,6 +26,7 @@ _PLAIN_FIELDS = (
     "shard_size",
     "allow_partial",
 )
+_ONLY_IF_TRUE = ("allow_text_mllm", "force")
 Parameters = tuple[tuple[str, Any], ...]
 NameRules = tuple[tuple[str, str], ...]
 
@@ -110,6 +111,11 @@ class MergeRecipe:
     names : tuple of (pattern, template), or of (role, such a tuple)
         Regular expressions and templates that turn tensors' names into those of the base, where
         structure does not tell. They are for the MLLM's names unless they are given by role.
+    allow_text_mllm : bool
+        Whether to go on where the MLLM has text alone, and another model vision or audio.
+    force : bool
+        Whether to go on where a model was hardly tuned from the base, or has its rows in another
+        order.
 
     Raises
     ------
@@ -134,6 +140,8 @@ class MergeRecipe:
     shard_size: int = 5 * 10**9
     allow_partial: bool = False
     names: Parameters = ()
+    allow_text_mllm: bool = False
+    force: bool = False
 
     def __post_init__(self) -> None:
         experts = tuple(_expert(entry) for entry in _list(self.experts, "experts"))
@@ -156,7 +164,7 @@ class MergeRecipe:
                 _check_model("experts[].parent", expert.parent)
         if not isinstance(self.merge_method, str) or not self.merge_method:
             raise RecipeError(f"merge_method must name a method, not {shown(self.merge_method)}.")
-        for name in ("allow_partial", "lora_uniform_rank"):
+        for name in ("allow_partial", "lora_uniform_rank", *_ONLY_IF_TRUE):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise RecipeError(f"{name} must be true or false, not {shown(value)}.")
@@ -204,6 +212,7 @@ class MergeRecipe:
                 recipe[name] = list(getattr(self, name))
         for name in _PLAIN_FIELDS:
             recipe[name] = getattr(self, name)
+        recipe |= {name: True for name in _ONLY_IF_TRUE if getattr(self, name)}
         if self.names:
             recipe["names"] = {
                 key: value if isinstance(value, str) else dict(value) for key, value in self.names

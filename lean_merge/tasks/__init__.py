@@ -19,6 +19,7 @@ from lean_merge.tasks.task import (
     needs_analysis,
     task_dtype,
 )
+from lean_merge.tasks.tiles import kind_of
 
 __all__ = [
     "CopyTask",
@@ -32,6 +33,7 @@ __all__ = [
     "decision_fields",
     "formed_from",
     "from_note",
+    "kind_of",
     "looks",
     "needs_analysis",
     "task_dtype",

@@ -676,7 +676,7 @@ def test_a_difference_that_overflows_half_precision_stops_the_merge(
 
     triple = write_triple(tmp_path / "in", SMALL, dtype=torch.float16, edit=edit)
     with pytest.raises(SystemExit) as left:
-        cli.main(arguments(triple, tmp_path / "out", "--method", method))
+        cli.main(arguments(triple, tmp_path / "out", "--method", method, "--force"))
     printed = capsys.readouterr()
     role = triple.mllm if method == "ip-merging" else triple.experts[0]
     assert (left.value.code, printed.out) == (FAILED, "")

@@ -50,10 +50,11 @@ class Change(abc.ABC):
         """Raise CheckpointError if the stored tensors are no change of a matrix of that shape."""
 
     @abc.abstractmethod
-    def rows(self, place: Place) -> WeightSource:
+    def rows(self, place: Place, onto: WeightSource | None = None) -> WeightSource:
         """Return the rows of the task vector of the logical weight at `place`, after `check`.
 
-        The module's weight may be fused, but its rows are never stored as columns.
+        With `onto`, they are these rows with the change added. The module's weight may be fused,
+        but the adapter's rows are never stored as columns.
         """
 
 
@@ -130,6 +131,12 @@ class Form:
         """Return whether `decode` understands a quantization_config of config.json."""
         del settings
         return False
+
+    def check(
+        self, tensors: Mapping[str, TensorSpec], settings: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Raise CheckpointError if nothing can be decoded, before any form decodes anything."""
+        del tensors, settings
 
     def decode(
         self, tensors: Mapping[str, TensorSpec], settings: Sequence[Mapping[str, Any]]

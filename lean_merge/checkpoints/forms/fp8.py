@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lean_merge.checkpoints.dtypes import torch_dtype
 from lean_merge.checkpoints.forms import Encoding, Form
+from lean_merge.checkpoints.forms.unsupported import MEND, integer_format, weight_groups
 from lean_merge.checkpoints.header import TensorSpec
-from lean_merge.checkpoints.quantised import MEND, integer_format, weight_groups
 from lean_merge.checkpoints.reader import TensorReader, as_bytes
 from lean_merge.checkpoints.rows import Buffer, Place, StoredRows
 from lean_merge.errors import CheckpointError, DataError, shown

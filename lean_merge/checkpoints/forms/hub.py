@@ -14,6 +14,7 @@ from lean_merge.checkpoints.sidefiles import README, comes_along
 from lean_merge.checkpoints.weightfiles import (
     ADAPTER_CONFIG,
     ADAPTER_FILES,
+    adapter_file,
     find_weights,
     read_index,
 )
@@ -94,10 +95,11 @@ def _progress_bars() -> Iterator[None]:
 
 def _is_complete(folder: Path) -> bool:
     """Return whether a snapshot holds all its weight files, judged by their names only."""
-    if (folder / ADAPTER_CONFIG).exists() and any((folder / n).exists() for n in ADAPTER_FILES):
-        return True
     try:
-        return all(file.exists() for file in find_weights(folder, weight_names()).files)
+        found = find_weights(folder, weight_names())
+        if found is None:
+            return (folder / ADAPTER_CONFIG).exists() and adapter_file(folder) is not None
+        return all(file.exists() for file in found.files)
     except CheckpointError:
         return False
 
@@ -163,6 +165,9 @@ def needed_files(
         None of the files are weights that can be read.
     """
     weights = _weights(names, read_weight_map)
+    if ADAPTER_CONFIG in names:
+        # A model may have an adapter beside it.
+        weights += [name for name in ADAPTER_FILES if name in names][:1]
     if not weights:
         other = next((name for name in names if name.endswith((".gguf", ".onnx", ".h5"))), None)
         found = f"only others such as {other}" if other else "none at all"

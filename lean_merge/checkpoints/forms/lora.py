@@ -7,12 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lean_merge.checkpoints.dtypes import FLOATING
+from lean_merge.checkpoints.dtypes import FLOATING, torch_dtype
 from lean_merge.checkpoints.forms import Adapter, Change, Form
 from lean_merge.checkpoints.header import TensorSpec
 from lean_merge.checkpoints.patterns import BoundedPattern, bounded_pattern
@@ -280,26 +280,36 @@ class LoraChange(Change):
                 "config."
             )
 
-    def rows(self, place: Place) -> LoraRows:
+    def rows(self, place: Place, onto: WeightSource | None = None) -> LoraRows:
         rank = self._right.shape[0]
         # B has a row for each row of the weight, but fewer columns.
         out, first = place.shape[0], place.first // place.shape[1] * rank
         left = StoredRows(replace(place, tensor=self.tensor, shape=(out, rank), first=first))
         scaling = self._config.scaling(self._module, rank)
-        return LoraRows(left, StoredRows(row_block(self._right)), scaling)
+        return LoraRows(left, StoredRows(row_block(self._right)), scaling, onto=onto)
 
 
 @dataclass(frozen=True, slots=True)
 class LoraRows(WeightSource):
-    """Rows of scaling * B A, where `left` gives rows of B [out, r] and `right` is A [r, in]."""
+    """Rows of scaling * B A, where `left` gives rows of B [out, r] and `right` is A [r, in].
+
+    With `onto`, they are added to these rows of a whole weight.
+    """
 
     left: WeightSource
     right: WeightSource
     scaling: float
+    onto: WeightSource | None = None
     factors: tuple[Tensor, Tensor] | None = field(default=None, compare=False, repr=False)
     """The float32 matrices scaling * B and A, once they are loaded."""
 
-    is_difference: ClassVar[bool] = True
+    @property
+    def is_difference(self) -> bool:  # type: ignore[override]
+        return self.onto is None
+
+    @property
+    def in_columns(self) -> bool:
+        return self.onto is not None and self.onto.in_columns
 
     @property
     def name(self) -> str:
@@ -319,35 +329,56 @@ class LoraRows(WeightSource):
         return "F32"
 
     @property
-    def stored(self) -> tuple[TensorSpec, ...]:
-        return *self.left.stored, *self.right.stored
+    def _read(self) -> tuple[WeightSource, ...]:
+        return (self.left, self.right) if self.onto is None else (self.left, self.right, self.onto)
 
     @property
-    def loaded(self) -> int:
+    def stored(self) -> tuple[TensorSpec, ...]:
+        return tuple(spec for each in self._read for spec in each.stored)
+
+    @property
+    def extents(self) -> tuple[TensorSpec, ...]:
+        return tuple(spec for each in self._read for spec in each.extents)
+
+    @property
+    def _factors(self) -> int:
         """Return the bytes of the rows of B and of all of A."""
         return sum(each.nbytes(slice(0, each.shape[0])) for each in (self.left, self.right))
 
     @property
+    def loaded(self) -> int:
+        return self._factors + (0 if self.onto is None else self.onto.loaded)
+
+    @property
     def held(self) -> int:
-        """Return the bytes of both factors as they are stored and in float32."""
-        return self.loaded + sum(4 * math.prod(each.shape) for each in (self.left, self.right))
+        """Return the bytes of both factors as stored and in float32, and of the whole weight."""
+        own = sum(4 * math.prod(each.shape) for each in (self.left, self.right))
+        return self._factors + own + (0 if self.onto is None else self.onto.held)
 
     def load(self, reader: TensorReader) -> LoraRows:
         left, right = (_whole(each, reader) for each in (self.left, self.right))
-        return replace(self, factors=(left.mul_(self.scaling), right))
+        onto = None if self.onto is None else self.onto.load(reader)
+        return replace(self, factors=(left.mul_(self.scaling), right), onto=onto)
 
     def nbytes(self, rows: slice) -> int:
-        """Return 0, because the factors are in memory."""
-        del rows
-        return 0
+        """Return the bytes of the whole weight's rows, because the factors are in memory."""
+        return 0 if self.onto is None else self.onto.nbytes(rows)
+
+    def scratch(self, count: int) -> int:
+        if self.onto is None:
+            return 0
+        item = torch_dtype(self.onto.dtype).itemsize
+        return count * self.shape[1] * item + self.onto.scratch(count)
 
     def read(self, rows: slice, reader: TensorReader, buffer: Buffer, name: str) -> Tensor:
         """Return the rows of the product, summed over r in float32; `load` comes first."""
-        del reader
         assert self.factors is not None
         left, right = self.factors
         shape = (rows.stop - rows.start, right.shape[1])
-        return torch.mm(left[rows], right, out=buffer(name, shape, torch.float32))
+        out = torch.mm(left[rows], right, out=buffer(name, shape, torch.float32))
+        if self.onto is not None:
+            out += self.onto.read(rows, reader, buffer, f"{name} whole")
+        return out
 
 
 def _whole(source: WeightSource, reader: TensorReader) -> Tensor:

@@ -20,7 +20,7 @@ from lean_merge.checkpoints import (
 from lean_merge.engine import worker_pool
 from lean_merge.linalg.settings import Computing
 from lean_merge.mapping.gate import title
-from lean_merge.mapping.renaming import renamed
+from lean_merge.mapping.names import renamed
 from lean_merge.mapping.structure import Key
 from lean_merge.plan import formulas
 from lean_merge.plan.resources import Resources, memory_of, threads_of

@@ -17,9 +17,8 @@ from lean_merge.mapping.kinship import (
     plain_theta,
     rope_theta,
     sizes,
-    text_config,
 )
-from lean_merge.mapping.structure import Decoder, decoders
+from lean_merge.mapping.structure import Decoder, Parts, decoders, text_config
 
 SIZES = "sizes"
 POSITIONS = "positions"
@@ -104,7 +103,9 @@ def _language_model(
             found = decoders(tensors, [] if own is None else [own])
         except CoverageError:
             return None
-        return max(found.values(), key=Decoder.rank, default=None)
+        parts = Parts(checkpoint.config)
+        kept = [each for prefix, each in found.items() if parts.is_language(prefix)]
+        return max(kept, key=Decoder.rank, default=None)
 
 
 def _facts(checkpoint: Checkpoint, decoder: Decoder | None) -> dict[tuple[str, str], Any]:

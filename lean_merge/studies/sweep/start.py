@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from lean_merge.engine import Event
+from lean_merge.engine import Event, early_look
 from lean_merge.errors import CheckpointError, OutputError, RecipeError
 from lean_merge.outputs import output_of
 from lean_merge.outputs.analysis import AnalysisOutput
@@ -54,6 +54,7 @@ def check(
     for first in kinds.values():
         plan = make_plan(first.recipe(recipe), resources, like=plan)
     assert plan is not None
+    early_look(plan)
     return plan
 
 

@@ -10,9 +10,9 @@ from lean_merge.checkpoints.checkpoint import COMPUTED, Checkpoint
 from lean_merge.checkpoints.header import TensorSpec
 from lean_merge.checkpoints.rows import Place
 from lean_merge.mapping.gate import title
-from lean_merge.mapping.kinship import Tokens, heads, text_config
+from lean_merge.mapping.kinship import Tokens, heads
 from lean_merge.mapping.placement import FUSED, Heads, places
-from lean_merge.mapping.structure import Decoder
+from lean_merge.mapping.structure import Decoder, text_config
 
 _EMBEDDING, _HEAD = "embed_tokens", "lm_head"
 _ALIASES = {"tok_embeddings": _EMBEDDING, "output": _HEAD}
@@ -49,9 +49,9 @@ def shared_places(
     receiver, shared = places_of["mllm"], dict[str, dict[str, Place]]()
     stays: dict[str, list[str]] = {}
     for name in receiver:
-        if not name.startswith("layers.") and name not in places_of["base"]:
-            continue  # a part beside the language model, such as a projector
         theirs = {role: _own_or_tied(name, role, roles, places_of) for role in roles}
+        if not name.startswith("layers.") and theirs["base"] is None:
+            continue  # a part beside the language model, such as a projector
         is_vocabulary = not name.startswith("layers.") and receiver[name].shape[0] > 1
         fault = _fault(theirs, roles, is_vocabulary)
         if not fault and is_vocabulary:

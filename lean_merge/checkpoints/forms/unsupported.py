@@ -1,14 +1,13 @@
-"""Decode checkpoints whose numbers are encoded, or refuse them and name the encoding."""
+"""Quantised checkpoints that no other form understands are refused, with the method's name."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lean_merge.checkpoints.forms import Encoding, all_forms
+from lean_merge.checkpoints.forms import Encoding, Form, all_forms
 from lean_merge.checkpoints.header import TensorSpec
 from lean_merge.errors import CheckpointError, shown
 
@@ -57,38 +56,33 @@ _SIGNS = MappingProxyType(
 """The ends of tensors' names that reveal a method if no config does."""
 
 
-def decode(
-    folder: Path, tensors: Mapping[str, TensorSpec], settings: Sequence[Mapping[str, Any]]
-) -> tuple[Mapping[str, TensorSpec], Mapping[str, Encoding]]:
-    """Return the model's own tensors, and the encodings of those that have one.
+class Unsupported(Form):
+    """Checkpoints that are quantised by a method that no other form understands."""
 
-    Parameters
-    ----------
-    folder
-        The checkpoint's folder, for messages.
-    tensors
-        All tensors in its files.
-    settings
-        The quantization_configs of its config.json.
+    def check(
+        self, tensors: Mapping[str, TensorSpec], settings: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Raise CheckpointError for a quantization_config that no form understands."""
+        for each in settings:
+            if not any(form.understands(each) for form in all_forms()):
+                folder = next((spec.file.parent for spec in tensors.values()), "config.json")
+                raise CheckpointError(f"{folder}: is quantised with {_method(each)}; {MEND}.")
 
-    Raises
-    ------
-    CheckpointError
-        It is quantised by a method that no form understands, or a form cannot decode it.
-    """
-    for each in settings:
-        if not any(form.understands(each) for form in all_forms()):
-            raise CheckpointError(f"{folder}: is quantised with {_method(each)}; {MEND}.")
-    encodings: dict[str, Encoding] = {}
-    for form in all_forms():
-        tensors, found = form.decode(tensors, settings)
-        encodings |= found
-    for name, spec in tensors.items():
-        if (sign := _sign(name, spec, tensors)) is not None:
-            raise CheckpointError(
-                f"{spec.file}: tensor {shown(name)} shows that it is quantised with {sign}; {MEND}."
-            )
-    return tensors, encodings
+    def decode(
+        self, tensors: Mapping[str, TensorSpec], settings: Sequence[Mapping[str, Any]]
+    ) -> tuple[Mapping[str, TensorSpec], Mapping[str, Encoding]]:
+        """Raise CheckpointError for a tensor that gives a method away, if it is left by others."""
+        del settings
+        for name, spec in tensors.items():
+            if (sign := _sign(name, spec, tensors)) is not None:
+                raise CheckpointError(
+                    f"{spec.file}: tensor {shown(name)} shows that it is quantised with {sign}; "
+                    f"{MEND}."
+                )
+        return tensors, {}
+
+
+FORM = Unsupported()
 
 
 def _method(settings: Mapping[str, Any]) -> str:
