@@ -63,7 +63,7 @@ def test_one_nan_stops_the_merge_and_is_named(
     if streamed:
         monkeypatch.setattr(formulas, "resident_tiles", lambda shape, free: 0)
     with pytest.raises(DataError, match="holds NaN or Inf") as caught:
-        triple.merge(tmp_path / "out", threshold=threshold)
+        triple.merge(tmp_path / "out", force=True, threshold=threshold)
     assert str(caught.value).startswith(f"{tmp_path / 'in' / role / 'model.safetensors'}: tensor ")
     assert GATE in str(caught.value)
     assert not list((tmp_path / "out").glob("*.safetensors"))
@@ -80,7 +80,7 @@ def test_a_nan_out_of_scope_is_copied_and_said(tmp_path: Path, dtype: torch.dtyp
             tensors["model.norm.weight"][2_999_999] = value
 
     triple = write_triple(tmp_path / "in", SMALL, edit=edit)
-    result = triple.merge(tmp_path / "out")
+    result = triple.merge(tmp_path / "out", force=True)
     (line,) = [line for line in result.report["warnings"] if "NaN or Inf" in line]
     assert "model.norm.weight" in line
     before = load(triple.mllm)["model.norm.weight"].view(torch.uint8)
@@ -108,11 +108,11 @@ def test_overflow_of_fp16_is_caught_at_the_last_number_that_fits(
     triple = write_triple(tmp_path / "in", {NAME: (24, 16)}, edit=edit)
     options: dict[str, Any] = dict(out_dtype="float16", rounding=rounding, threshold=1.0)
     if value < 65520:
-        result = triple.merge(tmp_path / "out", **options)
+        result = triple.merge(tmp_path / "out", force=True, **options)
         assert float(load(result.path)[Q_PROJ][3, 5]) == 65504.0
         return
     with pytest.raises(DataError, match=f"{Q_PROJ} overflows float16"):
-        triple.merge(tmp_path / "out", **options)
+        triple.merge(tmp_path / "out", force=True, **options)
 
 
 def test_an_update_that_overflows_its_own_dtype_is_caught(tmp_path: Path):
@@ -121,7 +121,7 @@ def test_an_update_that_overflows_its_own_dtype_is_caught(tmp_path: Path):
 
     triple = write_triple(tmp_path / "in", {NAME: (24, 16)}, dtype=torch.float16, edit=edit)
     with pytest.raises(DataError, match=f"{Q_PROJ} overflows float16"):
-        triple.merge(tmp_path / "out", merge_method="task_arithmetic")
+        triple.merge(tmp_path / "out", force=True, merge_method="task_arithmetic")
 
 
 # --- odd task vectors ---------------------------------------------------------------------
@@ -237,7 +237,7 @@ def test_a_role_that_is_the_base_is_said(tmp_path: Path, shape: tuple[int, int],
             tensors[Q_PROJ] = 0.02 * _randn(*shape, seed=1)
 
     triple = write_triple(tmp_path / "in", {NAME: shape}, edit=edit)
-    result = triple.merge(tmp_path / "out")
+    result = triple.merge(tmp_path / "out", force=True)
     row = rows_of(result)[NAME]
     word = "expert" if which == "expert1" else "MLLM"
     assert row["reason"] == f"the {word}'s task vector is zero"
@@ -250,7 +250,7 @@ def test_an_expert_that_is_the_mllm_agrees_with_the_oracle(tmp_path: Path, dtype
     """Every direction is aligned, so that the importance is spread evenly over all."""
     triple = write_triple(tmp_path / "in", SMALL, dtype=dtype)
     same = Triple(triple.base, triple.mllm, (triple.mllm,), triple.slots)
-    result = same.merge(tmp_path / "out", out_dtype="float32")
+    result = same.merge(tmp_path / "out", force=True, out_dtype="float32")
     for case in cases(same, result):
         row, expected = rows_of(result)[case.slot.canonical], case.oracle()
         assert row["similarity_first"] == pytest.approx(1.0)
@@ -275,7 +275,7 @@ def test_tiny_and_thin_weights_agree_with_the_oracle(
     tmp_path: Path, shape: tuple[int, int], dtype: torch.dtype
 ):
     triple = plain_triple(tmp_path / "in", shape, dtype)
-    result = triple.merge(tmp_path / "out", threshold=0.0, out_dtype="float32")
+    result = triple.merge(tmp_path / "out", force=True, threshold=0.0, out_dtype="float32")
     (case,) = cases(triple, result)
     expected, row = case.oracle(threshold=0.0), rows_of(result)[NAME]
     assert row["rank"] == expected.subspace
@@ -303,7 +303,7 @@ def test_every_size_is_merged_as_the_oracle_does_or_said(
 
     triple = write_triple(tmp_path / "in", {NAME: shape}, edit=edit)
     try:
-        result = triple.merge(tmp_path / "out", threshold=0.3)
+        result = triple.merge(tmp_path / "out", force=True, threshold=0.3)
     except DataError as error:
         assert size >= 1e12
         assert Q_PROJ in str(error) and "overflow" in str(error)
@@ -332,7 +332,7 @@ def test_numbers_near_the_ends_of_16_bit_formats(tmp_path: Path, dtype: torch.dt
         tensors[Q_PROJ] = (task * scale).clamp(-65504 * factor, 65504 * factor).to(dtype)
 
     triple = write_triple(tmp_path / "in", {NAME: (48, 40)}, dtype=dtype, edit=edit)
-    result = triple.merge(tmp_path / "out", threshold=0.3, out_dtype="float32")
+    result = triple.merge(tmp_path / "out", force=True, threshold=0.3, out_dtype="float32")
     (case,) = cases(triple, result)
     expected, row = case.oracle(threshold=0.3), rows_of(result)[NAME]
     assert row["selected"] is expected.selected is True

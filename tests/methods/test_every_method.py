@@ -29,7 +29,7 @@ def triple(tmp_path_factory: pytest.TempPathFactory) -> Triple:
 
 
 def recipe(triple: Triple, method: str, **options: Any) -> MergeRecipe:
-    return triple.recipe(merge_method=method, **OPTIONS.get(method, {}), **options)
+    return triple.recipe(merge_method=method, force=True, **OPTIONS.get(method, {}), **options)
 
 
 @pytest.mark.parametrize("method", METHODS)
