@@ -119,26 +119,14 @@ def map_expert(
 ) -> ExpertMap:
     """Map the changes of an expert to the in-scope weights of the base.
 
-    Parameters
-    ----------
-    role
-        "expert 1", ...
-    checkpoint
-        The expert, opened by `open_expert`.
-    roles, found
-        All whole models, the base and the MLLM among them, and their language models.
-    faults
-        Takes a line for each in-scope change that fits no weight of the base.
-    named
-        The expert's tensors by the names to go by.
+    `roles` and `found` are all models and their language models, `named` the expert's tensors by
+    the names to go by. `faults` takes a line for each in-scope change that fits no weight.
 
     Raises
     ------
-    CheckpointError
-        A change is damaged, or it replaces whole weights that are in scope.
-    CoverageError
-        Nothing is in scope, it fits several parts equally well, or it cannot be told which layers
-        it counts.
+    CheckpointError, CoverageError
+        A change is damaged or replaces whole weights; nothing is in scope, or it cannot be told
+        which part or which layers are changed.
     """
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
