@@ -63,7 +63,7 @@ def build_report(
             "tensors": len(plan.tasks),
             "logical_weights": len(result.weights),
         },
-        "changed": changed_weights(plan, result, look),
+        "changed": total_change(plan, result, look),
         "warnings": [
             *dict.fromkeys([*plan.coverage.warnings, *look.warnings, *_analysis_warnings(plan)]),
             *plan.notes,
@@ -172,7 +172,7 @@ def weight_rows(plan: Plan, weight: WeightResult) -> list[dict[str, Any]]:
     return rows
 
 
-def changed_weights(plan: Plan, result: RunResult, look: EarlyLook) -> dict[str, Any]:
+def total_change(plan: Plan, result: RunResult, look: EarlyLook) -> dict[str, Any]:
     """Tell how many weights were changed, and the norm of all updates over that of these weights.
 
     The weights' norms are estimated from the rows of the early look.
