@@ -119,7 +119,7 @@ class Svc(JointMethod[SvcParameters]):
             # Each block takes a pass for B Q and one for B^T y.
             return replace(
                 cost,
-                workspace=cost.workspace + 2 * models * sum(shape) * max(rank, cost.widest) * 4,
+                workspace=cost.workspace + 3 * models * sum(shape) * max(rank, cost.widest) * 4,
                 widest=max(rank, cost.widest),
                 passes=2 * cost.passes + 1,
                 usual_passes=2 * cost.usual_passes + 1,

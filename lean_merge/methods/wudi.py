@@ -102,7 +102,9 @@ class Wudi(JointMethod[WudiParameters]):
         size = out_features * in_features
         side = self.models * out_features if self._stacks(shape) else in_features
         wide = factor_dtype(shape).itemsize
-        matrices = size * (self.models * (4 + wide) + 3 * 8 + 4)
+        # The series holds three more matrices than the eigenvectors do.
+        more = 3 if self.common.keep == 1 else 0
+        matrices = size * (self.roles * (4 + wide) + (3 + more) * 8 + 4)
         square = 8 * side**2 * 8
         products = max(
             job_bytes(out_features, in_features, in_features), job_bytes(side, side, side)

@@ -122,6 +122,7 @@ SKETCHED: list[tuple[str, dict[str, Any]]] = [
     ("tsv_m", {"rank": 12}),
     ("optmerge", {"rank": 12}),
     ("svc", {"rank": 12}),
+    ("wudi", {"keep": 1.0}),
 ]
 
 
