@@ -197,12 +197,12 @@ def compare(models: dict[str, Model], one: Model, other: Model, case: Case) -> C
 
 
 def at_an_edge(magnitudes: torch.Tensor, density: float, gamma: float) -> torch.Tensor:
-    """Where magnitudes equal the last one kept and the first one dropped, on either side."""
+    """Where magnitudes equal the last one kept and the first one dropped, unless they are 0."""
     ordered = magnitudes.flatten().sort(descending=True).values
     dropped = int(gamma * len(ordered))
     edges = torch.zeros_like(magnitudes, dtype=torch.bool)
     for place in (dropped, dropped + int(density * len(ordered))):
-        if 0 < place < len(ordered) and ordered[place - 1] == ordered[place]:
+        if 0 < place < len(ordered) and ordered[place - 1] == ordered[place] > 0:
             edges |= magnitudes == ordered[place]
     return edges
 

@@ -20,6 +20,7 @@ class TaskArithmeticParameters:
     scale : factor of the expert's task vector, of each expert by itself.
     weight : another such factor.
     normalize : divide by the sum of the weights.
+    exact : form task vectors in float32, even if the checkpoints have 16 bits; that is slower.
     symmetric : False, W = W_mllm + sum_k scale_k dM_k; True, W = W_0 + scale (dV + sum_k dM_k) with
         one scale for all.
     """
@@ -28,6 +29,7 @@ class TaskArithmeticParameters:
     symmetric: bool = False
     weight: float = per_expert(1.0)
     normalize: bool = False
+    exact: bool = False
 
     def __post_init__(self) -> None:
         check_range("scale", self.scale, -100, 100)
@@ -51,6 +53,10 @@ class TaskArithmetic(LinearMethod[TaskArithmeticParameters]):
             raise RecipeError("weight: symmetric task arithmetic has one scale, and no weights.")
         if self.common.normalize and abs(sum(p.weight for p in self.parameters)) < 1e-8:
             raise RecipeError("weight: with normalize, the weights may not sum to zero.")
+
+    def forms_exactly(self, shape: tuple[int, int]) -> bool:
+        """Return whether the parameter `exact` asks for task vectors in float32."""
+        return self.common.exact
 
     def coefficients(self) -> tuple[float, ...]:
         """Return the coefficient of the MLLM's task vector, then the experts' scales.

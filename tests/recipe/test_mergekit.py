@@ -155,7 +155,7 @@ ALIKE = {
     "dare_ties": {"normalize": False, "density": 1.0, "rescale": "l1"},
     "della": {"normalize": True, "density": 1.0, "rescale": "l1", "epsilon": 0.15},
     "della_linear": {"normalize": False, "density": 1.0, "rescale": "l1", "epsilon": 0.15},
-    "task_arithmetic": {"normalize": False, "weight": 0.5},
+    "task_arithmetic": {"normalize": False, "weight": 0.5, "exact": True},
 }
 
 

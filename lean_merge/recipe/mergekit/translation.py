@@ -134,6 +134,8 @@ def translated(
     experts = [
         {"model": _path(model, base), "parameters": reading.of_model(model)} for model in models
     ]
+    if method == "task_arithmetic":
+        common["exact"] = True
     if method == "linear":
         experts = _interpolated(reading, experts, common, base, has_mllm=mllm is not None)
     recipe: dict[str, Any] = {"merge_method": method, "base_model": base}
