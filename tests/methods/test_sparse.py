@@ -311,3 +311,14 @@ def test_where_linear_has_no_share_the_bytes_of_the_mllm_stay(tmp_path: Path):
     first, second = cases(triple, result)
     assert np.array_equal(first.stored.double().numpy(), first.mllm)
     assert np.array_equal(second.stored.double().numpy(), second.experts[0])
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_task_arithmetic_forms_task_vectors_in_float32_if_asked(tmp_path: Path, exact: bool):
+    triple = write_triple(tmp_path / "in", SHAPES, dtype=torch.bfloat16)
+    options = {"scale": 0.5, "exact": exact, "out_dtype": "float32"}
+    result = triple.merge(tmp_path / "out", merge_method="task_arithmetic", **options)
+    for case in cases(triple, result):
+        wanted = case.mllm + 0.5 * (case.experts[0] - case.base)
+        apart = np.abs(case.stored.double().numpy() - wanted).max()
+        assert (apart <= 1e-8) is exact
