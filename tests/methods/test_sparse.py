@@ -321,4 +321,4 @@ def test_task_arithmetic_forms_task_vectors_in_float32_if_asked(tmp_path: Path, 
     for case in cases(triple, result):
         wanted = case.mllm + 0.5 * (case.experts[0] - case.base)
         apart = np.abs(case.stored.double().numpy() - wanted).max()
-        assert (apart <= 1e-8) is exact
+        assert bool(apart <= 2e-8) == exact
