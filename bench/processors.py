@@ -114,8 +114,8 @@ def margins(runs: Mapping[str, Run]) -> str:
     for name, bar in keys:
         errors = [each.worst.get((name, bar)) for each in runs.values()]
         largest = max(error for error in errors if error is not None)
-        shown = ["" if error is None else f"{error:.2g}" for error in errors]
-        margin = f"{bar / largest:.2g}" if largest else "any"
+        shown = ["" if error is None else f"{error:.3g}" for error in errors]
+        margin = f"{bar / largest:.3g}" if largest else "any"
         rows.append([name, f"{bar:g}", *shown, margin])
     return table(["bar of", "at most", *runs, "margin, times"], rows)
 
