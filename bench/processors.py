@@ -131,11 +131,11 @@ def main() -> None:
     parser.add_argument("--only", choices=[one.name for one in ALL], nargs="+")
     parser.add_argument("-n", dest="workers", type=int, default=1, help="tests at a time")
     arguments = parser.parse_args()
-    runs, lacking = {}, []
+    runs = {}
+    lacking = [one.name for one in ALL if not one.is_here]
     wanted = smaller() if arguments.quick else ALL
     for one in [one for one in wanted if one.name in (arguments.only or [one.name])]:
         if not one.is_here:
-            lacking.append(one.name)
             note(f"{one.name}: left out, this processor lacks it")
             continue
         tests = QUICK if arguments.quick else tuple(arguments.tests)
