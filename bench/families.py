@@ -43,6 +43,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "families.json"
 BAR = 1e-3
 """Largest relative difference of a weight's change, and of that of the logits."""
+MOST = 50_000_000
+"""The most parameters that a class may have and still count as tiny."""
 HIDDEN, HEADS, PAIRS, SIZE, VOCABULARY = 64, 4, 2, 16, 160
 TEXT_SIZES: Mapping[str, Any] = {
     "hidden_size": HIDDEN,
@@ -353,6 +355,10 @@ def write_triple(kind: str, name: str, folder: Path) -> Any:
     torch.manual_seed(0)
     config = tiny(kind)
     model_class = getattr(transformers, name)
+    with torch.device("meta"):
+        numbers = sum(each.numel() for each in model_class(copy.deepcopy(config)).parameters())
+    if numbers > MOST:
+        raise ValueError(f"its sizes are not all cut by the rules here: {numbers} parameters")
     model = model_class(config).float()
     randomise(model, 1)
     _, decoder = language_model(model)

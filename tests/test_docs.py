@@ -75,7 +75,8 @@ def options(callback: Callable[..., None]) -> Iterator[tuple[str, str, str, str]
         if isinstance(info, ArgumentInfo):
             spelling = f"`{info.metavar or parameter.name.upper()}`"
         else:
-            spelling = ", ".join(f"`{flag}`" for flag in flags(parameter.name, info))
+            both = [each for flag in flags(parameter.name, info) for each in flag.split("/")]
+            spelling = ", ".join(f"`{flag}`" for flag in both)
         yield spelling, _kind(kind, info), shown, info.help or ""
 
 
