@@ -82,7 +82,9 @@ def modules_of(mllm: Checkpoint, weights: Sequence[MappedWeight]) -> Modules:
     """
     wanted = [weight.mllm.name for weight in weights]
     found: dict[str, Any] = {"unknown": "the MLLM has no config.json"}
-    if mllm.config is not None:
+    if mllm.config is not None and not mllm.config.get("architectures"):
+        found = {"unknown": "its config.json names no class under architectures"}
+    elif mllm.config is not None:
         shapes = {name: list(spec.shape) for name, spec in mllm.tensors.items()}
         found = _asked({"config": dict(mllm.config), "shapes": shapes, "wanted": wanted})
     if "failed" in found:

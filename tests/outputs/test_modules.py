@@ -112,13 +112,11 @@ def test_a_class_takes_its_adapter_whole_or_is_refused_by_name(
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"model_type": "internvl_chat", "auto_map": {}}, "no class for 'internvl_chat'"),
-        ({"model_type": ["qwen2_vl"]}, "no class for"),
-        (
-            {"model_type": "llava"},
-            "LlavaForConditionalGeneration has no module for model.",
-        ),
-        ({}, "no class for None"),
+        ({"architectures": ["InternVLChatModel"], "model_type": "internvl_chat"}, "no class for"),
+        ({"architectures": ["Other"], "model_type": ["qwen2_vl"]}, "no class for"),
+        ({"architectures": ["Other"], "model_type": "llava"}, "has no module for model.layers.0."),
+        ({"model_type": "llava"}, "names no class under architectures"),
+        ({}, "names no class under architectures"),
     ],
 )
 def test_without_rules_modules_are_named_as_the_files_and_a_note_says_so(
@@ -136,7 +134,9 @@ def test_without_rules_modules_are_named_as_the_files_and_a_note_says_so(
 def test_without_transformers_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(modules, "find_spec", lambda name: None)
     monkeypatch.setattr(modules, "_ANSWERS", {})
-    result = write_triple(tmp_path, SMALL).merge(tmp_path / "out", output="lora")
+    triple = write_triple(tmp_path, SMALL)
+    (triple.mllm / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    result = triple.merge(tmp_path / "out", output="lora")
     assert any("transformers is not installed" in each for each in result.report["warnings"])
 
 
