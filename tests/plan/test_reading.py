@@ -25,7 +25,7 @@ from lean_merge.methods.spectra import EXACT_BELOW
 
 SHAPES = {**SKETCHED, "layers.0.mlp.down_proj": (96, 400), "layers.0.mlp.up_proj": (400, 96)}
 """Wide and tall weights, sketched and decomposed whole; q_proj and down_proj are aligned."""
-ROOM = 400_000
+ROOM = 700_000
 """Bytes in which some tiles of these stay and some do not."""
 
 
