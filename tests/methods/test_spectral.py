@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,9 +22,10 @@ from support.spectra import triple as weights_of
 from support.spectral import SPECTRAL
 from torch import Tensor
 
-from lean_merge import BudgetError, RecipeError, Resources, cli
+from lean_merge import BudgetError, RecipeError, Resources, cli, merge
 from lean_merge import plan as make_plan
 from lean_merge.methods import Method, all_methods, leading
+from lean_merge.plan import fitting
 from lean_merge.tasks import tiles
 
 SHAPES = {"tall": (60, 40), "square": (48, 48), "wide": (30, 110)}
@@ -236,6 +238,30 @@ def test_a_budget_that_is_too_small_is_refused_with_one_that_works(tmp_path: Pat
         make_plan(
             triple.recipe(merge_method=name), Resources(device="cpu", threads=2, memory=least // 2)
         )
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_without_an_mllm_only_the_experts_count(tmp_path: Path, name: str):
+    """The base receives, and N is the number of experts."""
+    triple = write_triple(tmp_path / "in", {"layers.0.self_attn.q_proj": (40, 36)}, experts=2)
+    recipe = replace(triple.recipe(merge_method=name), mllm_model=None)
+    out = merge(recipe, tmp_path / "out", resources=Resources(device="cpu", threads=1)).path
+    weights = [load(path) for path in (triple.base, *triple.experts, out)]
+    base, *experts, merged = (each[triple.slots[0].base].double().numpy() for each in weights)
+    task_vectors = [expert - base for expert in experts]
+    if name in ("rank_one", "star"):
+        expected = SPECTRAL[name]([np.zeros_like(base), *task_vectors])
+    else:
+        expected = SPECTRAL[name](task_vectors) + task_vectors[0]
+    assert relative_error(merged - base, expected) < 1e-3
+
+
+def test_the_hours_of_decompositions_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    triple = write_triple(tmp_path / "in", {"layers.0.mlp.up_proj": (72, 40)})
+    recipe, machine = triple.recipe(merge_method="wudi"), Resources(device="cpu", threads=1)
+    assert not any("hours" in note for note in make_plan(recipe, machine).notes)
+    monkeypatch.setattr(fitting, "_OPERATIONS", 1.0)
+    assert any("hours on one core" in note for note in make_plan(recipe, machine).notes)
 
 
 def test_the_report_tells_what_was_kept(tmp_path: Path):
