@@ -282,7 +282,7 @@ def test_the_report_tells_what_was_kept(tmp_path: Path):
 def test_a_short_spectrum_is_warned_of(tmp_path: Path):
     def edit(role: str, tensors: dict[str, Tensor]) -> None:
         name = "model.layers.0.self_attn.q_proj.weight"
-        tensors[name] = torch.full((40, 40), {"base": 0.5, "mllm": 0.75}.get(role, 1.0))
+        tensors[name] = torch.full((40, 40), {"base": 0.5, "mllm": 0.51}.get(role, 0.52))
 
     triple = write_triple(tmp_path / "in", {"layers.0.self_attn.q_proj": (40, 40)}, edit=edit)
     report = triple.merge(tmp_path / "out", merge_method="iso_c").report
