@@ -91,7 +91,8 @@ def methods(results: Results) -> Figure:
                         name, point, (3, 3), textcoords="offset points", color=colour, fontsize=7
                     )
         panel.plot(0, 0, "k*", markersize=9, label="MLLM")
-        panel.set_yscale("symlog", linthresh=2)
+        low, high = panel.get_ylim()
+        panel.set_ylim(min(low, -1), max(high, 1))
         panel.set_title(title)
         panel.legend(loc="lower right", fontsize=7)
     for panel in axes[2:]:

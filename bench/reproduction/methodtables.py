@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import fmean, median
 
 from reproduction.claims import shown
-from reproduction.grids import BY_GROUP, KINDS, Grid
+from reproduction.grids import BY_GROUP, GRIDS, KINDS, Grid
 from reproduction.results import FAMILIES, Both, Results
 from reproduction.scales import (
     KEPT,
@@ -51,7 +51,11 @@ def methods(both: Both) -> str:
         )
     head = ("method", "name, parameter", "problems", "default", "picture sums there", "reads there")
     head = (*head, "best of the grid", "picture sums there", "reads there")
-    return table((*head, "helps in every seed at", "harms in some seed at"), rows)
+    text = table((*head, "helps in every seed at", "harms in some seed at"), rows)
+    missing = [grid.title for grid in GRIDS if not names(results, grid)]
+    if missing:
+        text += f"\n\nNot measured, though the script can: {'; '.join(missing)}."
+    return text
 
 
 def _at(results: Results, grid: Grid, name: str | None) -> tuple[str, str, str]:

@@ -15,8 +15,13 @@ from lean_merge.merge import merge
 from lean_merge.recipe import Expert, MergeRecipe
 
 FAMILY = Path(__file__).parent / "family"
-ARITHMETIC_SCALE = 0.5
-"""Task Arithmetic's weight in the table: the middle of the usual range."""
+MERGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "IP-Merging": ("ip_merging", {}),
+    "TIES": ("ties", {}),
+    "TSV-M": ("tsv_m", {}),
+    "rank one": ("rank_one", {"scale": 0.5}),
+}
+"""The merges of the table by their titles: a method, and the parameters that are not defaults."""
 
 
 def family_recipe(**options: Any) -> MergeRecipe:
@@ -29,8 +34,16 @@ def family_recipe(**options: Any) -> MergeRecipe:
     )
 
 
+def demo_recipes(**options: Any) -> dict[str, MergeRecipe]:
+    """Return the recipes of the table's merges by their titles, with further recipe options."""
+    return {
+        name: family_recipe(merge_method=method, parameters=tuple(given.items()), **options)
+        for name, (method, given) in MERGES.items()
+    }
+
+
 def run_demo(out: Path | None, *, problems: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Merge twice, evaluate five models, and return the figures of the table.
+    """Merge by every method of `MERGES`, evaluate all models, and return the table's figures.
 
     Parameters
     ----------
@@ -61,15 +74,9 @@ def run_demo(out: Path | None, *, problems: int, say: Callable[[str], None]) -> 
 
 
 def _run(out: Path, problems: int, say: Callable[[str], None]) -> dict[str, Any]:
-    recipes = {
-        "Task Arithmetic": family_recipe(
-            merge_method="task_arithmetic", parameters=(("scale", ARITHMETIC_SCALE),)
-        ),
-        "IP-Merging": family_recipe(),
-    }
     models = {name: FAMILY / name for name in ("base", "expert", "mllm")}
     merges = {}
-    for name, recipe in recipes.items():
+    for name, recipe in demo_recipes().items():
         folder = out / name.lower().replace(" ", "-")
         report = merge(recipe, folder, overwrite=True).report
         counts = report["counts"]
@@ -105,13 +112,24 @@ def table(results: dict[str, Any]) -> str:
             cells.append(f"{f'{share:.1%} {interval}':<{width}}")
         lines.append((f"{model:<18}" + "".join(cells)).rstrip())
     lines += ["", *_conditions(results["conditions"]), ""]
-    lines.append(f"Task Arithmetic at scale {ARITHMETIC_SCALE}; IP-Merging at its defaults.")
+    lines.append(_settings())
     for name, merged in results["merges"].items():
         counts = merged["counts"]
         in_scope = counts["merged"] + counts["unchanged"]
         lines.append(f"{name}: {counts['merged']} of {in_scope} in-scope weights merged.")
         lines += [f"  {warning}" for warning in merged["warnings"]]
     return "\n".join(lines)
+
+
+def _settings() -> str:
+    """Return a sentence on the parameters of all merges."""
+    said = [
+        f"{name} with {', '.join(f'{key} {value}' for key, value in given.items())}"
+        for name, (_, given) in MERGES.items()
+        if given
+    ]
+    plain = ", ".join(name for name, (_, given) in MERGES.items() if not given)
+    return "; ".join([f"{plain} with all defaults", *said]) + "."
 
 
 def _conditions(conditions: dict[str, Any]) -> list[str]:

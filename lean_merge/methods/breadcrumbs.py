@@ -52,6 +52,7 @@ class Breadcrumbs(BandMethod[BreadcrumbsTiesParameters]):
 
     name: ClassVar[str] = "breadcrumbs"
     reference: ClassVar[str] = "arXiv:2312.06795"
+    evidence: ClassVar[str] = "published and here"
     parameters_type: ClassVar[type[BreadcrumbsTiesParameters]] = BreadcrumbsParameters
     elects: ClassVar[bool] = False
 

@@ -17,5 +17,6 @@ class BreadcrumbsTies(Breadcrumbs):
     """
 
     name: ClassVar[str] = "breadcrumbs_ties"
+    evidence: ClassVar[str] = "published"
     parameters_type = BreadcrumbsTiesParameters
     elects: ClassVar[bool] = True

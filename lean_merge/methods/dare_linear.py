@@ -45,6 +45,7 @@ class DareLinear(DroppingMethod[DareParameters]):
 
     name: ClassVar[str] = "dare_linear"
     reference: ClassVar[str] = "arXiv:2311.03099"
+    evidence: ClassVar[str] = "published and here"
     parameters_type: ClassVar[type[DareParameters]] = DareLinearParameters
     elects: ClassVar[bool] = False
     keeping: ClassVar[int] = 2

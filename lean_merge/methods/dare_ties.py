@@ -16,5 +16,6 @@ class DareTies(DareLinear):
     """
 
     name: ClassVar[str] = "dare_ties"
+    evidence: ClassVar[str] = "published"
     parameters_type = DareParameters
     elects: ClassVar[bool] = True

@@ -52,6 +52,7 @@ class Della(DroppingMethod[DellaParameters]):
 
     name: ClassVar[str] = "della"
     reference: ClassVar[str] = "arXiv:2406.11617"
+    evidence: ClassVar[str] = "published and here"
     parameters_type: ClassVar[type[DellaParameters]] = DellaParameters
     elects: ClassVar[bool] = True
     keeping: ClassVar[int] = 6

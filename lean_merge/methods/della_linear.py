@@ -25,5 +25,6 @@ class DellaLinear(Della):
     """
 
     name: ClassVar[str] = "della_linear"
+    evidence: ClassVar[str] = "published"
     parameters_type = DellaLinearParameters
     elects: ClassVar[bool] = False

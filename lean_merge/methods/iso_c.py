@@ -48,6 +48,7 @@ class IsoC(JointMethod[IsoParameters]):
 
     name: ClassVar[str] = "iso_c"
     reference: ClassVar[str] = "arXiv:2502.04959"
+    evidence: ClassVar[str] = "published and here"
     parameters_type = IsoParameters
     exact_differences: ClassVar[bool] = True
 

@@ -47,6 +47,7 @@ class Linear(InterpolatingMethod[LinearParameters]):
 
     name: ClassVar[str] = "linear"
     reference: ClassVar[str] = "arXiv:2505.05464"
+    evidence: ClassVar[str] = "published and here"
     parameters_type = LinearParameters
 
     def check(self) -> None:

@@ -56,6 +56,7 @@ class OptMerge(JointMethod[OptMergeParameters]):
 
     name: ClassVar[str] = "optmerge"
     reference: ClassVar[str] = "arXiv:2505.19892"
+    evidence: ClassVar[str] = "published and here"
     parameters_type = OptMergeParameters
 
     def _rank(self, shape: tuple[int, int]) -> int:

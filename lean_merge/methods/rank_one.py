@@ -52,6 +52,7 @@ class RankOne(Method[RankOneParameters]):
 
     name: ClassVar[str] = "rank_one"
     reference: ClassVar[str] = "Selective transfer of RL updates, 2026"
+    evidence: ClassVar[str] = "published and here"
     parameters_type = RankOneParameters
 
     def beside_matrices(self) -> LinearRule:

@@ -43,6 +43,7 @@ class Slerp(InterpolatingMethod[SlerpParameters]):
 
     name: ClassVar[str] = "slerp"
     reference: ClassVar[str] = "doi:10.1145/325334.325242"
+    evidence: ClassVar[str] = "published and here"
     parameters_type = SlerpParameters
 
     def check(self) -> None:

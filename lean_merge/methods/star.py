@@ -77,6 +77,7 @@ class Star(Method[StarParameters]):
 
     name: ClassVar[str] = "star"
     reference: ClassVar[str] = "arXiv:2502.10339"
+    evidence: ClassVar[str] = "published and here"
     parameters_type = StarParameters
 
     def beside_matrices(self) -> LinearRule:

@@ -79,6 +79,7 @@ class Svc(JointMethod[SvcParameters]):
 
     name: ClassVar[str] = "svc"
     reference: ClassVar[str] = "arXiv:2602.05536"
+    evidence: ClassVar[str] = "published and here"
     parameters_type = SvcParameters
 
     def _rank(self, shape: tuple[int, int]) -> int:

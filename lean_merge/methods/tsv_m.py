@@ -57,6 +57,7 @@ class TsvMerge(JointMethod[TsvParameters]):
 
     name: ClassVar[str] = "tsv_m"
     reference: ClassVar[str] = "arXiv:2412.00081"
+    evidence: ClassVar[str] = "published and here"
     parameters_type = TsvParameters
 
     def _rank(self, shape: tuple[int, int]) -> int:

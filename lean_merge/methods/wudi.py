@@ -89,6 +89,7 @@ class Wudi(JointMethod[WudiParameters]):
 
     name: ClassVar[str] = "wudi"
     reference: ClassVar[str] = "arXiv:2503.08099"
+    evidence: ClassVar[str] = "published and here"
     parameters_type = WudiParameters
     exact_differences: ClassVar[bool] = True
 

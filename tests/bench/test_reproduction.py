@@ -216,6 +216,14 @@ def test_every_method_is_measured_by_the_program_itself(family: Any) -> None:
             assert getattr(made.parameters[0], grid.axis) == value
 
 
+def test_a_method_says_that_it_was_measured_here_where_it_was(results: Any) -> None:
+    from reproduction.scales import measured_grids
+
+    found = {grid.method for grid in measured_grids(results)}
+    said = {name for name, method in all_methods().items() if method.evidence.endswith("here")}
+    assert said == found
+
+
 def test_stretched_updates_have_the_length_they_say(family: Any) -> None:
     from reproduction import oracles
     from reproduction.candidates import stretched
