@@ -189,6 +189,7 @@ def _without_folder(plan: Plan, sampler: memory.PeakSampler, on_event: OnEvent) 
             "threshold: auto keeps its evidence on the disk; give a folder with --out, or "
             "an analysis with --analysis."
         )
+    check_unchanged(plan.opened)
     seen = early_look(plan)
     result = run(plan, plan.output.sink(None), on_event)
     return build_report(plan, result, seen, bytes_written=0, sampler=sampler)

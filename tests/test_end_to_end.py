@@ -511,7 +511,7 @@ def test_an_ill_defined_first_direction_is_flagged(tmp_path: Path):
             tensors[name] = tensors[name] + 5 * left @ right.T
 
     triple = write_triple(tmp_path / "in", SMALL, edit=edit)
-    result = triple.merge(tmp_path / "out", threshold=0.0)
+    result = triple.merge(tmp_path / "out", threshold=0.0, force=True)
     for case in cases(triple, result):
         row = rows_of(result)[case.slot.canonical]
         assert row["gap"] is case.oracle(threshold=0.0).gap
@@ -530,7 +530,7 @@ def test_a_task_vector_of_zero_is_not_selected_with_that_reason(
             tensors[f"model.{name}.weight"] = torch.ones(shape)
 
     triple = write_triple(tmp_path / "in", {name: shape}, edit=edit)
-    result = triple.merge(tmp_path / "out", threshold=0.0)
+    result = triple.merge(tmp_path / "out", threshold=0.0, force=True)
     (row,) = result.report["weights"]
     word = "MLLM" if role == "mllm" else "expert"
     assert (row["selected"], row["rank"]) == (False, 0)

@@ -45,7 +45,7 @@ def test_a_plan_of_plain_safetensors_loads_no_other_form(triple: Triple):
     tensors = load(triple.mllm)
     (triple.mllm / "model.safetensors").unlink()
     torch.save(tensors, triple.mllm / "pytorch_model.bin")
-    assert loaded_by_a_plan(triple) == {"fp8", "hub", "lora", "pytorch"}
+    assert loaded_by_a_plan(triple) == {"fp8", "hub", "lora", "pytorch", "unsupported"}
 
 
 NEW = """

@@ -389,7 +389,7 @@ def test_a_number_that_is_none_is_refused(roles: Triple, tmp_path: Path, name: s
 
     change(roles.mllm, edit)
     with pytest.raises(DataError, match="NaN or Inf") as caught:
-        roles.merge(tmp_path / "out")
+        roles.merge(tmp_path / "out", force=True)
     assert name in str(caught.value)
 
 

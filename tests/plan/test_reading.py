@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,8 +20,9 @@ from support.fp8 import to_fp8
 from support.invariance import METHODS, ONE_PASS, exact_smallest_memory
 from support.scenes import Stop, stopping
 
-from lean_merge import Resources, analyze, merge
+from lean_merge import Plan, Resources, analyze, merge
 from lean_merge.checkpoints import TensorReader, TensorSpec
+from lean_merge.engine import judging
 from lean_merge.methods.spectra import EXACT_BELOW
 
 SHAPES = {**SKETCHED, "layers.0.mlp.down_proj": (96, 400), "layers.0.mlp.up_proj": (400, 96)}
@@ -37,7 +39,7 @@ def triple(tmp_path_factory: pytest.TempPathFactory) -> Triple:
 
 @contextmanager
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[tuple[Path, str]]]:
-    """Bytes that are read inside the block, by file and tensor."""
+    """Bytes that are read inside the block, by file and tensor, but for those of the early look."""
     found: Counter[tuple[Path, str]] = Counter()
     read_spans = TensorReader.read_spans
     lock = threading.Lock()
@@ -49,8 +51,17 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[tuple[Path, str
             found[spec.file, spec.name] += out.nbytes
         read_spans(self, spec, spans, out)
 
+    def uncounted(plan: Plan, **options: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(TensorReader, "read_spans", read_spans)
+            return early_look(plan, **options)
+
+    early_look = judging.early_look
     with monkeypatch.context() as patch:
         patch.setattr(TensorReader, "read_spans", counting)
+        for module in sys.modules.values():
+            if getattr(module, "early_look", None) is early_look:
+                patch.setattr(module, "early_look", uncounted)
         yield found
 
 

@@ -87,7 +87,8 @@ def write_shards(folder: Path, count: int, *, rows: int = 8) -> None:
         for number in range(1, count + 1):
             file = f"model-{number:05d}-of-{count:05d}.safetensors"
             name = f"model.layers.{number - 1}.self_attn.q_proj.weight"
-            weight = torch.randn(rows, 16, generator=generator)
+            weight = torch.randn(rows, 16, generator=torch.Generator().manual_seed(number))
+            weight += 0.03 * torch.randn(rows, 16, generator=generator)
             save_file({name: weight}, folder / role / file, metadata={"format": "pt"})
             weight_map[name] = file
         index = {"metadata": {"total_size": 0}, "weight_map": weight_map}

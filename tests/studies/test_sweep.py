@@ -392,7 +392,8 @@ def test_inputs_that_change_amid_a_sweep_fail_the_points_that_follow(tmp_path: P
 
     table = run(triple, tmp_path / "out", Grid(thresholds=[0.3, 0.99]), on_event=change)
     first, second = table["points"]
-    assert first["error"] is None and "config.json of the base" in second["error"]
+    assert first["error"] is None
+    assert "config.json: this file of the base has changed" in second["error"]
 
 
 @pytest.mark.parametrize(
@@ -421,7 +422,7 @@ def test_a_damaged_table_is_refused_and_stays(triple: Triple, tmp_path: Path, co
         {"result": {"a": []}},
         {"path": 3},
         {"evaluation": 1},
-        {"parameters": {"a": 1}},
+        {"parameters": {"a": [1]}},
     ],
 )
 def test_a_table_with_odd_points_is_refused(triple: Triple, tmp_path: Path, change: dict[str, Any]):
