@@ -12,7 +12,7 @@ from lean_merge.demo.evaluate import evaluate
 from lean_merge.demo.run import FAMILY, family_recipe
 
 ROOT = Path(__file__).parents[2]
-PROBLEMS = 30
+PROBLEMS = 20
 
 
 def test_a_sweep_measures_what_the_models_can_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
