@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -31,6 +32,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("tiny")
     synthetic.write_triple(folder, synthetic.SIZES["tiny"], text=True)
+    # Without its class no process is started that asks the loader for the names of modules.
+    config = folder / "mllm" / "config.json"
+    plain = json.loads(config.read_text())
+    del plain["architectures"]
+    config.write_text(json.dumps(plain))
     return folder
 
 
