@@ -76,7 +76,7 @@ class DroppingMethod(SparseMethod[D], abc.ABC):
     def _sums(self, weight: WeightContext, role: int, rows: slice, values: Tensor) -> Tensor:
         """Return the sums of magnitudes of some rows before and after dropping: [2] float64."""
         work = torch.empty(self.keeping + 1, *values.shape, dtype=torch.float32)
-        task_vectors = [values] * len(self.roles)
+        task_vectors = [values] * self.roles
         block = Block(task_vectors, work, None, rows, weight.name, weight.seed)
         self.draw(block, role, work[0], work[1:], divide=False)
         sums = [each.abs().sum(dtype=torch.float64) for each in (values, work[0])]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 from lean_merge.errors import RecipeError, shown
 from lean_merge.methods.base import per_expert
+from lean_merge.methods.ranges import check_range, check_rank, check_word
 
 AUTO = "auto"
 PAPER, PUBLISHED = "paper", "published"
@@ -64,15 +65,10 @@ class IPMergingParameters:
             isinstance(self.threshold, str) or not 0 <= self.threshold <= 1
         ):
             raise RecipeError(f"threshold must lie in 0 .. 1, or be auto, not {self.threshold}.")
-        if not -100 <= self.scale <= 100:
-            raise RecipeError(f"scale must lie in -100 .. 100, not {self.scale}.")
-        if not 0 <= self.temperature <= 10_000:
-            raise RecipeError(f"temperature must lie in 0 .. 10000, not {self.temperature}.")
+        check_range("scale", self.scale, -100, 100)
+        check_range("temperature", self.temperature, 0, 10_000)
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise RecipeError(
-                    f"{name} must be one of {', '.join(choices)}, not {shown(getattr(self, name))}."
-                )
+            check_word(name, getattr(self, name), choices)
         if self.variant == PUBLISHED:
             self._follow_published()
         if frozenset(self.stages) not in _STAGE_SETS or len(set(self.stages)) != len(self.stages):
@@ -80,10 +76,7 @@ class IPMergingParameters:
                 f"stages {shown(','.join(map(str, self.stages)))} is not defined; choose select; "
                 "select,rescale; select,project; or select,rescale,project."
             )
-        if self.rank != "auto" and not (type(self.rank) is int and self.rank >= 1):
-            raise RecipeError(
-                f"rank must be 'auto' or a whole number from 1, not {shown(self.rank)}."
-            )
+        check_rank(self.rank)
 
     def _follow_published(self) -> None:
         """Set what the published code fixes; raise RecipeError for another wish."""

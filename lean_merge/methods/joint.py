@@ -14,13 +14,14 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from lean_merge.errors import RecipeError, shown
 from lean_merge.linalg.decomposition import product64
-from lean_merge.methods.base import AnalysisCost, Method, WeightContext, per_expert
+from lean_merge.methods.base import AnalysisCost, WeightContext, per_expert
 from lean_merge.methods.combination import LinearRule, averaged
 from lean_merge.methods.joined import Joined
 from lean_merge.methods.leading import factor_dtype
+from lean_merge.methods.ranges import check_range
 from lean_merge.methods.updates import Combined, Dense, LowRank
+from lean_merge.methods.weighed import WeighedMethod
 
 _STRIPS = 1 << 21
 """So many numbers of a product are computed in one job of a worker."""
@@ -42,31 +43,18 @@ class JointParameters:
     mllm_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if not -100 <= self.scale <= 100:
-            raise RecipeError(f"scale must lie in -100 .. 100, not {self.scale}.")
+        check_range("scale", self.scale, -100, 100)
         for name in ("weight", "mllm_weight"):
-            if not 0 <= getattr(self, name) <= 100:
-                raise RecipeError(f"{name} must lie in 0 .. 100, not {getattr(self, name)}.")
+            check_range(name, getattr(self, name), 0, 100)
 
 
 P = TypeVar("P", bound=JointParameters)
 
 
-class JointMethod(Method[P], abc.ABC):
+class JointMethod(WeighedMethod[P], abc.ABC):
     """A method that replaces the MLLM's task vector by one that it makes of all of them."""
 
     changes_by_itself: ClassVar[bool] = True
-
-    @property
-    def roles(self) -> int:
-        """Return the number of task vectors, with the MLLM's, which is zero where there is none."""
-        return len(self.parameters) + 1
-
-    @property
-    def weights(self) -> tuple[float, ...]:
-        """Return the factor of each task vector, the MLLM's first; 0 where there is no MLLM."""
-        of_mllm = self.common.mllm_weight if self.has_mllm else 0.0
-        return of_mllm, *(own.weight for own in self.parameters)
 
     def beside_matrices(self) -> LinearRule:
         """Return the rule that takes the mean of all task vectors."""
@@ -79,12 +67,6 @@ class JointMethod(Method[P], abc.ABC):
     def in_place_of_mllm(self, merged: LowRank | Dense) -> Joined:
         """Return the update that puts `merged`, which includes the scale, in place of dV."""
         return Joined(Combined((-1.0, *(0.0 for _ in self.parameters))), merged)
-
-
-def check_rank(rank: int | str) -> None:
-    """Raise RecipeError unless `rank` is "auto" or a whole number from 1."""
-    if rank != "auto" and not (type(rank) is int and rank >= 1):
-        raise RecipeError(f"rank must be 'auto' or a whole number from 1, not {shown(rank)}.")
 
 
 def product_bytes(shape: tuple[int, int], rank: int) -> int:

@@ -55,7 +55,7 @@ class BandMethod(SparseMethod[S], abc.ABC):
 
     def cost(self, shape: tuple[int, int], *, item: int) -> AnalysisCost:
         """Return the cost of counting magnitudes, which takes two passes over the rows."""
-        workspace = counting_bytes(len(self.roles), len(self.ranks(0, 1)))
+        workspace = counting_bytes(self.roles, len(self.ranks(0, 1)))
         return AnalysisCost(workspace, passes=2, usual_passes=2, scratch=self.scratch)
 
     def keep(self, block: Block, role: int, out: Tensor, work: Tensor) -> float:

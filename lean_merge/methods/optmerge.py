@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from lean_merge.linalg import gram64
-from lean_merge.methods.base import AnalysisCost, Decision, Passes, WeightContext
-from lean_merge.methods.joint import (
-    JointMethod,
-    JointParameters,
-    by_strips,
-    check_rank,
-    multiplied,
-    product_bytes,
-    side_by_side,
-    with_core,
-)
-from lean_merge.methods.leading import effort_of, find_leading, leading_cost
+from lean_merge.methods.base import Decision, Passes, WeightContext
+from lean_merge.methods.joint import JointParameters, by_strips, multiplied, side_by_side
+from lean_merge.methods.leading import find_leading
+from lean_merge.methods.ranges import check_rank
 from lean_merge.methods.registry import register
+from lean_merge.methods.truncating import TruncatingMethod
 from lean_merge.methods.wudi import check_descent, mixture
 
 
@@ -47,7 +40,7 @@ class OptMergeParameters(JointParameters):
 
 
 @register
-class OptMerge(JointMethod[OptMergeParameters]):
+class OptMerge(TruncatingMethod[OptMergeParameters]):
     """W = W_0 + scale * t, the task vector that interferes least with the cut ones of all models.
 
     Every task vector is cut to its leading singular directions; t is then that of WUDI with all
@@ -59,37 +52,16 @@ class OptMerge(JointMethod[OptMergeParameters]):
     evidence: ClassVar[str] = "published and here"
     parameters_type = OptMergeParameters
 
-    def _rank(self, shape: tuple[int, int]) -> int:
+    def rank(self, shape: tuple[int, int]) -> int:
         """Return how many directions of each task vector are kept at most."""
         most = min(shape) // self.models
         return most if self.common.rank == "auto" else min(int(self.common.rank), *shape)
 
-    def forms_exactly(self, shape: tuple[int, int]) -> bool:
-        """Return whether everything is computed."""
-        return effort_of(shape, roles=self.roles, rank=self._rank(shape)).exact
-
-    def cost(self, shape: tuple[int, int], *, item: int) -> AnalysisCost:
-        """Return the cost of the singular triplets and of the small problem."""
-        rank = self._rank(shape)
-        cost = leading_cost(shape, roles=self.roles, rank=rank, item=item)
-        return with_core(cost, shape, rank * self.models)
-
-    def update_bytes(self, shape: tuple[int, int]) -> int:
-        """Return the bytes of the merged task vector, in factors or whole."""
-        return product_bytes(shape, self._rank(shape) * self.models)
-
     def analyze(self, weight: WeightContext) -> Passes:
         """Find the leading directions of all task vectors, and solve for the merged one."""
-        rank = self._rank(weight.shape)
+        rank = self.rank(weight.shape)
         found = yield from find_leading(weight, roles=self.roles, rank=rank)
-        squares = weight.squared_norms()
-        records = tuple(
-            replace(
-                leading.record(leading.parts.sigma.numel(), square=square, factor=own.weight),
-                update_norm=None,
-            )
-            for leading, square, own in zip(found[1:], squares[1:], self.parameters, strict=True)
-        )
+        records = self.records(weight, found)
         live = [
             (each.parts, own)
             for each, own in zip(found, self.weights, strict=True)

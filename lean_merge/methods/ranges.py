@@ -19,10 +19,16 @@ def check_word(name: str, value: str, words: Sequence[str]) -> None:
         raise RecipeError(f"{name} must be one of {', '.join(words)}, not {shown(value)}.")
 
 
-def check_density(name: str, value: float) -> None:
-    """Raise RecipeError unless `value` is a share of entries that are kept, and not none."""
+def check_share(name: str, value: float) -> None:
+    """Raise RecipeError unless `value` is a share of what is kept, and not 0."""
     if not 0 < value <= 1:
         raise RecipeError(f"{name} must lie above 0 and up to 1, not {value}.")
 
 
-__all__ = ["check_density", "check_range", "check_word"]
+def check_rank(rank: int | str) -> None:
+    """Raise RecipeError unless `rank` is "auto" or a whole number from 1."""
+    if rank != "auto" and not (type(rank) is int and rank >= 1):
+        raise RecipeError(f"rank must be 'auto' or a whole number from 1, not {shown(rank)}.")
+
+
+__all__ = ["check_range", "check_rank", "check_share", "check_word"]

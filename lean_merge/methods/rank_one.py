@@ -20,6 +20,7 @@ from lean_merge.methods.leading import (
     leading_cost,
     of_experts,
 )
+from lean_merge.methods.ranges import check_range
 from lean_merge.methods.registry import register
 
 
@@ -37,8 +38,7 @@ class RankOneParameters:
     stretch: bool = True
 
     def __post_init__(self) -> None:
-        if not -100 <= self.scale <= 100:
-            raise RecipeError(f"scale must lie in -100 .. 100, not {self.scale}.")
+        check_range("scale", self.scale, -100, 100)
         if type(self.rank) is not int or self.rank < 1:
             raise RecipeError(f"rank must be a whole number from 1, not {shown(self.rank)}.")
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from lean_merge.errors import RecipeError
 from lean_merge.methods.base import per_expert
 from lean_merge.methods.elementwise import Block, ElementwiseMethod
-from lean_merge.methods.ranges import check_density, check_range
+from lean_merge.methods.ranges import check_range, check_share
+from lean_merge.methods.weighed import WeighedMethod
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +44,9 @@ class SparseParameters:
     least_weight: ClassVar[float] = 0
 
     def __post_init__(self) -> None:
-        check_density("density", self.density)
+        check_share("density", self.density)
         if self.mllm_density:
-            check_density("mllm_density", self.mllm_density)
+            check_share("mllm_density", self.mllm_density)
         for name in ("weight", "mllm_weight"):
             check_range(name, getattr(self, name), self.least_weight, 100)
         check_range("scale", self.scale, -100, 100)
@@ -55,7 +56,7 @@ _MINUS_ONE = torch.tensor(-1.0)
 S = TypeVar("S", bound=SparseParameters)
 
 
-class SparseMethod(ElementwiseMethod[S], abc.ABC):
+class SparseMethod(WeighedMethod[S], ElementwiseMethod[S], abc.ABC):
     """A method that merges sparse task vectors; a subclass says which entries stay."""
 
     elects: ClassVar[bool]
@@ -71,21 +72,10 @@ class SparseMethod(ElementwiseMethod[S], abc.ABC):
             )
 
     @property
-    def weights(self) -> tuple[float, ...]:
-        """Return the weight of each task vector, the MLLM's first; 0 if there is no MLLM."""
-        of_mllm = self.common.mllm_weight if self.has_mllm else 0.0
-        return of_mllm, *(own.weight for own in self.parameters)
-
-    @property
     def densities(self) -> tuple[float, ...]:
         """Return the share of entries that is kept of each task vector, the MLLM's first."""
         of_mllm = self.common.mllm_density or self.common.density
         return of_mllm, *(own.density for own in self.parameters)
-
-    @property
-    def roles(self) -> range:
-        """Return the numbers of the task vectors, of which 0 is the MLLM's."""
-        return range(len(self.parameters) + 1)
 
     def reads_task_vectors(self) -> tuple[bool, ...]:
         """Tell which task vectors `fill` needs: all that have a weight, and the MLLM's."""
@@ -98,7 +88,7 @@ class SparseMethod(ElementwiseMethod[S], abc.ABC):
         An election keeps all sparse task vectors, and needs three blocks more, for the signs, the
         entries that agree with them and the sums of their weights. A sum needs one.
         """
-        return self.keeping + (len(self.roles) + 3 if self.elects else 1)
+        return self.keeping + (self.roles + 3 if self.elects else 1)
 
     @abc.abstractmethod
     def keep(self, block: Block, role: int, out: Tensor, work: Tensor) -> float:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lean_merge.errors import RecipeError
 from lean_merge.linalg.sketch import SingularSums
 from lean_merge.methods.base import (
     AnalysisCost,
@@ -32,6 +31,7 @@ from lean_merge.methods.leading import (
     whole_cost,
     with_left,
 )
+from lean_merge.methods.ranges import check_range, check_share
 from lean_merge.methods.registry import register
 from lean_merge.methods.spectra import (
     MIN_DEPTH,
@@ -61,10 +61,8 @@ class StarParameters:
     scale: float = per_expert(1.0)
 
     def __post_init__(self) -> None:
-        if not 0 < self.eta <= 1:
-            raise RecipeError(f"eta must lie above 0 and up to 1, not {self.eta}.")
-        if not -100 <= self.scale <= 100:
-            raise RecipeError(f"scale must lie in -100 .. 100, not {self.scale}.")
+        check_share("eta", self.eta)
+        check_range("scale", self.scale, -100, 100)
 
 
 @register

@@ -27,7 +27,6 @@ from lean_merge.methods.joint import (
     JointMethod,
     JointParameters,
     by_strips,
-    check_rank,
     job_bytes,
     product_bytes,
 )
@@ -38,6 +37,7 @@ from lean_merge.methods.leading import (
     leading_cost,
     whole_cost,
 )
+from lean_merge.methods.ranges import check_rank
 from lean_merge.methods.registry import register
 from lean_merge.methods.spectra import PassesOf, T
 from lean_merge.methods.updates import Combined, Dense, LowRank

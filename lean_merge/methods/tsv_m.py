@@ -5,28 +5,17 @@ Gargiulo et al., CVPR 2025 (arXiv:2412.00081).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from lean_merge.linalg import gram64
 from lean_merge.linalg.decomposition import inverse_root
-from lean_merge.methods.base import AnalysisCost, Decision, Passes, WeightContext
-from lean_merge.methods.joint import (
-    JointMethod,
-    JointParameters,
-    by_strips,
-    check_rank,
-    multiplied,
-    product_bytes,
-    side_by_side,
-    with_core,
-)
-from lean_merge.methods.leading import (
-    effort_of,
-    find_leading,
-    leading_cost,
-)
+from lean_merge.methods.base import Decision, Passes, WeightContext
+from lean_merge.methods.joint import JointParameters, by_strips, multiplied, side_by_side
+from lean_merge.methods.leading import find_leading
+from lean_merge.methods.ranges import check_rank
 from lean_merge.methods.registry import register
+from lean_merge.methods.truncating import TruncatingMethod
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +36,7 @@ class TsvParameters(JointParameters):
 
 
 @register
-class TsvMerge(JointMethod[TsvParameters]):
+class TsvMerge(TruncatingMethod[TsvParameters]):
     """W = W_0 + scale * U S V^T, of all models' leading singular directions side by side.
 
     Of each of the N task vectors, the MLLM's among them, the leading min(out, in) / N singular
@@ -60,36 +49,16 @@ class TsvMerge(JointMethod[TsvParameters]):
     evidence: ClassVar[str] = "published and here"
     parameters_type = TsvParameters
 
-    def _rank(self, shape: tuple[int, int]) -> int:
+    def rank(self, shape: tuple[int, int]) -> int:
         """Return how many directions of each task vector are kept at most."""
         most = min(shape) // self.models
         return most if self.common.rank == "auto" else min(int(self.common.rank), most)
 
-    def forms_exactly(self, shape: tuple[int, int]) -> bool:
-        """Return whether everything is computed."""
-        return effort_of(shape, roles=self.roles, rank=self._rank(shape)).exact
-
-    def cost(self, shape: tuple[int, int], *, item: int) -> AnalysisCost:
-        """Return the cost of the singular triplets and of making them orthogonal."""
-        rank = self._rank(shape)
-        cost = leading_cost(shape, roles=self.roles, rank=rank, item=item)
-        return with_core(cost, shape, rank * self.models)
-
-    def update_bytes(self, shape: tuple[int, int]) -> int:
-        """Return the bytes of the merged task vector, in factors or whole."""
-        return product_bytes(shape, self._rank(shape) * self.models)
-
     def analyze(self, weight: WeightContext) -> Passes:
         """Find the leading directions of all task vectors, and merge them."""
-        rank = self._rank(weight.shape)
+        rank = self.rank(weight.shape)
         found = yield from find_leading(weight, roles=self.roles, rank=rank)
-        squares = weight.squared_norms()
-        records = tuple(
-            leading.record(leading.parts.sigma.numel(), square=square, factor=own.weight)
-            for leading, square, own in zip(found[1:], squares[1:], self.parameters, strict=True)
-        )
-        # Parts that are made orthogonal no longer have norms of their own.
-        records = tuple(replace(record, update_norm=None) for record in records)
+        records = self.records(weight, found)
         live = [(x.parts, own) for x, own in zip(found, self.weights, strict=True) if own > 0]
         sigma = side_by_side([parts.sigma * own for parts, own in live])
         left = side_by_side([parts.left for parts, _ in live])

@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lean_merge.errors import RecipeError, shown
+from lean_merge.errors import RecipeError
 from lean_merge.linalg import Pass, gram64, random_block
 from lean_merge.linalg.gramfunctions import (
     apply_function,
@@ -35,6 +35,7 @@ from lean_merge.methods.base import (
 )
 from lean_merge.methods.joint import JointMethod, JointParameters, by_strips, job_bytes
 from lean_merge.methods.leading import factor_dtype, is_always_whole
+from lean_merge.methods.ranges import check_range, check_word
 from lean_merge.methods.registry import register
 from lean_merge.methods.updates import Dense
 
@@ -66,16 +67,14 @@ class WudiParameters(JointParameters):
     def __post_init__(self) -> None:
         JointParameters.__post_init__(self)
         check_descent(self.steps, self.start)
-        if not 0 <= self.keep <= 1:
-            raise RecipeError(f"keep must lie in 0 .. 1, not {self.keep}.")
+        check_range("keep", self.keep, 0, 1)
 
 
 def check_descent(steps: float, start: str) -> None:
     """Raise RecipeError unless `steps` and `start` describe a descent."""
     if not 0 <= steps <= 1e9:
         raise RecipeError(f"steps must lie in 0 .. 1e9, not {steps}.")
-    if start not in STARTS:
-        raise RecipeError(f"start must be one of {', '.join(STARTS)}, not {shown(start)}.")
+    check_word("start", start, STARTS)
 
 
 @register
