@@ -19,6 +19,12 @@ Buffer = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
 """A function that returns the calling thread's reused buffer of a name, uninitialised."""
 
 
+def fresh_buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return new memory on the CPU: a `Buffer` for rows that are read once."""
+    del name
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """The place of one logical weight [out, in] in a stored tensor.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lean_merge.checkpoints import TensorReader, WeightSource
+from lean_merge.checkpoints.rows import fresh_buffer
 from lean_merge.errors import CoverageError
 from lean_merge.linalg.settings import Computing
 from lean_merge.mapping import LogicalWeight, stated_heads
@@ -106,13 +107,8 @@ def _read(weight: LogicalWeight, blocks: Sequence[slice], reader: TensorReader) 
 
 
 def _rows(source: WeightSource, blocks: Sequence[slice], reader: TensorReader) -> Tensor:
-    read = [source.read(rows, reader, _buffer, "look").to(torch.float64) for rows in blocks]
+    read = [source.read(rows, reader, fresh_buffer, "look").to(torch.float64) for rows in blocks]
     return torch.cat(read)
-
-
-def _buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    del name
-    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def _name(role: int) -> str:

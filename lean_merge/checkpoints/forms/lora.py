@@ -17,7 +17,14 @@ from lean_merge.checkpoints.forms import Adapter, Change, Form
 from lean_merge.checkpoints.header import TensorSpec
 from lean_merge.checkpoints.patterns import BoundedPattern, bounded_pattern
 from lean_merge.checkpoints.reader import TensorReader
-from lean_merge.checkpoints.rows import Buffer, Place, StoredRows, WeightSource, row_block
+from lean_merge.checkpoints.rows import (
+    Buffer,
+    Place,
+    StoredRows,
+    WeightSource,
+    fresh_buffer,
+    row_block,
+)
 from lean_merge.errors import CheckpointError, shown
 
 _MERGED = "merge the adapter into its base first (PEFT's merge_and_unload) and pass the result"
@@ -384,9 +391,4 @@ class LoraRows(WeightSource):
 def _whole(source: WeightSource, reader: TensorReader) -> Tensor:
     """Return all rows of a factor in float32, in new memory."""
     rows = slice(0, source.shape[0])
-    return source.read(rows, reader, _fresh, "factor").to(torch.float32, copy=True)
-
-
-def _fresh(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    del name
-    return torch.empty(shape, dtype=dtype)
+    return source.read(rows, reader, fresh_buffer, "factor").to(torch.float32, copy=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lean_merge.checkpoints.reader import TensorReader
-from lean_merge.checkpoints.rows import WeightSource
+from lean_merge.checkpoints.rows import WeightSource, fresh_buffer
 from lean_merge.mapping.placement import Heads
 
 SAME_ROW = 0.7
@@ -120,14 +120,9 @@ def _search(
         height = max(1, _STRIP // base.shape[1])
         for start in range(0, base.shape[0], height):
             strip = slice(start, min(start + height, base.shape[0]))
-            own = base.read(strip, reader, _buffer, "rows").float()
+            own = base.read(strip, reader, fresh_buffer, "rows").float()
             values, places = (wanted @ torch.nn.functional.normalize(own, dim=1).T).max(dim=1)
             for n, (value, place) in enumerate(zip(values.tolist(), places.tolist(), strict=True)):
                 if value > best[n]:
                     best[n], found[n] = value, (leaf, strip.start + place)
     return found
-
-
-def _buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    del name
-    return torch.empty(shape, dtype=dtype, device="cpu")
