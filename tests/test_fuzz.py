@@ -25,8 +25,7 @@ from lean_merge.checkpoints import open_checkpoint, read_header
 from lean_merge.checkpoints.jsonfile import MAX_PARSED, parse_object, parsed_bytes
 from lean_merge.checkpoints.sidefiles import remote_code
 from lean_merge.errors import is_plain, plain, shown
-from lean_merge.mapping import map_roles
-from lean_merge.mapping.names import language_layout
+from lean_merge.mapping import language_layout, map_roles
 from lean_merge.plan.parameters import build_method
 from lean_merge.recipe import load_recipe_file
 from lean_merge.recipe.yamlfile import MAX_TEXT, parse_yaml

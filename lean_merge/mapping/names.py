@@ -4,154 +4,23 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 
 from lean_merge.checkpoints.checkpoint import Checkpoint, by_role
 from lean_merge.checkpoints.header import TensorSpec
-from lean_merge.checkpoints.reader import TensorReader
-from lean_merge.checkpoints.rows import DifferenceRows, Place, WeightSource
 from lean_merge.errors import CoverageError, RecipeError, shown
-from lean_merge.mapping.experts import ZeroRows, map_expert
+from lean_merge.mapping.experts import map_expert
 from lean_merge.mapping.gate import Faults, check_heads, check_roles, locate, report, title
 from lean_merge.mapping.kinship import compare_tokens, config_warnings, tokenizer_warnings
 from lean_merge.mapping.placement import FUSED
-from lean_merge.mapping.scopes import MATRICES, places_beside
-from lean_merge.mapping.structure import Decoder, Key, language_layout, nature
-
-__all__ = [
-    "Coverage",
-    "LogicalWeight",
-    "MappedWeight",
-    "language_layout",
-    "layer_of",
-    "map_roles",
-]
+from lean_merge.mapping.scopes import MATRICES, finder_of
+from lean_merge.mapping.structure import Decoder, Key, nature
+from lean_merge.mapping.weights import LogicalWeight, MappedWeight, task_vectors
 
 NameRules = tuple[tuple[str, str], ...]
 """(pattern, template) pairs; the first pattern that is found in a name decides."""
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-
-
-def layer_of(canonical: str) -> int | None:
-    """Return the layer's number in a weight's canonical name, from 0; None if it names no layer."""
-    match = _LAYER.search(canonical)
-    return int(match[1]) if match else None
-
-
-@dataclass(frozen=True, slots=True)
-class LogicalWeight:
-    """One matrix of the model's mathematics, with the source of its rows in every role.
-
-    Attributes
-    ----------
-    canonical
-        Its name as Llama would have it, whatever the storage: "layers.3.self_attn.q_proj", with the
-        number of the base's layer.
-    place
-        Its place in the MLLM's stored tensor, and therefore in the output.
-    base, mllm
-        Its rows in these roles, counted from 0; one object if the base receives.
-    experts
-        The same for each expert, in the caller's order.
-    is_matrix
-        Whether it is a matrix of attention or of a feed-forward layer.
-    stays
-        Why it always stays as the MLLM has it; empty for one that may be merged.
-    """
-
-    canonical: str
-    place: Place
-    base: WeightSource
-    mllm: WeightSource
-    experts: tuple[WeightSource, ...]
-    is_matrix: bool = True
-    stays: str = ""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Return the weight's out and in."""
-        return self.base.shape
-
-    @property
-    def in_columns(self) -> bool:
-        """Return whether the rows of any role are columns of what is stored."""
-        return any(source.in_columns for source in self.roles)
-
-    @property
-    def others(self) -> tuple[WeightSource, ...]:
-        """Return the roles that have a task vector: the MLLM, then the experts.
-
-        If the base receives, there is no MLLM, and zeros take the place of its task vector.
-        """
-        if self.mllm is self.base:
-            return ZeroRows(self.base, self.base.file), *self.experts
-        return self.mllm, *self.experts
-
-    @property
-    def row_runs(self) -> tuple[tuple[int, int], ...]:
-        """Return each run of its rows in the MLLM's stored matrix as (first, count), in order."""
-        width = self.shape[1]
-        spans = self.place.spans(slice(0, self.shape[0]))
-        return tuple((first // width, count // width) for first, count in spans)
-
-    def load(self, reader: TensorReader) -> LogicalWeight:
-        """Return the same weight with all sources loaded; see `WeightSource.load`."""
-        base = self.base.load(reader)
-        return replace(
-            self,
-            base=base,
-            mllm=base if self.mllm is self.base else self.mllm.load(reader),
-            experts=tuple(expert.load(reader) for expert in self.experts),
-        )
-
-    @property
-    def roles(self) -> tuple[WeightSource, ...]:
-        """Return all roles, the base first."""
-        return self.base, *self.others
-
-
-@dataclass(frozen=True, slots=True)
-class MappedWeight:
-    """One stored tensor of the MLLM and the logical weights in it.
-
-    Attributes
-    ----------
-    mllm
-        The tensor.
-    slices
-        The logical weights that make up the tensor: a single one, or q, k and v, or gate and up, or
-        those of many experts, or the rows of a vocabulary that are merged and those that stay.
-    """
-
-    mllm: TensorSpec
-    slices: tuple[LogicalWeight, ...]
-
-    @property
-    def stored(self) -> tuple[TensorSpec, ...]:
-        """Return every tensor that is read to merge it, each once."""
-        roles = (source for rows in self.slices for source in rows.roles)
-        return tuple(dict.fromkeys(spec for source in roles for spec in source.stored))
-
-    @property
-    def extents(self) -> tuple[TensorSpec, ...]:
-        """Return the parts of those tensors that are read, none of them twice."""
-        return self.extents_of(role for each in self.slices for role in each.roles)
-
-    @staticmethod
-    def extents_of(sources: Iterable[WeightSource]) -> tuple[TensorSpec, ...]:
-        """Return the parts of tensors that `sources` read, none of them twice."""
-        found: list[TensorSpec] = []
-        parts = {part for source in sources for part in source.extents}
-        for part in sorted(parts, key=lambda each: (each.file, each.offset)):
-            last = found[-1] if found else None
-            if last is None or last.file != part.file or part.offset > last.offset + last.nbytes:
-                found.append(part)
-            else:
-                end = max(part.offset + part.nbytes, last.offset + last.nbytes)
-                found[-1] = replace(last, nbytes=end - last.offset)
-        return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +138,7 @@ def map_roles(
                 else each.rows(present[role])
                 for role, each in others.items()
             }
-            experts_rows = _task_vectors(rows)
+            experts_rows = task_vectors(rows)
             receiving = ours if mllm is base else mllm.rows(present["mllm"])
             mapped[key] = LogicalWeight(
                 f"layers.{key[0]}.{key[1]}", present["mllm"], ours, receiving, experts_rows
@@ -289,10 +158,9 @@ def map_roles(
     if scope != MATRICES:
         every = {"base": base, **whole}
         tensors = {role: named.get(role, each.tensors) for role, each in every.items()}
-        shared, told = places_beside(scope)(every, tensors, found, tokens)
-        more, rows_told = _beside(shared, every, others)
-        weights |= more
-        warnings += [*told, *rows_told]
+        beside, told = finder_of(scope)(every, others, tensors, found, tokens)
+        weights |= beside
+        warnings += told
     return Coverage(
         weights=tuple(weights[name] for name in mllm.tensors if name in weights),
         left_out=tuple(faults.lines),
@@ -320,53 +188,6 @@ def _refuse_parents_of_adapters(
                 f"{experts[number - 1].source}: expert {number} is an adapter, which is the "
                 "difference from its own parent already; leave out the expert's parent."
             )
-
-
-def _task_vectors(rows: Mapping[str, WeightSource]) -> tuple[WeightSource, ...]:
-    """Return the rows of the experts; those of one with a parent are the difference from it."""
-    parents = {role: rows.get(f"parent of {role}") for role in rows if role.startswith("expert ")}
-    return tuple(
-        rows[role] if parent is None else DifferenceRows(rows[role], parent)
-        for role, parent in parents.items()
-    )
-
-
-def _beside(
-    shared: Mapping[str, Mapping[str, Place]],
-    models: Mapping[str, Checkpoint],
-    others: Mapping[str, Checkpoint],
-) -> tuple[dict[str, MappedWeight], list[str]]:
-    """Return the MLLM's tensors with the weights of `shared_places`, by name, and sentences.
-
-    An adapter changes none of them.
-    """
-    parts: dict[TensorSpec, list[LogicalWeight]] = {}
-    told = []
-    for canonical, theirs in shared.items():
-        place, ours = theirs["mllm"], models["base"].rows(theirs["base"])
-        is_base = models["mllm"] is models["base"]
-        rows_of = {
-            role: models[role].rows(theirs[role])
-            if role in theirs
-            else ZeroRows(ours, each.files[0])
-            for role, each in others.items()
-        }
-        experts = _task_vectors(rows_of)
-        mllm = ours if is_base else models["mllm"].rows(place)
-        of_tensor = parts.setdefault(place.tensor, [])
-        of_tensor.append(LogicalWeight(canonical, place, ours, mllm, experts, is_matrix=False))
-        (rows, width), stored = place.shape, place.tensor.shape
-        if len(stored) == 2 and stored[0] > rows:
-            left = stored[0] - rows
-            place = Place(place.tensor, (left, width), rows * width, left, left)
-            own, stays = models["mllm"].rows(place), "rows of tokens that not all models have"
-            of_tensor.append(
-                LogicalWeight(
-                    f"{canonical}.added", place, own, own, (own,) * len(experts), False, stays
-                )
-            )
-            told.append(f"{left} rows of {canonical} stay: not all models have their tokens.")
-    return {each.name: MappedWeight(each, tuple(of)) for each, of in parts.items()}, told
 
 
 def _by_tensor(

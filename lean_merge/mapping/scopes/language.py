@@ -9,40 +9,81 @@ from dataclasses import replace
 from lean_merge.checkpoints.checkpoint import COMPUTED, Checkpoint
 from lean_merge.checkpoints.header import TensorSpec
 from lean_merge.checkpoints.rows import Place
+from lean_merge.mapping.experts import ZeroRows
 from lean_merge.mapping.gate import title
 from lean_merge.mapping.kinship import Tokens, heads
 from lean_merge.mapping.placement import FUSED, Heads, places
 from lean_merge.mapping.structure import Decoder, text_config
+from lean_merge.mapping.weights import LogicalWeight, MappedWeight, task_vectors
 
 _EMBEDDING, _HEAD = "embed_tokens", "lm_head"
 _ALIASES = {"tok_embeddings": _EMBEDDING, "output": _HEAD}
 _KINDS = ("weight", "bias")
 
 
-def shared_places(
+def weights_beside(
     roles: Mapping[str, Checkpoint],
+    others: Mapping[str, Checkpoint],
     tensors: Mapping[str, Mapping[str, TensorSpec]],
     found: Mapping[str, Decoder],
     tokens: Mapping[str, Tokens],
-) -> tuple[dict[str, dict[str, Place]], list[str]]:
-    """Find what the MLLM has beside its matrices in every other role too.
+) -> tuple[dict[str, MappedWeight], list[str]]:
+    """Find the weights that the language models of all roles have beside their matrices.
 
     Parameters
     ----------
     roles, tensors, found
-        The checkpoint of each role, "base" and "mllm" among them, its tensors by the names to go
-        by, and its language model.
+        Each role that is a whole model, "base" and "mllm" among them, its tensors by the names to
+        go by, and its language model.
+    others
+        All roles but the base. An adapter among them changes none of these weights.
     tokens
         How the tokenizers of the other roles agree with the base's.
 
     Returns
     -------
     dict
-        The places of equal shape by canonical name and role. Of a vocabulary these are the rows of
-        tokens that all roles have.
+        The MLLM's tensors that hold such weights, by name. Of a vocabulary, the rows of tokens
+        that all roles have are merged.
     list of str
         Sentences that say what stays as the MLLM has it, and why.
     """
+    shared, told = _shared_places(roles, tensors, found, tokens)
+    parts: dict[TensorSpec, list[LogicalWeight]] = {}
+    for canonical, theirs in shared.items():
+        place, ours = theirs["mllm"], roles["base"].rows(theirs["base"])
+        is_base = roles["mllm"] is roles["base"]
+        rows_of = {
+            role: roles[role].rows(theirs[role])
+            if role in theirs
+            else ZeroRows(ours, each.files[0])
+            for role, each in others.items()
+        }
+        experts = task_vectors(rows_of)
+        mllm = ours if is_base else roles["mllm"].rows(place)
+        of_tensor = parts.setdefault(place.tensor, [])
+        of_tensor.append(LogicalWeight(canonical, place, ours, mllm, experts, is_matrix=False))
+        (rows, width), stored = place.shape, place.tensor.shape
+        if len(stored) == 2 and stored[0] > rows:
+            left = stored[0] - rows
+            place = Place(place.tensor, (left, width), rows * width, left, left)
+            own, stays = roles["mllm"].rows(place), "rows of tokens that not all models have"
+            of_tensor.append(
+                LogicalWeight(
+                    f"{canonical}.added", place, own, own, (own,) * len(experts), False, stays
+                )
+            )
+            told.append(f"{left} rows of {canonical} stay: not all models have their tokens.")
+    return {each.name: MappedWeight(each, tuple(of)) for each, of in parts.items()}, told
+
+
+def _shared_places(
+    roles: Mapping[str, Checkpoint],
+    tensors: Mapping[str, Mapping[str, TensorSpec]],
+    found: Mapping[str, Decoder],
+    tokens: Mapping[str, Tokens],
+) -> tuple[dict[str, dict[str, Place]], list[str]]:
+    """Return the places of equal shape, by canonical name and role, and what stays, and why."""
     places_of = {
         role: _beside_matrices(each, found[role], tensors[role]) for role, each in roles.items()
     }
