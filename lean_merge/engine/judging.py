@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lean_merge.checkpoints import TensorReader, WeightSource
-from lean_merge.checkpoints.rows import fresh_buffer
+from lean_merge.checkpoints.rows import DifferenceRows, fresh_buffer
 from lean_merge.errors import CoverageError
 from lean_merge.linalg.settings import Computing
 from lean_merge.mapping import LogicalWeight, stated_heads
@@ -57,12 +57,17 @@ class EarlyLook:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """Rows of one weight: the base's, and the task vectors' of every role, in float64."""
+    """Rows of one weight in float64: of the base, and by role of task vectors and of their origins.
+
+    An origin is what a role was tuned from: the base, or an expert's own parent. An adapter has
+    none, since its task vector is all that is stored.
+    """
 
     weight: LogicalWeight
     rows: Sequence[int]
     base: Tensor
     task_vectors: Sequence[Tensor]
+    origins: Sequence[Tensor | None]
 
 
 def early_look(plan: Plan, *, refuse: bool = True) -> EarlyLook:
@@ -96,14 +101,25 @@ def _read(weight: LogicalWeight, blocks: Sequence[slice], reader: TensorReader) 
     """Read blocks of rows of every role; None if they hold what is no number."""
     loaded = weight.load(reader)
     base = _rows(loaded.base, blocks, reader)
-    vectors = []
+    vectors, origins = [], []
     for source in loaded.others:
-        rows = _rows(source, blocks, reader)
-        vectors.append(rows if source.is_difference else rows - base)
+        origin: Tensor | None = None if source.is_difference else base
+        whole = source
+        if isinstance(source, DifferenceRows):
+            origin, whole = _rows(source.parent, blocks, reader), source.own
+        rows = _rows(whole, blocks, reader)
+        vectors.append(rows if origin is None else rows - origin)
+        origins.append(origin)
     if not all(bool(torch.isfinite(each).all()) for each in (base, *vectors)):
         return None
     numbers = [row for block in blocks for row in range(block.start, block.stop)]
-    return _Seen(weight, numbers, base, vectors)
+    return _Seen(weight, numbers, base, vectors, origins)
+
+
+def _origin(weight: LogicalWeight, role: int) -> WeightSource:
+    """Return the rows of the model that a role was tuned from."""
+    source = weight.others[role]
+    return source.parent if isinstance(source, DifferenceRows) else weight.base
 
 
 def _rows(source: WeightSource, blocks: Sequence[slice], reader: TensorReader) -> Tensor:
@@ -116,18 +132,23 @@ def _name(role: int) -> str:
 
 
 def _distances(seen: _Seen, role: int) -> Iterator[float]:
-    """Yield the distance of every row from the base's, in norms of the base's row."""
-    norms = seen.base.norm(dim=1).tolist()
+    """Yield the distance of every row from its origin's, in norms of the origin's row."""
+    origin = seen.origins[role]
+    assert origin is not None
+    norms = origin.norm(dim=1).tolist()
     changes = seen.task_vectors[role].norm(dim=1).tolist()
     for norm, change in zip(norms, changes, strict=True):
         yield change / norm if norm else 0.0
 
 
 def _fault(plan: Plan, seen: Sequence[_Seen], role: int, reader: TensorReader) -> tuple[str, bool]:
-    """Say why a role's rows are not the base's rows after tuning, or "", and if that is sure."""
-    whole = [each for each in seen if not each.weight.others[role].is_difference]
+    """Say why a role's rows are not its origin's rows after tuning, or "", and if that is sure."""
+    whole = [(each, origin) for each in seen if (origin := each.origins[role]) is not None]
+    words, hint = "base", "pass the model that it was tuned from as the base"
+    if role and role in plan.parents:
+        words, hint = "parent", "pass the model that it was tuned from as its parent"
     by_kind: dict[str, list[_Seen]] = {}
-    for each in whole:
+    for each, _ in whole:
         by_kind.setdefault(kind_of(each.weight.canonical), []).append(each)
     elsewhere = {}
     for kind, group in by_kind.items():
@@ -139,23 +160,25 @@ def _fault(plan: Plan, seen: Sequence[_Seen], role: int, reader: TensorReader) -
         order = _order(plan, each, role, reader)
         if order is not None:
             text = (
-                f"the {_name(role)} has rows of {kinds} in another order than the base, for {order}"
+                f"the {_name(role)} has rows of {kinds} in another order than the {words}, for "
+                f"{order}"
             )
             return text, True
     ratios = [
-        float(each.task_vectors[role].norm() / each.base.norm())
-        for each in whole
-        if bool(each.base.any())
+        float(each.task_vectors[role].norm() / origin.norm())
+        for each, origin in whole
+        if bool(origin.any())
     ]
     ratio = median(ratios) if ratios else 0.0
     if ratio > FAR:
         return (
-            f"the {_name(role)} was hardly tuned from this base: it differs from it by {ratio:.2f} "
-            "of the base's norm in the median, where tuning leaves a few hundredths; pass the "
-            "model that it was tuned from as the base"
+            f"the {_name(role)} was hardly tuned from this {words}: it differs from it by "
+            f"{ratio:.2f} of the {words}'s norm in the median, where tuning leaves a few "
+            f"hundredths; {hint}"
         ), ratio > SURELY_FAR
     if elsewhere:
-        return f"the {_name(role)} has rows of {kinds} that are far from those of the base", False
+        text = f"the {_name(role)} has rows of {kinds} that are far from those of the {words}"
+        return text, False
     return "", False
 
 
@@ -207,20 +230,22 @@ def _mean_squares(seen: Sequence[_Seen]) -> dict[str, float]:
 
 
 def _order(plan: Plan, seen: _Seen, role: int, reader: TensorReader) -> str | None:
-    """Say in which order a role's rows are; None if they are not rows of the base's layer."""
+    """Say in which order a role's rows are; None if they are not rows of its origin's layer."""
     parent, _, own = seen.weight.canonical.rpartition(".")
     near = {
-        part.canonical.rpartition(".")[2]: part.base
+        part.canonical.rpartition(".")[2]: _origin(part, role)
         for weight in plan.coverage.weights
         for part in weight.slices
         if part.canonical.rpartition(".")[0] == parent and part.shape[1] == seen.weight.shape[1]
     }
     far = [n for n, distance in enumerate(_distances(seen, role)) if distance > 1]
-    rows = (seen.base + seen.task_vectors[role])[far]
+    origin = seen.origins[role]
+    assert origin is not None
+    rows = (origin + seen.task_vectors[role])[far]
     checkpoint = (plan.mllm, *plan.experts)[role]
     return order_finder()(
         own,
-        seen.weight.others[role],
+        getattr(seen.weight.others[role], "own", seen.weight.others[role]),
         {seen.rows[n]: row for n, row in zip(far, rows, strict=True)},
         near,
         stated_heads(checkpoint) or stated_heads(plan.base),

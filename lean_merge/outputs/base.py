@@ -34,8 +34,6 @@ REPORT = "lean_merge_report.json"
 """The file in which a merge tells what happened."""
 RECIPE = "lean_merge_recipe.yml"
 """The file of an output that holds its recipe."""
-REPORT = "lean_merge_report.json"
-"""The file with the report of a merge."""
 ReadRows = Callable[[WeightSource, slice], Tensor]
 """A function that reads rows of one role's weight; they are valid until the next call."""
 

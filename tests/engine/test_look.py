@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from support.families import Triple, load, write_triple
 from torch import Tensor
 
-from lean_merge import Grid, Resources, merge, plan, stream, sweep
+from lean_merge import Expert, Grid, Resources, merge, plan, stream, sweep
 from lean_merge.engine import early_look
 from lean_merge.errors import CoverageError
 from lean_merge.outputs.analysis import AnalysisOutput
@@ -244,6 +244,32 @@ def test_rows_in_another_order_are_refused_and_the_order_is_named(
 def test_rows_of_the_base_in_another_order_are_refused_too(triple: Triple):
     edited(triple.base, ORDERS["Meta's rope"][0])
     assert "the base's heads are in Meta's order" in refusal(triple)
+
+
+@pytest.mark.parametrize("wrong", ["expert", "parent"])
+def test_an_expert_is_judged_by_its_own_parent(tmp_path: Path, wrong: str):
+    three = write_triple(tmp_path / "in", SHAPES, experts=2)
+    for folder in (three.base, three.mllm, *three.experts):
+        (folder / "config.json").write_text(json.dumps(CONFIG))
+    expert, parent = three.experts
+    tensors = load(expert if wrong == "expert" else parent)
+
+    def told(*, force: bool = False) -> str:
+        recipe = replace(three, experts=(expert,)).recipe(
+            merge_method="task_arithmetic", output="none", force=force
+        )
+        own = replace(recipe, experts=(Expert(str(expert), parent=str(parent)),))
+        return " ".join(merge(own).report["warnings"])
+
+    assert told() == ""
+    folder = expert if wrong == "expert" else parent
+    edited(folder, ORDERS["Meta's rope"][0])
+    with pytest.raises(CoverageError, match=r"in another order than the parent.*--force"):
+        told()
+    edited(folder, lambda _: other_model(tensors))
+    with pytest.raises(CoverageError, match="the expert 1 was hardly tuned from this parent"):
+        told()
+    assert "hardly tuned from this parent" in told(force=True)
 
 
 def test_the_named_order_merges_with_names(triple: Triple, tmp_path: Path):
