@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import json
+import os
 import re
 import subprocess
 import sys
@@ -265,8 +268,21 @@ def test_public_names_exist_and_are_all_that_is_imported():
     assert len(set(lean_merge.__all__)) == len(lean_merge.__all__)
     for name in lean_merge.__all__:
         assert getattr(lean_merge, name) is not None
-    symbols = {symbol for _, symbol in imported(PACKAGE)}
-    assert symbols - {"annotations"} == set(lean_merge.__all__)
+    symbols = {symbol for module, symbol in imported(PACKAGE) if module.startswith(PACKAGE)}
+    homes = {name for names in lean_merge._HOMES.values() for name in names}
+    assert symbols == homes == set(lean_merge.__all__)
+
+
+@pytest.mark.parametrize("name", ["merge", "plan", "verify"])
+def test_a_function_is_not_hidden_by_the_module_of_its_name(name: str):
+    """The import of a submodule binds its name in the package, before or after the function."""
+    module = importlib.import_module(f"{PACKAGE}.{name}")
+    lean_merge.__dict__.pop(name, None)
+    for _ in range(2):
+        assert getattr(lean_merge, name) is getattr(module, name)
+        setattr(lean_merge, name, module)
+    with pytest.raises(AttributeError, match="no attribute 'mege'"):
+        lean_merge.mege  # noqa: B018
 
 
 def test_every_error_is_exported_and_has_its_exit_code():
@@ -283,13 +299,36 @@ def test_every_error_is_exported_and_has_its_exit_code():
     assert (codes["RecipeError"], codes["BudgetError"]) == (2, 4)
 
 
-def test_the_start_imports_no_scipy():
-    """Of it, 10 to 40 MiB would be held that `--memory` counts, for what most merges never ask."""
-    loaded = subprocess.run(
-        [sys.executable, "-c", "import sys, lean_merge.cli; print(*sys.modules)"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()
-    assert "lean_merge.cli" in loaded and "torch" in loaded
-    assert "scipy" not in loaded
+START = """
+import contextlib, io, sys
+from lean_merge import cli
+
+for words in (["--help"], ["merge", "--help"], ["methods"], ["methods", "ties"], ["--version"]):
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        cli.main(words)
+    assert told.getvalue()
+heavy = {"torch", "numpy", "scipy", "tqdm", "rich", "lean_merge.plan"} & sys.modules.keys()
+assert not heavy, heavy
+
+import lean_merge.merge
+assert "torch" in sys.modules and "scipy" not in sys.modules
+assert lean_merge.merge is sys.modules["lean_merge.merge"].merge
+"""
+
+
+def test_help_starts_without_torch_and_a_merge_without_scipy():
+    """Torch takes a second. Of scipy, 10 to 40 MiB would be held that `--memory` counts."""
+    subprocess.run([sys.executable, "-c", START], check=True)
+
+
+def test_the_table_of_methods_is_what_the_methods_say():
+    """LEAN_MERGE_WRITE_DOCS=1 writes the table anew."""
+    from lean_merge.cli.asking import told_methods
+    from lean_merge.cli.methodtable import TABLE, methods_list, registering
+
+    told = json.dumps(told_methods(), indent=1) + "\n"
+    if os.environ.get("LEAN_MERGE_WRITE_DOCS") == "1":
+        TABLE.write_text(told, encoding="utf-8")
+        methods_list.cache_clear()
+    assert TABLE.read_text(encoding="utf-8") == told, "write it with LEAN_MERGE_WRITE_DOCS=1"
+    assert registering() == {method["name"] for method in methods_list()}

@@ -1,27 +1,41 @@
-"""The program itself, to which the modules beside it add the commands."""
+"""The program itself, to which the modules beside it add the commands.
+
+Neither this module nor those that declare commands import torch, directly or not: commands import
+what they compute with when they run, so that help and completion answer at once.
+"""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
-from tqdm import tqdm
 
-from lean_merge.engine import Event
+from lean_merge.cli.helping import FULL_WIDTH, GroupedCommand, GroupedProgram
 from lean_merge.errors import OutputError, plain
-from lean_merge.plan import Plan
 from lean_merge.version import __version__
 
 EXIT_FAILED, EXIT_USAGE, EXIT_DIFFERENT, EXIT_INTERRUPTED = 1, 2, 3, 5
 
-app = typer.Typer(
+
+class _Program(typer.Typer):
+    """A typer whose commands show their options in groups."""
+
+    def command(  # type: ignore[override]
+        self, name: str, **options: Any
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        return super().command(name, cls=GroupedCommand, **options)
+
+
+app = _Program(
     name="lean-merge",
-    help="Merge the abilities of a text model into a multimodal one, by streaming IP-Merging.",
+    cls=GroupedProgram,
+    help="Merge the abilities of text models into a multimodal one, without training and without "
+    "a GPU: weights are read, merged and written one after the other.",
+    epilog="Begin with `lean-merge demo`, which needs no models. `lean-merge COMMAND --help` "
+    "explains a command, and `lean-merge methods NAME` a method's parameters.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings=FULL_WIDTH,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -36,7 +50,8 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
     pass
@@ -53,24 +68,3 @@ def echo(text: str, *, err: bool = False) -> None:
             f"The standard {'error' if err else 'output'} cannot be written ({error.strerror}); "
             "what the command has made so far is on the disk."
         ) from error
-
-
-@contextmanager
-def progress(plan: Plan, quiet: bool) -> Iterator[Callable[[Event], None]]:
-    total = sum(task.tensor.nbytes for task in plan.tasks)
-    with tqdm(
-        total=total,
-        unit="B",
-        unit_scale=True,
-        unit_divisor=1024,
-        disable=quiet or not sys.stderr.isatty(),
-    ) as bar:
-
-        def on_event(event: Event) -> None:
-            bar.set_postfix_str(event.name[-40:], refresh=False)
-            bar.update(event.nbytes)
-            if not quiet:
-                for line in event.warnings:
-                    bar.write(f"warning: {line}", file=sys.stderr)
-
-        yield on_event

@@ -1,35 +1,21 @@
-"""Describe plans, results, checkpoints and methods, as text and as plain data."""
+"""Describe plans, results and checkpoints, as text and as plain data."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from lean_merge.checkpoints import open_checkpoint
-from lean_merge.errors import RecipeError
+from lean_merge.cli.listing import table_lines
 from lean_merge.mapping import language_layout
-from lean_merge.methods import Method, all_methods
 from lean_merge.outputs import REPORT, output_of
 from lean_merge.outputs.document import ANALYSIS
 from lean_merge.plan import Plan
-from lean_merge.recipe import parse_yaml
 from lean_merge.sizes import format_size
 from lean_merge.studies.sweep import result_names, result_of
 from lean_merge.verify import Verification
-
-EXAMPLE_SHAPE = (4096, 4096)
-"""The shape of the weight for which the list of methods says what they need."""
-
-
-def parse_value(text: str) -> Any:
-    """Return the value that YAML reads in a text, or else the text."""
-    try:
-        return parse_yaml(text, what="value")
-    except RecipeError:
-        return text
 
 
 def warnings_of(plan: Plan) -> list[str]:
@@ -266,7 +252,7 @@ def sweep_text(table: dict[str, Any]) -> str:
         blank = ["-"] * len(head)
         results = [_cell(result_of(receiver, name)) for name in names]
         rows.append([*blank, *results, receiver["error"] or "the model that receives, as it is"])
-    return "\n".join(_aligned(rows))
+    return "\n".join(table_lines(rows))
 
 
 def _cell(value: Any) -> str:
@@ -280,89 +266,6 @@ def _remark(point: dict[str, Any]) -> str:
         return f"as {point['same_as']}"
     unchanged = point["path"] is None and point["selected"] is not None
     return "no update: the MLLM as it is" if unchanged else ""
-
-
-def methods_list() -> list[dict[str, Any]]:
-    """Return what every method does and needs, and its parameters with their defaults."""
-    return [_method_facts(name, method) for name, method in sorted(all_methods().items())]
-
-
-def _method_facts(name: str, method: type[Method[Any]]) -> dict[str, Any]:
-    made = method([method.parameters_type()])
-    cost, survey = made.cost(EXAMPLE_SHAPE, item=2), made.survey()
-    surveyed = 0 if survey is None else survey.passes
-    return {
-        "name": name,
-        "summary": inspect.cleandoc(method.__doc__ or "").split("\n\n")[0].replace("\n", " "),
-        "needs": {
-            "passes": cost.usual_passes + surveyed,
-            "most_passes": cost.passes + surveyed,
-            "memory": cost.workspace,
-        },
-        "adapter": "exact" if made.largest_rank(EXAMPLE_SHAPE) is not None else "cut",
-        "evidence": method.evidence,
-        "reference": method.reference,
-        "parameters": [
-            {
-                "name": field.name,
-                "default": list(field.default)
-                if isinstance(field.default, tuple)
-                else field.default,
-                "per_expert": bool(field.metadata.get("per_expert")),
-            }
-            for field in method.parameter_fields()
-        ],
-        "help": inspect.cleandoc(method.parameters_type.__doc__ or ""),
-    }
-
-
-def methods_text(methods: list[dict[str, Any]]) -> str:
-    """Return the methods of `methods_list` as a table."""
-    head = ["method", "passes", "memory", "adapter", "evidence", "reference", "what it does"]
-    rows = [
-        [
-            each["name"],
-            str(each["needs"]["passes"]),
-            format_size(each["needs"]["memory"]),
-            each["adapter"],
-            each["evidence"],
-            each["reference"],
-            each["summary"],
-        ]
-        for each in methods
-    ]
-    size = "x".join(map(str, EXAMPLE_SHAPE))
-    return "\n".join(
-        [
-            *_aligned([head, *rows]),
-            "",
-            "Passes over the rows before the result is written, and the method's own memory, are",
-            f"for a bf16 weight of {size} and one expert, at the defaults. An adapter is exact, or",
-            "cut to a rank by --lora-rank. lean-merge methods NAME lists a method's parameters.",
-        ]
-    )
-
-
-def method_text(method: dict[str, Any]) -> str:
-    """Return one method of `methods_list` with its parameters, as text."""
-    rows = [["parameter", "default", ""]]
-    for parameter in method["parameters"]:
-        default = parameter["default"]
-        text = ",".join(default) if isinstance(default, list) else str(default)
-        rows.append([parameter["name"], text, "per expert" if parameter["per_expert"] else ""])
-    told = [f"{method['name']}  ({method['reference']})", method["summary"], "", *_aligned(rows)]
-    return "\n".join([*told, "", method["help"]])
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    """Return rows of cells as lines; all cells but the last are padded to their column's width."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
-    return [
-        "  ".join(
-            [*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def _counted(counts: Counter[str] | dict[str, int]) -> str:

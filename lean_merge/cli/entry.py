@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         # `verify` returns a code and other commands None; newer typers turn Ctrl-C into a code.
-        code = app(arguments, standalone_mode=False)
+        code = app(arguments, prog_name="lean-merge", standalone_mode=False)
         if code == _SIGINT_OF_TYPER:
             raise KeyboardInterrupt
         if code:

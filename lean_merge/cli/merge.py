@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument
 
-from lean_merge.checkpoints import downloads_shown
-from lean_merge.cli import describe
-from lean_merge.cli.app import EXIT_DIFFERENT, app, echo, progress
+from lean_merge.cli.app import EXIT_DIFFERENT, app, echo
+from lean_merge.cli.helping import MERGING, OUTPUT, RUN
 from lean_merge.cli.options import (
+    Cuda,
     Debug,
     Device,
     FromAnalysis,
@@ -21,55 +21,74 @@ from lean_merge.cli.options import (
     Quiet,
     Threads,
     Vram,
+    option,
     resources_of,
     shares_options_of_work,
     work_of,
 )
 from lean_merge.errors import RecipeError
-from lean_merge.merge import check_has_folder
-from lean_merge.merge import merge as merge_api
-from lean_merge.outputs import output_of
-from lean_merge.outputs.recorded import open_analysis
-from lean_merge.plan import plan as make_plan
-from lean_merge.plan.runfacts import run_facts
-from lean_merge.store import check_output
-from lean_merge.verify import verify
+
+if TYPE_CHECKING:
+    from lean_merge.plan import Plan
+    from lean_merge.plan.resources import Resources
+    from lean_merge.recipe import MergeRecipe
 
 
-@app.command("merge")
+@app.command("merge", rich_help_panel=MERGING)
 @shares_options_of_work
 def merge_command(
     work: dict[str, Any],
     out: Annotated[
-        Path | None, typer.Option(help="The output folder, which --output none does not need.")
+        Path | None,
+        option(
+            OUTPUT,
+            metavar="DIR",
+            help="The folder that the output is written to. --output none can do without one.",
+        ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the output once the new one is complete.")
+        bool,
+        option(
+            OUTPUT,
+            "--overwrite",
+            help="Replace the model in the folder, once the new one is complete.",
+        ),
     ] = False,
     analysis: FromAnalysis = None,
     no_resume: NoResume = False,
+    dry_run: Annotated[
+        bool,
+        option(
+            RUN, "--dry-run", help="Print the plan and write nothing, as `lean-merge plan` does."
+        ),
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Merge, and write a checkpoint that from_pretrained loads, or an adapter that PEFT loads.
+    """Merge models into a checkpoint that from_pretrained loads, or an adapter that PEFT loads.
 
-    A merge that was interrupted goes on where it stopped. If the output is complete already, there
-    is nothing to do.
+    A merge that was interrupted goes on where it stopped when the same command is given again. If
+    the output is complete already, there is nothing to do.
     """
-    wanted = work["output"]
-    needs_folder = wanted is None or output_of(wanted).needs_folder
-    if out is None and work["recipe"] is None and needs_folder:
+    if out is None and work["recipe"] is None and work["output"] != "none" and not dry_run:
         raise RecipeError("Missing --out, the output folder; or give --output none.")
     recipe, resources = work_of(**work)
+    from lean_merge.cli import describe
+    from lean_merge.cli.progress import progress
+    from lean_merge.merge import check_has_folder, merge
+
+    if dry_run:
+        plan = _planned(recipe, resources, analysis, quiet=quiet)
+        _show_plan(plan, out, overwrite=overwrite, resume=not no_resume, json_=as_json, quiet=quiet)
+        return
     check_has_folder(recipe, out)
-    with downloads_shown(not quiet):
-        plan = make_plan(recipe, resources, analysis=open_analysis(analysis) if analysis else None)
+    plan = _planned(recipe, resources, analysis, quiet=quiet)
     if not (quiet or as_json):
         for line in describe.warnings_of(plan):
             echo(f"warning: {line}", err=True)
     with progress(plan, quiet) as on_event:
-        result = merge_api(plan, out, overwrite=overwrite, resume=not no_resume, on_event=on_event)
+        result = merge(plan, out, overwrite=overwrite, resume=not no_resume, on_event=on_event)
     if not (quiet or as_json) and result.was_complete:
         echo(f"{result.path} is complete already; there is nothing to do.", err=True)
     elif not (quiet or as_json) and result.reused:
@@ -80,15 +99,34 @@ def merge_command(
         echo(describe.result_text(result.path, result.report))
 
 
-@app.command("plan")
+def _planned(
+    recipe: MergeRecipe, resources: Resources, analysis: Path | None, *, quiet: bool
+) -> Plan:
+    """Read the headers of all models and plan the merge."""
+    from lean_merge.checkpoints import downloads_shown
+    from lean_merge.outputs.recorded import open_analysis
+    from lean_merge.plan import plan
+
+    with downloads_shown(not quiet):
+        opened = open_analysis(analysis.expanduser()) if analysis else None
+        return plan(recipe, resources, analysis=opened)
+
+
+@app.command("plan", rich_help_panel=MERGING)
 @shares_options_of_work
 def plan_command(
     work: dict[str, Any],
     out: Annotated[
-        Path | None, typer.Option(help="Check that this folder could be written, but leave it.")
+        Path | None,
+        option(
+            OUTPUT,
+            metavar="DIR",
+            help="Check that a merge could write to this folder. Nothing is written.",
+        ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Allow that the folder is not empty.")
+        bool,
+        option(OUTPUT, "--overwrite", help="Check as `merge --overwrite` would, which replaces."),
     ] = False,
     analysis: FromAnalysis = None,
     no_resume: NoResume = False,
@@ -96,9 +134,19 @@ def plan_command(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Say what would be merged and copied, and what it would take, from headers alone."""
-    with downloads_shown(not quiet):
-        plan = make_plan(*work_of(**work), analysis=open_analysis(analysis) if analysis else None)
+    """Say what a merge would do, and what memory and disk it takes, from headers alone."""
+    plan = _planned(*work_of(**work), analysis, quiet=quiet)
+    _show_plan(plan, out, overwrite=overwrite, resume=not no_resume, json_=as_json, quiet=quiet)
+
+
+def _show_plan(
+    plan: Plan, out: Path | None, *, overwrite: bool, resume: bool, json_: bool, quiet: bool
+) -> None:
+    """Check the output folder, if there is one, and print the plan."""
+    from lean_merge.cli import describe
+    from lean_merge.plan.runfacts import run_facts
+    from lean_merge.store import check_output
+
     if out is not None:
         check_output(
             out,
@@ -106,27 +154,40 @@ def plan_command(
             inputs=plan.inputs,
             overwrite=overwrite,
             run=run_facts(plan, out),
-            resume=not no_resume,
+            resume=resume,
             disk=plan.prediction.disk,
         )
-    if quiet:
-        return
-    echo(json.dumps(describe.plan_dict(plan)) if as_json else describe.plan_text(plan))
+    if not quiet:
+        echo(json.dumps(describe.plan_dict(plan)) if json_ else describe.plan_text(plan))
 
 
-@app.command("verify")
+@app.command("verify", rich_help_panel=MERGING)
 def verify_command(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a complete output.")],
+    out: Annotated[
+        Path,
+        Argument(metavar="DIR", help="The folder of a complete output.", rich_help_panel=OUTPUT),
+    ],
     full: Annotated[
-        bool, typer.Option("--full", help="Merge all weights again, instead of a sample.")
+        bool, option(RUN, "--full", help="Merge all weights again, instead of a sample.")
     ] = False,
     seed: Annotated[
-        int | None, typer.Option(help="The seed of the sample; by default it differs each time.")
+        int | None,
+        option(
+            RUN,
+            metavar="NUMBER",
+            help="The seed by which the sample is drawn. By default it differs each time.",
+        ),
     ] = None,
     without_inputs: Annotated[
-        bool, typer.Option("--without-inputs", help="Compare with the journal alone.")
+        bool,
+        option(
+            RUN,
+            "--without-inputs",
+            help="Do not read the merged models, and compare with the output's journal alone.",
+        ),
     ] = False,
     device: Device = "auto",
+    cuda: Cuda = False,
     memory: Memory = None,
     vram: Vram = None,
     threads: Threads = None,
@@ -134,18 +195,17 @@ def verify_command(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> int:
-    """Read all of an output again, and say what differs. The exit code is 3 if anything does.
+    """Read an output again, all of it, and say what differs from what was written.
 
-    Every file is compared with the journal, tensors out of scope with the MLLM's, and a sample of
-    the others is merged again: a twentieth, but at least 8.
+    Every file is compared with the journal, and every tensor out of scope with the MLLM's. A sample
+    of the others, a twentieth but at least 8, is merged again. The exit code is 3 if anything
+    differs.
     """
-    result = verify(
-        out,
-        full=full,
-        seed=seed,
-        with_inputs=not without_inputs,
-        resources=resources_of(device, memory, vram, threads),
-    )
+    resources = resources_of(device, memory, vram, threads, cuda=cuda)
+    from lean_merge.cli import describe
+    from lean_merge.verify import verify
+
+    result = verify(out, full=full, seed=seed, with_inputs=not without_inputs, resources=resources)
     if as_json:
         echo(json.dumps(describe.verification_dict(result)))
     elif not (quiet and result.ok):

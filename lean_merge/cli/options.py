@@ -2,37 +2,156 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from lean_merge.checkpoints import open_checkpoint
-from lean_merge.cli import describe
+from lean_merge.cli.helping import METHOD, MODELS, OUTPUT, RESOURCES, RUN
+from lean_merge.cli.methodtable import by_name, default_of
 from lean_merge.errors import RecipeError
-from lean_merge.mapping import language_layout
-from lean_merge.plan.resources import Resources
-from lean_merge.recipe import MergeRecipe, load_recipe_file
+from lean_merge.recipe import OUT_DTYPES, ROUNDINGS, MergeRecipe, load_recipe_file, parse_yaml
 from lean_merge.sizes import parse_size
+
+if TYPE_CHECKING:
+    from lean_merge.plan.resources import Resources
 
 MERGEKITS = ("models", "slices", "modules", "gate_mode")
 """Keys that only mergekit's own recipes have."""
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(MergeRecipe)}
+
+
+def option(group: str, *flags: str, help: str, **settings: Any) -> Any:
+    """Declare an option that help shows in a group."""
+    return typer.Option(*flags, help=help, rich_help_panel=group, **settings)
+
+
+def _own(parameter: str, text: str) -> str:
+    """Return help on a parameter of IP-Merging, with its default."""
+    return f"{text} The default of ip_merging is {default_of('ip_merging', parameter)}."
+
+
+def method_names(incomplete: str) -> list[str]:
+    """Return the methods whose names begin in this way, for the shell to complete."""
+    return [name for name in by_name() if name.startswith(incomplete)]
+
+
+def _words(*words: str) -> Callable[[str], list[str]]:
+    """Return a function that completes one of the words."""
+    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
+
+
 RecipeFile = Annotated[
-    Path | None, typer.Argument(metavar="[RECIPE.yml]", help="The recipe, which flags override.")
+    Path | None,
+    typer.Argument(
+        metavar="[RECIPE.yml]",
+        help="A recipe in YAML, ours or mergekit's. Options replace what it says.",
+        rich_help_panel=MODELS,
+    ),
 ]
-Base = Annotated[str | None, typer.Option(help="The base LLM, as a folder or a hub id.")]
+Base = Annotated[
+    str | None,
+    option(
+        MODELS,
+        metavar="MODEL",
+        help="The language model that the others were tuned from: a folder, a weight file, or a "
+        "hub id such as org/name or org/name@revision.",
+    ),
+]
 Mllm = Annotated[
     str | None,
-    typer.Option(help="The MLLM that receives, likewise; without one the base receives."),
+    option(
+        MODELS,
+        metavar="MODEL",
+        help="The multimodal model that receives. Without one the base receives.",
+    ),
 ]
 Experts = Annotated[
     list[str] | None,
-    typer.Option("--expert", "--math", help="An expert LLM that gives; may be repeated."),
+    option(
+        MODELS,
+        "--expert",
+        "--math",
+        metavar="MODEL",
+        help="A model whose abilities are merged in. Repeat the option for several experts.",
+    ),
+]
+Parents = Annotated[
+    list[str] | None,
+    option(
+        MODELS,
+        "--parent",
+        metavar="[N=]MODEL",
+        help="The model that expert N was tuned from, if that is not the base: 2=MODEL is the "
+        "second expert's. A single expert needs no number.",
+    ),
+]
+ScopeName = Annotated[
+    str | None,
+    option(
+        MODELS,
+        metavar="SCOPE",
+        help="Merge the matrices of the layers (matrices), or all of the language model: norms, "
+        "biases, embeddings and head too (language). The default is matrices.",
+        autocompletion=_words("matrices", "language"),
+    ),
+]
+Include = Annotated[
+    list[str] | None,
+    option(
+        MODELS,
+        metavar="PATTERN",
+        help="Merge only weights whose names match this regular expression, or whose layers are "
+        "in a range such as 'layers: 0-15'. Repeat it for several.",
+    ),
+]
+Exclude = Annotated[
+    list[str] | None,
+    option(
+        MODELS,
+        metavar="PATTERN",
+        help="Copy weights that match instead of merging them. Repeat it for several.",
+    ),
+]
+AllowPartial = Annotated[
+    bool,
+    option(
+        MODELS,
+        "--allow-partial",
+        help="Go on if some weights have no counterpart in every model. They are copied, and the "
+        "report lists them.",
+    ),
+]
+AllowTextMllm = Annotated[
+    bool,
+    option(
+        MODELS,
+        "--allow-text-mllm",
+        help="Accept an MLLM of text alone beside a model that has vision or audio.",
+    ),
+]
+Force = Annotated[
+    bool,
+    option(
+        MODELS,
+        "--force",
+        help="Go on if a model was hardly tuned from the base, or has its rows in another order.",
+    ),
 ]
 MethodName = Annotated[
-    str | None, typer.Option("--method", help="The merge method; lean-merge methods lists them.")
+    str | None,
+    option(
+        METHOD,
+        "--method",
+        metavar="NAME",
+        help="The merge method. `lean-merge methods` lists all, and `lean-merge methods NAME` "
+        f"explains one and its parameters. The default is {_DEFAULTS['merge_method']}.",
+        autocompletion=method_names,
+    ),
 ]
 
 
@@ -48,93 +167,329 @@ def _threshold(text: str | None) -> str | None:
 
 Threshold = Annotated[
     str | None,
-    typer.Option(
-        callback=_threshold, help="Select weights from this similarity on; auto finds one."
+    option(
+        METHOD,
+        metavar="NUMBER",
+        callback=_threshold,
+        help=_own(
+            "threshold",
+            "Merge only weights whose similarity to the MLLM's own tuning is at least this, from 0 "
+            "to 1; auto finds a threshold first.",
+        ),
     ),
 ]
-SelectBy = Annotated[str | None, typer.Option(help="Compare the first or the max similarity.")]
-Temperature = Annotated[float | None, typer.Option(help="The tau of the importance softmax.")]
-Nuclear = Annotated[
-    str | None, typer.Option(help="Rescale by full or by top_q sums of singular values.")
+SelectBy = Annotated[
+    str | None,
+    option(
+        METHOD,
+        metavar="WHICH",
+        help=_own("select_by", "Compare the threshold with the first or the max similarity."),
+        autocompletion=_words("first", "max"),
+    ),
 ]
-Stages = Annotated[str | None, typer.Option(help="The stages to run: select[,rescale][,project].")]
-UpdateScale = Annotated[float | None, typer.Option(help="The factor of the update.")]
-Rank = Annotated[str | None, typer.Option(help="How many directions to compute, or auto.")]
-Svd = Annotated[str | None, typer.Option(help="Compute singular vectors randomized or exact.")]
-Importance = Annotated[str | None, typer.Option(help="Weigh directions by softmax or relative.")]
+Temperature = Annotated[
+    float | None,
+    option(
+        METHOD,
+        metavar="NUMBER",
+        help=_own("temperature", "The temperature of the softmax that weighs directions."),
+    ),
+]
+Nuclear = Annotated[
+    str | None,
+    option(
+        METHOD,
+        metavar="WHICH",
+        help=_own(
+            "nuclear", "Rescale by the sums of all singular values (full) or the leading (top_q)."
+        ),
+        autocompletion=_words("full", "top_q"),
+    ),
+]
+Stages = Annotated[
+    str | None,
+    option(
+        METHOD,
+        metavar="STAGES",
+        help=_own("stages", "The stages to run: select, and after it rescale, project, or both."),
+    ),
+]
+UpdateScale = Annotated[
+    float | None,
+    option(
+        METHOD,
+        metavar="NUMBER",
+        help=_own("scale", "The factor of the update. Many other methods have this parameter too."),
+    ),
+]
+Rank = Annotated[
+    str | None,
+    option(
+        METHOD,
+        metavar="NUMBER",
+        help=_own("rank", "How many directions are computed; auto lets the weight decide."),
+    ),
+]
+Svd = Annotated[
+    str | None,
+    option(
+        METHOD,
+        metavar="HOW",
+        help=_own("svd", "Compute singular vectors by sketches (randomized) or in full (exact)."),
+        autocompletion=_words("randomized", "exact"),
+    ),
+]
+Importance = Annotated[
+    str | None,
+    option(
+        METHOD,
+        metavar="HOW",
+        help=_own("importance", "Weigh directions by softmax or relative."),
+        autocompletion=_words("softmax", "relative"),
+    ),
+]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="Set any other parameter of the method."),
+    option(
+        METHOD,
+        "--set",
+        metavar="NAME=VALUE",
+        help="Set any parameter of the method. Repeat it for several.",
+    ),
+]
+Seed = Annotated[
+    int | None,
+    option(
+        METHOD,
+        metavar="NUMBER",
+        help=f"The seed of all random numbers. The default is {_DEFAULTS['seed']}.",
+    ),
 ]
 OutputKind = Annotated[
     str | None,
-    typer.Option(help="Write a checkpoint, a lora adapter, or none: the report alone."),
+    option(
+        OUTPUT,
+        metavar="KIND",
+        help="Write a whole model (checkpoint), a LoRA adapter for the MLLM (lora), or only the "
+        f"report (none). The default is {_DEFAULTS['output']}.",
+        autocompletion=_words("checkpoint", "lora", "none"),
+    ),
 ]
 LoraRank = Annotated[
-    str | None, typer.Option(help="The rank of every weight; auto keeps each update whole.")
-]
-ScopeName = Annotated[
     str | None,
-    typer.Option(help="Merge matrices, or language: norms, biases, embeddings and head as well."),
+    option(
+        OUTPUT,
+        metavar="NUMBER",
+        help="With --output lora: the rank of each weight; auto keeps every update whole. The "
+        f"default is {_DEFAULTS['lora_rank']}.",
+    ),
 ]
 LoraUniformRank = Annotated[
     bool | None,
-    typer.Option(
+    option(
+        OUTPUT,
         "--lora-uniform-rank/--no-lora-uniform-rank",
-        help="Fill every module of an adapter with zeros up to the largest rank, or not.",
+        help="With --output lora: fill all modules with zeros up to the largest rank, which every "
+        "loader understands, or give each its own rank. By default they are filled.",
     ),
-]
-Include = Annotated[
-    list[str] | None,
-    typer.Option(help="Merge only what this regex, or 'layers: 0-15', names; may be repeated."),
-]
-Exclude = Annotated[
-    list[str] | None, typer.Option(help="Copy what this regex, or 'layers: 0-15', names.")
 ]
 OutDtype = Annotated[
     str | None,
-    typer.Option(help="Write merged weights as auto, float32, bfloat16 or float16."),
+    option(
+        OUTPUT,
+        metavar="DTYPE",
+        help=f"Write merged weights as {', '.join(OUT_DTYPES[:-1])} or {OUT_DTYPES[-1]}; auto "
+        f"keeps the MLLM's dtype. The default is {_DEFAULTS['out_dtype']}.",
+        autocompletion=_words(*OUT_DTYPES),
+    ),
 ]
-Rounding = Annotated[str | None, typer.Option(help="Round to the nearest number, or stochastic.")]
+Rounding = Annotated[
+    str | None,
+    option(
+        OUTPUT,
+        metavar="HOW",
+        help="Round to the nearest number, or stochastic, which keeps small updates in the mean. "
+        f"The default is {_DEFAULTS['rounding']}.",
+        autocompletion=_words(*ROUNDINGS),
+    ),
+]
 ShardSize = Annotated[
-    str | None, typer.Option(help="The size of the largest shard: 5GB, 2GiB, 500MB.")
+    str | None,
+    option(
+        OUTPUT,
+        metavar="SIZE",
+        help="The largest size of a weight file, such as 5GB, 2GiB or 500MB. The default is "
+        f"{_DEFAULTS['shard_size'] // 10**9}GB.",
+    ),
 ]
-Seed = Annotated[int | None, typer.Option(help="The seed of all random numbers.")]
-AllowPartial = Annotated[
-    bool, typer.Option("--allow-partial", help="Go on where weights do not map; say what is left.")
+Device = Annotated[
+    str,
+    option(
+        RESOURCES,
+        metavar="DEVICE",
+        help="Compute on auto, cpu, cuda or cuda:N; auto takes a GPU if there is one.",
+        autocompletion=_words("auto", "cpu", "cuda"),
+    ),
 ]
-AllowTextMllm = Annotated[
-    bool,
-    typer.Option("--allow-text-mllm", help="Take an MLLM of text alone beside one that has more."),
-]
-Force = Annotated[
-    bool, typer.Option("--force", help="Go on where a model was hardly tuned from the base.")
-]
-Device = Annotated[str, typer.Option(help="Compute on auto, cpu, cuda or cuda:N.")]
+Cuda = Annotated[bool, option(RESOURCES, "--cuda", help="The same as --device cuda.")]
 Memory = Annotated[
     str | None,
-    typer.Option(help="The most anonymous memory to take; by default half of what is free."),
+    option(
+        RESOURCES,
+        metavar="SIZE",
+        help="The most memory to take, such as 4GB. By default it is half of what is free.",
+    ),
 ]
-Vram = Annotated[str | None, typer.Option(help="The most device memory to take.")]
+Vram = Annotated[
+    str | None,
+    option(
+        RESOURCES,
+        metavar="SIZE",
+        help="The most memory to take on the GPU. By default it is half of what is free there.",
+    ),
+]
 Threads = Annotated[
     int | None,
-    typer.Option(
-        help="The number of threads, of which 4 help at most; by default one for each processor."
+    option(
+        RESOURCES,
+        metavar="NUMBER",
+        help="The number of threads; more than 4 do not help. By default there is one for each "
+        "processor.",
     ),
 ]
 FromAnalysis = Annotated[
     Path | None,
-    typer.Option("--analysis", help="Decide from this analysis of the same models."),
+    option(
+        METHOD,
+        "--analysis",
+        metavar="DIR",
+        help="Decide from an analysis of the same models, which `lean-merge analyze` made.",
+    ),
 ]
 NoResume = Annotated[
-    bool, typer.Option("--no-resume", help="Start over instead of going on with unfinished output.")
+    bool,
+    option(RUN, "--no-resume", help="Start over instead of going on with unfinished output."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Json = Annotated[bool, option(RUN, "--json", help="Print JSON on standard output.")]
+Quiet = Annotated[bool, option(RUN, "--quiet", help="Print nothing but errors.")]
+Debug = Annotated[bool, option(RUN, "--debug", help="Show the traceback of an error.")]
 
 
-def _recipe(file: Path | None, given: dict[str, Any], parameters: dict[str, Any]) -> MergeRecipe:
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """The options that all commands share which merge or analyse; they ask for work on models."""
+
+    recipe: RecipeFile = None
+    base: Base = None
+    mllm: Mllm = None
+    expert: Experts = None
+    parent: Parents = None
+    scope: ScopeName = None
+    include: Include = None
+    exclude: Exclude = None
+    allow_partial: AllowPartial = False
+    allow_text_mllm: AllowTextMllm = False
+    force: Force = False
+    method: MethodName = None
+    threshold: Threshold = None
+    select_by: SelectBy = None
+    temperature: Temperature = None
+    nuclear: Nuclear = None
+    stages: Stages = None
+    scale: UpdateScale = None
+    rank: Rank = None
+    svd: Svd = None
+    importance: Importance = None
+    set_: Set = None
+    seed: Seed = None
+    output: OutputKind = None
+    lora_rank: LoraRank = None
+    lora_uniform_rank: LoraUniformRank = None
+    out_dtype: OutDtype = None
+    rounding: Rounding = None
+    shard_size: ShardSize = None
+    device: Device = "auto"
+    cuda: Cuda = False
+    memory: Memory = None
+    vram: Vram = None
+    threads: Threads = None
+
+
+def parse_value(text: str) -> Any:
+    """Return the value that YAML reads in a text, or else the text."""
+    try:
+        return parse_yaml(text, what="value")
+    except RecipeError:
+        return text
+
+
+def _rank(text: str | None) -> int | str | None:
+    return int(text) if text and text.lstrip("-").isdigit() else text
+
+
+def work_of(**work: Any) -> tuple[MergeRecipe, Resources]:
+    """Return the recipe and the resources that the options shared by several commands ask for."""
+    asked = _Work(**work)
+    parameters: dict[str, Any] = {
+        "threshold": None if asked.threshold is None else parse_value(asked.threshold),
+        "select_by": asked.select_by,
+        "temperature": asked.temperature,
+        "nuclear": asked.nuclear,
+        "stages": asked.stages,
+        "scale": asked.scale,
+        "rank": _rank(asked.rank),
+        "svd": asked.svd,
+        "importance": asked.importance,
+    }
+    for pair in asked.set_ or []:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise RecipeError(f"--set takes NAME=VALUE, not {pair!r}.")
+        parameters[name] = parse_value(value)
+    wanted = {
+        "base_model": asked.base,
+        "mllm_model": asked.mllm,
+        "experts": list(asked.expert) if asked.expert else None,
+        "merge_method": asked.method,
+        "scope": asked.scope,
+        "include": list(asked.include) if asked.include else None,
+        "exclude": list(asked.exclude) if asked.exclude else None,
+        "output": asked.output,
+        "lora_rank": _rank(asked.lora_rank),
+        "lora_uniform_rank": asked.lora_uniform_rank,
+        "out_dtype": asked.out_dtype,
+        "rounding": asked.rounding,
+        "shard_size": asked.shard_size,
+        "seed": asked.seed,
+        "allow_partial": asked.allow_partial or None,
+        "allow_text_mllm": asked.allow_text_mllm or None,
+        "force": asked.force or None,
+    }
+    recipe = _recipe(asked.recipe, wanted, parameters, asked.parent or [])
+    return recipe, resources_of(
+        asked.device, asked.memory, asked.vram, asked.threads, cuda=asked.cuda
+    )
+
+
+def resources_of(
+    device: str, memory: str | None, vram: str | None, threads: int | None, *, cuda: bool = False
+) -> Resources:
+    """Return the resources that the options ask for."""
+    from lean_merge.plan.resources import Resources
+
+    if cuda and device not in ("auto", "cuda"):
+        raise RecipeError(f"--cuda and --device {device} contradict each other; give one of them.")
+    return Resources(
+        device="cuda" if cuda else device,
+        memory=None if memory is None else parse_size(memory),
+        vram=None if vram is None else parse_size(vram),
+        threads=threads,
+    )
+
+
+def _recipe(
+    file: Path | None, given: dict[str, Any], parameters: dict[str, Any], parents: list[str]
+) -> MergeRecipe:
     """Return the recipe of a file, in which the flags that were given replace what it says."""
     data = load_recipe_file(file) if file is not None else {}
     if any(key in data for key in MERGEKITS):
@@ -155,11 +510,33 @@ def _recipe(file: Path | None, given: dict[str, Any], parameters: dict[str, Any]
     missing = [flag for flag, name in needed.items() if not data.get(name)]
     if missing:
         raise RecipeError(f"Missing {', '.join(missing)}; give them, or a recipe file.")
-    return MergeRecipe.from_dict(data)
+    recipe = MergeRecipe.from_dict(data)
+    return _with_parents(recipe, parents) if parents else recipe
+
+
+def _with_parents(recipe: MergeRecipe, parents: list[str]) -> MergeRecipe:
+    """Return the recipe with the experts' parents that `--parent` names."""
+    experts = list(recipe.experts)
+    for given in parents:
+        number, _, model = given.partition("=")
+        if not (number.isdigit() and model):
+            number, model = "1", given
+            if len(experts) > 1:
+                raise RecipeError(
+                    f"--parent {given} does not say whose parent it is; with {len(experts)} "
+                    f"experts, write --parent N={given} with the expert's number N."
+                )
+        if not 1 <= int(number) <= len(experts):
+            raise RecipeError(f"--parent {given}: there are {len(experts)} expert(s).")
+        place = int(number) - 1
+        experts[place] = dataclasses.replace(experts[place], parent=model)
+    return dataclasses.replace(recipe, experts=tuple(experts))
 
 
 def _mergekits(data: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """Return the recipe that mergekit's recipe stands for, with the flags that were given."""
+    from lean_merge.checkpoints import open_checkpoint
+    from lean_merge.mapping import language_layout
     from lean_merge.recipe.mergekit import translated
 
     for key in ("base_model", "merge_method"):
@@ -178,109 +555,28 @@ def _mergekits(data: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     return found.recipe
 
 
-def _rank(text: str | None) -> int | str | None:
-    return int(text) if text and text.lstrip("-").isdigit() else text
-
-
-def work_of(
-    recipe: RecipeFile = None,
-    base: Base = None,
-    mllm: Mllm = None,
-    expert: Experts = None,
-    method: MethodName = None,
-    threshold: Threshold = None,
-    select_by: SelectBy = None,
-    temperature: Temperature = None,
-    nuclear: Nuclear = None,
-    stages: Stages = None,
-    scale: UpdateScale = None,
-    rank: Rank = None,
-    svd: Svd = None,
-    importance: Importance = None,
-    set_: Set = None,
-    scope: ScopeName = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    output: OutputKind = None,
-    lora_rank: LoraRank = None,
-    lora_uniform_rank: LoraUniformRank = None,
-    out_dtype: OutDtype = None,
-    rounding: Rounding = None,
-    shard_size: ShardSize = None,
-    seed: Seed = None,
-    allow_partial: AllowPartial = False,
-    allow_text_mllm: AllowTextMllm = False,
-    force: Force = False,
-    device: Device = "auto",
-    memory: Memory = None,
-    vram: Vram = None,
-    threads: Threads = None,
-) -> tuple[MergeRecipe, Resources]:
-    """Return the recipe and the resources that the options shared by several commands ask for."""
-    parameters: dict[str, Any] = {
-        "threshold": None if threshold is None else describe.parse_value(threshold),
-        "select_by": select_by,
-        "temperature": temperature,
-        "nuclear": nuclear,
-        "stages": stages,
-        "scale": scale,
-        "rank": _rank(rank),
-        "svd": svd,
-        "importance": importance,
-    }
-    for pair in set_ or []:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise RecipeError(f"--set takes NAME=VALUE, not {pair!r}.")
-        parameters[name] = describe.parse_value(value)
-    wanted = {
-        "base_model": base,
-        "mllm_model": mllm,
-        "experts": list(expert) if expert else None,
-        "merge_method": method,
-        "scope": scope,
-        "include": list(include) if include else None,
-        "exclude": list(exclude) if exclude else None,
-        "output": output,
-        "lora_rank": _rank(lora_rank),
-        "lora_uniform_rank": lora_uniform_rank,
-        "out_dtype": out_dtype,
-        "rounding": rounding,
-        "shard_size": shard_size,
-        "seed": seed,
-        "allow_partial": allow_partial or None,
-        "allow_text_mllm": allow_text_mllm or None,
-        "force": force or None,
-    }
-    resources = resources_of(device, memory, vram, threads)
-    return _recipe(recipe, wanted, parameters), resources
-
-
-def resources_of(
-    device: str, memory: str | None, vram: str | None, threads: int | None
-) -> Resources:
-    """Return the resources that the options ask for."""
-    return Resources(
-        device=device,
-        memory=None if memory is None else parse_size(memory),
-        vram=None if vram is None else parse_size(vram),
-        threads=threads,
-    )
-
-
 def shares_options_of_work(command: Callable[..., int | None]) -> Callable[..., int | None]:
     """Give a command the options of `work_of`, which it receives as `work`, before its own.
 
     Where both have an option of one name, the command keeps its own.
     """
     own = inspect.signature(command, eval_str=True).parameters
-    every = inspect.signature(work_of, eval_str=True).parameters
-    shared = {name: parameter for name, parameter in every.items() if name not in own}
-    listed = [*shared.values(), *(p for name, p in own.items() if name != "work")]
+    hints = get_type_hints(_Work, include_extras=True)
+    shared = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=hints[field.name],
+        )
+        for field in dataclasses.fields(_Work)
+        if field.name not in own
+    ]
+    listed = [*shared, *(p for name, p in own.items() if name != "work")]
     order = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in listed]
 
     def wrapped(**arguments: Any) -> int | None:
-        work = {name: arguments.pop(name) for name in shared}
+        work = {parameter.name: arguments.pop(parameter.name) for parameter in shared}
         return command(work=work, **arguments)
 
     wrapped.__signature__ = inspect.Signature(order)  # type: ignore[attr-defined]

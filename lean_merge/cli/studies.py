@@ -4,44 +4,63 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument
 
-from lean_merge.checkpoints import downloads_shown
-from lean_merge.cli import describe
-from lean_merge.cli.app import app, echo, progress
-from lean_merge.cli.options import Debug, Json, NoResume, Quiet, shares_options_of_work, work_of
+from lean_merge.cli.app import app, echo
+from lean_merge.cli.helping import OUTPUT, STUDYING
+from lean_merge.cli.options import (
+    Debug,
+    Json,
+    NoResume,
+    Quiet,
+    option,
+    shares_options_of_work,
+    work_of,
+)
 from lean_merge.errors import CoverageError, LeanMergeError, OutputError
-from lean_merge.outputs.analysis import AnalysisOutput
-from lean_merge.page import INSTALL_PLOTLY
-from lean_merge.plan import plan as make_plan
-from lean_merge.plan.resources import Resources
-from lean_merge.recipe import MergeRecipe
-from lean_merge.studies.analyze import analyze
-from lean_merge.studies.compare import COMPARISON, compare, differing, write_comparison
-from lean_merge.studies.pages import render
+
+if TYPE_CHECKING:
+    from lean_merge.plan.resources import Resources
+    from lean_merge.recipe import MergeRecipe
 
 
-@app.command("analyze")
+@app.command("analyze", rich_help_panel=STUDYING)
 @shares_options_of_work
 def analyze_command(
     work: dict[str, Any],
-    out: Annotated[Path, typer.Option(help="The folder of the analysis.")],
+    out: Annotated[
+        Path, option(OUTPUT, metavar="DIR", help="The folder that the analysis is written to.")
+    ],
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the folder once the new one is complete.")
+        bool,
+        option(
+            OUTPUT,
+            "--overwrite",
+            help="Replace the analysis in the folder, once the new one is complete.",
+        ),
     ] = False,
     no_resume: NoResume = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Look at every weight, and say what each threshold would select; no weight is written.
+    """Look at every weight once, and say what each threshold would merge. No model is written.
 
-    Merges are decided from what is kept, at any threshold, temperature, stages and scale. Models
-    of different foundations are compared instead, and the exit code is 1.
+    A merge or a sweep that is given the analysis decides from it, at any threshold, temperature,
+    stages and scale, without looking again. Models that do not share one base are compared
+    instead, and the exit code is 1.
     """
     recipe, resources = work_of(**work)
+    from lean_merge.checkpoints import downloads_shown
+    from lean_merge.cli import describe
+    from lean_merge.cli.progress import progress
+    from lean_merge.outputs.analysis import AnalysisOutput
+    from lean_merge.page import INSTALL_PLOTLY
+    from lean_merge.plan import plan as make_plan
+    from lean_merge.studies.analyze import analyze
+
     try:
         with downloads_shown(not quiet):
             plan = make_plan(recipe, resources, output=AnalysisOutput)
@@ -76,6 +95,8 @@ def _compare(
 
     It never replaces anything but a comparison: --overwrite asks for an analysis.
     """
+    from lean_merge.studies.compare import COMPARISON, compare, differing, write_comparison
+
     if not quiet:
         echo("The models are not of one foundation, so they are compared.", err=True)
     place = None
@@ -98,18 +119,30 @@ def _compare(
             echo(f"comparison: {place}")
 
 
-@app.command("report")
+@app.command("report", rich_help_panel=STUDYING)
 def report_command(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="The folder of an analysis, sweep or comparison.")
+        Path,
+        Argument(
+            metavar="DIR",
+            help="The folder of an analysis, a sweep or a comparison.",
+            rich_help_panel=OUTPUT,
+        ),
     ],
     out: Annotated[
-        Path | None, typer.Option(help="The HTML file, replaced if it exists; by default in DIR.")
+        Path | None,
+        option(
+            OUTPUT,
+            metavar="FILE",
+            help="The HTML file, which is replaced if it exists. By default it lies in DIR.",
+        ),
     ] = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Write the page of an analysis, a sweep or a comparison again, as one HTML file."""
+    from lean_merge.studies.pages import render
+
     page = render(folder, out)
     if not quiet:
         echo(str(page))

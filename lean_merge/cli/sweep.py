@@ -4,80 +4,111 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from lean_merge.checkpoints import downloads_shown
-from lean_merge.cli import describe
 from lean_merge.cli.app import EXIT_FAILED, app, echo
-from lean_merge.cli.options import Debug, Json, Quiet, shares_options_of_work, work_of
-from lean_merge.engine import Event
+from lean_merge.cli.helping import GRID, METHOD, OUTPUT, STUDYING
+from lean_merge.cli.options import (
+    Debug,
+    Json,
+    Quiet,
+    option,
+    shares_options_of_work,
+    work_of,
+)
 from lean_merge.errors import RecipeError
-from lean_merge.page import INSTALL_PLOTLY
-from lean_merge.studies.sweep import Evaluation, Grid, MethodGrid, PointEvent, sweep
+
+if TYPE_CHECKING:
+    from lean_merge.engine import Event
+    from lean_merge.studies.sweep import Grid, MethodGrid, PointEvent
 
 
-@app.command("sweep")
+@app.command("sweep", rich_help_panel=STUDYING)
 @shares_options_of_work
 def sweep_command(
     work: dict[str, Any],
-    out: Annotated[Path, typer.Option(help="The folder of the table and of all results.")],
+    out: Annotated[
+        Path,
+        option(OUTPUT, metavar="DIR", help="The folder of the table and of all merged models."),
+    ],
     thresholds: Annotated[
         str | None,
-        typer.Option(
-            help="Thresholds as 0.3,0.5,auto or as start:stop:step with both ends: 0.1:0.9:0.1."
+        option(
+            GRID,
+            metavar="VALUES",
+            help="The thresholds to try: a list such as 0.3,0.5,auto, or start:stop:step with both "
+            "ends, such as 0.1:0.9:0.1.",
         ),
     ] = None,
     stages: Annotated[
         list[str] | None,
-        typer.Option(help="Sets of stages as 'select;select,rescale'; may be repeated."),
+        option(
+            GRID,
+            metavar="STAGES",
+            help="The sets of stages to try, such as 'select;select,rescale'. May be repeated.",
+        ),
     ] = None,
-    scales: Annotated[str | None, typer.Option(help="Scales, written as thresholds are.")] = None,
+    scales: Annotated[
+        str | None,
+        option(GRID, metavar="VALUES", help="The scales to try, written as thresholds are."),
+    ] = None,
     temperatures: Annotated[
-        str | None, typer.Option(help="Temperatures, written as thresholds are.")
+        str | None,
+        option(GRID, metavar="VALUES", help="The temperatures to try, written as thresholds are."),
     ] = None,
     tried: Annotated[
         list[str] | None,
-        typer.Option(
+        option(
+            GRID,
             "--try",
             metavar="METHOD ...",
-            help="A method and values of its parameters, instead of the above: "
-            "'ties scale=0.5:1.5:0.5 density=0.1,0.2'; may be repeated.",
+            help="A method to try, with values of its parameters: 'ties scale=0.5:1.5:0.5 "
+            "density=0.1,0.2'. Repeat it to compare methods. It takes the place of the options "
+            "above.",
         ),
     ] = None,
     analysis: Annotated[
         Path | None,
-        typer.Option(
-            help="The folder of an analysis of these models; by default, one is made in OUT."
+        option(
+            METHOD,
+            metavar="DIR",
+            help="An analysis of the same models to decide from. By default one is made in the "
+            "output folder.",
         ),
     ] = None,
     evaluate: Annotated[
         str | None,
-        typer.Option(
+        option(
+            GRID,
             metavar="COMMAND",
-            help="Measure each result by this command, in which {path}, {name}, {mllm}, "
-            "{threshold} and so on are replaced; the last JSON value that it prints is kept.",
+            help="Measure each merged model by this command, in which {path}, {name}, {mllm}, "
+            "{threshold} and so on are replaced. The last JSON value that it prints is kept.",
         ),
     ] = None,
     evaluate_shell: Annotated[
-        bool, typer.Option("--evaluate-shell", help="Let the shell run COMMAND.")
+        bool, option(GRID, "--evaluate-shell", help="Let the shell run COMMAND.")
     ] = False,
     evaluate_timeout: Annotated[
-        float | None, typer.Option(help="The seconds after which COMMAND is ended.")
+        float | None,
+        option(GRID, metavar="SECONDS", help="End COMMAND after this many seconds."),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace results of other inputs.")
+        bool, option(OUTPUT, "--overwrite", help="Replace results of other inputs.")
     ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> int:
-    """Merge at every point of a grid, or by several methods; measure, and print a table.
+    """Merge with many settings or by several methods, measure each result, and print a table.
 
-    Points that come out the same are made once, and equal files are hard links. The same command
-    goes on where it stopped. The exit code is 1 if any point could not be made or measured.
+    Settings that give the same weights are merged once, and equal files are hard links. The same
+    command goes on where it stopped. The exit code is 1 if any model could not be made or measured.
     """
+    from lean_merge.checkpoints import downloads_shown
+    from lean_merge.cli import describe
+    from lean_merge.page import INSTALL_PLOTLY
+    from lean_merge.studies.sweep import Evaluation, Grid, MethodGrid, PointEvent, sweep
+
     grid: Grid | MethodGrid
     if tried:
         if thresholds or stages or scales or temperatures:

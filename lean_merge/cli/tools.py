@@ -6,57 +6,80 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument
 
-from lean_merge.cli import describe
 from lean_merge.cli.app import app, echo
-from lean_merge.cli.options import Debug, Json
-from lean_merge.methods import canonical_name
+from lean_merge.cli.helping import LOOKING, METHOD, MODELS, OUTPUT, RUN
+from lean_merge.cli.listing import method_text, methods_text
+from lean_merge.cli.methodtable import by_name, methods_list
+from lean_merge.cli.options import Debug, Json, method_names, option
 from lean_merge.recipe import reject_unknown
 
 
-@app.command("methods")
+@app.command("methods", rich_help_panel=LOOKING)
 def methods_command(
     name: Annotated[
-        str | None, typer.Argument(help="A method, whose parameters are listed.")
+        str | None,
+        Argument(
+            help="A method, which is explained with its parameters.",
+            rich_help_panel=METHOD,
+            autocompletion=method_names,
+        ),
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List the methods and what they need, or the parameters of one with their defaults."""
-    methods = describe.methods_list()
+    """List all methods and what they need, or explain one and its parameters."""
     if name is None:
-        echo(json.dumps(methods) if as_json else describe.methods_text(methods))
+        echo(json.dumps(methods_list()) if as_json else methods_text(methods_list()))
         return
-    found = {each["name"]: each for each in methods}
-    reject_unknown([canonical_name(name)], found, "the list of methods")
-    method = found[canonical_name(name)]
-    echo(json.dumps(method) if as_json else describe.method_text(method))
+    found = by_name()
+    name = name.strip().lower().replace("-", "_")
+    reject_unknown([name], found, "the list of methods")
+    echo(json.dumps(found[name]) if as_json else method_text(found[name]))
 
 
-@app.command("inspect")
+@app.command("inspect", rich_help_panel=LOOKING)
 def inspect_command(
-    checkpoint: Annotated[str, typer.Argument(help="A folder, a weight file or a hub id.")],
+    checkpoint: Annotated[
+        str,
+        Argument(
+            metavar="MODEL", help="A folder, a weight file or a hub id.", rich_help_panel=MODELS
+        ),
+    ],
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show names, dtypes, shapes, sizes and the language model's layout, from headers alone."""
+    """Show a model's tensors, dtypes, shapes, sizes and language model, from headers alone."""
+    from lean_merge.cli import describe
+
     facts = describe.inspect_dict(checkpoint)
     echo(json.dumps(facts) if as_json else describe.inspect_text(facts))
 
 
-@app.command("demo")
+@app.command("demo", rich_help_panel=LOOKING)
 def demo_command(
     out: Annotated[
-        Path | None, typer.Option(help="Keep the merged models here, not in a temporary folder.")
+        Path | None,
+        option(
+            OUTPUT,
+            metavar="DIR",
+            help="Keep the merged models in this folder. By default they are deleted.",
+        ),
     ] = None,
     problems: Annotated[
-        int, typer.Option(min=10, help="How many held-out problems each task has.")
+        int,
+        option(
+            RUN,
+            metavar="NUMBER",
+            min=10,
+            help="How many problems each model has to solve per task.",
+        ),
     ] = 500,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Merge the embedded family, real and trained, and evaluate it on held-out problems."""
+    """Merge small trained models that come with the program, and measure every result."""
     from lean_merge.demo.run import run_demo, table
 
     results = run_demo(out, problems=problems, say=lambda line: echo(line, err=True))

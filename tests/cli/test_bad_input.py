@@ -22,7 +22,7 @@ from lean_merge import CheckpointError, cli, merge, open_checkpoint
 from lean_merge.engine import scheduler
 from lean_merge.store import storage
 
-program = importlib.import_module("lean_merge.cli.app")
+showing = importlib.import_module("lean_merge.cli.progress")
 
 FAILED, USAGE, BUDGET, INTERRUPTED = 1, 2, 4, 5
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -743,13 +743,13 @@ def test_another_tokenizer_is_warned_of(
 def test_an_interrupt_leaves_a_visibly_unfinished_output(
     roles: Triple, fails: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ):
-    class Bar(program.tqdm):  # type: ignore[misc]
+    class Bar(showing.tqdm):  # type: ignore[misc]
         def update(self, n: float | None = 1) -> None:
             if how == "ctrl-c":
                 raise KeyboardInterrupt
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(program, "tqdm", Bar)
+    monkeypatch.setattr(showing, "tqdm", Bar)
     assert "interrupted" in fails(code=INTERRUPTED)
     assert_unfinished(tmp_path / "out")
 

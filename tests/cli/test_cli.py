@@ -23,8 +23,8 @@ from lean_merge.checkpoints import TensorReader
 from lean_merge.methods import all_methods
 
 # The package's own names are the commands and the program, not the modules.
-merge_commands = importlib.import_module("lean_merge.cli.merge")
-program = importlib.import_module("lean_merge.cli.app")
+planning = importlib.import_module("lean_merge.plan")
+showing = importlib.import_module("lean_merge.cli.progress")
 
 Call = Callable[..., tuple[str, str]]
 
@@ -121,13 +121,13 @@ def test_a_flag_reaches_the_method(
     monkeypatch: pytest.MonkeyPatch, call: Call, small: Triple, flags: list[object], wanted: Any
 ):
     seen = []
-    make_plan = merge_commands.make_plan
+    make_plan = planning.plan
 
     def remember(*arguments: Any, **options: Any) -> Any:
         seen.append(make_plan(*arguments, **options))
         return seen[-1]
 
-    monkeypatch.setattr(merge_commands, "make_plan", remember)
+    monkeypatch.setattr(planning, "plan", remember)
     call("plan", *roles(small), *flags)
     common = seen[0].method.common
     assert dataclasses.asdict(common) == dataclasses.asdict(type(common)()) | wanted
@@ -350,7 +350,7 @@ def test_the_progress_bar_shows_bytes_and_the_tensor_on_a_terminal_alone(
 ):
     bars = []
 
-    class Bar(program.tqdm):  # type: ignore[misc]
+    class Bar(showing.tqdm):  # type: ignore[misc]
         def __init__(self, *arguments: Any, **options: Any) -> None:
             bars.append((options, []))
             super().__init__(*arguments, **options)
@@ -358,7 +358,7 @@ def test_the_progress_bar_shows_bytes_and_the_tensor_on_a_terminal_alone(
         def set_postfix_str(self, text: str = "", refresh: bool = True) -> None:
             bars[-1][1].append(text)
 
-    monkeypatch.setattr(program, "tqdm", Bar)
+    monkeypatch.setattr(showing, "tqdm", Bar)
     call("merge", *roles(small), "--out", tmp_path / "out")
     ((options, shown),) = bars
     assert options["disable"] is True

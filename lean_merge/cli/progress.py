@@ -1,0 +1,34 @@
+"""Show on a terminal how far a command has come."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from lean_merge.engine import Event
+from lean_merge.plan import Plan
+
+
+@contextmanager
+def progress(plan: Plan, quiet: bool) -> Iterator[Callable[[Event], None]]:
+    """Show a bar of the bytes that are done, and yield the function that receives the events."""
+    total = sum(task.tensor.nbytes for task in plan.tasks)
+    with tqdm(
+        total=total,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        disable=quiet or not sys.stderr.isatty(),
+    ) as bar:
+
+        def on_event(event: Event) -> None:
+            bar.set_postfix_str(event.name[-40:], refresh=False)
+            bar.update(event.nbytes)
+            if not quiet:
+                for line in event.warnings:
+                    bar.write(f"warning: {line}", file=sys.stderr)
+
+        yield on_event
