@@ -35,7 +35,7 @@ from lean_merge.methods import ip_merging, spectra
 from lean_merge.store import folder as output
 
 PARTS: dict[str, list[tuple[Any, str]]] = {
-    "reading rows": [(reader.TensorReader, "read_into")],
+    "reading rows": [(reader.TensorReader, "read_spans")],
     "forming task vectors": [(taskvectors.TaskVectors, "_subtract")],
     "products": [(sums.Sums, "add")],
     "summing partial sums": [(sums.Sums, "finish")],

@@ -57,11 +57,17 @@ class Sums:
         def lanes(name: str, like: Tensor | None) -> list[Tensor]:
             if like is None:
                 return []
-            shape = in_features, like.shape[1]
+            # Kernels multiply a strip from the left by few rows faster than from the right by few
+            # columns, so that the sums are stored in the order of [b, in].
+            shape = like.shape[1], in_features
             return [
-                owner.buffer(f"{name} {role} {lane}", shape, torch.float32) for lane in owner.lanes
+                owner.buffer(f"{name} {role} {lane}", shape, torch.float32).T
+                for lane in owner.lanes
             ]
 
+        # Strips that stay in a cache are multiplied twice as fast as whole tiles. Other devices,
+        # and kernels that round every product, are faster with fewer calls.
+        self._in_strips = device.type == "cpu" and self._dtype is torch.float32
         self._right = None if request.times is None else _padded(request.times)
         self._y = empty(out_features, request.gram, self._dtype)
         self._times = empty(out_features, request.times, torch.float32)
@@ -83,14 +89,27 @@ class Sums:
             self._dense[rows] = tile
         if request.reduce is not None:
             self._reduce(request.reduce, lane, rows, tile)
-        whole, tile = tile, tile.to(self._dtype)
+        if request.gram is None and request.project is None and self._right is None:
+            return
+        pieces = strips(rows, tile.shape[1], READ_ELEMENTS) if self._in_strips else [rows]
+        for piece in pieces:
+            part = tile[piece.start - rows.start : piece.stop - rows.start]
+            self._multiply(request, lane, piece, part, first=first and piece.start == rows.start)
+
+    def _multiply(
+        self, request: Pass, lane: int, rows: slice, whole: Tensor, *, first: bool
+    ) -> None:
+        """Add the products of some rows; `first` tells whether they are the first of their lane."""
+        part = whole
+        if part.dtype is not self._dtype:
+            part = self._buffer("widened", tuple(part.shape), self._dtype).copy_(part)
         if request.gram is not None and self._y is not None:
-            y = torch.mm(tile, request.gram, out=self._y[rows])
-            self._accumulate(self._z[lane], tile, y, first=first)
+            y = torch.mm(part, request.gram, out=self._y[rows])
+            self._accumulate(self._z[lane], part, y, first=first)
         if request.project is not None:
-            self._accumulate(self._projected[lane], tile, request.project[rows], first=first)
+            self._accumulate(self._projected[lane], part, request.project[rows], first=first)
         if self._right is not None and self._times is not None:
-            self._times[rows] = _product(whole, tile, self._right)[:, : self._times.shape[1]]
+            self._times[rows] = _product(whole, part, self._right)[:, : self._times.shape[1]]
 
     def _reduce(self, reduce: Reduction, lane: int, rows: slice, tile: Tensor) -> None:
         for strip in strips(rows, tile.shape[1], STRIP_ELEMENTS):
@@ -100,6 +119,9 @@ class Sums:
 
     def _accumulate(self, total: Tensor, tile: Tensor, left: Tensor, *, first: bool) -> None:
         """Add tile^T left to `total`, or set `total` to it if the tile is the `first`."""
+        if self._dtype is torch.float32:
+            torch.addmm(total, tile.T, left, beta=0 if first else 1, out=total)
+            return
         product = self._buffer("product", tuple(total.shape), self._dtype)
         torch.mm(tile.T, left, out=product)
         if first:
@@ -175,7 +197,7 @@ def _padded(columns: Tensor) -> Tensor:
 def _ordered_sum(lanes: list[Tensor]) -> Tensor | None:
     if not lanes:
         return None
-    total = lanes[0].clone()
+    total = lanes[0].clone(memory_format=torch.contiguous_format)
     for lane in lanes[1:]:
         total += lane
     return total

@@ -100,16 +100,16 @@ def worker_bytes(weight: WeightShape, widest: int) -> int:
 
     They are raw strips of the base and of one role, and what decoding them takes; their copies in
     the task vectors' dtype where any is stored in another, and one in float32 whose norm is taken;
-    a tile of all task vectors that does not stay; its copy in the arithmetic dtype; and the product
-    of a tile before it is added to its lane. Where rows are stored as columns, a raw tile and the
-    base's tile in order come on top.
+    a tile of all task vectors that does not stay; a strip of it in the arithmetic dtype; and the
+    product of a tile before it is added to its lane, unless float32 adds at once. Where rows are
+    stored as columns, a raw tile and the base's tile in order come on top.
     """
     tile, strip = weight.tile, weight.read_strip
     raw = 2 * strip * weight.stored_item
     mixed = strip * (2 * weight.task_item if weight.widened else 0) + strip * 4
     scratch = weight.resident_tile
-    converted = tile * weight.arithmetic_item if weight.arithmetic_item != weight.task_item else 0
-    product = weight.in_features * widest * weight.arithmetic_item
+    converted = strip * weight.arithmetic_item if weight.arithmetic_item != weight.task_item else 0
+    product = 0 if weight.arithmetic_item == 4 else 2 * weight.in_features * widest
     whole = tile * (weight.stored_item + weight.task_item) if weight.columns else 0
     return raw + mixed + scratch + converted + product + weight.scratch + whole
 
