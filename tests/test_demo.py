@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -9,8 +10,11 @@ from typing import Any
 
 import pytest
 
+from lean_merge import cli
 from lean_merge.demo import run
 from lean_merge.demo.evaluate import Accuracy
+from lean_merge.recipe import MergeRecipe
+from lean_merge.studies.sweep.evaluation import read_result
 
 ROOT = Path(__file__).parents[1]
 RECORDED = ROOT / "bench" / "demo.json"
@@ -49,4 +53,30 @@ def test_the_demo_merges_as_recorded_and_measures_every_model(
     assert results["conditions"] == recorded["conditions"]
     rows = run.table(results).splitlines()
     assert [row.split("  ")[0] for row in rows[1:8]] == list(results["accuracy"])
-    assert len(said) == len(run.MERGES) + 7
+    assert len(said) == len(run.MERGES) + 8 and "lean-merge plan" in said[-1]
+    recipe = MergeRecipe.from_yaml((tmp_path / run.RECIPE).read_text(encoding="utf-8"))
+    assert recipe == run.family_recipe()
+
+
+def test_one_model_is_measured_in_counts_that_a_sweep_reads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def evaluate(folder: Path, *, problems: int) -> dict[str, Accuracy]:
+        assert folder == Path("merged")
+        return {"read": Accuracy.of(3, problems)}
+
+    monkeypatch.setattr(run, "evaluate", evaluate)
+    cli.main(["demo", "--measure", "merged", "--problems", "12"])
+    assert read_result(capsys.readouterr().out) == ({"read.correct": 3.0, "read.total": 12.0}, None)
+
+
+def test_the_figure_of_the_readme_is_drawn_from_what_was_measured(
+    recorded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    drawn = importlib.import_module("figure").figure(recorded)
+    shown = (ROOT / "docs" / "assets" / "demo.svg").read_text(encoding="utf-8")
+    assert shown == drawn, "write it with python bench/figure.py"
+    for tasks in recorded["accuracy"].values():
+        for score in tasks.values():
+            assert f">{100 * score['correct'] / score['total']:.1f}</text>" in drawn

@@ -37,7 +37,7 @@ from lean_merge.tasks import tiles
 ROOT = Path(__file__).parents[1]
 MIB = 1 << 20
 CLI = ROOT / "docs" / "cli.md"
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("bench/**/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("bench/**/*.md")])
 EXIT_CODES = "[formats.md](formats.md#exit-codes)"
 TYPES = {"str": "text", "int": "whole number", "float": "number", "Path": "path"}
 

@@ -76,11 +76,23 @@ def demo_command(
             help="How many problems each model has to solve per task.",
         ),
     ] = 500,
+    model: Annotated[
+        Path | None,
+        option(
+            RUN,
+            "--measure",
+            metavar="MODEL",
+            help="Merge nothing, but measure this model of the family and print counts as JSON.",
+        ),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Merge small trained models that come with the program, and measure every result."""
-    from lean_merge.demo.run import run_demo, table
+    from lean_merge.demo.run import measure, run_demo, table
 
+    if model is not None:
+        echo(json.dumps(measure(model, problems=problems)))
+        return
     results = run_demo(out, problems=problems, say=lambda line: echo(line, err=True))
     echo(json.dumps(results) if as_json else table(results))

@@ -15,6 +15,7 @@ from lean_merge.merge import merge
 from lean_merge.recipe import Expert, MergeRecipe
 
 FAMILY = Path(__file__).parent / "family"
+RECIPE = "recipe.yml"
 MERGES: dict[str, tuple[str, dict[str, Any]]] = {
     "IP-Merging": ("ip_merging", {}),
     "TIES": ("ties", {}),
@@ -48,7 +49,8 @@ def run_demo(out: Path | None, *, problems: int, say: Callable[[str], None]) -> 
     Parameters
     ----------
     out
-        Where the merged models stay; None for a temporary folder.
+        Where the merged models stay, and `recipe.yml`, a recipe of the family; None for a
+        temporary folder.
     problems
         Held-out problems for each task.
     say
@@ -59,6 +61,32 @@ def run_demo(out: Path | None, *, problems: int, say: Callable[[str], None]) -> 
     LeanMergeError
         transformers or scikit-learn, which only the evaluation needs, are missing.
     """
+    _need_what_measures()
+    if out is not None:
+        results = _run(out, problems, say)
+        (out / RECIPE).write_text(family_recipe().to_yaml(), encoding="utf-8")
+        say(f"{out / RECIPE} names the three models; try: lean-merge plan {out / RECIPE}")
+        return results
+    with tempfile.TemporaryDirectory(prefix="lean-merge-demo-") as folder:
+        return _run(Path(folder), problems, say)
+
+
+def measure(model: Path, *, problems: int) -> dict[str, dict[str, int]]:
+    """Return by task how many answers of one model are right, and how many there are.
+
+    Raises
+    ------
+    LeanMergeError
+        transformers or scikit-learn are missing.
+    """
+    _need_what_measures()
+    return {
+        task: {"correct": each.correct, "total": each.total}
+        for task, each in evaluate(model, problems=problems).items()
+    }
+
+
+def _need_what_measures() -> None:
     try:
         import sklearn  # noqa: F401
         import transformers  # noqa: F401
@@ -67,10 +95,6 @@ def run_demo(out: Path | None, *, problems: int, say: Callable[[str], None]) -> 
             f"The demo's evaluation needs {error.name}; install it with: "
             "pip install 'lean-merge[demo]'"
         ) from error
-    if out is not None:
-        return _run(out, problems, say)
-    with tempfile.TemporaryDirectory(prefix="lean-merge-demo-") as folder:
-        return _run(Path(folder), problems, say)
 
 
 def _run(out: Path, problems: int, say: Callable[[str], None]) -> dict[str, Any]:
