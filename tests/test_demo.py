@@ -54,7 +54,7 @@ def test_the_demo_merges_as_recorded_and_measures_every_model(
     rows = run.table(results).splitlines()
     assert [row.split("  ")[0] for row in rows[1:8]] == list(results["accuracy"])
     assert len(said) == len(run.MERGES) + 8 and "lean-merge plan" in said[-1]
-    recipe = MergeRecipe.from_yaml((tmp_path / run.RECIPE).read_text(encoding="utf-8"))
+    recipe = MergeRecipe.from_yaml((tmp_path / run.DEMO_RECIPE).read_text(encoding="utf-8"))
     assert recipe == run.family_recipe()
 
 

@@ -89,10 +89,10 @@ def demo_command(
     debug: Debug = False,
 ) -> None:
     """Merge small trained models that come with the program, and measure every result."""
-    from lean_merge.demo.run import measure, run_demo, table
+    from lean_merge.demo.run import count_right, run_demo, table
 
     if model is not None:
-        echo(json.dumps(measure(model, problems=problems)))
+        echo(json.dumps(count_right(model, problems=problems)))
         return
     results = run_demo(out, problems=problems, say=lambda line: echo(line, err=True))
     echo(json.dumps(results) if as_json else table(results))

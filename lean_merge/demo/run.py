@@ -15,7 +15,7 @@ from lean_merge.merge import merge
 from lean_merge.recipe import Expert, MergeRecipe
 
 FAMILY = Path(__file__).parent / "family"
-RECIPE = "recipe.yml"
+DEMO_RECIPE = "recipe.yml"
 MERGES: dict[str, tuple[str, dict[str, Any]]] = {
     "IP-Merging": ("ip_merging", {}),
     "TIES": ("ties", {}),
@@ -64,14 +64,14 @@ def run_demo(out: Path | None, *, problems: int, say: Callable[[str], None]) -> 
     _need_what_measures()
     if out is not None:
         results = _run(out, problems, say)
-        (out / RECIPE).write_text(family_recipe().to_yaml(), encoding="utf-8")
-        say(f"{out / RECIPE} names the three models; try: lean-merge plan {out / RECIPE}")
+        (out / DEMO_RECIPE).write_text(family_recipe().to_yaml(), encoding="utf-8")
+        say(f"{out / DEMO_RECIPE} names the three models; try: lean-merge plan {out / DEMO_RECIPE}")
         return results
     with tempfile.TemporaryDirectory(prefix="lean-merge-demo-") as folder:
         return _run(Path(folder), problems, say)
 
 
-def measure(model: Path, *, problems: int) -> dict[str, dict[str, int]]:
+def count_right(model: Path, *, problems: int) -> dict[str, dict[str, int]]:
     """Return by task how many answers of one model are right, and how many there are.
 
     Raises
