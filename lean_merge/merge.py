@@ -141,7 +141,7 @@ def carry_out(
         )
         if complete is not None:
             return Made(complete, len(plan.tasks))
-    seen = early_look(plan, refuse=plan.output.in_recipes)
+    seen = early_look(plan, refuse=plan.output.refuses_strangers)
     with OutputFolder.create(
         out,
         plan.shards,

@@ -266,7 +266,10 @@ class Prior:
             for key, shape in tensor_shapes(name, weight.shape, weight.rank).items():
                 wanted[key] = (PRIOR_DTYPES[self.dtype], shape)
                 if self.dtype == "float8_e4m3fn":
-                    wanted[f"{key}.scale"] = ("F32", (*shape[:-1], 1))
+                    scale = f"{key}.scale"
+                    found = self._tensors.get(scale)
+                    turned = len(shape) > 2 and found is not None and found.shape[-1] != 1
+                    wanted[scale] = ("F32", scale_shape(shape, int(turned)))
         for key, (dtype, shape) in wanted.items():
             spec = self._tensors.get(key)
             if spec is None or (spec.dtype, spec.shape) != (dtype, shape):
@@ -287,7 +290,7 @@ def tensor_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Return the tensors that hold the difference of one tensor, with their shapes.
 
-    A float8 tensor also has a scale for each of its rows, which this does not list.
+    A float8 tensor also has scales, which this does not list.
     """
     if rank is None:
         return {name: shape}
@@ -298,6 +301,12 @@ def tensor_shapes(
         f"{name}.left": (*stack, out_features, rank),
         f"{name}.right": (*stack, rank, in_features),
     }
+
+
+def scale_shape(shape: tuple[int, ...], dim: int = 0) -> tuple[int, ...]:
+    """Return the shape of a float8 tensor's scales: one for each row or, with `dim` 1, column."""
+    *stack, height, width = shape
+    return (*stack, 1, width) if dim else (*stack, height, 1)
 
 
 def _check_head(file: Path, document: Mapping[str, Any]) -> None:

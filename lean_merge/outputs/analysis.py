@@ -94,6 +94,7 @@ class AnalysisOutput(Output):
     in_recipes: ClassVar[bool] = False
     exact: ClassVar[bool] = False
     samples_base: ClassVar[bool] = True
+    refuses_strangers: ClassVar[bool] = False
     is_model: ClassVar[bool] = False
     called: ClassVar[str] = "an analysis"
 

@@ -96,6 +96,10 @@ class Output(abc.ABC):
     needs_folder: ClassVar[bool] = True
     writes_rows: ClassVar[bool] = False
     """True if the MLLM's rows are read once more and written, and other tensors are copied."""
+    forms_updates: ClassVar[bool] = False
+    """True if its sink forms the updates itself, from the rows that they need."""
+    refuses_strangers: ClassVar[bool] = True
+    """True if a model that was surely not tuned from the base is refused."""
     samples_base: ClassVar[bool] = False
     """True if the first rows of the base's weights are read too."""
     in_pairs: ClassVar[bool] = True

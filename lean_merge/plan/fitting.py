@@ -211,12 +211,13 @@ class Footprint:
                 once += survey.passes * (loaded + height * a_pass)
             if self.output.samples_base and cost.passes:
                 once += weight.base.nbytes(slice(0, tiles.sampled_rows(weight.shape)))
-            if self.output.writes_rows:
+            if self.output.writes_rows or self.output.forms_updates:
                 wanted = method.reads_task_vectors() if method else ()
                 added = formed_from(weight, wanted, method)
                 # Tiles that stay on another device are not brought back.
                 formed_again = height - kept if self.on_cpu else height
-                once += height * _row_bytes([weight.mllm]) + formed_again * _row_bytes(added)
+                once += formed_again * _row_bytes(added)
+                once += height * _row_bytes([weight.mllm]) if self.output.writes_rows else 0
             again = (height - kept) * a_pass
             usual += once + cost.usual_passes * again
             most += once + cost.passes * again

@@ -1,0 +1,371 @@
+"""A prior for DRIFT: the update of every weight itself, whole or in factors, beside no model.
+
+`lean_merge.drift` reads it, and docs/formats.md specifies it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+from lean_merge.checkpoints.dtypes import tensor_nbytes
+from lean_merge.checkpoints.jsonfile import to_json
+from lean_merge.drift.prior import (
+    PRIOR_DTYPES,
+    PRIOR_FILE,
+    PRIOR_FORMAT,
+    PRIOR_VERSION,
+    scale_shape,
+    tensor_shapes,
+)
+from lean_merge.errors import DataError, RecipeError
+from lean_merge.mapping import MappedWeight
+from lean_merge.outputs.approximating import Approximating
+from lean_merge.outputs.base import Outcome, Output, Request, Sink, register_kind
+from lean_merge.outputs.companions import write_report
+from lean_merge.outputs.cutting import cutting_bytes
+from lean_merge.outputs.priornumbers import Span
+from lean_merge.outputs.priorsettings import PriorSettings
+from lean_merge.outputs.priorsinks import FactorSink, WholeSink, factor_parts, write_factor
+from lean_merge.sizes import format_size
+from lean_merge.store import OutputFolder, OutputTensor, Shard, plan_shards
+from lean_merge.tasks import WeightTask
+from lean_merge.tasks.tiles import TILE_ELEMENTS, TILE_ROWS
+
+LOW_SHARE = 0.5
+"""A prior that keeps less of a weight than this share of its squared norm says so."""
+_LARGEST_FLOAT8 = 448.0
+
+
+@register_kind
+class PriorOutput(Output):
+    """The difference D of every matrix in scope, in safetensors, with prior.json beside it.
+
+    Parameters
+    ----------
+    request
+        RecipeError is raised for what is no matrix.
+    """
+
+    name: ClassVar[str] = "prior"
+    in_recipes: ClassVar[bool] = False
+    forms_updates: ClassVar[bool] = True
+    may_be_empty: ClassVar[bool] = False
+    most_waiting: ClassVar[int] = 1
+    is_model: ClassVar[bool] = False
+    done: ClassVar[str] = "kept"
+    called: ClassVar[str] = "a prior"
+    settings: ClassVar[PriorSettings] = PriorSettings()
+
+    def __init__(self, request: Request) -> None:
+        super().__init__(request)
+        self.facts_of: dict[str, dict[str, Any]] = {}
+        self._spans = {
+            part.canonical: Span.of(part) for weight in self.weights for part in weight.slices
+        }
+        for weight in self.weights:
+            if len(weight.mllm.shape) not in (2, 3):
+                raise RecipeError(
+                    f"A prior holds matrices and stacks of them, and {weight.mllm.name} is "
+                    f"{[*weight.mllm.shape]}; leave it out with --exclude."
+                )
+            for part in weight.slices:
+                if not part.is_matrix:
+                    raise RecipeError(
+                        f"A prior holds matrices alone, and {part.canonical} is none; give --scope "
+                        "matrices."
+                    )
+        if not self.is_whole:
+            ranks = {
+                part.canonical: self.settings.largest_rank(part.shape)
+                for weight in self.weights
+                for part in weight.slices
+            }
+            made: dict[tuple[int, int], Approximating] = {}
+            self.methods = {
+                name: made.setdefault((id(method), rank), Approximating(method, rank))
+                for name, method in self.methods.items()
+                if (rank := ranks.get(name)) is not None
+            }
+
+    @property
+    def is_whole(self) -> bool:
+        """Return whether D is kept as it is."""
+        return self.settings.rank == "full"
+
+    @cached_property
+    def tensors(self) -> Mapping[str, OutputTensor]:
+        """Return the MLLM's tensors in scope, in its order, with the dtype of the prior."""
+        in_scope = {weight.mllm.name for weight in self.weights}
+        names = (name for name in self.mllm.tensors if name in in_scope)
+        return {name: self._tensor(name, self.mllm.tensors[name].shape) for name in names}
+
+    def _tensor(self, name: str, shape: tuple[int, ...], dtype: str = "") -> OutputTensor:
+        dtype = dtype or PRIOR_DTYPES[self.settings.dtype]
+        size = tensor_nbytes(dtype, shape)
+        assert size is not None
+        return OutputTensor(name, dtype, shape, size)
+
+    def _with_scale(self, name: str, shape: tuple[int, ...], dim: int = 0) -> list[OutputTensor]:
+        """Return a tensor, and in float8 that of its scales."""
+        found = [self._tensor(name, shape)]
+        if self.settings.dtype == "float8_e4m3fn":
+            found.append(self._tensor(f"{name}.scale", scale_shape(shape, dim), "F32"))
+        return found
+
+    @cached_property
+    def shards(self) -> tuple[Shard, ...]:
+        """Return the files of a whole prior; those of factors depend on their ranks."""
+        if not self.is_whole:
+            return ()
+        dims = {w.mllm.name: self._spans[w.slices[0].canonical].dim for w in self.weights}
+        tensors = [
+            each
+            for name, tensor in self.tensors.items()
+            for each in self._with_scale(name, tensor.shape, dims[name])
+        ]
+        return plan_shards(tensors, shard_size=self.recipe.shard_size)
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """Return what decides the bytes beside recipe and inputs."""
+        return {"prior": self.settings.to_dict()}
+
+    @cached_property
+    def _numbers(self) -> int:
+        """The most numbers that all factors have."""
+        return sum(
+            sum(part.shape) * self.settings.largest_rank(part.shape)
+            for weight in self.weights
+            for part in weight.slices
+        )
+
+    @cached_property
+    def bytes_written(self) -> int:
+        """Return the most bytes of all weight files."""
+        if self.is_whole:
+            return sum(shard.size for shard in self.shards)
+        tensors = [
+            each
+            for weight in self.weights
+            for name, shape in self._shapes(weight, self._ranks(weight, None)).items()
+            for each in self._with_scale(name, shape)
+        ]
+        return sum(shard.size for shard in plan_shards(tensors, shard_size=self.recipe.shard_size))
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Return the most bytes of those files, and of the blocks that they are made of."""
+        return self.bytes_written + (0 if self.is_whole else 4 * self._numbers)
+
+    @property
+    def held_bytes(self) -> int:
+        """Return the bytes of the strips through which D passes."""
+        widest = max((part.shape[1] for each in self.weights for part in each.slices), default=0)
+        factors = max(
+            (
+                sum(part.shape) * self.settings.largest_rank(part.shape)
+                for each in self.weights
+                for part in each.slices
+            ),
+            default=0,
+        )
+        strips_of = 6 * 4 * max(TILE_ELEMENTS, TILE_ROWS * widest)
+        return strips_of if self.is_whole else max(strips_of, 40 * factors)
+
+    @staticmethod
+    def storing_bytes(rank: int) -> int:
+        """Return how many bytes it takes to store an update of at most `rank`."""
+        return cutting_bytes(rank)
+
+    @staticmethod
+    def waiting_bytes(update: int, rank: int, kept: int) -> int:
+        """Return the bytes of one update, and of storing it."""
+        return update + cutting_bytes(rank)
+
+    def described(self, *, written: int, disk: int) -> str:
+        """Return a description for people, in a few words."""
+        if self.is_whole:
+            return f"prior, {format_size(written)} on disk"
+        return (
+            f"prior, at most {format_size(written)} on disk, and {format_size(disk)} while it is "
+            "made"
+        )
+
+    def sink(self, folder: OutputFolder | None) -> Sink:
+        """Return a sink that writes D, or keeps its factors, in `folder`."""
+        assert folder is not None
+        if not self.is_whole:
+            return FactorSink(self.settings, folder)
+        found = folder.finished
+        self.facts_of = {name: found[name]["prior"] for name in self.tensors if name in found}
+        return WholeSink(self.settings, self.shards, folder, self.facts_of)
+
+    def _ranks(self, weight: MappedWeight, facts: Mapping[str, Any] | None) -> dict[str, int]:
+        """Return the rank of each part of a tensor, or the largest that it can have."""
+        return {
+            part.canonical: self.settings.largest_rank(part.shape)
+            if facts is None
+            else facts[part.canonical]["rank"]
+            for part in weight.slices
+        }
+
+    def _rank(self, weight: MappedWeight, ranks: Mapping[str, int]) -> int:
+        """Return the rank of a tensor's factors: those of the parts of one matrix add up."""
+        sums: dict[int | None, int] = {}
+        for part in weight.slices:
+            matrix = self._spans[part.canonical].matrix
+            sums[matrix] = sums.get(matrix, 0) + ranks[part.canonical]
+        return max(sums.values())
+
+    def _shapes(self, weight: MappedWeight, ranks: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        return tensor_shapes(weight.mllm.name, weight.mllm.shape, self._rank(weight, ranks))
+
+    def lay_out(self, folder: OutputFolder, tasks: Sequence[WeightTask]) -> None:
+        """Write the factors from their blocks, once all ranks are known."""
+        if self.is_whole:
+            return
+        for task in tasks:
+            result = folder.blocks.groups[task.tensor.name].result
+            self.facts_of[task.tensor.name] = result["prior"]
+        self._check_not_zero()
+        every = {
+            task.tensor.name: self._ranks(task.weight, self.facts_of[task.tensor.name])
+            for task in tasks
+        }
+        tensors = [
+            each
+            for task in tasks
+            for name, shape in self._shapes(task.weight, every[task.tensor.name]).items()
+            for each in self._with_scale(name, shape)
+        ]
+        shards: dict[str, Shard] = {}
+        for shard in plan_shards(tensors, shard_size=self.recipe.shard_size):
+            folder.add(shard)
+            shards |= dict.fromkeys(shard.offsets, shard)
+        for task in tasks:
+            ranks = every[task.tensor.name]
+            shapes = self._shapes(task.weight, ranks)
+            for name, shape in shapes.items():
+                parts = factor_parts(folder, task, self._spans, ranks, side=name.rpartition(".")[2])
+                writers = {
+                    each: folder.writer(shards[each], each)
+                    for each in (name, f"{name}.scale")
+                    if each in shards
+                }
+                write_factor(folder, name, shape, parts, writers, self.settings.dtype)
+
+    def _check_not_zero(self) -> None:
+        """Raise DataError if D is zero everywhere, since a prior without a direction is none."""
+        parts = [each for facts in self.facts_of.values() for each in facts.values()]
+        if any(each["norm"] for each in parts):
+            return
+        minuend = ", ".join(expert.model for expert in self.recipe.experts)
+        other = self.recipe.base_model
+        raise DataError(
+            f"D is zero in all {len(parts)} weights, for {minuend} equals {other} in all of them, "
+            "so that there is nothing to pull along; pass another expert."
+        )
+
+    def end(self, folder: OutputFolder, outcome: Outcome) -> None:
+        """Write prior.json, the recipe and the report, in which each weight has its kept share."""
+        self._check_not_zero()
+        entries = {
+            weight.mllm.name: self._entry(weight)
+            for weight in sorted(self.weights, key=lambda each: each.mllm.name)
+        }
+        parts = {name: fact for facts in self.facts_of.values() for name, fact in facts.items()}
+        for row in outcome.report["weights"]:
+            found = parts[row["weight"]]
+            row |= {f"prior_{name}": value for name, value in found.items()}
+        outcome.report["warnings"].extend(self._warnings(parts))
+        self._add_summary(outcome, parts)
+        recipe = self.recipe
+        models: dict[str, Any] = {"mllm": recipe.receiver}
+        if recipe.mllm_model is not None:
+            models["base"] = recipe.base_model
+        models["experts"] = [
+            {"model": expert.model, "weight": dict(expert.parameters).get("weight", 1.0)}
+            for expert in recipe.experts
+        ]
+        document = {
+            "format": PRIOR_FORMAT,
+            "version": PRIOR_VERSION,
+            **self.settings.to_dict(),
+            "models": models,
+            "kept": _kept(parts.values()),
+            "weights": entries,
+        }
+        folder.write_file(PRIOR_FILE, to_json(document))
+        write_report(self, folder, outcome)
+
+    def _add_summary(self, outcome: Outcome, parts: Mapping[str, Mapping[str, Any]]) -> None:
+        """Add to the report what all weights of the prior have in common."""
+        ranks = [each["rank"] or 0 for each in parts.values()]
+        report = outcome.report
+        report["prior"] = {  # type: ignore[index]
+            **self.settings.to_dict(),
+            "weights": len(parts),
+            "least_rank": min(ranks),
+            "largest_rank": max(ranks),
+            "kept": _kept(parts.values()),
+            "least_kept": min(each["kept"] for each in parts.values()),
+            "relative": report["changed"]["relative_update"],
+        }
+
+    def _entry(self, weight: MappedWeight) -> dict[str, Any]:
+        """Return what prior.json tells of one tensor."""
+        facts = self.facts_of[weight.mllm.name]
+        rank = None if self.is_whole else self._rank(weight, self._ranks(weight, facts))
+        entry: dict[str, Any] = {
+            "shape": list(weight.mllm.shape),
+            "rank": rank,
+            "norm": math.sqrt(math.fsum(each["norm"] ** 2 for each in facts.values())),
+            "kept": _kept(facts.values()),
+        }
+        if len(weight.slices) > 1 or len(weight.mllm.shape) > 2:
+            entry["parts"] = [
+                {
+                    "name": part.canonical,
+                    "norm": facts[part.canonical]["norm"],
+                    "kept": facts[part.canonical]["kept"],
+                    "matrix": self._spans[part.canonical].matrix,
+                    "dim": self._spans[part.canonical].dim,
+                    "runs": [list(run) for run in self._spans[part.canonical].runs],
+                }
+                for part in weight.slices
+            ]
+        return entry
+
+    def _warnings(self, parts: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+        zero = [name for name, each in parts.items() if not each["norm"]]
+        if zero:
+            yield f"D is zero in {len(zero)} of {len(parts)} weights ({', '.join(zero[:4])})"
+        low = [each["kept"] for each in parts.values() if each["kept"] < LOW_SHARE]
+        if low:
+            yield (
+                f"the prior keeps less than {LOW_SHARE:.0%} of the squared norm of D in {len(low)} "
+                f"of {len(parts)} weights (least {min(low):.0%}); a larger --rank keeps more"
+            )
+
+
+def prior_kind(settings: PriorSettings) -> type[PriorOutput]:
+    """Return the kind of output that makes a prior with these settings."""
+    return type(
+        "ConfiguredPrior",
+        (PriorOutput,),
+        {"settings": settings, "exact": settings.rank == "full"},
+    )
+
+
+def _kept(facts: Any) -> float:
+    """Return the share of the squared norm that is kept of all these parts together."""
+    every = [(each["norm"] ** 2, each["kept"]) for each in facts]
+    whole = math.fsum(square for square, _ in every)
+    kept = math.fsum(square * share for square, share in every)
+    return min(1.0, kept / whole) if whole else 1.0
+
+
+__all__ = ["PriorOutput", "prior_kind"]
