@@ -6,16 +6,12 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
-from lean_merge.checkpoints import downloads_shown
-from lean_merge.cli import describe
-from lean_merge.cli.app import app, echo, progress
+from lean_merge.cli.app import app, echo
+from lean_merge.cli.helping import METHOD, MODELS, OUTPUT, STUDYING
 from lean_merge.cli.options import (
     AllowPartial,
     AllowTextMllm,
     Debug,
-    Device,
     Exclude,
     Force,
     Include,
@@ -26,38 +22,61 @@ from lean_merge.cli.options import (
     Seed,
     ShardSize,
     Threads,
-    Vram,
+    option,
     resources_of,
 )
 from lean_merge.errors import RecipeError
-from lean_merge.outputs.priorsettings import AUTO_SHARE, PriorSettings
-from lean_merge.sizes import format_size
-from lean_merge.studies.prior import make_prior, plan_prior, prior_recipe
 
 
-@app.command("prior")
+@app.command("prior", rich_help_panel=STUDYING)
 def prior_command(
-    mllm: Annotated[str, typer.Option(help="The MLLM that is fine-tuned: a folder or hub id.")],
-    expert: Annotated[
-        list[str], typer.Option(help="An expert LLM that draws it; may be repeated.")
+    mllm: Annotated[
+        str,
+        option(MODELS, metavar="MODEL", help="The MLLM to be fine-tuned: a folder or a hub id."),
     ],
-    out: Annotated[Path, typer.Option(help="The folder of the prior.")],
+    expert: Annotated[
+        list[str],
+        option(
+            MODELS,
+            metavar="MODEL",
+            help="An expert LLM that the fine-tuning is drawn to. It may be repeated.",
+        ),
+    ],
+    out: Annotated[
+        Path, option(OUTPUT, metavar="DIR", help="The folder that the prior is written to.")
+    ],
     base: Annotated[
-        str | None, typer.Option(help="The base LLM, for --difference expert-base.")
+        str | None,
+        option(MODELS, metavar="MODEL", help="The base LLM, for --difference expert-base alone."),
     ] = None,
-    difference: Annotated[
-        str, typer.Option(help="What D is: expert-mllm or expert-base.")
-    ] = "expert-mllm",
     weight: Annotated[
         list[float] | None,
-        typer.Option(help="The factor of an expert's difference; once for each expert."),
+        option(
+            METHOD,
+            metavar="NUMBER",
+            help="The factor of an expert's difference in the sum; once for each expert.",
+        ),
     ] = None,
+    difference: Annotated[
+        str,
+        option(METHOD, metavar="WORD", help="The difference D: expert-mllm or expert-base."),
+    ] = "expert-mllm",
     rank: Annotated[
         str,
-        typer.Option(help=f"A rank; auto, which keeps {AUTO_SHARE:.0%} of D's energy; or full."),
+        option(
+            METHOD,
+            metavar="RANK",
+            help="A rank to which D is cut; auto, for the smallest that keeps 90% of its squared "
+            "norm; or full.",
+        ),
     ] = "auto",
     dtype: Annotated[
-        str, typer.Option(help="Store it as float32, bfloat16 or float8_e4m3fn.")
+        str,
+        option(
+            OUTPUT,
+            metavar="DTYPE",
+            help="The dtype of the numbers in the files: float32, bfloat16 or float8_e4m3fn.",
+        ),
     ] = "bfloat16",
     include: Include = None,
     exclude: Exclude = None,
@@ -67,12 +86,15 @@ def prior_command(
     allow_text_mllm: AllowTextMllm = False,
     force: Force = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the folder once the new one is complete.")
+        bool,
+        option(
+            OUTPUT,
+            "--overwrite",
+            help="Replace the prior in the folder, once the new one is complete.",
+        ),
     ] = False,
     no_resume: NoResume = False,
-    device: Device = "auto",
     memory: Memory = None,
-    vram: Vram = None,
     threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -80,8 +102,15 @@ def prior_command(
 ) -> None:
     """Keep the difference between expert and MLLM, along which DRIFT pulls a fine-tuning.
 
-    Models are streamed as in a merge, and an interrupted run goes on where it stopped.
+    Models are streamed as in a merge, and the same command goes on where it was interrupted. The
+    class Drift of lean_merge.drift reads the prior while the MLLM is trained.
     """
+    from lean_merge.checkpoints import downloads_shown
+    from lean_merge.cli import describe
+    from lean_merge.cli.progress import progress
+    from lean_merge.outputs.priorsettings import PriorSettings
+    from lean_merge.studies.prior import make_prior, plan_prior, prior_recipe
+
     wanted: dict[str, Any] = {
         "include": include,
         "exclude": exclude,
@@ -97,7 +126,7 @@ def prior_command(
         mllm, expert, base=base, weights=weight or (), difference=difference, **given
     )
     with downloads_shown(not quiet):
-        plan = plan_prior(recipe, settings, resources_of(device, memory, vram, threads))
+        plan = plan_prior(recipe, settings, resources_of("cpu", memory, None, threads))
     if not (quiet or as_json):
         for line in describe.warnings_of(plan):
             echo(f"warning: {line}", err=True)
@@ -123,6 +152,8 @@ def _rank(text: str) -> int | str:
 def _text(path: Path, report: dict[str, Any]) -> str:
     """Return a text that says what a prior holds."""
     facts = report["prior"]
+    from lean_merge.sizes import format_size
+
     ranks = f", ranks {facts['least_rank']} to {facts['largest_rank']}"
     lines = [
         f"{path}: {facts['weights']} weights{ranks if facts['largest_rank'] else ''}, "
