@@ -24,11 +24,13 @@ if TYPE_CHECKING:
         RecipeError,
     )
     from lean_merge.merge import MergeResult, merge, stream
+    from lean_merge.outputs.priorsettings import PriorSettings
     from lean_merge.outputs.recorded import Analysis, open_analysis
     from lean_merge.plan import Plan, plan
     from lean_merge.plan.resources import Resources
     from lean_merge.recipe import Expert, MergeRecipe
     from lean_merge.studies.analyze import AnalysisResult, analyze
+    from lean_merge.studies.prior import PriorResult, make_prior, prior_recipe
     from lean_merge.studies.sweep import (
         Evaluation,
         Grid,
@@ -59,16 +61,20 @@ __all__ = [
     "OutputError",
     "Plan",
     "PointEvent",
+    "PriorResult",
+    "PriorSettings",
     "RecipeError",
     "Resources",
     "SweepResult",
     "Verification",
     "__version__",
     "analyze",
+    "make_prior",
     "merge",
     "open_analysis",
     "open_checkpoint",
     "plan",
+    "prior_recipe",
     "stream",
     "sweep",
     "verify",
@@ -88,10 +94,12 @@ _HOMES = {
     ),
     "merge": ("MergeResult", "merge", "stream"),
     "outputs.recorded": ("Analysis", "open_analysis"),
+    "outputs.priorsettings": ("PriorSettings",),
     "plan": ("Plan", "plan"),
     "plan.resources": ("Resources",),
     "recipe": ("Expert", "MergeRecipe"),
     "studies.analyze": ("AnalysisResult", "analyze"),
+    "studies.prior": ("PriorResult", "make_prior", "prior_recipe"),
     "studies.sweep": ("Evaluation", "Grid", "MethodGrid", "PointEvent", "SweepResult", "sweep"),
     "verify": ("Verification", "verify"),
     "version": ("__version__",),

@@ -1,4 +1,4 @@
-"""What a prior holds of a difference: which one, of which rank, and in which dtype."""
+"""The settings of a prior: which difference it holds, of which rank, and in which dtype."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ROUNDING = 1e-12
 
 @dataclass(frozen=True, slots=True)
 class PriorSettings:
-    """What a prior holds beside what its recipe says.
+    """The settings of a prior beside its recipe.
 
     Attributes
     ----------
