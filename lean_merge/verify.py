@@ -294,11 +294,12 @@ def _recipe(journal: Journal, folder: Path) -> MergeRecipe:
         parents = [f"parent of {role}" for role, each in numbered.items() if "parent" in each]
         roles = [*receivers, *numbered, *parents]
         places = {str(each["role"]): folder / each["path"] for each in facts["inputs"]}
+        far = {str(each["role"]): str(each["path"]) for each in facts["inputs"] if "://" in each["path"]}
         files = [_headers(each["files"]) for each in facts["inputs"]]
         long = len(json.dumps(told)) > MAX_TEXT
         strange = not isinstance(facts.get("environment", {}), dict) or not all(files) or long
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
-        places, roles, strange = {}, [], True
+        places, far, roles, strange = {}, {}, [], True
     if strange or list(places) != roles:
         raise CheckpointError(
             f"{folder}: its journal does not tell recipe and inputs as ours do, so it can only be "
@@ -308,6 +309,9 @@ def _recipe(journal: Journal, folder: Path) -> MergeRecipe:
 
     def found(role: str, source: str) -> str:
         place = places[role]
+        if role in far:
+            # The commit that was merged, whatever the revision means today.
+            return far[role]
         if Path(source).suffix in _WEIGHT_FILES:
             place = place / Path(source).name
         return str(place) if place.exists() else source

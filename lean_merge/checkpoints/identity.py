@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from lean_merge.checkpoints.elsewhere import FAR
 from lean_merge.checkpoints.header import MAX_HEADER
 from lean_merge.checkpoints.safepaths import open_regular
 from lean_merge.errors import CheckpointError
@@ -30,6 +31,7 @@ class Opened(Protocol):
 def look_at(folder: Path, weights: Sequence[Path], others: Sequence[Path] = ()) -> dict[Path, Any]:
     """Tell each file's name in its folder, its length and its times, as JSON has them.
 
+    A file from another machine has the mark of its content in place of the times.
     A weight file also has the SHA-256 of its header. If it is no safetensors file, and may keep its
     directory at its end, it has that of both its ends.
 
@@ -41,12 +43,12 @@ def look_at(folder: Path, weights: Sequence[Path], others: Sequence[Path] = ()) 
     found: dict[Path, Any] = {}
     try:
         for file in (*weights, *others):
-            status = file.stat()
+            status, far = file.stat(), FAR.get(file)
+            times = {"mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns}
             found[file] = {
                 "name": Path(os.path.relpath(file, folder)).as_posix(),
                 "size": status.st_size,
-                "mtime_ns": status.st_mtime_ns,
-                "ctime_ns": status.st_ctime_ns,
+                **(times if far is None else {"etag": far.etag}),
             }
         for file in weights:
             plain = file.suffix == ".safetensors"

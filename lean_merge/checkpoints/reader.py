@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lean_merge.checkpoints.descriptors import DescriptorPool
+from lean_merge.checkpoints.elsewhere import FAR, Arrivals, Tasks
 from lean_merge.checkpoints.header import TensorSpec
 from lean_merge.checkpoints.identity import changed
 from lean_merge.checkpoints.pagecache import cached_share, fetch
@@ -73,6 +74,7 @@ class TensorReader:
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
         self._files = DescriptorPool(flags, limit=max_files) if files is None else files
         self._seen = seen or {}
+        self._arrivals: Arrivals | None = None
         self._lock = threading.Lock()
         self._seek_lock = threading.Lock()
         self.bytes_read = 0
@@ -85,7 +87,27 @@ class TensorReader:
 
     def counting(self) -> TensorReader:
         """Return a reader of the same open files with its own count; it must not be closed."""
-        return TensorReader(files=self._files, seen=self._seen)
+        found = TensorReader(files=self._files, seen=self._seen)
+        found._arrivals = self._arrivals
+        return found
+
+    @contextmanager
+    def expecting(self, tasks: Tasks, room: int) -> Iterator[None]:
+        """Let bytes from other machines come ahead of the tasks, and take up to `room` bytes."""
+        far = next((FAR[each.file] for task in tasks for each in task if each.file in FAR), None)
+        if far is None:
+            yield
+            return
+        self._arrivals = far.arrivals(tasks, room)
+        try:
+            yield
+        finally:
+            self._arrivals.close()
+
+    def done(self, index: int) -> None:
+        """Take note that the bytes of a task are needed no longer, if any were expected."""
+        if self._arrivals is not None:
+            self._arrivals.done(index)
 
     def count(self, nbytes: int) -> None:
         """Add bytes that were read elsewhere for the same purpose."""
@@ -135,6 +157,14 @@ class TensorReader:
             return
         out = out.cast("B")
         done = 0
+        if (far := FAR.get(spec.file)) is not None:
+            ranges = [(spec.offset + start, spec.offset + start + count) for start, count in spans]
+            if self._arrivals is None:
+                far.read(ranges, out)
+            else:
+                self._arrivals.read(spec.file, ranges, out)
+            self.count(out.nbytes)
+            return
         try:
             with self._files.use(spec.file) as descriptor:
                 for start, length in spans:
@@ -215,8 +245,10 @@ class TensorReader:
     def is_cached(self, spec: TensorSpec, start: int, length: int) -> bool:
         """Return whether most of a tensor's bytes [start, start + length) are in the page cache.
 
-        If the system does not tell, the result is True.
+        If the system does not tell, the result is True, and so it is for files on other machines.
         """
+        if spec.file in FAR:
+            return True
         try:
             with self._files.use(spec.file) as descriptor:
                 return cached_share(descriptor, spec.offset + start, length) > 0.5

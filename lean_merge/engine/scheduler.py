@@ -162,9 +162,9 @@ class Scheduler:
             self._analysts = stack.enter_context(worker_pool(2 if small else 1, "analysis"))
             self._workers = stack.enter_context(worker_pool(self._plan.workers))
             apart = stack.enter_context(TensorReader(max_files=AHEAD_FILES))
-            self._read_ahead = stack.enter_context(
-                ReadAhead(apart, list(self._sources()), ahead=READ_AHEAD)
-            )
+            sources = list(self._sources())
+            self._read_ahead = stack.enter_context(ReadAhead(apart, sources, ahead=READ_AHEAD))
+            stack.enter_context(self._reader.expecting(sources, self._plan.arrivals))
             decider = Decider(self._plan, self._workers, self._surveyed)
             self._decider = stack.enter_context(closing(decider))
             self._threads = stack.pop_all()
@@ -313,6 +313,7 @@ class Scheduler:
         # The update must not take memory while the caller holds the tensor.
         del first
         self._read_ahead.done(index)
+        self._reader.done(index)
         note = self._reused.get(index)
         if note is None:
             non_finite = isinstance(task, CopyTask) and not all(results)

@@ -76,17 +76,20 @@ def survey(plan: Plan, reused: Container[int]) -> tuple[dict[Hashable, Any], int
     if not groups:
         return {}, 0
     with TensorReader(seen=plan.seen) as reader, worker_pool(plan.workers) as workers:
-        found = {key: _carried_out(group, reader, workers) for key, group in groups.items()}
+        found = {
+            key: _carried_out(group, reader, workers, plan.arrivals)
+            for key, group in groups.items()
+        }
         return found, reader.bytes_read
 
 
-def _carried_out(group: _SharedSurvey, reader: TensorReader, workers: Workers) -> Any:
+def _carried_out(group: _SharedSurvey, reader: TensorReader, workers: Workers, room: int) -> Any:
     weights = sorted(group.weights, key=lambda each: each.weight.canonical)
     look = group.survey.look()
     try:
         wanted = next(look)
         while True:
-            wanted = look.send(_sums(weights, wanted, reader, workers))
+            wanted = look.send(_sums(weights, wanted, reader, workers, room))
     except StopIteration as end:
         return end.value
 
@@ -96,13 +99,16 @@ def _sums(
     wanted: Sequence[Pass | None],
     reader: TensorReader,
     workers: Workers,
+    room: int,
 ) -> list[Products | None]:
     """Make one pass over all rows of all weights, and add up the weights' products."""
     nothing = torch.empty(0, dtype=torch.uint8)
     sums: list[Products | None] = []
+    stored = [each.stored for each in weights]
     with (
         TensorReader(max_files=AHEAD_FILES) as apart,
-        ReadAhead(apart, [each.stored for each in weights], ahead=READ_AHEAD) as read_ahead,
+        ReadAhead(apart, stored, ahead=READ_AHEAD) as read_ahead,
+        reader.expecting(stored, room),
     ):
         for index, each in enumerate(weights):
             read_ahead.begin(index)
@@ -120,6 +126,7 @@ def _sums(
             found = vectors.run(wanted)
             sums = [_added(*pair) for pair in zip(sums, found, strict=True)] if sums else found
             read_ahead.done(index)
+            reader.done(index)
     return sums
 
 

@@ -14,6 +14,7 @@ import torch
 
 from lean_merge import memory
 from lean_merge.checkpoints import Checkpoint, WeightSource, torch_dtype
+from lean_merge.checkpoints.elsewhere import FAR, ON_THE_WAY, far_bytes
 from lean_merge.mapping import LogicalWeight
 from lean_merge.methods import AnalysisCost
 from lean_merge.outputs import Output
@@ -53,6 +54,8 @@ class Footprint:
     most
         Bytes on the host of the weight that holds most with no tile resident. All weights share
         what stays resident, so that must fit beside this one.
+    arrivals
+        The part of `held` that is for bytes from other machines.
     looks
         What was found at each weight: there are thousands, and planning asks many times.
     """
@@ -64,6 +67,7 @@ class Footprint:
     vram: int
     held: int
     most: int = 0
+    arrivals: int = 0
     looks: dict[tuple[str, str, str], Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -234,7 +238,16 @@ def fit(output: Output, machine: ResolvedResources) -> tuple[Footprint, tuple[st
     logical = sum(len(weight.slices) for weight in output.weights)
     copied = len(output.tensors) if output.writes_rows else 0
     held += formulas.record_bytes(logical, copied, experts=len(output.recipe.experts))
-    found = Footprint(output, machine.device, workers, machine.memory, machine.vram, held)
+    arrivals = _arrivals(output)
+    found = Footprint(
+        output,
+        machine.device,
+        workers,
+        machine.memory,
+        machine.vram,
+        held + arrivals,
+        arrivals=arrivals,
+    )
     notes: tuple[str, ...] = ()
     needed = max((found.fixed(weight)[1] for weight in found.weights), default=0)
     if machine.is_default and 0 < machine.vram < needed:
@@ -310,6 +323,19 @@ def _decoding_bytes(mllm: Checkpoint, workers: int) -> int:
     return workers * strip + 8 * kept
 
 
+def _arrivals(output: Output) -> int:
+    """Return the bytes in which each byte from other machines is read once; 0 if none comes.
+
+    A weight is held until it is written, beside what is on its way for the next ones.
+    """
+    far = [
+        far_bytes(weight.extents_of(part for each in weight.slices for part in each.roles))
+        for weight in output.weights
+    ]
+    is_far = any(far) or any(file in FAR for file in output.mllm.files)
+    return max(far, default=0) + ON_THE_WAY if is_far else 0
+
+
 def _row_bytes(sources: Sequence[WeightSource]) -> int:
     return sum(source.nbytes(slice(0, 1)) for source in sources)
 
@@ -340,8 +366,10 @@ def concurrency(footprint: Footprint) -> Concurrency:
     """Choose which weights are analysed two at a time; all others are analysed one by one."""
     waiting = max((footprint.waiting(weight) for weight in footprint.weights), default=0)
     found, count = _beside_waiting(footprint, waiting), footprint.output.most_waiting
-    if footprint.held + found.peak + waiting > footprint.memory:
-        found, waiting, count = _beside_waiting(footprint, 0), 0, max(0, count - 1)
+    if footprint.arrivals or footprint.held + found.peak + waiting > footprint.memory:
+        # Bytes from other machines are held for one tensor at a time.
+        count = 0 if footprint.arrivals else max(0, count - 1)
+        found, waiting = _beside_waiting(footprint, 0), 0
     return dataclasses.replace(found, peak=found.peak + waiting, waiting=count)
 
 
@@ -353,7 +381,7 @@ def _beside_waiting(footprint: Footprint, waiting: int) -> Concurrency:
     kept = {weight.canonical: formulas.aligned(footprint.kept(weight)) for weight in weights}
     largest = max(kept.values(), default=0)
     alone = Concurrency(largest, footprint.most + largest)
-    if not footprint.output.in_pairs or footprint.workers < 2:
+    if not footprint.output.in_pairs or footprint.workers < 2 or footprint.arrivals:
         return alone
     sizes = {
         weight.canonical: (

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lean_merge.checkpoints import FLOATING, Checkpoint, by_role, open_checkpoint, open_expert
+from lean_merge.checkpoints.elsewhere import FAR, far_bytes
 from lean_merge.checkpoints.identity import Opened
 from lean_merge.checkpoints.sidefiles import with_side_files
 from lean_merge.errors import CoverageError
@@ -38,7 +39,8 @@ class Prediction:
     stay in memory, because they are then read again in every pass of an analysis, and how many
     passes it takes depends on the data. `exact_writes` is False if `bytes_written` is an
     estimate, as for an adapter, whose ranks depend on the data.
-    `looked` is what the early look at a sample reads before all that. `disk` is the most that the
+    `looked` is what the early look at a sample reads before all that. `travels` is what comes from
+    other machines, headers and the look included. `disk` is the most that the
     output takes while it is made, together with an analysis that it makes for itself.
     """
 
@@ -50,6 +52,7 @@ class Prediction:
     disk: int = 0
     exact_writes: bool = True
     looked: int = 0
+    travels: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,8 @@ class Plan:
     """Bytes of host memory for the tiles that stay in memory while their weights are analysed."""
     waiting: int
     """The number of updates that may wait to be stored while another weight is analysed."""
+    arrivals: int
+    """The most bytes from other machines to hold at a time; 0 if all inputs are local."""
     prediction: Prediction
     notes: tuple[str, ...]
     sample: tuple[tuple[LogicalWeight, tuple[slice, ...]], ...] = ()
@@ -228,6 +233,8 @@ def _plan(
     tasks = _tasks(output, scope, footprint, shared)
     sample = _sample(output)
     check_fits(tasks, footprint)
+    files = (file for each in by_role(base, mllm, experts, parents).values() for file in each.files)
+    opened = sum(FAR[file].opened for file in files if file in FAR)
     return Plan(
         recipe=recipe,
         method=method,
@@ -246,7 +253,17 @@ def _plan(
         workers=footprint.workers,
         arena=shared.arena,
         waiting=shared.waiting,
-        prediction=_predict(tasks, footprint, shared, settled=settled, looked=_bytes_of(sample)),
+        arrivals=footprint.arrivals,
+        prediction=_predict(
+            tasks,
+            footprint,
+            shared,
+            settled=settled,
+            looked=_bytes_of(sample),
+            travels=opened
+            + _travels(output, tasks, settled=settled)
+            + _look_from_afar(sample) * (1 if settled else 2),
+        ),
         notes=(
             *output.notes,
             *_rules(methods),
@@ -384,6 +401,39 @@ def _tasks(
     return tuple(tasks)
 
 
+def _travels(output: Output, tasks: Sequence[CopyTask | WeightTask], *, settled: bool) -> int:
+    """Return the bytes that come from other machines for the tasks, each as often as it is read.
+
+    Every survey reads all rows once more, and so does a search for thresholds.
+    """
+    found = 0
+    for task in tasks:
+        if isinstance(task, CopyTask):
+            found += far_bytes(task.stored)
+            continue
+        found += far_bytes(task.read(rows=output.writes_rows))
+        for part, method in zip(task.weight.slices, task.methods, strict=True):
+            survey = None if method is None else method.survey()
+            looks = (0 if survey is None else survey.passes) + (not settled and method is not None)
+            found += looks * far_bytes(task.weight.extents_of(part.roles)) if looks else 0
+    return found
+
+
+def _look_from_afar(sample: Sequence[tuple[LogicalWeight, Sequence[slice]]]) -> int:
+    """Return the bytes of the early look that come from other machines.
+
+    Rows that are stored as columns come with all that lies between them.
+    """
+    found = 0
+    for part, blocks in sample:
+        for each in (source for role in part.roles for source in role.parts):
+            if each.in_columns:
+                found += far_bytes(each.extents)
+            elif far_bytes(each.stored):
+                found += each.loaded + sum(each.nbytes(rows) for rows in blocks)
+    return found
+
+
 def _predict(
     tasks: Sequence[CopyTask | WeightTask],
     footprint: Footprint,
@@ -391,6 +441,7 @@ def _predict(
     *,
     settled: bool,
     looked: int,
+    travels: int,
 ) -> Prediction:
     usual = most = vram = 0
     for task in tasks:
@@ -416,4 +467,5 @@ def _predict(
         disk=disk,
         exact_writes=output.exact,
         looked=looked,
+        travels=travels,
     )

@@ -55,7 +55,7 @@ def input_facts(plan: Plan, out: Path) -> list[dict[str, Any]]:
     return [
         {
             "role": role,
-            "path": seen_from(final, checkpoint.path.resolve()),
+            "path": checkpoint.address or seen_from(final, checkpoint.path.resolve()),
             "files": identify(checkpoint),
         }
         for role, checkpoint in plan.roles.items()

@@ -92,11 +92,14 @@ class Origin:
         The name that its publisher gave it.
     revision
         The revision that was asked for; None if none was.
+    address
+        Where its weights are still, if they were not fetched, with the commit.
     """
 
     folder: Path
     name: str
     revision: str | None
+    address: str = ""
 
 
 class Form:

@@ -20,7 +20,7 @@ from lean_merge.checkpoints.weightfiles import (
 )
 from lean_merge.errors import CheckpointError
 
-_HUB_ID = re.compile(
+HUB_ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(@(?P<revision>[\w./-]{1,255}))?",
     re.ASCII,
 )
@@ -44,7 +44,7 @@ class Hub(Form):
         CheckpointError
             The repository or revision is absent, gated, without weights, or cannot be reached.
         """
-        match = _HUB_ID.fullmatch(source)
+        match = HUB_ID.fullmatch(source)
         if match is None:
             return None
         repo, revision = match["repo"], match["revision"]
@@ -59,23 +59,28 @@ def _snapshot(source: str, repo: str, revision: str | None) -> Path:
     cached = _cached(source, repo, revision)
     if cached is not None and _is_complete(cached):
         return cached
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+    if is_offline():
         state = "is not" if cached is None else "is only in part"
         raise CheckpointError(
             f"{source}: {state} in the local Hugging Face cache, there is no such folder, and "
             "HF_HUB_OFFLINE forbids a download; unset it or pass a folder."
         )
     try:
-        with _progress_bars():
+        with progress_bars():
             return _download(source, repo, revision)
     except CheckpointError:
         raise
     except Exception as error:
-        raise _explain(source, error) from error
+        raise explain(source, error) from error
+
+
+def is_offline() -> bool:
+    """Return whether HF_HUB_OFFLINE forbids to ask the network."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
 @contextmanager
-def _progress_bars() -> Iterator[None]:
+def progress_bars() -> Iterator[None]:
     """Hide the client's progress bars inside the block unless downloads are shown."""
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
         are_progress_bars_disabled,
@@ -115,7 +120,7 @@ def _cached(source: str, repo: str, revision: str | None) -> Path | None:
             if isinstance(file, str):
                 return Path(file).parent
     except Exception as error:
-        raise _explain(source, error) from error
+        raise explain(source, error) from error
     return None
 
 
@@ -204,7 +209,10 @@ def _weights(names: Sequence[str], read_weight_map: Callable[[str], dict[str, st
     return []
 
 
-def _explain(source: str, error: Exception) -> CheckpointError:
+def explain(
+    source: str, error: Exception, what: str = "is not in the local cache and cannot be downloaded"
+) -> CheckpointError:
+    """Return the error for what the hub's client raised, without the client's long text."""
     from huggingface_hub.errors import (
         GatedRepoError,
         RepositoryNotFoundError,
@@ -223,5 +231,5 @@ def _explain(source: str, error: Exception) -> CheckpointError:
         )
     else:
         detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        why = f"is not in the local cache and cannot be downloaded ({detail}); check the connection"
+        why = f"{what} ({detail}); check the connection"
     return CheckpointError(f"{source}: {why}.")
