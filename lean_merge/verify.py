@@ -294,7 +294,11 @@ def _recipe(journal: Journal, folder: Path) -> MergeRecipe:
         parents = [f"parent of {role}" for role, each in numbered.items() if "parent" in each]
         roles = [*receivers, *numbered, *parents]
         places = {str(each["role"]): folder / each["path"] for each in facts["inputs"]}
-        far = {str(each["role"]): str(each["path"]) for each in facts["inputs"] if "://" in each["path"]}
+        far = {
+            str(each["role"]): str(each["path"])
+            for each in facts["inputs"]
+            if "://" in each["path"]
+        }
         files = [_headers(each["files"]) for each in facts["inputs"]]
         long = len(json.dumps(told)) > MAX_TEXT
         strange = not isinstance(facts.get("environment", {}), dict) or not all(files) or long

@@ -88,11 +88,6 @@ class Checkpoint:
     beside: tuple[Path, ...] = ()
     left: tuple[str, ...] = ()
 
-    @property
-    def address(self) -> str:
-        """Return where its weights are, if that is another machine; else ""."""
-        return "" if self.origin is None else self.origin.address
-
     def rows(self, place: Place) -> WeightSource:
         """Return the source of a logical weight's rows, given its place in one of `tensors`."""
         encoding = self.encodings.get(place.tensor.name)

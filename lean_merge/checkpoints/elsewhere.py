@@ -1,8 +1,7 @@
 """The seam to files whose bytes lie on other machines.
 
 Such a file has a stand-in here: a file of the same name and length, of which only the header was
-written. Everything that looks at headers reads stand-ins as it reads other files. Whoever wants the
-bytes of a tensor finds the stand-in's path in `FAR`.
+written. Whoever wants the bytes of a tensor finds the stand-in's path in `FAR`.
 """
 
 from __future__ import annotations
@@ -17,45 +16,37 @@ ON_THE_WAY = 64 << 20
 """The most bytes that are on their way here, or wait here for a later tensor."""
 Tasks = Sequence[Sequence[TensorSpec]]
 """The parts of stored tensors that each of several tasks reads, in the order of the tasks."""
+Ranges = Sequence[tuple[int, int]]
+"""The first byte of each range in its file, and the one after its last."""
 
 
-class Arrivals(abc.ABC):
-    """Bytes from other machines, which come in the order of tasks and stay until a task is done."""
+class Arrivals:
+    """Bytes from other machines; here they come as they are asked for, and elsewhere before."""
 
-    @abc.abstractmethod
-    def read(self, file: Path, ranges: Sequence[tuple[int, int]], out: memoryview) -> None:
-        """Fill `out` with the bytes [start, stop) of each range, one after the other."""
+    def read(self, file: Path, ranges: Ranges, out: memoryview) -> None:
+        """Fill `out` with the bytes of each range, one after the other. Raises CheckpointError."""
+        FAR[file].read(ranges, out)
 
-    @abc.abstractmethod
     def done(self, index: int) -> None:
-        """Take note that task `index` needs its bytes no longer."""
+        """Take note that a task needs its bytes no longer."""
 
-    @abc.abstractmethod
     def close(self) -> None:
-        """Let nothing more arrive."""
+        """Let nothing more come."""
 
 
 class FarFile(abc.ABC):
-    """A file on another machine.
-
-    Attributes
-    ----------
-    etag
-        The mark of its content that the other machine gives.
-    opened
-        The bytes that were fetched to read its header.
-    """
+    """A file on another machine: the mark of its content, and the bytes fetched to open it."""
 
     etag: str
     opened = 0
 
     @abc.abstractmethod
-    def read(self, ranges: Sequence[tuple[int, int]], out: memoryview) -> None:
-        """Fill `out` with the bytes [start, stop) of each range at once. Raises CheckpointError."""
+    def read(self, ranges: Ranges, out: memoryview) -> None:
+        """Fetch the bytes of each range into `out`. Raises CheckpointError."""
 
     @abc.abstractmethod
     def arrivals(self, tasks: Tasks, room: int) -> Arrivals:
-        """Begin to bring what the tasks read, from this file and others, into `room` bytes."""
+        """Begin to bring what tasks read, from all far files, into `room` bytes of memory."""
 
 
 FAR: dict[Path, FarFile] = {}

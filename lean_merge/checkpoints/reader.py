@@ -74,7 +74,7 @@ class TensorReader:
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
         self._files = DescriptorPool(flags, limit=max_files) if files is None else files
         self._seen = seen or {}
-        self._arrivals: Arrivals | None = None
+        self._arrivals = Arrivals()
         self._lock = threading.Lock()
         self._seek_lock = threading.Lock()
         self.bytes_read = 0
@@ -95,19 +95,16 @@ class TensorReader:
     def expecting(self, tasks: Tasks, room: int) -> Iterator[None]:
         """Let bytes from other machines come ahead of the tasks, and take up to `room` bytes."""
         far = next((FAR[each.file] for task in tasks for each in task if each.file in FAR), None)
-        if far is None:
-            yield
-            return
-        self._arrivals = far.arrivals(tasks, room)
+        if far is not None:
+            self._arrivals = far.arrivals(tasks, room)
         try:
             yield
         finally:
             self._arrivals.close()
 
     def done(self, index: int) -> None:
-        """Take note that the bytes of a task are needed no longer, if any were expected."""
-        if self._arrivals is not None:
-            self._arrivals.done(index)
+        """Take note that what was expected for a task is needed no longer."""
+        self._arrivals.done(index)
 
     def count(self, nbytes: int) -> None:
         """Add bytes that were read elsewhere for the same purpose."""
@@ -157,12 +154,9 @@ class TensorReader:
             return
         out = out.cast("B")
         done = 0
-        if (far := FAR.get(spec.file)) is not None:
+        if spec.file in FAR:
             ranges = [(spec.offset + start, spec.offset + start + count) for start, count in spans]
-            if self._arrivals is None:
-                far.read(ranges, out)
-            else:
-                self._arrivals.read(spec.file, ranges, out)
+            self._arrivals.read(spec.file, ranges, out)
             self.count(out.nbytes)
             return
         try:
@@ -245,11 +239,11 @@ class TensorReader:
     def is_cached(self, spec: TensorSpec, start: int, length: int) -> bool:
         """Return whether most of a tensor's bytes [start, start + length) are in the page cache.
 
-        If the system does not tell, the result is True, and so it is for files on other machines.
+        If the system does not tell, the result is True.
         """
-        if spec.file in FAR:
-            return True
         try:
+            if spec.file in FAR:
+                return True
             with self._files.use(spec.file) as descriptor:
                 return cached_share(descriptor, spec.offset + start, length) > 0.5
         except (OSError, ValueError):

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from lean_merge.checkpoints import TensorReader
-from lean_merge.engine.device import Accelerator, computing_on, is_out_of_memory, queues_of
+from lean_merge.engine.device import (
+    Accelerator,
+    accelerator_of,
+    computing_on,
+    is_out_of_memory,
+)
 from lean_merge.engine.taskvectors import TaskVectors
 from lean_merge.engine.workers import Workers
 from lean_merge.mapping import LogicalWeight
@@ -228,19 +233,14 @@ def _explained(decision: Decision, weight: LogicalWeight) -> Decision:
 
 
 def _accelerator(plan: Plan, workers: Workers) -> Accelerator | None:
-    """Return the plan's device; None if that is the CPU, which needs no copies."""
-    device = torch.device(plan.device)
-    queues = queues_of(device)
-    if queues is None:
-        return None
+    """Return the plan's device; None if that is the CPU."""
     tiles = [
         tile_bytes(method, weight)
         for task in plan.weights
         for weight, method in zip(task.weight.slices, task.methods, strict=True)
     ]
-    return Accelerator(
-        device,
-        queues,
+    return accelerator_of(
+        torch.device(plan.device),
         workers,
         largest_tile=max(tiles, default=0),
         peak=plan.prediction.peak_vram,

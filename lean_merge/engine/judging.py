@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lean_merge.checkpoints import TensorReader, WeightSource
 from lean_merge.checkpoints.rows import DifferenceRows, fresh_buffer
+from lean_merge.engine.workers import worker_pool
 from lean_merge.errors import CoverageError
 from lean_merge.linalg.settings import Computing
 from lean_merge.mapping import LogicalWeight, stated_heads
@@ -82,7 +83,9 @@ def early_look(plan: Plan, *, refuse: bool = True) -> EarlyLook:
         A file cannot be read.
     """
     with Computing(), TensorReader() as reader:
-        seen = [each for part in plan.sample if (each := _read(*part, reader)) is not None]
+        with worker_pool(plan.workers) as workers:
+            found = workers.map(lambda part: _read(*part, reader), plan.sample)
+        seen = [each for each in found if each is not None]
         read = reader.bytes_read
         warnings = []
         for role, source in enumerate((plan.mllm, *plan.experts)):

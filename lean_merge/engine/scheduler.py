@@ -180,13 +180,9 @@ class Scheduler:
 
     def _sources(self) -> Iterator[Sequence[TensorSpec]]:
         """Yield the tensors that each task reads."""
+        rows = self._plan.output.writes_rows
         for index, task in enumerate(self._plan.tasks):
-            if index in self._reused:
-                yield ()
-            elif isinstance(task, CopyTask):
-                yield task.stored
-            else:
-                yield task.read(rows=self._plan.output.writes_rows)
+            yield () if index in self._reused else task.read(rows=rows)
 
     @property
     def is_at_work(self) -> bool:

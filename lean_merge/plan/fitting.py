@@ -238,16 +238,7 @@ def fit(output: Output, machine: ResolvedResources) -> tuple[Footprint, tuple[st
     logical = sum(len(weight.slices) for weight in output.weights)
     copied = len(output.tensors) if output.writes_rows else 0
     held += formulas.record_bytes(logical, copied, experts=len(output.recipe.experts))
-    arrivals = _arrivals(output)
-    found = Footprint(
-        output,
-        machine.device,
-        workers,
-        machine.memory,
-        machine.vram,
-        held + arrivals,
-        arrivals=arrivals,
-    )
+    found = Footprint(output, machine.device, workers, machine.memory, machine.vram, held)
     notes: tuple[str, ...] = ()
     needed = max((found.fixed(weight)[1] for weight in found.weights), default=0)
     if machine.is_default and 0 < machine.vram < needed:
@@ -258,7 +249,8 @@ def fit(output: Output, machine: ResolvedResources) -> tuple[Footprint, tuple[st
         found = dataclasses.replace(found, device="cpu", vram=0)
     found = dataclasses.replace(
         found,
-        held=found.held + found.feeding(),
+        held=found.held + found.feeding() + (arrivals := _arrivals(output)),
+        arrivals=arrivals,
         most=max((found.fixed(weight)[0] for weight in found.weights), default=0),
     )
     return found, notes

@@ -261,8 +261,8 @@ def _plan(
             settled=settled,
             looked=_bytes_of(sample),
             travels=opened
-            + _travels(output, tasks, settled=settled)
-            + _look_from_afar(sample) * (1 if settled else 2),
+            + (1 if settled else 2) * _bytes_of(sample, far=True)
+            + _travels(output, tasks, settled=settled),
         ),
         notes=(
             *output.notes,
@@ -332,12 +332,19 @@ def _sample(output: Output) -> tuple[tuple[LogicalWeight, tuple[slice, ...]], ..
     )
 
 
-def _bytes_of(sample: Sequence[tuple[LogicalWeight, Sequence[slice]]]) -> int:
-    return sum(
-        source.loaded + sum(source.nbytes(rows) for rows in blocks)
-        for part, blocks in sample
-        for source in part.roles
-    )
+def _bytes_of(sample: Sequence[tuple[LogicalWeight, Sequence[slice]]], *, far: bool = False) -> int:
+    """Return what the early look reads of all inputs, or only of those on other machines.
+
+    From there, rows that are stored as columns come with all that lies between them.
+    """
+    found = 0
+    for part, blocks in sample:
+        for source in (each for role in part.roles for each in role.parts):
+            if far and source.in_columns:
+                found += far_bytes(source.extents)
+            elif not far or far_bytes(source.stored):
+                found += source.loaded + sum(source.nbytes(rows) for rows in blocks)
+    return found
 
 
 def _check_numbers(coverage: Coverage) -> None:
@@ -402,35 +409,15 @@ def _tasks(
 
 
 def _travels(output: Output, tasks: Sequence[CopyTask | WeightTask], *, settled: bool) -> int:
-    """Return the bytes that come from other machines for the tasks, each as often as it is read.
-
-    Every survey reads all rows once more, and so does a search for thresholds.
-    """
+    """Return the bytes from other machines that tasks read, in each survey and search again."""
     found = 0
     for task in tasks:
-        if isinstance(task, CopyTask):
-            found += far_bytes(task.stored)
-            continue
         found += far_bytes(task.read(rows=output.writes_rows))
-        for part, method in zip(task.weight.slices, task.methods, strict=True):
+        for number, method in enumerate(task.methods if isinstance(task, WeightTask) else ()):
+            assert isinstance(task, WeightTask)
             survey = None if method is None else method.survey()
-            looks = (0 if survey is None else survey.passes) + (not settled and method is not None)
-            found += looks * far_bytes(task.weight.extents_of(part.roles)) if looks else 0
-    return found
-
-
-def _look_from_afar(sample: Sequence[tuple[LogicalWeight, Sequence[slice]]]) -> int:
-    """Return the bytes of the early look that come from other machines.
-
-    Rows that are stored as columns come with all that lies between them.
-    """
-    found = 0
-    for part, blocks in sample:
-        for each in (source for role in part.roles for source in role.parts):
-            if each.in_columns:
-                found += far_bytes(each.extents)
-            elif far_bytes(each.stored):
-                found += each.loaded + sum(each.nbytes(rows) for rows in blocks)
+            looks = (survey.passes if survey else 0) + (method is not None and not settled)
+            found += looks * far_bytes(task.weight.extents_of(task.weight.slices[number].roles))
     return found
 
 

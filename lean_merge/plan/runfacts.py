@@ -50,15 +50,15 @@ def recipe_digest(recipe: MergeRecipe) -> str:
 
 
 def input_facts(plan: Plan, out: Path) -> list[dict[str, Any]]:
-    """Return each role's folder, relative to `out`, and its files."""
+    """Return each role's folder, relative to `out`, or its address, and its files."""
     final = resolved(out, OutputError)
     return [
         {
             "role": role,
-            "path": checkpoint.address or seen_from(final, checkpoint.path.resolve()),
-            "files": identify(checkpoint),
+            "path": (each.origin and each.origin.address) or seen_from(final, each.path.resolve()),
+            "files": identify(each),
         }
-        for role, checkpoint in plan.roles.items()
+        for role, each in plan.roles.items()
     ]
 
 

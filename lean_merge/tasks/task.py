@@ -26,9 +26,10 @@ class CopyTask:
     source: TensorSpec
     decoded: tuple[WeightSource, ...] = ()
 
-    @property
-    def stored(self) -> tuple[TensorSpec, ...]:
-        """Return all tensors that are read for it."""
+    def read(self, *, rows: bool) -> tuple[TensorSpec, ...]:
+        """Return the stored tensors that are read; `rows` tells if rows are written."""
+        if not rows:
+            return ()
         parts = (spec for source in self.decoded for spec in source.stored)
         return tuple(dict.fromkeys((self.source, *parts)))
 

@@ -37,7 +37,9 @@ from lean_merge import (
 )
 from lean_merge import plan as make_plan
 from lean_merge.engine import deciding, device, taskvectors
-from lean_merge.engine.device import BlockingQueues, is_out_of_memory
+from lean_merge.engine.device import is_out_of_memory
+from lean_merge.engine.devices import accelerator
+from lean_merge.engine.devices.plain import PlainQueues
 from lean_merge.engine.transfer import Done, Parcel, Uploader
 from lean_merge.engine.workers import Workers, worker_pool
 from lean_merge.methods import spectra
@@ -288,7 +290,7 @@ def test_a_tile_that_cannot_be_formed_ends_it_with_its_own_error(fails: int):
 
 
 def test_what_lies_on_no_second_queue_is_copied_at_once():
-    target, queues = torch.zeros(4), BlockingQueues()
+    target, queues = torch.zeros(4), PlainQueues(torch.device("cpu"))
     queues.copy(torch.ones(4), target)
     assert target.tolist() == [1.0] * 4
     queues.copy_after(queues.copied())
@@ -310,7 +312,8 @@ def through_the_ring(monkeypatch: pytest.MonkeyPatch) -> list[LateQueues]:
         made.append(LateQueues(lambda: draw.random() < 0.5, eager=True))
         return made[-1]
 
-    monkeypatch.setattr(deciding, "queues_of", queues_of)
+    monkeypatch.setattr(accelerator, "queues_of", queues_of)
+    monkeypatch.setattr(deciding, "accelerator_of", accelerator.TorchAccelerator)
     # A device takes one weight at a time, which the plan cannot know of this one.
     monkeypatch.setattr(formulas, "FULL_SPEED", 0)
     return made
@@ -342,7 +345,7 @@ def test_the_ring_changes_no_byte(
 ):
     triple, options = sketched(dtype), METHODS[method]
     ring = merge(triple.recipe(**options), tmp_path / "ring", resources=resources(threads))
-    monkeypatch.setattr(deciding, "queues_of", lambda device: None)
+    monkeypatch.setattr(deciding, "accelerator_of", device.accelerator_of)
     plain = merge(triple.recipe(**options), tmp_path / "plain", resources=resources(threads))
     assert identity(ring) == identity(plain)
     assert len(through_the_ring) == 1
@@ -403,7 +406,7 @@ class Shortage:
     def __init__(self, patch: pytest.MonkeyPatch, at: str, times: int) -> None:
         self._at, self.left, self.passes = at, times, 0
         self.lent: list[weakref.ref[torch.Tensor]] = []
-        lend, run = device.Accelerator.lend, taskvectors.TaskVectors.run
+        lend, run = accelerator.TorchAccelerator.lend, taskvectors.TaskVectors.run
         absorb = spectra._absorb
 
         def short_lend(accelerator: Any, tile: int, resident: int) -> Any:
@@ -424,7 +427,7 @@ class Shortage:
             absorb(pair)
             self._fail_at(f"after pass {self.passes}")
 
-        patch.setattr(device.Accelerator, "lend", short_lend)
+        patch.setattr(accelerator.TorchAccelerator, "lend", short_lend)
         patch.setattr(taskvectors.TaskVectors, "run", short_run)
         patch.setattr(spectra, "_absorb", short_absorb)
 
@@ -508,7 +511,7 @@ def test_other_errors_of_a_device_are_not_hidden(
     def broken(*_: object) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(device.Accelerator, "lend", broken)
+    monkeypatch.setattr(accelerator.TorchAccelerator, "lend", broken)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         merge(small.recipe(), tmp_path / "out", resources=resources(1))
 

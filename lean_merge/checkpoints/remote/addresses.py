@@ -157,8 +157,8 @@ def of_url(source: str) -> Listing:
     clean = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise CheckpointError(
-            f"{clean}: has a login, a query or a fragment, which may hold a secret, and addresses are "
-            "told in reports and cards; pass the URL without it."
+            f"{clean}: has a login, a query or a fragment, which may hold a secret, and addresses "
+            "are told in reports and cards; pass the URL without it."
         )
     if parts.scheme.lower() == "http" and not _is_here(parts.hostname or ""):
         raise CheckpointError(f"{clean}: anyone may change what comes so; write https://.")

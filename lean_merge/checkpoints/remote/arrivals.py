@@ -5,13 +5,12 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right, insort
 from collections import deque
-from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from lean_merge.checkpoints.elsewhere import FAR, ON_THE_WAY, Arrivals, Tasks
+from lean_merge.checkpoints.elsewhere import FAR, ON_THE_WAY, Arrivals, Ranges, Tasks
 from lean_merge.checkpoints.remote.client import (
     MOST_CONNECTIONS,
     TRAFFIC,
@@ -111,7 +110,7 @@ class Window(Arrivals):
 
     # --- reading ----------------------------------------------------------------------------------
 
-    def read(self, file: Path, ranges: Sequence[tuple[int, int]], out: memoryview) -> None:
+    def read(self, file: Path, ranges: Ranges, out: memoryview) -> None:
         at = 0
         first, last = min(start for start, _ in ranges), max(stop for _, stop in ranges)
         if not self._knows(file, first, last):

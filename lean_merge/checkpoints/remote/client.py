@@ -22,7 +22,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import urllib3
 
-from lean_merge.checkpoints.elsewhere import Arrivals, FarFile, Tasks
+from lean_merge.checkpoints.elsewhere import Arrivals, FarFile, Ranges, Tasks
 from lean_merge.errors import CheckpointError
 
 MOST_CONNECTIONS = 16
@@ -148,7 +148,7 @@ class RangedFile(FarFile):
         self._marks: dict[str, str] = {}
         self._lock = threading.Lock()
 
-    def read(self, ranges: Sequence[tuple[int, int]], out: memoryview) -> None:
+    def read(self, ranges: Ranges, out: memoryview) -> None:
         if len(ranges) <= _FEW:
             done = 0
             for start, stop in ranges:
@@ -345,9 +345,7 @@ class _Sink:
         self.left -= count
 
 
-def _joined(
-    ranges: Sequence[tuple[int, int]],
-) -> Iterator[tuple[int, int, list[tuple[int, int, int]]]]:
+def _joined(ranges: Ranges) -> Iterator[tuple[int, int, list[tuple[int, int, int]]]]:
     """Group ranges that lie close together: first, last, and (start, stop, place in the output)."""
     group: list[tuple[int, int, int]] = []
     first = last = at = 0
@@ -392,9 +390,7 @@ def _meaning(status: int) -> str:
     if status in (404, 410):
         return f"is not there (status {status}); check the address and the revision"
     if status == 416:
-        return (
-            "is shorter than when it was opened (status 416); merge again with --no-resume"
-        )
+        return "is shorter than when it was opened (status 416); merge again with --no-resume"
     return f"is answered with status {status}, which is not understood; check the address"
 
 
@@ -431,10 +427,6 @@ def _pool(url: str) -> urllib3.PoolManager:
 def _pool_of(proxy: str) -> urllib3.PoolManager:
     logging.getLogger("urllib3.connectionpool").addFilter(_WithoutQueries())
     context = ssl.create_default_context()
-    with suppress(ImportError, OSError):
-        import certifi
-
-        context.load_verify_locations(certifi.where())
     if proxy:
         return urllib3.ProxyManager(
             proxy, num_pools=8, maxsize=MOST_CONNECTIONS, ssl_context=context
