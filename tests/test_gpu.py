@@ -19,7 +19,7 @@ from support.invariance import identity
 
 from lean_merge import BudgetError, MergeResult, Resources, merge, verify
 from lean_merge import plan as make_plan
-from lean_merge.engine import device
+from lean_merge.engine.devices import cuda
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="there is no CUDA device on this machine"
@@ -120,7 +120,7 @@ def test_copies_go_on_a_stream_of_their_own_from_pinned_memory(
     wide: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     streams: set[int] = set()
-    real = device.CudaQueues.copy
+    real = cuda.CudaQueues.copy
 
     def copy(queues: Any, source: torch.Tensor, target: torch.Tensor) -> None:
         assert source.is_pinned() and target.is_cuda
@@ -129,7 +129,7 @@ def test_copies_go_on_a_stream_of_their_own_from_pinned_memory(
         assert queues._copies.cuda_stream != queues._products.cuda_stream
         assert torch.cuda.current_stream() == queues._products
 
-    monkeypatch.setattr(device.CudaQueues, "copy", copy)
+    monkeypatch.setattr(cuda.CudaQueues, "copy", copy)
     # A stream of the caller's own is left alone, and back in force afterwards.
     with torch.cuda.stream(torch.cuda.Stream()):
         own = torch.cuda.current_stream()
@@ -140,7 +140,7 @@ def test_copies_go_on_a_stream_of_their_own_from_pinned_memory(
 
 def test_a_copy_goes_on_while_products_are_made():
     """The call returns before the copy is done; products asked for later are done before it."""
-    queues = device.CudaQueues(torch.device("cuda"))
+    queues = cuda.CudaQueues(torch.device("cuda"))
     host = torch.empty(512 * MIB, dtype=torch.uint8, pin_memory=True)
     target = torch.empty_like(host, device="cuda", pin_memory=False)
     square = torch.randn(512, 512, device="cuda")

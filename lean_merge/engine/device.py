@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import abc
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lean_merge.engine.transfer import Uploader
 from lean_merge.engine.workers import Workers
 
 
@@ -37,6 +37,36 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class Parcel:
+    """Tensors of one shape and dtype that go over together.
+
+    Attributes
+    ----------
+    fill
+        A function that writes the given tensors on the host, in a worker thread.
+    count, shape, dtype
+        How many tensors there are, and of what kind.
+    targets
+        The tensors on the device where they stay; empty if they only pass through a landing place.
+    """
+
+    fill: Callable[[Sequence[Tensor]], None]
+    count: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    targets: Sequence[Tensor] = ()
+
+
+class Sender(Protocol):
+    """Sends tiles to a device; `devices.transfer.Uploader` is one."""
+
+    def send(
+        self, parcels: Sequence[Parcel], landing: Sequence[Tensor]
+    ) -> Generator[Sequence[Tensor], None, None]:
+        """Yield the tensors of each parcel on the device, one parcel after the other."""
+
+
+@dataclass(frozen=True, slots=True)
 class Lent:
     """Device memory for one weight.
 
@@ -52,7 +82,7 @@ class Lent:
 
     resident: Tensor
     landing: tuple[Tensor, ...]
-    uploader: Uploader
+    uploader: Sender
 
 
 class Accelerator(abc.ABC):

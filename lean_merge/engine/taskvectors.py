@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lean_merge.checkpoints import TensorReader, WeightSource
+from lean_merge.engine.device import Parcel, Sender
 from lean_merge.engine.sums import InnerSums, Sums
-from lean_merge.engine.transfer import Parcel, Uploader
 from lean_merge.engine.workers import Workers
 from lean_merge.errors import DataError
 from lean_merge.linalg import Pass, Products
@@ -60,7 +60,7 @@ class TaskVectors:
         resident: int,
         task_dtype: torch.dtype,
         dtype: torch.dtype,
-        uploader: Uploader | None = None,
+        uploader: Sender | None = None,
         landing: Sequence[Tensor] = (),
         differences: bool = True,
     ) -> None:
@@ -301,7 +301,7 @@ class TaskVectors:
                 one.add(lane, rows, task_vector, first=index < LANES)
         inner.add(lane, tile)
 
-    def _run_uploaded(self, uploader: Uploader, sums: list[Sums], inner: InnerSums) -> None:
+    def _run_uploaded(self, uploader: Sender, sums: list[Sums], inner: InnerSums) -> None:
         """Run all lanes together in the tiles' order, so that each lane gets its tiles in order."""
         wanted = [one.request is not None for one in sums]
         parcels = [

@@ -37,10 +37,10 @@ from lean_merge import (
 )
 from lean_merge import plan as make_plan
 from lean_merge.engine import deciding, device, taskvectors
-from lean_merge.engine.device import is_out_of_memory
+from lean_merge.engine.device import Parcel, is_out_of_memory
 from lean_merge.engine.devices import accelerator
 from lean_merge.engine.devices.plain import PlainQueues
-from lean_merge.engine.transfer import Done, Parcel, Uploader
+from lean_merge.engine.devices.transfer import Done, Uploader
 from lean_merge.engine.workers import Workers, worker_pool
 from lean_merge.methods import spectra
 from lean_merge.outputs.checkpoint import CheckpointComparison

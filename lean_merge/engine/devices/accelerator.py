@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lean_merge.engine import devices
 from lean_merge.engine.device import Accelerator, Lent
-from lean_merge.engine.transfer import Queues, Uploader
+from lean_merge.engine.devices.transfer import Queues, Uploader
 from lean_merge.engine.workers import Workers
 from lean_merge.plan import formulas
 

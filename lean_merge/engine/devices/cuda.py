@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lean_merge.engine.transfer import Mark
+from lean_merge.engine.devices.transfer import Mark
 
 
 class CudaQueues:

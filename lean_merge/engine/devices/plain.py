@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lean_merge.engine.transfer import Done, Mark
+from lean_merge.engine.devices.transfer import Done, Mark
 
 
 class PlainQueues:

@@ -9,14 +9,13 @@ the work that uses it is done.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
+from lean_merge.engine.device import Parcel
 from lean_merge.engine.workers import Workers, settle
 
 SLOT_ALIGNMENT = 256
@@ -57,27 +56,6 @@ class Done:
 
     def synchronize(self) -> None:
         return
-
-
-@dataclass(frozen=True, slots=True)
-class Parcel:
-    """Tensors of one shape and dtype that go over together.
-
-    Attributes
-    ----------
-    fill
-        A function that writes the given tensors on the host, in a worker thread.
-    count, shape, dtype
-        How many tensors there are, and of what kind.
-    targets
-        The tensors on the device where they stay; empty if they only pass through a landing place.
-    """
-
-    fill: Callable[[Sequence[Tensor]], None]
-    count: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    targets: Sequence[Tensor] = ()
 
 
 class _Slot:
