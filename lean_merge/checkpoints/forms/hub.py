@@ -71,7 +71,7 @@ def _snapshot(source: str, repo: str, revision: str | None) -> Path:
     except CheckpointError:
         raise
     except Exception as error:
-        raise explain(source, error) from error
+        raise explain_hub(source, error) from error
 
 
 def is_offline() -> bool:
@@ -120,7 +120,7 @@ def _cached(source: str, repo: str, revision: str | None) -> Path | None:
             if isinstance(file, str):
                 return Path(file).parent
     except Exception as error:
-        raise explain(source, error) from error
+        raise explain_hub(source, error) from error
     return None
 
 
@@ -209,7 +209,7 @@ def _weights(names: Sequence[str], read_weight_map: Callable[[str], dict[str, st
     return []
 
 
-def explain(
+def explain_hub(
     source: str, error: Exception, what: str = "is not in the local cache and cannot be downloaded"
 ) -> CheckpointError:
     """Return the error for what the hub's client raised, without the client's long text."""

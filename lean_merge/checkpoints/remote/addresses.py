@@ -11,7 +11,7 @@ from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from lean_merge.checkpoints.forms.hub import (
     HUB_ID,
-    explain,
+    explain_hub,
     is_offline,
     needed_files,
     progress_bars,
@@ -109,7 +109,7 @@ def of_hub(source: str) -> Listing:
     except CheckpointError:
         raise
     except Exception as error:
-        raise explain(source, error, "cannot be reached") from error
+        raise explain_hub(source, error, "cannot be reached") from error
     files = {}
     for name in weights:
         each = siblings[name]
@@ -135,7 +135,7 @@ def _on_hub(
             raise AgainError("no connection to the hub") from None
         if response is not None:
             raise_if_busy(response.status_code, response.headers)
-        raise explain(label, error, "cannot be reached") from None
+        raise explain_hub(label, error, "cannot be reached") from None
     etag, length = found.etag, found.size
     is_same = length in (size, None) and found.commit_hash in (commit, None)
     if not is_same or (mark is not None and etag is not None and etag != mark):

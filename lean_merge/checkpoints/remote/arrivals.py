@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lean_merge.checkpoints.elsewhere import FAR, ON_THE_WAY, Arrivals, Ranges, Tasks
+from lean_merge.checkpoints.elsewhere import ELSEWHERE, ON_THE_WAY, Arrivals, Ranges, Tasks
 from lean_merge.checkpoints.remote.client import (
     MOST_CONNECTIONS,
     TRAFFIC,
@@ -47,7 +47,7 @@ class _Block:
         return self.stop - self.start
 
 
-class Window(Arrivals):
+class MovingWindow(Arrivals):
     """A window of bytes from other machines that moves over the tasks in their order.
 
     Several connections fetch blocks, as many as bandwidth times delay asks for. A task that takes
@@ -66,7 +66,7 @@ class Window(Arrivals):
 
     def __init__(self, tasks: Tasks, room: int) -> None:
         self._tasks = [
-            [(spec.file, spec.offset, spec.nbytes) for spec in specs if spec.file in FAR]
+            [(spec.file, spec.offset, spec.nbytes) for spec in specs if spec.file in ELSEWHERE]
             for specs in tasks
         ]
         self._room = max(room, ON_THE_WAY)
@@ -114,14 +114,14 @@ class Window(Arrivals):
         at = 0
         first, last = min(start for start, _ in ranges), max(stop for _, stop in ranges)
         if not self._knows(file, first, last):
-            FAR[file].read(ranges, out)
+            ELSEWHERE[file].read(ranges, out)
             return
         for start, stop in ranges:
             while start < stop:
                 block, until = self._next(file, start, stop)
                 part = out[at : at + until - start]
                 if block is None:
-                    FAR[file].read([(start, until)], part)
+                    ELSEWHERE[file].read([(start, until)], part)
                 else:
                     self._copy(block, start, part)
                 at, start = at + until - start, until
@@ -157,7 +157,7 @@ class Window(Arrivals):
             data = block.data
         if data is None:
             # It was read before, and is not kept.
-            FAR[block.file].read([(start, start + out.nbytes)], out)
+            ELSEWHERE[block.file].read([(start, start + out.nbytes)], out)
             return
         out[:] = data[start - block.start : start - block.start + out.nbytes]
         if not block.kept:
@@ -177,7 +177,7 @@ class Window(Arrivals):
     def _run(self) -> None:
         while (blocks := self._take()) is not None:
             error: Exception | None = None
-            file = FAR[blocks[0].file]
+            file = ELSEWHERE[blocks[0].file]
             assert isinstance(file, RangedFile)
             try:
                 parts = [block.data for block in blocks if block.data is not None]

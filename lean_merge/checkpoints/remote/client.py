@@ -162,9 +162,9 @@ class RangedFile(FarFile):
                 out[at : at + stop - start] = whole[start - first : stop - first]
 
     def arrivals(self, tasks: Tasks, room: int) -> Arrivals:
-        from lean_merge.checkpoints.remote.arrivals import Window
+        from lean_merge.checkpoints.remote.arrivals import MovingWindow
 
-        return Window(tasks, room)
+        return MovingWindow(tasks, room)
 
     def fetch(
         self, start: int, parts: Sequence[memoryview], closed: threading.Event = NEVER
@@ -180,7 +180,7 @@ class RangedFile(FarFile):
         ClosedError
             `closed` was set meanwhile.
         """
-        sink = _Sink(parts)
+        sink = _Filling(parts)
         failures = tries = 0
         while sink.left:
             if closed.is_set():
@@ -202,7 +202,7 @@ class RangedFile(FarFile):
                 elif failures:
                     closed.wait(min(30.0, PAUSE * 2 ** (failures - 1)))
 
-    def _request(self, first: int, sink: _Sink, closed: threading.Event) -> None:
+    def _request(self, first: int, sink: _Filling, closed: threading.Event) -> None:
         """Ask once for all that the sink still lacks."""
         with self._lock:
             if self._location is None:
@@ -324,7 +324,7 @@ PAUSE = 0.5
 """Seconds to wait after a first failure; each further one doubles them."""
 
 
-class _Sink:
+class _Filling:
     """Memory in several parts that is filled from the first byte to the last."""
 
     def __init__(self, parts: Sequence[memoryview]) -> None:
