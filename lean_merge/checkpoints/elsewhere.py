@@ -1,7 +1,7 @@
 """The seam to files whose bytes lie on other machines.
 
 Such a file has a stand-in here: a file of the same name and length, of which only the header was
-written. Whoever wants the bytes of a tensor finds the stand-in's path in `ELSEWHERE`.
+written. Whoever wants the bytes of a tensor finds the stand-in's path in `FAR_FILES`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Arrivals:
 
     def read(self, file: Path, ranges: Ranges, out: memoryview) -> None:
         """Fill `out` with the bytes of each range, one after the other. Raises CheckpointError."""
-        ELSEWHERE[file].read(ranges, out)
+        FAR_FILES[file].read(ranges, out)
 
     def done(self, index: int) -> None:
         """Take note that a task needs its bytes no longer."""
@@ -49,10 +49,10 @@ class FarFile(abc.ABC):
         """Begin to bring what tasks read, from all far files, into `room` bytes of memory."""
 
 
-ELSEWHERE: dict[Path, FarFile] = {}
+FAR_FILES: dict[Path, FarFile] = {}
 """The far files by their stand-ins."""
 
 
 def far_bytes(specs: Iterable[TensorSpec]) -> int:
     """Return how many bytes of these parts of tensors lie on other machines."""
-    return sum(spec.nbytes for spec in specs if spec.file in ELSEWHERE)
+    return sum(spec.nbytes for spec in specs if spec.file in FAR_FILES)

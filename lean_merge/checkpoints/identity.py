@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from lean_merge.checkpoints.elsewhere import ELSEWHERE
+from lean_merge.checkpoints.elsewhere import FAR_FILES
 from lean_merge.checkpoints.header import MAX_HEADER
 from lean_merge.checkpoints.safepaths import open_regular
 from lean_merge.errors import CheckpointError
@@ -43,7 +43,7 @@ def look_at(folder: Path, weights: Sequence[Path], others: Sequence[Path] = ()) 
     found: dict[Path, Any] = {}
     try:
         for file in (*weights, *others):
-            status, far = file.stat(), ELSEWHERE.get(file)
+            status, far = file.stat(), FAR_FILES.get(file)
             times = {"mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns}
             found[file] = {
                 "name": Path(os.path.relpath(file, folder)).as_posix(),

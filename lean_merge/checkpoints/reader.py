@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lean_merge.checkpoints.descriptors import DescriptorPool
-from lean_merge.checkpoints.elsewhere import ELSEWHERE, Arrivals, Tasks
+from lean_merge.checkpoints.elsewhere import FAR_FILES, Arrivals, Tasks
 from lean_merge.checkpoints.header import TensorSpec
 from lean_merge.checkpoints.identity import changed
 from lean_merge.checkpoints.pagecache import cached_share, fetch
@@ -95,7 +95,7 @@ class TensorReader:
     def expecting(self, tasks: Tasks, room: int) -> Iterator[None]:
         """Let bytes from other machines come ahead of the tasks, and take up to `room` bytes."""
         far = next(
-            (ELSEWHERE[each.file] for task in tasks for each in task if each.file in ELSEWHERE),
+            (FAR_FILES[each.file] for task in tasks for each in task if each.file in FAR_FILES),
             None,
         )
         if far is not None:
@@ -157,7 +157,7 @@ class TensorReader:
             return
         out = out.cast("B")
         done = 0
-        if spec.file in ELSEWHERE:
+        if spec.file in FAR_FILES:
             ranges = [(spec.offset + start, spec.offset + start + count) for start, count in spans]
             self._arrivals.read(spec.file, ranges, out)
             self.count(out.nbytes)
@@ -245,7 +245,7 @@ class TensorReader:
         If the system does not tell, the result is True.
         """
         try:
-            if spec.file in ELSEWHERE:
+            if spec.file in FAR_FILES:
                 return True
             with self._files.use(spec.file) as descriptor:
                 return cached_share(descriptor, spec.offset + start, length) > 0.5

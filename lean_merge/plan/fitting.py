@@ -14,7 +14,7 @@ import torch
 
 from lean_merge import memory
 from lean_merge.checkpoints import Checkpoint, WeightSource, torch_dtype
-from lean_merge.checkpoints.elsewhere import ELSEWHERE, ON_THE_WAY, far_bytes
+from lean_merge.checkpoints.elsewhere import FAR_FILES, ON_THE_WAY, far_bytes
 from lean_merge.mapping import LogicalWeight
 from lean_merge.methods import AnalysisCost
 from lean_merge.outputs import Output
@@ -324,7 +324,7 @@ def _arrivals(output: Output) -> int:
         far_bytes(weight.extents_of(part for each in weight.slices for part in each.roles))
         for weight in output.weights
     ]
-    is_far = any(far) or any(file in ELSEWHERE for file in output.mllm.files)
+    is_far = any(far) or any(file in FAR_FILES for file in output.mllm.files)
     return max(far, default=0) + ON_THE_WAY if is_far else 0
 
 

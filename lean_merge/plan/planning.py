@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lean_merge.checkpoints import FLOATING, Checkpoint, by_role, open_checkpoint, open_expert
-from lean_merge.checkpoints.elsewhere import ELSEWHERE, far_bytes
+from lean_merge.checkpoints.elsewhere import FAR_FILES, far_bytes
 from lean_merge.checkpoints.identity import Opened
 from lean_merge.checkpoints.sidefiles import with_side_files
 from lean_merge.errors import CoverageError
@@ -234,7 +234,7 @@ def _plan(
     sample = _sample(output)
     check_fits(tasks, footprint)
     files = (file for each in by_role(base, mllm, experts, parents).values() for file in each.files)
-    opened = sum(ELSEWHERE[file].opened for file in files if file in ELSEWHERE)
+    opened = sum(FAR_FILES[file].opened for file in files if file in FAR_FILES)
     return Plan(
         recipe=recipe,
         method=method,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lean_merge.checkpoints.elsewhere import ELSEWHERE, ON_THE_WAY, Arrivals, Ranges, Tasks
+from lean_merge.checkpoints.elsewhere import FAR_FILES, ON_THE_WAY, Arrivals, Ranges, Tasks
 from lean_merge.checkpoints.remote.client import (
     MOST_CONNECTIONS,
     TRAFFIC,
@@ -26,7 +26,7 @@ _LOOKAHEAD = 64
 """Among so many coming blocks, those that follow each other in their file are joined."""
 
 
-class _Block:
+class _Arrival:
     """Bytes [start, stop) of a file, which come for one task.
 
     `unread` counts the bytes that nobody has read yet. A block that is kept stays until its task is
@@ -66,14 +66,14 @@ class MovingWindow(Arrivals):
 
     def __init__(self, tasks: Tasks, room: int) -> None:
         self._tasks = [
-            [(spec.file, spec.offset, spec.nbytes) for spec in specs if spec.file in ELSEWHERE]
+            [(spec.file, spec.offset, spec.nbytes) for spec in specs if spec.file in FAR_FILES]
             for specs in tasks
         ]
         self._room = max(room, ON_THE_WAY)
         self._changed = threading.Condition()
         self._closed = threading.Event()
-        self._queue: deque[_Block] = deque()
-        self._blocks: dict[Path, list[_Block]] = {}
+        self._queue: deque[_Arrival] = deque()
+        self._blocks: dict[Path, list[_Arrival]] = {}
         self._listed = self._first = 0
         self._held = self._busy = 0
         self._threads: list[threading.Thread] = []
@@ -114,14 +114,14 @@ class MovingWindow(Arrivals):
         at = 0
         first, last = min(start for start, _ in ranges), max(stop for _, stop in ranges)
         if not self._knows(file, first, last):
-            ELSEWHERE[file].read(ranges, out)
+            FAR_FILES[file].read(ranges, out)
             return
         for start, stop in ranges:
             while start < stop:
                 block, until = self._next(file, start, stop)
                 part = out[at : at + until - start]
                 if block is None:
-                    ELSEWHERE[file].read([(start, until)], part)
+                    FAR_FILES[file].read([(start, until)], part)
                 else:
                     self._copy(block, start, part)
                 at, start = at + until - start, until
@@ -134,7 +134,7 @@ class MovingWindow(Arrivals):
             blocks = self._blocks.get(file, ())
             return any(block.start < last and block.stop > first for block in blocks)
 
-    def _next(self, file: Path, start: int, stop: int) -> tuple[_Block | None, int]:
+    def _next(self, file: Path, start: int, stop: int) -> tuple[_Arrival | None, int]:
         """Return the block that holds the byte `start`, if there is one, and up to where."""
         with self._changed:
             blocks = self._blocks.get(file, [])
@@ -147,7 +147,7 @@ class MovingWindow(Arrivals):
             following = blocks[at].start if at < len(blocks) else stop
             return None, min(stop, following)
 
-    def _copy(self, block: _Block, start: int, out: memoryview) -> None:
+    def _copy(self, block: _Arrival, start: int, out: memoryview) -> None:
         with self._changed:
             self._changed.wait_for(lambda: block.is_here or self._closed.is_set())
             if block.error is not None:
@@ -157,7 +157,7 @@ class MovingWindow(Arrivals):
             data = block.data
         if data is None:
             # It was read before, and is not kept.
-            ELSEWHERE[block.file].read([(start, start + out.nbytes)], out)
+            FAR_FILES[block.file].read([(start, start + out.nbytes)], out)
             return
         out[:] = data[start - block.start : start - block.start + out.nbytes]
         if not block.kept:
@@ -168,7 +168,7 @@ class MovingWindow(Arrivals):
                     self._blocks[block.file].remove(block)
                     self._changed.notify_all()
 
-    def _let_go(self, block: _Block) -> None:
+    def _let_go(self, block: _Arrival) -> None:
         self._held -= block.nbytes
         block.data = None
 
@@ -177,7 +177,7 @@ class MovingWindow(Arrivals):
     def _run(self) -> None:
         while (blocks := self._take()) is not None:
             error: Exception | None = None
-            file = ELSEWHERE[blocks[0].file]
+            file = FAR_FILES[blocks[0].file]
             assert isinstance(file, RangedFile)
             try:
                 parts = [block.data for block in blocks if block.data is not None]
@@ -195,7 +195,7 @@ class MovingWindow(Arrivals):
                         self._let_go(block)
                 self._changed.notify_all()
 
-    def _take(self) -> list[_Block] | None:
+    def _take(self) -> list[_Arrival] | None:
         """Wait until there is room for the next blocks, and return them; None in the end."""
         with self._changed:
             while not self._closed.is_set():
@@ -217,7 +217,7 @@ class MovingWindow(Arrivals):
     def _has_room(self) -> bool:
         return not self._held or self._held + self._queue[0].nbytes <= self._room
 
-    def _taken(self) -> list[_Block]:
+    def _taken(self) -> list[_Arrival]:
         blocks = [self._queue.popleft()]
         size = blocks[0].nbytes
         # Blocks that come before their turn must leave the first task its room.
@@ -250,11 +250,11 @@ class MovingWindow(Arrivals):
         for file, offset, nbytes in parts:
             for start in range(offset, offset + nbytes, BLOCK):
                 stop = min(start + BLOCK, offset + nbytes)
-                block = _Block(file, start, stop, self._listed, kept=kept)
+                block = _Arrival(file, start, stop, self._listed, kept=kept)
                 self._queue.append(block)
                 insort(self._blocks.setdefault(file, []), block, key=_start_of)
         self._listed += 1
 
 
-def _start_of(block: _Block) -> int:
+def _start_of(block: _Arrival) -> int:
     return block.start

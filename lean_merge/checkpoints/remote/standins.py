@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from lean_merge.checkpoints.elsewhere import ELSEWHERE
+from lean_merge.checkpoints.elsewhere import FAR_FILES
 from lean_merge.checkpoints.forms import Origin
 from lean_merge.checkpoints.header import MAX_HEADER
 from lean_merge.checkpoints.remote.addresses import Listing
@@ -50,7 +50,7 @@ def opened(listing: Listing) -> Origin:
                     place = folder / name
                     place.parent.mkdir(exist_ok=True)
                     place.write_bytes(content)
-                    ELSEWHERE[place] = RangedFile(f"{listing.address}/{name}", 0, mark, _nowhere)
+                    FAR_FILES[place] = RangedFile(f"{listing.address}/{name}", 0, mark, _nowhere)
                 places = [folder / name for name in listing.weights]
                 for _ in pool.map(_stand_in, places, listing.weights.values()):
                     pass
@@ -59,7 +59,7 @@ def opened(listing: Listing) -> Origin:
                     f"{home.name}: cannot be written ({error.strerror}); set TMPDIR to another "
                     "folder."
                 ) from error
-            ELSEWHERE.update(zip(places, listing.weights.values(), strict=True))
+            FAR_FILES.update(zip(places, listing.weights.values(), strict=True))
             origin = Origin(folder, listing.name, listing.revision, listing.address)
             _made[key] = home, origin
             return origin
