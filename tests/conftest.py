@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
+
+# One thread for each matrix product, here and in processes that tests start, which NumPy asks for
+# as it is loaded: several workers share the processors, and threads spin while they wait.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from collections.abc import Callable
 from typing import Any
 
@@ -15,16 +22,24 @@ from support.invariance import cut_tiles
 
 from lean_merge import MergeResult
 from lean_merge.engine import sums, taskvectors, update
+from lean_merge.plan import runfacts
 from lean_merge.tasks import tiles
 
 
 def pytest_configure() -> None:
-    """One thread for each matrix product, here and in processes that tests start.
+    """Let tests share what every merge and every process would do again.
 
-    Several workers share the processors, and OpenMP's threads spin while they wait for each other.
+    The digest of what the kernels compute is made once, but in tests/plan/test_probe.py. Nothing is
+    synced, since no power fails here: tests/store asserts syncs by the calls. What processes import
+    is compiled once.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
+    runfacts._probe = functools.cache(runfacts._probe)
+    for name in ("fsync", "fdatasync"):
+        if hasattr(os, name):
+            setattr(os, name, os.fstat)
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Mapping
@@ -64,6 +65,11 @@ __all__ = [
 
 def all_methods() -> Mapping[str, type[Method[Any]]]:
     """Import every module of this folder, and return all methods by their canonical names."""
+    _import_all()
+    return registered()
+
+
+@functools.cache
+def _import_all() -> None:
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
-    return registered()

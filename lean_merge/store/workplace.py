@@ -123,9 +123,11 @@ def checked_place(out: Path, inputs: Sequence[Path]) -> Path:
     if final.exists() and not final.is_dir():
         raise OutputError(f"{final}: is a file; choose a folder.")
     # The folders beside it may be deleted, so they must be no inputs either.
-    for place in (final, *_beside(final)):
-        for each in inputs:
-            _refuse_input(place, each)
+    places = [(place, _upward(place)) for place in (final, *_beside(final))]
+    for given in inputs:
+        source = _upward(given.resolve())
+        for place, own in places:
+            _refuse_input(place, own, given, source)
     return final
 
 
@@ -135,24 +137,30 @@ def _beside(final: Path) -> tuple[Path, Path]:
     return final.parent / f"{hidden}-new", final.parent / f"{hidden}-old"
 
 
-def _refuse_input(out: Path, given: Path) -> None:
-    source = given.resolve()
-    # Inodes are compared too, because names mislead on file systems that ignore case.
-    for one, other, where in ((out, source, "inside"), (source, out, "around")):
-        for parent in (one, *one.parents):
-            if parent == other or _same(parent, other):
-                place = "is" if parent == one else f"lies {where}"
-                raise OutputError(
-                    f"{out}: {place} the input {given}, which must not change; choose an output "
-                    "folder elsewhere."
-                )
+def _upward(path: Path) -> list[Any]:
+    """Return what tells `path` and each folder around it from others, from within outwards.
+
+    That is the inode, because names mislead on file systems that ignore case; or the path, if
+    nothing is there.
+    """
+    found: list[Any] = []
+    for each in (path, *path.parents):
+        try:
+            status = each.stat()
+            found.append((status.st_dev, status.st_ino))
+        except OSError:
+            found.append(each)
+    return found
 
 
-def _same(one: Path, other: Path) -> bool:
-    try:
-        return one.samefile(other)
-    except OSError:
-        return False
+def _refuse_input(out: Path, own: Sequence[Any], given: Path, source: Sequence[Any]) -> None:
+    for one, other, where in ((own, source, "inside"), (source, own, "around")):
+        if other[0] in one:
+            place = "is" if other[0] == one[0] else f"lies {where}"
+            raise OutputError(
+                f"{out}: {place} the input {given}, which must not change; choose an output "
+                "folder elsewhere."
+            )
 
 
 def find_workplace(

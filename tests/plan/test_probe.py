@@ -5,11 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 
+from lean_merge.plan import runfacts
 from lean_merge.plan.runfacts import environment
+
+
+@pytest.fixture(autouse=True)
+def fresh_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digest is computed each time; in other tests it is computed once (tests/conftest.py)."""
+    probe: Any = runfacts._probe
+    monkeypatch.setattr(runfacts, "_probe", probe.__wrapped__)
 
 
 def test_the_digest_is_the_same_whatever_the_callers_settings_are():
