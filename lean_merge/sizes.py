@@ -1,4 +1,4 @@
-"""Read and write byte sizes as people do: 5GB, 5GiB, 500MB, 1048576."""
+"""Read and write byte sizes as people do: 5GB, 5G, 5GiB, 500MB, 1048576."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import re
 from lean_merge.errors import RecipeError, shown
 
 _UNITS = {"": 1, "B": 1}
-_UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)}
-_UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", start=1)}
+for _power, _prefix in enumerate("KMGT", start=1):
+    _UNITS |= {_prefix: 1000**_power, f"{_prefix}B": 1000**_power}
+    _UNITS |= {f"{_prefix}I": 1024**_power, f"{_prefix}IB": 1024**_power}
 _SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]{0,3})\s*", re.ASCII)
 _LARGEST = 2**63 - 1
 """The largest number of bytes that a file system can address."""
 
 
 def parse_size(text: str | int) -> int:
-    """Return the number of bytes that `text` names, where GB is 10^9 and GiB is 2^30.
+    """Return the number of bytes that `text` names, where GB or G is 10^9 and GiB or Gi is 2^30.
 
     Raises
     ------

@@ -22,6 +22,7 @@ from lean_merge.cli.options import (
     Threads,
     Vram,
     option,
+    refuse_ignored,
     resources_of,
     shares_options_of_work,
     work_of,
@@ -73,6 +74,7 @@ def merge_command(
     """
     if out is None and work["recipe"] is None and work["output"] != "none" and not dry_run:
         raise RecipeError("Missing --out, the output folder; or give --output none.")
+    _refuse_without_folder(out, overwrite=overwrite, no_resume=no_resume)
     recipe, resources = work_of(**work)
     from lean_merge.cli import describe
     from lean_merge.cli.progress import progress
@@ -97,6 +99,11 @@ def merge_command(
         echo(json.dumps(result.report))
     elif not quiet:
         echo(describe.result_text(result.path, result.report))
+
+
+def _refuse_without_folder(out: Path | None, **options: bool) -> None:
+    if out is None:
+        refuse_ignored(options, options, "no output folder")
 
 
 def _planned(
@@ -135,6 +142,7 @@ def plan_command(
     debug: Debug = False,
 ) -> None:
     """Say what a merge would do, and what memory and disk it takes, from headers alone."""
+    _refuse_without_folder(out, overwrite=overwrite, no_resume=no_resume)
     plan = _planned(*work_of(**work), analysis, quiet=quiet)
     _show_plan(plan, out, overwrite=overwrite, resume=not no_resume, json_=as_json, quiet=quiet)
 
@@ -201,6 +209,9 @@ def verify_command(
     of the others, a twentieth but at least 8, is merged again. The exit code is 3 if anything
     differs.
     """
+    if without_inputs:
+        given = {"full": full, "seed": seed, "memory": memory, "vram": vram, "cuda": cuda}
+        refuse_ignored(given, given, "--without-inputs, which merges nothing again")
     resources = resources_of(device, memory, vram, threads, cuda=cuda)
     from lean_merge.cli import describe
     from lean_merge.verify import verify

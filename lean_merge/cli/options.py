@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -14,7 +14,14 @@ import typer
 from lean_merge.cli.helping import METHOD, MODELS, OUTPUT, RESOURCES, RUN
 from lean_merge.cli.methodtable import by_name, default_of
 from lean_merge.errors import RecipeError
-from lean_merge.recipe import OUT_DTYPES, ROUNDINGS, MergeRecipe, load_recipe_file, parse_yaml
+from lean_merge.recipe import (
+    OUT_DTYPES,
+    ROUNDINGS,
+    MergeRecipe,
+    load_recipe_file,
+    parse_yaml,
+    reject_unknown,
+)
 from lean_merge.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -22,6 +29,12 @@ if TYPE_CHECKING:
 
 MERGEKITS = ("models", "slices", "modules", "gate_mode")
 """Keys that only mergekit's own recipes have."""
+IGNORED: Mapping[str, tuple[str, ...]] = {
+    "checkpoint": ("lora_rank", "lora_uniform_rank"),
+    "lora": ("shard_size", "rounding"),
+    "none": ("lora_rank", "lora_uniform_rank", "shard_size", "out_dtype", "rounding"),
+}
+"""The options that have no effect with an output."""
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(MergeRecipe)}
 
 
@@ -466,9 +479,18 @@ def work_of(**work: Any) -> tuple[MergeRecipe, Resources]:
         "force": asked.force or None,
     }
     recipe = _recipe(asked.recipe, wanted, parameters, asked.parent or [])
+    refuse_ignored(work, IGNORED.get(recipe.output, ()), f"--output {recipe.output}")
     return recipe, resources_of(
         asked.device, asked.memory, asked.vram, asked.threads, cuda=asked.cuda
     )
+
+
+def refuse_ignored(given: Mapping[str, Any], ignored: Iterable[str], where: str) -> None:
+    """Raise RecipeError for the first option that was given, and that has no effect there."""
+    for name in ignored:
+        if given.get(name) not in (None, False, []):
+            flag = f"--{name.replace('_', '-')}"
+            raise RecipeError(f"{flag} has no effect with {where}; leave it out.")
 
 
 def resources_of(
@@ -506,6 +528,7 @@ def _recipe(
             if isinstance(expert, dict) and isinstance(expert.get("parameters"), dict):
                 own = expert["parameters"]
                 expert["parameters"] = {n: v for n, v in own.items() if n not in flags}
+    reject_unknown(data, _DEFAULTS, "the recipe")
     needed = {"--base": "base_model", "--expert": "experts"}
     missing = [flag for flag, name in needed.items() if not data.get(name)]
     if missing:

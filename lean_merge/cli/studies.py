@@ -16,6 +16,7 @@ from lean_merge.cli.options import (
     NoResume,
     Quiet,
     option,
+    refuse_ignored,
     shares_options_of_work,
     work_of,
 )
@@ -52,6 +53,8 @@ def analyze_command(
     stages and scale, without looking again. Models that do not share one base are compared
     instead, and the exit code is 1.
     """
+    ignored = ("output", "lora_rank", "lora_uniform_rank", "shard_size")
+    refuse_ignored(work, ignored, "analyze, which writes no model")
     recipe, resources = work_of(**work)
     from lean_merge.checkpoints import downloads_shown
     from lean_merge.cli import describe

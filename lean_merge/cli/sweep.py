@@ -13,6 +13,7 @@ from lean_merge.cli.options import (
     Json,
     Quiet,
     option,
+    refuse_ignored,
     shares_options_of_work,
     work_of,
 )
@@ -109,6 +110,10 @@ def sweep_command(
     from lean_merge.page import INSTALL_PLOTLY
     from lean_merge.studies.sweep import Evaluation, Grid, MethodGrid, PointEvent, sweep
 
+    swept = {"threshold": thresholds, "scale": scales, "temperature": temperatures}
+    for name, values in swept.items():
+        if values is not None:
+            refuse_ignored(work, [name], f"--{name}s, which says what is tried")
     grid: Grid | MethodGrid
     if tried:
         if thresholds or stages or scales or temperatures:

@@ -176,7 +176,7 @@ def nearest(entry: str, places: Sequence[Position]) -> str:
     if _RANGES.fullmatch(entry.strip()):
         return f"the layers are 0-{layers - 1}."
     words = {word for place in places for word in place.canonical.split(".") if word != "layers"}
-    near = difflib.get_close_matches(entry, sorted(words - set("0123456789")), n=1, cutoff=0.0)
+    near = difflib.get_close_matches(entry, sorted(words - set("0123456789")), n=1)
     example = places[0].canonical if places else "layers.0.self_attn.q_proj"
     hint = f"the nearest part of a name is {near[0]!r}, " if near else ""
     return f"{hint}and a name is {example!r}."

@@ -14,6 +14,7 @@ from lean_merge.recipe.yamlfile import dump_yaml, load_yaml
 from lean_merge.sizes import parse_size
 
 OUT_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 ROUNDINGS = ("nearest", "stochastic")
 SCOPES = ("matrices", "language")
 _PLAIN_FIELDS = (
@@ -97,8 +98,8 @@ class MergeRecipe:
     lora_uniform_rank : bool
         Whether zeros bring every module of an adapter to the largest rank among them.
     out_dtype : str
-        The dtype of the in-scope weights. With `auto`, each keeps the dtype that it has in the
-        MLLM, and an adapter's factors are float32.
+        The dtype of the in-scope weights; bf16, fp16 and fp32 are understood. With `auto`, each
+        keeps the dtype that it has in the MLLM, and an adapter's factors are float32.
     rounding : str
         `nearest`, or `stochastic`, which differs from it for dtypes below float32.
     seed : int
@@ -151,6 +152,8 @@ class MergeRecipe:
         object.__setattr__(self, "include", _filters(self.include, "include"))
         object.__setattr__(self, "exclude", _filters(self.exclude, "exclude"))
         object.__setattr__(self, "shard_size", parse_size(self.shard_size))
+        if isinstance(wanted := self.out_dtype, str):
+            object.__setattr__(self, "out_dtype", _SHORT_DTYPES.get(wanted, wanted))
         if not experts:
             raise RecipeError("A merge needs at least one expert; name it with --expert.")
         _check_model("base_model", self.base_model)
@@ -237,8 +240,8 @@ class MergeRecipe:
         Raises
         ------
         RecipeError
-            A key is unknown, and the message names the nearest one; a required key is missing; or
-            a value makes no sense.
+            A key is unknown, and the message names the nearest one and its line; a required key is
+            missing; or a value makes no sense.
         """
         known = [field.name for field in dataclasses.fields(cls)]
         reject_unknown(data, known, "recipe")
@@ -254,13 +257,15 @@ class MergeRecipe:
 
 
 def reject_unknown(given: Iterable[Any], known: Iterable[str], where: str) -> None:
-    """Raise RecipeError for the first key of `given` that is unknown, and name the nearest one."""
+    """Raise RecipeError for the first unknown key of `given`; name a near one, or those known."""
     names = list(known)
     for key in given:
         if key not in names:
-            near = difflib.get_close_matches(str(key)[:80], names, n=1, cutoff=0.0)
-            hint = f"; the nearest known one is {near[0]!r}" if near else ""
-            raise RecipeError(f"Unknown key {shown(key)} in {where}{hint}.")
+            near = difflib.get_close_matches(str(key)[:80], names, n=1)
+            others = f"known are {', '.join(names)}"
+            hint = f"the nearest known one is {near[0]!r}" if near else others
+            line = f" (line {key.line})" if hasattr(key, "line") else ""
+            raise RecipeError(f"Unknown key {shown(key)} in {where}{line}; {hint}.")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -307,8 +312,8 @@ def _frozen(parameters: Any, where: str) -> Parameters:
     if not isinstance(parameters, Mapping):
         raise RecipeError(f"{where} must be a mapping, not {shown(parameters)}.")
     return tuple(
-        (str(name), _frozen_value(value, f"{where}: {shown(name)}"))
-        for name, value in parameters.items()
+        (name if isinstance(name, str) else str(name), _frozen_value(v, f"{where}: {shown(name)}"))
+        for name, v in parameters.items()
     )
 
 
@@ -380,7 +385,7 @@ def _is_storable(text: str) -> bool:
 
 
 def _plain(parameters: Parameters) -> dict[str, Any]:
-    return {name: _plain_value(value) for name, value in parameters}
+    return {str(name): _plain_value(value) for name, value in parameters}
 
 
 def _plain_value(value: Any) -> Any:

@@ -11,6 +11,7 @@ from lean_merge.errors import RecipeError, shown
 
 MAX_TEXT = 1 << 18
 """The most bytes of a recipe; real ones have a few hundred."""
+_TEXT, _KEY = "tag:yaml.org,2002:str", "!lean-merge-key"
 
 
 def load_recipe_file(path: Path) -> dict[str, Any]:
@@ -23,19 +24,19 @@ def load_recipe_file(path: Path) -> dict[str, Any]:
     """
     try:
         # A pipe does not tell its size beforehand, and a device may have no end.
-        with open(path, "rb") as stream:
+        with open(path.expanduser(), "rb") as stream:
             data = stream.read(MAX_TEXT + 1)
         text = data.decode("utf-8")
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise RecipeError(f"{path}: the recipe cannot be read ({error}).") from error
-    return load_yaml(text)
+    return load_yaml(text, what=f"recipe {path}")
 
 
-def load_yaml(text: str) -> dict[str, Any]:
+def load_yaml(text: str, *, what: str = "recipe") -> dict[str, Any]:
     """Return a recipe's YAML mapping as plain data. Raises RecipeError."""
-    data = parse_yaml(text, what="recipe")
+    data = parse_yaml(text, what=what)
     if not isinstance(data, dict):
-        raise RecipeError("The recipe must be a YAML mapping, starting with merge_method: ...")
+        raise RecipeError(f"The {what} must be a YAML mapping, starting with merge_method: ...")
     return data
 
 
@@ -55,13 +56,22 @@ def parse_yaml(text: str, *, what: str) -> Any:
     try:
         return yaml.load(text, _UniqueKeyLoader)
     except Exception as error:  # the constructors raise Key-, Index- and AttributeErrors too
-        fault = shown(" ".join(str(error).split()))[1:-1]
-        raise RecipeError(f"The {what} is not valid YAML: {fault}") from error
+        mark = getattr(error, "problem_mark", None)
+        line = "" if mark is None else f" in line {mark.line + 1}"
+        told = str(getattr(error, "problem", None) or error)
+        fault = shown(" ".join(told.split()))[1:-1]
+        raise RecipeError(f"The {what} is not valid YAML{line}: {fault}.") from error
 
 
 def dump_yaml(data: Any) -> str:
     """Return plain data as YAML, in the given order."""
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+
+
+class _Key(str):
+    """A mapping's key that knows the line in which it stands, for messages."""
+
+    line: int
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -78,4 +88,14 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                         f"{key.start_mark.line + 1}"
                     )
                 seen.add((key.tag, key.value))
+                if key.tag == _TEXT:
+                    key.tag = _KEY
         return node
+
+    def construct_key(self, node: yaml.ScalarNode) -> _Key:
+        key = _Key(self.construct_scalar(node))
+        key.line = node.start_mark.line + 1
+        return key
+
+
+_UniqueKeyLoader.add_constructor(_KEY, _UniqueKeyLoader.construct_key)

@@ -95,6 +95,7 @@ def choose(folder: Path, start: Mapping[str, Any], *, overwrite: bool, resume: b
         if not overwrite:
             raise OutputError(f"{folder}: cannot be resumed, because {reason}; {_START_OVER}.")
     elif state is State.UNFINISHED and not overwrite:
+        _refuse_to_lose(folder, overwrite=True, known="")
         raise OutputError(
             f"{folder}: holds an unfinished lean-merge output without a journal, which cannot be "
             "resumed; allow replacing it with --overwrite, or choose another folder."
@@ -124,13 +125,9 @@ def _refuse_to_lose(folder: Path, *, overwrite: bool, known: str) -> None:
     """Raise OutputError unless the content of `folder`, which is not empty, may be replaced.
 
     Only a model, or part of one, with nothing else beneath, may be: overwriting deletes the old
-    folder, and a home folder passed by mistake must survive that.
+    folder, and a home folder passed by mistake must survive that. --overwrite is advised only
+    where it would help.
     """
-    if not overwrite:
-        raise OutputError(
-            f"{folder}: is not empty{known}; allow replacing it with --overwrite, or choose "
-            "another folder."
-        )
     entries = sorted(folder.iterdir())
     names = {each.name for each in entries}
     model = any(name.endswith((".safetensors", ".safetensors" + PARTIAL)) for name in names)
@@ -151,6 +148,11 @@ def _refuse_to_lose(folder: Path, *, overwrite: bool, known: str) -> None:
         raise OutputError(
             f"{folder}: cannot be renamed, because a disk is mounted there or it is another user's "
             "in a shared folder, and so it cannot be replaced; choose a folder inside it."
+        )
+    if not overwrite:
+        raise OutputError(
+            f"{folder}: is not empty{known}; allow replacing it with --overwrite, or choose "
+            "another folder."
         )
 
 

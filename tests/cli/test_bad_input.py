@@ -331,6 +331,12 @@ def test_a_weight_that_is_lacking_is_refused_or_left(
         (["--set", "temperature"], ["--set", "NAME=VALUE"]),
         (["--set", "temperature=hot"], ["temperature", "hot"]),
         (["--method", "task-arithmetic", "--threshold", "0.5"], ["threshold", "task_arithmetic"]),
+        (["--set", "volume=11"], ["'volume'", "known are threshold, "]),
+        (["--parent", "2=x"], ["--parent 2=x", "1 expert"]),
+        (["--cuda"], ["--cuda and --device cpu contradict"]),
+        (["--lora-rank", "4"], ["--lora-rank has no effect with --output checkpoint"]),
+        (["--output", "lora", "--shard-size", "1GB"], ["--shard-size has no effect with --output"]),
+        (["--output", "none", "--rounding", "nearest"], ["--rounding has no effect"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -348,6 +354,10 @@ def test_an_argument_that_makes_no_sense_is_refused(
         (["merge", "--treshold", "0.4", "--out", "o"], ["No such option", "--threshold"]),
         (["merge", "--threshold", "high", "--out", "o"], ["--threshold", "number"]),
         (["merge"], ["--out"]),
+        (["plan", "--overwrite"], ["--overwrite has no effect with no output folder"]),
+        (["merge", "--output", "none", "--no-resume"], ["--no-resume has no effect"]),
+        (["analyze", "--out", "o", "--lora-rank", "2"], ["--lora-rank has no effect with analyze"]),
+        (["verify", "o", "--without-inputs", "--full"], ["--full has no effect"]),
         (["inspect"], ["Missing argument"]),
         (["mrege"], ["mrege"]),
     ],
@@ -433,6 +443,30 @@ def test_a_recipe_file_that_is_no_recipe_is_refused(
         cli.main(["merge", str(file), "--out", str(tmp_path / "out")])
     assert left.value.code == USAGE
     assert "recipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: 1\na: 2", ["twice", "line 2"]),
+        ("merge_method: ties\nexperts: [", ["not valid YAML in line 2"]),
+        ("base_modle: x\nseed: 3", ["'base_modle'", "line 1", "'base_model'"]),
+        ("base_model: x\nexperts: [y]\nzeal: 3", ["'zeal'", "line 3", "known are base_model, "]),
+        ("experts:\n  - model: x\n    modle: y\nbase_model: z", ["'modle'", "line 3"]),
+        ("base_model: x\nexperts: [y]\nmllm_model: z\nparameters:\n  scal: 1", ["line 5", "scale"]),
+    ],
+)
+def test_what_is_wrong_in_a_recipe_file_is_told_with_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, words: list[str]
+):
+    """An unknown key is told before one that is missing, since it may be that one misspelt."""
+    file = tmp_path / "recipe.yml"
+    file.write_text(text)
+    with pytest.raises(SystemExit) as left:
+        cli.main(["merge", str(file), "--out", str(tmp_path / "out")])
+    told = capsys.readouterr().err
+    assert left.value.code == USAGE
+    assert not [word for word in words if word not in told], told
 
 
 def test_a_recipe_file_that_is_not_there_is_refused(
@@ -583,8 +617,10 @@ def test_an_output_that_is_not_empty_is_refused(refused: Run, tmp_path: Path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.txt").write_text("mine")
-    assert "--overwrite" in refused(code=FAILED)
-    assert "no model that could be overwritten" in refused("--overwrite", code=FAILED)
+    for flags in ((), ("--overwrite",)):
+        message = refused(*flags, code=FAILED)
+        assert "holds no model that could be overwritten" in message
+        assert "--overwrite" not in message
     assert contents(out) == {"thesis.txt": b"mine"}
 
 

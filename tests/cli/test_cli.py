@@ -112,6 +112,7 @@ FLAGS: list[tuple[str, list[object], dict[str, Any]]] = [
     ("rank", ["--rank", "auto"], {"rank": "auto"}),
     ("svd", ["--svd", "exact"], {"svd": "exact"}),
     ("importance", ["--importance", "relative"], {"importance": "relative"}),
+    ("sizes", ["--memory", "10G", "--out-dtype", "bf16"], {}),
     ("set", ["--set", "similarity_weight=sigma"], {"similarity_weight": "sigma"}),
 ]
 
