@@ -17,16 +17,27 @@ from lean_merge.tasks import Truncated, WeightResult, Written, decision_fields, 
 from lean_merge.version import __version__
 
 REPORT_VERSION = 1
-OMITTED_WARNING = 0.025
-"""The report warns above this modelled share of an update beyond the computed rank."""
-ANGLE_WARNING = 0.1
-"""The report warns above this sine of the angle error of directions that carry an update."""
-DOUBT_WARNING = 0.05
-"""The report warns above this share of a nuclear norm that may be rounding."""
-CUT_WARNING = 0.05
-"""The report warns above this share of an update's norm that an adapter's rank cuts off."""
-KEPT_WARNING = 0.9
-"""The report warns below this share of an update that survives rounding."""
+_ACCURACY = (
+    (
+        "omitted_share",
+        0.025,
+        "directions beyond the computed rank may carry up to {:.0%} of the update in {} weights; "
+        "--rank N computes more, --svd exact all",
+    ),
+    (
+        "lambda_doubt",
+        0.05,
+        "up to {:.0%} of a nuclear norm, and with it of lambda, may be rounding in {} weights "
+        "whose task vectors are nearly of low rank; --svd exact computes it",
+    ),
+    (
+        "angle_error",
+        0.1,
+        "directions that carry the update are known to a sine of {:.2f} only in {} weights; --svd "
+        "exact computes them fully",
+    ),
+)
+"""Fields of selected records, the values above which the report warns, and the warnings."""
 
 
 def build_report(
@@ -67,12 +78,11 @@ def build_report(
         "warnings": [
             *dict.fromkeys([*plan.coverage.warnings, *look.warnings, *_analysis_warnings(plan)]),
             *plan.notes,
-            *kept_warnings(result),
+            *plan.output.warnings(result.weights),
             *accuracy_warnings(result),
             *plan.method.warnings([r for weight in result.weights for r in weight.experts]),
             *non_finite_warnings(result),
             *(code_warnings(code) if plan.output.is_model else ()),
-            *adapter_warnings(result),
             *fallback_warnings(result),
         ],
         "fallbacks": [
@@ -144,7 +154,7 @@ def measures(
 
 def weight_rows(plan: Plan, weight: WeightResult) -> list[dict[str, Any]]:
     """Return one row for each expert of a logical weight."""
-    kept = update_kept(weight)
+    kept = weight.stored.kept if isinstance(weight.stored, Written) else None
     cut = weight.stored if isinstance(weight.stored, Truncated) else None
     rows = []
     for expert, (record, square) in enumerate(
@@ -204,66 +214,21 @@ def _squared_update(weight: WeightResult) -> float | None:
     return None if math.isnan(squared) else squared
 
 
-def update_kept(weight: WeightResult) -> float | None:
-    """Return the share of an update that rounding kept: <stored change, update> / ||update||^2.
-
-    It is None for a zero update, of which nothing can be lost, and where no sum was stored.
-    """
-    if not isinstance(weight.stored, Written) or not _squared_update(weight):
-        return None
-    return weight.stored.along / weight.stored.squared
-
-
-def kept_warnings(result: RunResult) -> list[str]:
-    """Warn if rounding to the output dtype lost a large part of an update."""
-    kept = [share for weight in result.weights if (share := update_kept(weight)) is not None]
-    ways_out = "--rounding stochastic or --out-dtype float32 keep it"
-    if kept and all(share < 0.01 for share in kept):
-        return [f"nothing of any update survives rounding to the output dtype; {ways_out}"]
-    low = [share for share in kept if share < KEPT_WARNING]
-    if not low:
-        return []
-    return [
-        f"rounding to the output dtype keeps less than {KEPT_WARNING:.0%} of the update in "
-        f"{len(low)} of {len(kept)} weights (worst {min(low):.0%}); {ways_out}"
-    ]
-
-
 def accuracy_warnings(result: RunResult) -> list[str]:
     """Warn of weights whose sketches did not reach the accuracy that they aim at."""
-    selected = [r for weight in result.weights for r in weight.experts if r.selected]
-    shares = [s for r in selected if (s := r.omitted_share or 0.0) > OMITTED_WARNING]
-    doubts = [d for r in selected if (d := r.lambda_doubt or 0.0) > DOUBT_WARNING]
-    angles = [a for r in selected if (a := r.angle_error or 0.0) > ANGLE_WARNING]
-    warnings = []
-    if shares:
-        warnings.append(
-            f"directions beyond the computed rank may carry up to {max(shares):.0%} of the update "
-            f"in {len(shares)} weights; --rank N computes more, --svd exact all"
-        )
-    if doubts:
-        warnings.append(
-            f"up to {max(doubts):.0%} of a nuclear norm, and with it of lambda, may be rounding in "
-            f"{len(doubts)} weights whose task vectors are nearly of low rank; --svd exact "
-            "computes it"
-        )
-    if angles:
-        warnings.append(
-            f"directions that carry the update are known to a sine of {max(angles):.2f} only in "
-            f"{len(angles)} weights; --svd exact computes them fully"
-        )
+    warnings, selected = [], [r for w in result.weights for r in w.experts if r.selected]
+    for field, bar, text in _ACCURACY:
+        high = [value for r in selected if (value := getattr(r, field) or 0.0) > bar]
+        warnings += [text.format(max(high), len(high))] if high else []
     return warnings
 
 
 def non_finite_warnings(result: RunResult) -> list[str]:
     """Warn of NaN or Inf in copied tensors; they are normal in a mask, but not in a weight."""
     names = result.non_finite
-    if not names:
-        return []
-    shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-    return [
-        f"{len(names)} of the tensors that are copied from the MLLM hold NaN or Inf ({shown}); "
-        "the output has them too"
+    return names and [
+        f"{len(names)} of the tensors that are copied from the MLLM hold NaN or Inf "
+        f"({_few(names)}); the output has them too"
     ]
 
 
@@ -271,23 +236,14 @@ def code_warnings(code: Sequence[str]) -> list[str]:
     """Warn that the MLLM brings code, which this program has not checked."""
     if not code:
         return []
-    shown = ", ".join(code[:4]) + (", ..." if len(code) > 4 else "")
     return [
-        f"the MLLM brings code of its own ({shown}); it was copied as data and not run, and is "
-        "run by who loads the output with trust_remote_code=True"
+        f"the MLLM brings code of its own ({_few(code)}); it was copied as data and not run, and "
+        "is run by whoever loads the output with trust_remote_code=True"
     ]
 
 
-def adapter_warnings(result: RunResult) -> list[str]:
-    """Warn if a rank that was asked for cuts off a large part of an update."""
-    cuts = [w.stored.error for w in result.weights if isinstance(w.stored, Truncated)]
-    large = [error for error in cuts if error > CUT_WARNING]
-    if not large:
-        return []
-    return [
-        f"the adapter's rank cuts off up to {max(large):.0%} of the update's norm in {len(large)} "
-        f"of {len(cuts)} weights; a larger --lora-rank keeps more"
-    ]
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def fallback_warnings(result: RunResult) -> list[str]:

@@ -38,7 +38,10 @@ from lean_merge.outputs.peft import (
 )
 from lean_merge.sizes import format_size
 from lean_merge.store import OutputFolder
-from lean_merge.tasks import CopyTask, Truncated, WeightTask
+from lean_merge.tasks import CopyTask, Truncated, WeightResult, WeightTask
+
+CUT_WARNING = 0.05
+"""A warning is given above this share of an update's norm that an adapter's rank cuts off."""
 
 
 class AdapterSink(BlockSink):
@@ -125,6 +128,17 @@ class AdapterOutput(Output):
     def notes(self) -> tuple[str, ...]:
         """Return warnings for people, in sentences."""
         return self._modules.notes
+
+    def warnings(self, weights: Sequence[WeightResult]) -> list[str]:
+        """Warn if a rank that was asked for cuts off a large part of an update."""
+        cuts = [each.stored.error for each in weights if isinstance(each.stored, Truncated)]
+        large = [error for error in cuts if error > CUT_WARNING]
+        if not large:
+            return []
+        return [
+            f"the adapter's rank cuts off up to {max(large):.0%} of the update's norm in "
+            f"{len(large)} of {len(cuts)} weights; a larger --lora-rank keeps more"
+        ]
 
     @property
     def facts(self) -> Mapping[str, Any]:

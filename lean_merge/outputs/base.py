@@ -171,6 +171,11 @@ class Output(abc.ABC):
         """Return warnings for people, in sentences."""
         return ()
 
+    def warnings(self, weights: Sequence[WeightResult]) -> list[str]:
+        """Return sentences on what storing lost of the updates."""
+        del weights
+        return []
+
     @property
     def facts(self) -> Mapping[str, Any]:
         """Return what decides the bytes beside recipe and inputs, for the journal."""

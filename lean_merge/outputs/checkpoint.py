@@ -39,7 +39,7 @@ from lean_merge.store import (
     WriteBytes,
     plan_shards,
 )
-from lean_merge.tasks import CopyTask, Note, WeightTask, to_note
+from lean_merge.tasks import CopyTask, Note, WeightResult, WeightTask, Written, to_note
 
 _STEP = 1 << 18
 """The count of bytes that are compared at once, which is too small to matter to the budget."""
@@ -167,6 +167,12 @@ class CheckpointComparison(Comparison):
         return found
 
 
+KEPT_WARNING = 0.9
+"""A warning is given below this share of an update that survives rounding."""
+KEEPING = "--output lora, --rounding stochastic and --out-dtype float32 keep it"
+"""The ways to lose nothing of an update."""
+
+
 def _entries(task: CopyTask | WeightTask) -> int:
     return task.tensor.nbytes // torch_dtype(task.tensor.dtype).itemsize
 
@@ -189,6 +195,20 @@ class CheckpointOutput(Output):
     def notes(self) -> tuple[str, ...]:
         """Return a warning if side files are missing that the output should have."""
         return (*missing_from_cache(self.mllm), *left_out(self.mllm))
+
+    def warnings(self, weights: Sequence[WeightResult]) -> list[str]:
+        """Warn if rounding to the output dtype lost a large part of an update."""
+        stored = [each.stored.kept for each in weights if isinstance(each.stored, Written)]
+        kept = [share for share in stored if share is not None]
+        if kept and all(share < 0.01 for share in kept):
+            return [f"nothing of any update survives rounding to the output dtype; {KEEPING}"]
+        low = [share for share in kept if share < KEPT_WARNING]
+        if not low:
+            return []
+        return [
+            f"rounding to the output dtype keeps less than {KEPT_WARNING:.0%} of the update in "
+            f"{len(low)} of {len(kept)} weights (worst {min(low):.0%}); {KEEPING}"
+        ]
 
     @property
     def bytes_on_disk(self) -> int:

@@ -20,6 +20,11 @@ class Written:
     along: float
     squared: float
 
+    @property
+    def kept(self) -> float | None:
+        """Return the share of the update that rounding kept; None for one of zeros."""
+        return self.along / self.squared if self.squared else None
+
     @classmethod
     def of(cls, parts: Sequence[Written]) -> Written:
         """Return the sum of all `parts`."""
