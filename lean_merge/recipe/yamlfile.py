@@ -68,7 +68,7 @@ def dump_yaml(data: Any) -> str:
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 
-class _Key(str):
+class _LinedKey(str):
     """A mapping's key that knows the line in which it stands, for messages."""
 
     line: int
@@ -92,8 +92,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                     key.tag = _KEY
         return node
 
-    def construct_key(self, node: yaml.ScalarNode) -> _Key:
-        key = _Key(self.construct_scalar(node))
+    def construct_key(self, node: yaml.ScalarNode) -> _LinedKey:
+        key = _LinedKey(self.construct_scalar(node))
         key.line = node.start_mark.line + 1
         return key
 
