@@ -305,7 +305,7 @@ def test_a_short_spectrum_is_warned_of(tmp_path: Path):
         ("wudi", {"start": "median"}, "start must be one of sum, mean"),
         ("optmerge", {"rank": "some"}, "rank must be 'auto' or a whole number"),
         ("svc", {"alpha": 0.0}, "alpha must be 'auto', or lie above 0"),
-        ("svc", {"eta": 0.1}, "Unknown key 'eta' in parameters of svc; known are alpha"),
+        ("svc", {"eta": 0.1}, "Unknown key 'eta' in parameters of svc; known are scale"),
     ],
     ids=str,
 )
