@@ -115,5 +115,5 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "TILE_ELEMENTS", 16 * 64)
     for module in (tiles, sums, taskvectors, update):
         monkeypatch.setattr(module, "READ_ELEMENTS", 8 * 64)
-    for module in (tiles, update):
+    for module in (tiles, sums, taskvectors):
         monkeypatch.setattr(module, "STRIP_ELEMENTS", 4 * 64)

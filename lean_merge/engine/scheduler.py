@@ -16,7 +16,7 @@ Four rules say what may overlap:
    one of them or both, and begins once they are free.
 2. No analysis begins while more than `Plan.waiting` updates wait to be stored; there is memory for
    that many beside it.
-3. An analysis leaves the arena when it has decided. If its update reads task vectors, it stays
+3. An analysis leaves the arena when it has decided. If its update reads tiles there, it stays
    until the rows are written.
 4. A few tensors may be on their way to the output, but no more than one weight may be while the
    calling thread waits for the next decision. If no update may wait, a tensor is finished, and the
@@ -283,7 +283,7 @@ class Scheduler:
         recipe, dtype = self._plan.recipe, torch_dtype(task.tensor.dtype)
         output = OutputRows(dtype, recipe.rounding, recipe.seed, write)
         rows = RowWriter(decided.vectors, decided.decision.update, output, reader, self._workers)
-        stays = rows.reads_task_vectors
+        stays = rows.reads_arena
         jobs = self._workers.submit(rows.write_tile, rows.tiles, can_wait=not stays)
         if stays:
             wait(jobs)

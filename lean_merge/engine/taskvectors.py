@@ -6,8 +6,9 @@ Some tiles stay resident in memory; the others are read again for every pass.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
+from operator import add
 
 import torch
 from torch import Tensor
@@ -97,6 +98,11 @@ class TaskVectors:
         """Return the lanes that get at least one tile."""
         return range(min(LANES, len(self.tiles)))
 
+    @property
+    def stays(self) -> bool:
+        """Return whether any tile stays in the arena."""
+        return bool(self._resident)
+
     def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return memory on the device that computes; on the CPU, each thread reuses its buffer."""
         if self.device.type == "cpu":
@@ -129,13 +135,41 @@ class TaskVectors:
                 self._form(index, self._resident[index])
                 self._formed[index] = True
             return [*self._resident[index]]
-        shape = self._tile_shape(index)
-        out = [
+        out = self._borrow(self.tiles[index], wanted)
+        self._form(index, out)
+        return out
+
+    def tile_strips(
+        self, index: int, wanted: Sequence[bool]
+    ) -> Iterator[tuple[slice, list[Tensor | None]]]:
+        """Yield the strips of one tile, each with its rows of the wanted task vectors.
+
+        Those are valid until the next strip, and in the processor's cache unless a whole tile must
+        be read.
+        """
+        tile, sources = self.tiles[index], (self.weight.base, *self.weight.others)
+        turned = index < len(self._resident) or any(source.in_columns for source in sources)
+        whole = any(wanted) and turned
+        given = self.tile(index, wanted) if whole else []
+        squares = [0.0] * len(wanted)
+        for rows in strips(tile, self.shape[1], STRIP_ELEMENTS):
+            if whole:
+                at = slice(rows.start - tile.start, rows.stop - tile.start)
+                yield rows, [None if each is None else each[at] for each in given]
+                continue
+            given = self._borrow(rows, wanted)
+            if any(wanted):
+                squares = [*map(add, squares, self._subtract(rows, given))]
+            yield rows, given
+        if not whole:
+            self._note_squares(index, given, squares)
+
+    def _borrow(self, rows: slice, wanted: Sequence[bool]) -> list[Tensor | None]:
+        shape = rows.stop - rows.start, self.shape[1]
+        return [
             self._workers.buffer(f"task {role}", shape, self.task_dtype) if is_wanted else None
             for role, is_wanted in enumerate(wanted)
         ]
-        self._form(index, out)
-        return out
 
     def _tile_shape(self, index: int) -> tuple[int, int]:
         tile = self.tiles[index]
@@ -143,7 +177,11 @@ class TaskVectors:
 
     def _form(self, index: int, out: Sequence[Tensor | None]) -> None:
         """Write the task vectors of one tile to `out` on the CPU, and keep their squared norms."""
-        squares = self._subtract(self.tiles[index], out)
+        self._note_squares(index, out, self._subtract(self.tiles[index], out))
+
+    def _note_squares(
+        self, index: int, out: Sequence[Tensor | None], squares: Sequence[float]
+    ) -> None:
         for role, task_vector in enumerate(out):
             if task_vector is not None:
                 self._squares[index][role] = squares[role]
@@ -272,14 +310,12 @@ class TaskVectors:
     def _run_update_lane(self, lane: int, update: Update, sums: Sums) -> None:
         for index in range(lane, len(self.tiles), LANES):
             tile = self.tiles[index]
-            given = self.tile(index, update.reads) if any(update.reads) else []
             whole = self._workers.buffer("update", self._tile_shape(index), torch.float32)
-            for rows in strips(tile, self.shape[1], STRIP_ELEMENTS):
+            for rows, given in self.tile_strips(index, update.reads):
                 at = slice(rows.start - tile.start, rows.stop - tile.start)
                 size = (update.scratch, rows.stop - rows.start, self.shape[1])
                 scratch = self._workers.buffer("scratch", size, torch.float32)
-                of_strip = [None if each is None else each[at] for each in given]
-                update.rows(rows, of_strip, scratch, whole[at])
+                update.rows(rows, given, scratch, whole[at])
             sums.add(lane, tile, whole, first=index < LANES)
 
     def _run_lane(self, lane: int, sums: list[Sums], inner: InnerSums) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lean_merge.checkpoints import FLOATING, TensorReader
+from lean_merge.checkpoints import TensorReader
 from lean_merge.engine.rounding import round_stochastic, rounding_generator
 from lean_merge.engine.taskvectors import TaskVectors
 from lean_merge.engine.tilestore import TileStore
@@ -17,9 +17,7 @@ from lean_merge.errors import DataError
 from lean_merge.methods import Update
 from lean_merge.store import WriteBytes
 from lean_merge.tasks import Written
-from lean_merge.tasks.tiles import READ_ELEMENTS, STRIP_ELEMENTS, strips
-
-_LOOKED_AT = FLOATING | {"F64"}
+from lean_merge.tasks.tiles import READ_ELEMENTS, strips
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +61,9 @@ class RowWriter:
         return range(len(self._vectors.tiles))
 
     @property
-    def reads_task_vectors(self) -> bool:
-        """Return whether the task vectors are needed until all tiles are written."""
-        return any(self._wanted)
+    def reads_arena(self) -> bool:
+        """Return whether tiles that stay in the arena are needed until all tiles are written."""
+        return any(self._wanted) and self._vectors.stays
 
     def write_tile(self, index: int) -> Written:
         """Write one tile, strip by strip.
@@ -88,16 +86,12 @@ class RowWriter:
             for rows in strips(tile, self._vectors.shape[1], READ_ELEMENTS):
                 self._write_unchanged(rows, store)
             return Written(0.0, 0.0)
-        task_vectors: list[Tensor | None] = []
-        if self.reads_task_vectors:
-            task_vectors = self._vectors.tile(index, self._wanted)
         generator = None
         if self._output.rounding == "stochastic":
             generator = rounding_generator(self._output.seed, self._vectors.weight.canonical, index)
         along = squared = 0.0
-        for rows in strips(tile, self._vectors.shape[1], STRIP_ELEMENTS):
-            of_strip = [None if t is None else t[store.within(rows)] for t in task_vectors]
-            part = self._write_strip(self._update, rows, store, of_strip, generator)
+        for rows, task_vectors in self._vectors.tile_strips(index, self._wanted):
+            part = self._write_strip(self._update, rows, store, task_vectors, generator)
             along, squared = along + part.along, squared + part.squared
         return Written(along, squared)
 

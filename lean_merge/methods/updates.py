@@ -92,10 +92,17 @@ class Combined(Update):
         self, rows: slice, task_vectors: Sequence[Tensor | None], scratch: Tensor, out: Tensor
     ) -> None:
         """Write these rows of the sum to `out`, added in the order of the task vectors."""
-        out.zero_()
-        for coefficient, task_vector in zip(self.coefficients, task_vectors, strict=True):
-            if coefficient and task_vector is not None:
+        pairs = zip(self.coefficients, task_vectors, strict=True)
+        terms = [(c, each) for c, each in pairs if c and each is not None]
+        if not terms:
+            out.zero_()
+        for number, (coefficient, task_vector) in enumerate(terms):
+            if number:
                 out.add_(task_vector, alpha=coefficient)
+            elif task_vector.dtype is torch.float32:
+                torch.mul(task_vector, coefficient, out=out)
+            else:
+                out.copy_(task_vector).mul_(coefficient)
 
     def digest(self) -> bytes:
         """Return SHA-256 of the coefficients."""

@@ -14,7 +14,7 @@ LANES = 4
 """Partial sums of a pass. Tile t is added to lane t mod LANES, whichever thread computes it."""
 READ_ELEMENTS = 1 << 18
 """Elements of the row strips in which tiles are read and task vectors formed, inside a cache."""
-STRIP_ELEMENTS = 1 << 17
+STRIP_ELEMENTS = 1 << 18
 """Elements of the row strips in which an update is added and rounded; float32 ones fit a cache."""
 LOOK_ELEMENTS = 1 << 18
 """Numbers of a weight at most that the early look reads of each role."""

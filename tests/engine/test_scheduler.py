@@ -168,7 +168,7 @@ class FakeRows:
     def __init__(self, decided: FakeDecided) -> None:
         self.decided = decided
         self.tiles = range(TILES)
-        self.reads_task_vectors = decided.adds
+        self.reads_arena = decided.adds
         with decided.stage.lock:
             decided.stage.unstored.add(decided.name)
 
