@@ -97,6 +97,7 @@ class Stage:
             recipe=SimpleNamespace(rounding="nearest", seed=0),
             output=SimpleNamespace(writes_rows=self.writes),
             seen={},
+            arrivals=0,
         )
         reused: Any = dict.fromkeys(self.reused, "note")
         with pytest.MonkeyPatch.context() as patch:
