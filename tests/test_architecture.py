@@ -158,7 +158,7 @@ def test_nothing_reaches_behind_the_face_of_the_engine():
         ("tokenizers", {"demo"}),
         ("sklearn", {"demo"}),
         ("PIL", {"demo"}),
-        ("huggingface_hub", {"checkpoints"}),
+        ("huggingface_hub", {"checkpoints", "cli"}),
         ("re2", {"checkpoints"}),
         ("urllib3", {"checkpoints"}),
         ("psutil", {"memory"}),
