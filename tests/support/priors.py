@@ -109,14 +109,22 @@ class Toy(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Use all split weights of the language model."""
         for layer in self.model.layers:
-            a, m = layer.self_attn, layer.mlp
-            x = x + a.o_proj(torch.tanh(a.q_proj(x)) + (a.k_proj(x) * a.v_proj(x)).repeat(1, 2))
-            x = x + m.down_proj(torch.tanh(m.gate_proj(x)) * m.up_proj(x))
+            x = layer(x)
         return x
 
 
+class ToyLayer(nn.Module):
+    """Attention to itself, which any batch of vectors can have, and a feed-forward part."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Use all split weights."""
+        a, m = self.self_attn, self.mlp
+        x = x + a.o_proj(torch.tanh(a.q_proj(x)) + (a.k_proj(x) * a.v_proj(x)).repeat(1, 2))
+        return x + m.down_proj(torch.tanh(m.gate_proj(x)) * m.up_proj(x))
+
+
 def _layer(kind: str) -> nn.Module:
-    layer, attention, mlp = nn.Module(), nn.Module(), nn.Module()
+    layer, attention, mlp = ToyLayer(), nn.Module(), nn.Module()
     layer.self_attn, layer.mlp, layer.input_layernorm = attention, mlp, nn.LayerNorm(8)
     attention.o_proj = nn.Linear(8, 8)
     if kind in ("split", "stacked", "turned"):
