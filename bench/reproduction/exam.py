@@ -114,6 +114,15 @@ def _paper(model: Any, reader: Any, asked: Sequence[Problem]) -> _Paper:
     return _Paper(torch.cat(seen), wanted)
 
 
+def entering(model: Any, reader: Any, asked: Sequence[Problem]) -> tuple[Tensor, Tensor]:
+    """What enters the language model for these problems and their answers, and what it should say.
+
+    They are [n, length, width], and the answers' token ids [n, a], the token that ends them last.
+    """
+    paper = _paper(model, reader, asked)
+    return paper.inputs, paper.answers
+
+
 def _ids(tokenizer: Any, text: str) -> list[int]:
     ids: list[int] = tokenizer(text)["input_ids"]
     return ids

@@ -153,6 +153,11 @@ class Family(TaskVectors):
         language_model = getattr(model.model, "language_model", model.model)
         return {k: v.clone() for k, v in in_scope(language_model.state_dict().items()).items()}
 
+    def loaded(self, role: str) -> tuple[Any, Any]:
+        """A role's model in float32 with its processor or tokenizer; its exam uses it too."""
+        found: tuple[Any, Any] = self._loaded[role]
+        return found
+
     @cached_property
     def exams(self) -> Mapping[str, Exam]:
         """Exams of the MLLM, and of the base's and the expert's text models."""

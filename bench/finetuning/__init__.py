@@ -1,0 +1,1 @@
+"""Fine-tuning the embedded families with and without DRIFT, and what came of it."""
