@@ -1,7 +1,7 @@
 """Read ranges of files over HTTP into memory, whatever the server and the network do.
 
-Ranges come by urllib3, which reads a body into memory that exists already and takes a third of the
-processor's time that huggingface_hub's own session takes (docs/remote.md has the figures). What the
+Ranges come by urllib3, which takes a third of the processor's time that huggingface_hub's own session
+takes (docs/remote.md has the figures). What the
 hub's protocol asks for beside that, such as tokens and redirects, stays with huggingface_hub.
 """
 
@@ -233,11 +233,14 @@ class RangedFile(FarFile):
             while sink.left:
                 if closed.is_set():
                     raise ClosedError
-                count = response.readinto(sink.room())
-                if not count:
+                room = sink.room()
+                # Of a connection that is cut, `read1` alone gives all that came.
+                data = response.read1(room.nbytes)
+                if not data:
                     raise AgainError("the answer was too short")
-                sink.took(count)
-                TRAFFIC.came(count)
+                room[: len(data)] = data
+                sink.took(len(data))
+                TRAFFIC.came(len(data))
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise AgainError(_reason(error)) from None
         finally:
@@ -396,12 +399,12 @@ def _meaning(status: int) -> str:
 
 def _reason(error: Exception) -> str:
     """Return why a request failed, without the URL that the error's own text may show."""
+    if isinstance(error, urllib3.exceptions.NewConnectionError):
+        return "no connection"
     if isinstance(error, (urllib3.exceptions.TimeoutError, TimeoutError)):
         return "no answer in time"
     if isinstance(error, (urllib3.exceptions.SSLError, ssl.SSLError)):
         return "the server's certificate is not trusted, or TLS failed"
-    if isinstance(error, urllib3.exceptions.NewConnectionError):
-        return "no connection"
     return "the connection was cut"
 
 

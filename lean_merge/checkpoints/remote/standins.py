@@ -6,10 +6,12 @@ Whatever reads headers and configs reads the folder as it reads others.
 
 from __future__ import annotations
 
+import atexit
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from shutil import rmtree
+from tempfile import gettempdir, mkdtemp
 
 from lean_merge.checkpoints.elsewhere import FAR_FILES
 from lean_merge.checkpoints.forms import Origin
@@ -22,7 +24,7 @@ _FIRST = 100 << 10
 """Bytes that are fetched at first; they hold most headers."""
 _AT_A_TIME = 8
 _lock = threading.Lock()
-_made: dict[tuple[str, ...], tuple[TemporaryDirectory[str], Origin]] = {}
+_made: dict[tuple[str, ...], Origin] = {}
 """The folders of this process, by address and marks; they go when it ends."""
 
 
@@ -40,11 +42,12 @@ def opened(listing: Listing) -> Origin:
         key = (listing.address, *marks, *map(str, sizes), *(m for _, m in listing.small.values()))
         with _lock:
             if key in _made:
-                return _made[key][1]
-            home = TemporaryDirectory(prefix="lean-merge-")
-            # An adapter tells its base by the last part of its name.
-            folder = Path(home.name).resolve() / (listing.name.rstrip("/").rpartition("/")[2])
+                return _made[key]
             try:
+                home = Path(mkdtemp(prefix="lean-merge-")).resolve()
+                atexit.register(rmtree, home, ignore_errors=True)
+                # An adapter tells its base by the last part of its name.
+                folder = home / listing.name.rpartition("/")[2]
                 folder.mkdir()
                 for name, (content, mark) in listing.small.items():
                     place = folder / name
@@ -56,12 +59,12 @@ def opened(listing: Listing) -> Origin:
                     pass
             except OSError as error:
                 raise CheckpointError(
-                    f"{home.name}: cannot be written ({error.strerror}); set TMPDIR to another "
+                    f"{gettempdir()}: cannot be written ({error.strerror}); set TMPDIR to another "
                     "folder."
                 ) from error
             FAR_FILES.update(zip(places, listing.weights.values(), strict=True))
             origin = Origin(folder, listing.name, listing.revision, listing.address)
-            _made[key] = home, origin
+            _made[key] = origin
             return origin
 
 
