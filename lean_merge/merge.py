@@ -171,7 +171,9 @@ def _settled(plan: Plan, folder: OutputFolder) -> Plan:
     The analysis is deleted when the output is sealed; until then, a merge that was interrupted
     uses it again.
     """
-    resources = Resources(plan.device, plan.memory, plan.vram or None, plan.threads)
+    resources = Resources(
+        plan.device, plan.memory, plan.vram or None, plan.threads, plan.arrivals.disk
+    )
     with memory.PeakSampler() as sampler:
         looking = make_plan(plan.recipe, resources, output=evidence_kind(), like=plan)
         made = carry_out(looking, folder.own_analysis(), sampler)

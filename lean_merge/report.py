@@ -131,6 +131,7 @@ def measures(
             "read_predicted": prediction.bytes_read,
             "read_most": prediction.most_read,
             "looked": prediction.looked,
+            "travels_predicted": prediction.travels,
             "written": bytes_written,
             "written_predicted": prediction.bytes_written,
             "written_predicted_exactly": prediction.exact_writes,

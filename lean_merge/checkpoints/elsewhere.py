@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from lean_merge.checkpoints.header import TensorSpec
@@ -18,6 +19,14 @@ Tasks = Sequence[Sequence[TensorSpec]]
 """The parts of stored tensors that each of several tasks reads, in the order of the tasks."""
 Ranges = Sequence[tuple[int, int]]
 """The first byte of each range in its file, and the one after its last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """The bytes of memory and of disk that may hold what comes from other machines."""
+
+    memory: int = 0
+    disk: int = 0
 
 
 class Arrivals:
@@ -45,8 +54,8 @@ class FarFile(abc.ABC):
         """Fetch the bytes of each range into `out`. Raises CheckpointError."""
 
     @abc.abstractmethod
-    def arrivals(self, tasks: Tasks, room: int) -> Arrivals:
-        """Begin to bring what tasks read, from all far files, into `room` bytes of memory."""
+    def arrivals(self, tasks: Tasks, room: Room, *, again: bool) -> Arrivals:
+        """Begin to bring what tasks read, from all far files; they will be read `again` or not."""
 
 
 FAR_FILES: dict[Path, FarFile] = {}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lean_merge.checkpoints.descriptors import DescriptorPool
-from lean_merge.checkpoints.elsewhere import FAR_FILES, Arrivals, Tasks
+from lean_merge.checkpoints.elsewhere import FAR_FILES, Arrivals, Room, Tasks
 from lean_merge.checkpoints.header import TensorSpec
 from lean_merge.checkpoints.identity import changed
 from lean_merge.checkpoints.pagecache import cached_share, fetch
@@ -92,14 +92,14 @@ class TensorReader:
         return found
 
     @contextmanager
-    def expecting(self, tasks: Tasks, room: int) -> Iterator[None]:
-        """Let bytes from other machines come ahead of the tasks, and take up to `room` bytes."""
+    def expecting(self, tasks: Tasks, room: Room, *, again: bool = False) -> Iterator[None]:
+        """Let bytes from other machines come ahead of the tasks; `again` as `FarFile.arrivals`."""
         far = next(
             (FAR_FILES[each.file] for task in tasks for each in task if each.file in FAR_FILES),
             None,
         )
         if far is not None:
-            self._arrivals = far.arrivals(tasks, room)
+            self._arrivals = far.arrivals(tasks, room, again=again)
         try:
             yield
         finally:

@@ -81,6 +81,7 @@ def plan_text(plan: Plan) -> str:
         f"skipped   {len(plan.coverage.left_out)}",
         f"output    {described}",
         f"reads     {reads}",
+        *([f"travels   {format_size(predicted.travels)}"] if predicted.travels else []),
         f"memory    {format_size(predicted.peak_memory)} of {format_size(plan.memory)} allowed",
         f"device    {plan.device}, {plan.threads} thread(s)",
     ]

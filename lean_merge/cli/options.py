@@ -361,6 +361,24 @@ Vram = Annotated[
         help="The most memory to take on the GPU. By default it is half of what is free there.",
     ),
 ]
+Remote = Annotated[
+    bool,
+    option(
+        RESOURCES,
+        "--remote",
+        help="Read weights of hub ids where they are, instead of downloading them, as names with "
+        "hf:// are read.",
+    ),
+]
+RemoteCache = Annotated[
+    str | None,
+    option(
+        RESOURCES,
+        metavar="SIZE",
+        help="The most disk to take for bytes of other machines that are needed again. By default "
+        "none is taken.",
+    ),
+]
 Threads = Annotated[
     int | None,
     option(
@@ -426,6 +444,8 @@ class _Work:
     memory: Memory = None
     vram: Vram = None
     threads: Threads = None
+    remote: Remote = False
+    remote_cache: RemoteCache = None
 
 
 def parse_value(text: str) -> Any:
@@ -480,8 +500,27 @@ def work_of(**work: Any) -> tuple[MergeRecipe, Resources]:
     }
     recipe = _recipe(asked.recipe, wanted, parameters, asked.parent or [])
     refuse_ignored(work, IGNORED.get(recipe.output, ()), f"--output {recipe.output}")
-    return recipe, resources_of(
-        asked.device, asked.memory, asked.vram, asked.threads, cuda=asked.cuda
+    resources = resources_of(asked.device, asked.memory, asked.vram, asked.threads, cuda=asked.cuda)
+    if asked.remote_cache is not None:
+        cache = parse_size(asked.remote_cache)
+        resources = dataclasses.replace(resources, remote_cache=cache)
+    return _from_afar(recipe) if asked.remote else recipe, resources
+
+
+def _from_afar(recipe: MergeRecipe) -> MergeRecipe:
+    """Return the recipe with hf:// before every hub id, which is what is no path here."""
+
+    def far(name: str) -> str:
+        is_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+        return f"hf://{name}" if is_id and not Path(name).exists() else name
+
+    experts = tuple(
+        dataclasses.replace(each, model=far(each.model), parent=each.parent and far(each.parent))
+        for each in recipe.experts
+    )
+    mllm = recipe.mllm_model and far(recipe.mllm_model)
+    return dataclasses.replace(
+        recipe, base_model=far(recipe.base_model), mllm_model=mllm, experts=experts
     )
 
 

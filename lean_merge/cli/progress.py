@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from lean_merge.engine import Event
 from lean_merge.plan import Plan
+from lean_merge.sizes import format_size
 
 
 @contextmanager
@@ -25,10 +26,20 @@ def progress(plan: Plan, quiet: bool) -> Iterator[Callable[[Event], None]]:
     ) as bar:
 
         def on_event(event: Event) -> None:
-            bar.set_postfix_str(event.name[-40:], refresh=False)
+            bar.set_postfix_str(f"{event.name[-40:]}{_come(plan)}", refresh=False)
             bar.update(event.nbytes)
             if not quiet:
                 for line in event.warnings:
                     bar.write(f"warning: {line}", file=sys.stderr)
 
         yield on_event
+
+
+def _come(plan: Plan) -> str:
+    """Tell how much of what travels has come, and how fast; nothing if all inputs are local."""
+    if not plan.prediction.travels:
+        return ""
+    from lean_merge.checkpoints.remote.client import TRAFFIC
+
+    come, rate = format_size(TRAFFIC.received), format_size(TRAFFIC.rate)
+    return f", {come} of {format_size(plan.prediction.travels)} came, {rate}/s"

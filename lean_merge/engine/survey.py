@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lean_merge.checkpoints import TensorReader, TensorSpec
+from lean_merge.checkpoints.elsewhere import Room
 from lean_merge.engine.background import ReadAhead
 from lean_merge.engine.scheduler import AHEAD_FILES, READ_AHEAD
 from lean_merge.engine.taskvectors import TaskVectors
@@ -83,7 +84,7 @@ def survey(plan: Plan, reused: Container[int]) -> tuple[dict[Hashable, Any], int
         return found, reader.bytes_read
 
 
-def _carried_out(group: _SharedSurvey, reader: TensorReader, workers: Workers, room: int) -> Any:
+def _carried_out(group: _SharedSurvey, reader: TensorReader, workers: Workers, room: Room) -> Any:
     weights = sorted(group.weights, key=lambda each: each.weight.canonical)
     look = group.survey.look()
     try:
@@ -99,7 +100,7 @@ def _sums(
     wanted: Sequence[Pass | None],
     reader: TensorReader,
     workers: Workers,
-    room: int,
+    room: Room,
 ) -> list[Products | None]:
     """Make one pass over all rows of all weights, and add up the weights' products."""
     nothing = torch.empty(0, dtype=torch.uint8)
@@ -108,7 +109,7 @@ def _sums(
     with (
         TensorReader(max_files=AHEAD_FILES) as apart,
         ReadAhead(apart, stored, ahead=READ_AHEAD) as read_ahead,
-        reader.expecting(stored, room),
+        reader.expecting(stored, room, again=True),
     ):
         for index, each in enumerate(weights):
             read_ahead.begin(index)

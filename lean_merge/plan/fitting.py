@@ -14,7 +14,7 @@ import torch
 
 from lean_merge import memory
 from lean_merge.checkpoints import Checkpoint, WeightSource, torch_dtype
-from lean_merge.checkpoints.elsewhere import FAR_FILES, ON_THE_WAY, far_bytes
+from lean_merge.checkpoints.elsewhere import FAR_FILES, ON_THE_WAY, Room, far_bytes
 from lean_merge.mapping import LogicalWeight
 from lean_merge.methods import AnalysisCost
 from lean_merge.outputs import Output
@@ -55,7 +55,7 @@ class Footprint:
         Bytes on the host of the weight that holds most with no tile resident. All weights share
         what stays resident, so that must fit beside this one.
     arrivals
-        The part of `held` that is for bytes from other machines.
+        The room for bytes from other machines, whose memory is part of `held`.
     looks
         What was found at each weight: there are thousands, and planning asks many times.
     """
@@ -67,7 +67,7 @@ class Footprint:
     vram: int
     held: int
     most: int = 0
-    arrivals: int = 0
+    arrivals: Room = field(default_factory=Room)
     looks: dict[tuple[str, str, str], Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -247,12 +247,10 @@ def fit(output: Output, machine: ResolvedResources) -> tuple[Footprint, tuple[st
             "are needed, so the CPU is used; --device and --vram ask for it all the same",
         )
         found = dataclasses.replace(found, device="cpu", vram=0)
-    found = dataclasses.replace(
-        found,
-        held=found.held + found.feeding() + (arrivals := _arrivals(output)),
-        arrivals=arrivals,
-        most=max((found.fixed(weight)[0] for weight in found.weights), default=0),
-    )
+    held = found.held + found.feeding()
+    most = max((found.fixed(weight)[0] for weight in found.weights), default=0)
+    room = _arrivals(output, machine.memory - held - most, machine.remote_cache)
+    found = dataclasses.replace(found, held=held + room.memory, arrivals=room, most=most)
     return found, notes
 
 
@@ -315,17 +313,22 @@ def _decoding_bytes(mllm: Checkpoint, workers: int) -> int:
     return workers * strip + 8 * kept
 
 
-def _arrivals(output: Output) -> int:
-    """Return the bytes in which each byte from other machines is read once; 0 if none comes.
+def _arrivals(output: Output, free: int, disk: int) -> Room:
+    """Return the room in which each byte from other machines is read once; none if none comes.
 
-    A weight is held until it is written, beside what is on its way for the next ones.
+    A weight is held until it is written, in memory or, if that is not `free` and the disk has the
+    room, there. What is on its way for the next weights is always in memory.
     """
     far = [
         far_bytes(weight.extents_of(part for each in weight.slices for part in each.roles))
         for weight in output.weights
     ]
     is_far = any(far) or any(file in FAR_FILES for file in output.mllm.files)
-    return max(far, default=0) + ON_THE_WAY if is_far else 0
+    if not is_far:
+        return Room()
+    largest = max(far, default=0)
+    on_disk = largest + ON_THE_WAY > free and largest <= disk
+    return Room(ON_THE_WAY + (0 if on_disk else largest), disk)
 
 
 def _row_bytes(sources: Sequence[WeightSource]) -> int:
@@ -358,9 +361,9 @@ def concurrency(footprint: Footprint) -> Concurrency:
     """Choose which weights are analysed two at a time; all others are analysed one by one."""
     waiting = max((footprint.waiting(weight) for weight in footprint.weights), default=0)
     found, count = _beside_waiting(footprint, waiting), footprint.output.most_waiting
-    if footprint.arrivals or footprint.held + found.peak + waiting > footprint.memory:
+    if footprint.arrivals.memory or footprint.held + found.peak + waiting > footprint.memory:
         # Bytes from other machines are held for one tensor at a time.
-        count = 0 if footprint.arrivals else max(0, count - 1)
+        count = 0 if footprint.arrivals.memory else max(0, count - 1)
         found, waiting = _beside_waiting(footprint, 0), 0
     return dataclasses.replace(found, peak=found.peak + waiting, waiting=count)
 
@@ -373,7 +376,7 @@ def _beside_waiting(footprint: Footprint, waiting: int) -> Concurrency:
     kept = {weight.canonical: formulas.aligned(footprint.kept(weight)) for weight in weights}
     largest = max(kept.values(), default=0)
     alone = Concurrency(largest, footprint.most + largest)
-    if not footprint.output.in_pairs or footprint.workers < 2 or footprint.arrivals:
+    if not footprint.output.in_pairs or footprint.workers < 2 or footprint.arrivals.memory:
         return alone
     sizes = {
         weight.canonical: (

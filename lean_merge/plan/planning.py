@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lean_merge.checkpoints import FLOATING, Checkpoint, by_role, open_checkpoint, open_expert
-from lean_merge.checkpoints.elsewhere import FAR_FILES, far_bytes
+from lean_merge.checkpoints.elsewhere import FAR_FILES, Room, far_bytes
 from lean_merge.checkpoints.identity import Opened
 from lean_merge.checkpoints.sidefiles import with_side_files
 from lean_merge.errors import CoverageError
@@ -79,8 +79,8 @@ class Plan:
     """Bytes of host memory for the tiles that stay in memory while their weights are analysed."""
     waiting: int
     """The number of updates that may wait to be stored while another weight is analysed."""
-    arrivals: int
-    """The most bytes from other machines to hold at a time; 0 if all inputs are local."""
+    arrivals: Room
+    """The most bytes from other machines to hold at a time; none if all inputs are local."""
     prediction: Prediction
     notes: tuple[str, ...]
     sample: tuple[tuple[LogicalWeight, tuple[slice, ...]], ...] = ()
@@ -262,7 +262,7 @@ def _plan(
             looked=_bytes_of(sample),
             travels=opened
             + (1 if settled else 2) * _bytes_of(sample, far=True)
-            + _travels(output, tasks, settled=settled),
+            + _travels(output, tasks, settled=settled, disk=footprint.arrivals.disk),
         ),
         notes=(
             *output.notes,
@@ -408,17 +408,22 @@ def _tasks(
     return tuple(tasks)
 
 
-def _travels(output: Output, tasks: Sequence[CopyTask | WeightTask], *, settled: bool) -> int:
+def _travels(
+    output: Output, tasks: Sequence[CopyTask | WeightTask], *, settled: bool, disk: int
+) -> int:
     """Return the bytes from other machines that tasks read, in each survey and search again."""
-    found = 0
+    found = surveyed = passes = 0
     for task in tasks:
         found += far_bytes(task.read(rows=output.writes_rows))
         for number, method in enumerate(task.methods if isinstance(task, WeightTask) else ()):
             assert isinstance(task, WeightTask)
+            far = far_bytes(task.weight.extents_of(task.weight.slices[number].roles))
             survey = None if method is None else method.survey()
-            looks = (survey.passes if survey else 0) + (method is not None and not settled)
-            found += looks * far_bytes(task.weight.extents_of(task.weight.slices[number].roles))
-    return found
+            passes = max(passes, survey.passes if survey else 0)
+            surveyed += far * (survey is not None)
+            found += far * (method is not None and not settled)
+    # What the disk keeps of one survey need not come for what follows.
+    return found + passes * (surveyed - min(surveyed, disk))
 
 
 def _predict(

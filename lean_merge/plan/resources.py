@@ -25,12 +25,15 @@ class Resources:
         what is available.
     threads : int, optional
         By default as many as the processors that this process may use.
+    remote_cache : int
+        Bytes of disk that may keep what comes from other machines; none by default.
     """
 
     device: str = "auto"
     memory: int | None = None
     vram: int | None = None
     threads: int | None = None
+    remote_cache: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,8 @@ class ResolvedResources:
         Whether neither a device nor its ceiling was asked for, so that the CPU will do as well.
     notes : tuple of str
         Sentences for people.
+    remote_cache : int
+        Bytes of disk that may keep what comes from other machines.
     """
 
     device: str
@@ -57,6 +62,7 @@ class ResolvedResources:
     vram: int
     is_default: bool
     notes: tuple[str, ...]
+    remote_cache: int = 0
 
 
 def resolve_resources(resources: Resources) -> ResolvedResources:
@@ -85,7 +91,8 @@ def resolve_resources(resources: Resources) -> ResolvedResources:
             notes = [*notes, f"{device} cannot be used ({reason}), so the CPU is"]
             device, vram = "cpu", 0
     is_default = resources.device == "auto" and resources.vram is None
-    return ResolvedResources(device, threads, memory_of(resources), vram, is_default, tuple(notes))
+    memory, cache = memory_of(resources), resources.remote_cache
+    return ResolvedResources(device, threads, memory, vram, is_default, tuple(notes), cache)
 
 
 def threads_of(resources: Resources) -> int:

@@ -65,9 +65,7 @@ PASSING = {
 
 
 @pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING)
-def test_what_passes_is_tried_again(
-    hub: HubServer, far: RangedFile, content: bytes, fault: Fault
-):
+def test_what_passes_is_tried_again(hub: HubServer, far: RangedFile, content: bytes, fault: Fault):
     read(far, 0, 1)
     hub.sent = 0
     hub.faults.extend([fault] * 3)

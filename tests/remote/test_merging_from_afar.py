@@ -23,8 +23,10 @@ from support.hubserver import COMMIT, Fault, HubServer
 from support.scenes import Stop, stopping
 
 from lean_merge import MergeRecipe, MergeResult, Plan, Resources, merge, plan, verify
+from lean_merge.checkpoints.elsewhere import Room
 from lean_merge.checkpoints.remote import standins
 from lean_merge.errors import BudgetError, CheckpointError
+from lean_merge.plan import fitting, formulas
 
 CPU = Resources(device="cpu", threads=2)
 
@@ -92,19 +94,23 @@ def test_adapters_from_afar(hub: HubServer, triple: Triple, tmp_path: Path):
     [
         {},
         {"output": "lora", "lora_rank": 4},
-        {"merge_method": "ties", "parameters": (("over", "model"),)},
-        {"threshold": "auto"},
+        {"merge_method": "ties", "parameters": (("trim_over", "model"),)},
+        {"parameters": (("threshold", "auto"),)},
         {"scope": "language"},
     ],
     ids=["checkpoint", "lora", "surveyed", "auto", "language"],
 )
 def test_each_byte_travels_as_often_as_planned(
-    hub: HubServer, triple: Triple, tmp_path: Path, options: dict[str, Any]
+    hub: HubServer,
+    triple: Triple,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
 ):
-    """Two experts, and so little memory that no tile stays: passes read memory, not the network."""
+    """Two experts, and no tile stays formed: passes read what is held, not the network."""
+    monkeypatch.setattr(formulas, "resident_tiles", lambda weight, free: 0)
     work = recipe(2, **options)
-    least = least_memory(work)
-    planned = plan(work, replace(CPU, memory=least))
+    planned = plan(work, CPU)
     assert not any(any(task.resident) for task in planned.weights)
     result = merge(planned, tmp_path / "out")
     assert hub.sent <= 1.02 * planned.prediction.travels
@@ -122,10 +128,10 @@ def least_memory(work: MergeRecipe) -> int:
 
 
 def localised(work: MergeRecipe, triple: Triple) -> MergeRecipe:
-    folders = [replace(each, model=str(path)) for each, path in zip(work.experts, triple.experts)]
-    return replace(
-        work, base_model=str(triple.base), mllm_model=str(triple.mllm), experts=tuple(folders)
-    )
+    pairs = zip(work.experts, triple.experts, strict=False)
+    experts = tuple(replace(each, model=str(path)) for each, path in pairs)
+    base, mllm = str(triple.base), str(triple.mllm)
+    return replace(work, base_model=base, mllm_model=mllm, experts=experts)
 
 
 def test_a_cut_run_goes_on_to_the_same_bytes(hub: HubServer, triple: Triple, tmp_path: Path):
@@ -185,10 +191,10 @@ def test_another_process_serves_and_another_merges(triple: Triple, tmp_path: Pat
         assert done.returncode == 0, done.stderr
         with urlopen(plain.removesuffix("plain") + "stats") as answer:
             sent = json.load(answer)["sent"]
-        server.stdin.close()
-        server.wait()
     finally:
         server.kill()
+        server.wait()
+        server.stdin.close()
         server.stdout.close()
     expected = local(triple, tmp_path / "local")
     assert weights(tmp_path / "out") == weights(expected.path)
@@ -196,3 +202,25 @@ def test_another_process_serves_and_another_merges(triple: Triple, tmp_path: Pat
     assert 0 < sent <= 1.02 * counts["travels_predicted"]
     stored = [each.name for each in (tmp_path / "home").rglob("*")]
     assert "config.json" in stored and not any(n.endswith(".safetensors") for n in stored)
+
+
+def test_memory_for_the_largest_weight_is_asked_for(
+    hub: HubServer, triple: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Less is refused by the smallest that reads once, or goes on with a cache on the disk."""
+    alone = least_memory(localised(recipe(), triple))
+    monkeypatch.setattr(fitting, "far_bytes", lambda specs: 50 << 20)
+    least = least_memory(recipe())
+    assert least > alone + (100 << 20)
+    # The process itself may grow a little between two plans.
+    enough = replace(CPU, memory=least + (20 << 20))
+    assert plan(recipe(), enough).arrivals == Room((64 + 50) << 20)
+    less = replace(CPU, memory=least - (25 << 20))
+    with pytest.raises(BudgetError):
+        plan(recipe(), less)
+    with pytest.raises(BudgetError):
+        plan(recipe(), replace(less, remote_cache=49 << 20))
+    work = plan(recipe(), replace(less, remote_cache=50 << 20))
+    assert work.arrivals == Room(64 << 20, 50 << 20)
+    expected = local(triple, tmp_path / "local")
+    assert weights(merge(work, tmp_path / "out").path) == weights(expected.path)

@@ -1,8 +1,8 @@
 """Read ranges of files over HTTP into memory, whatever the server and the network do.
 
-Ranges come by urllib3, which takes a third of the processor's time that huggingface_hub's own session
-takes (docs/remote.md has the figures). What the
-hub's protocol asks for beside that, such as tokens and redirects, stays with huggingface_hub.
+Ranges come by urllib3, which takes a third of the processor's time that the session of
+huggingface_hub takes (docs/remote.md has the figures). What the hub's protocol asks for beside
+that, such as tokens and redirects, stays with huggingface_hub.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import urllib3
 
-from lean_merge.checkpoints.elsewhere import Arrivals, FarFile, Ranges, Tasks
+from lean_merge.checkpoints.elsewhere import Arrivals, FarFile, Ranges, Room, Tasks
 from lean_merge.errors import CheckpointError
 
 MOST_CONNECTIONS = 16
@@ -90,6 +90,11 @@ class Traffic:
         """Take note of the time between a request and the first byte of its answer."""
         with self._lock:
             self._delay += (seconds - self._delay) * (0.2 if self._delay else 1.0)
+
+    @property
+    def rate(self) -> float:
+        """Return the bytes a second that came lately."""
+        return self._rate
 
     @property
     def under_way(self) -> float:
@@ -161,10 +166,10 @@ class RangedFile(FarFile):
             for start, stop, at in group:
                 out[at : at + stop - start] = whole[start - first : stop - first]
 
-    def arrivals(self, tasks: Tasks, room: int) -> Arrivals:
+    def arrivals(self, tasks: Tasks, room: Room, *, again: bool) -> Arrivals:
         from lean_merge.checkpoints.remote.arrivals import MovingWindow
 
-        return MovingWindow(tasks, room)
+        return MovingWindow(tasks, room, again=again)
 
     def fetch(
         self, start: int, parts: Sequence[memoryview], closed: threading.Event = NEVER
