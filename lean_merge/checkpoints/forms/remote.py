@@ -9,7 +9,7 @@ from lean_merge.checkpoints.forms import Form, Origin
 _SCHEME = re.compile(r"(?P<scheme>hf|https?)://.*", re.IGNORECASE | re.DOTALL)
 
 
-class Remote(Form):
+class FarAddress(Form):
     """The form of addresses with a scheme, of which only headers and small files are fetched."""
 
     def fetch(self, source: str) -> Origin | None:
@@ -30,4 +30,4 @@ class Remote(Form):
         return standins.opened(addresses.of_hub(source) if of_hub else addresses.of_url(source))
 
 
-FORM = Remote()
+FORM = FarAddress()
