@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         OutputError,
         RecipeError,
     )
-    from lean_merge.merge import MergeResult, merge, stream
+    from lean_merge.merge import MergeResult, merge
     from lean_merge.outputs.priorsettings import PriorSettings
     from lean_merge.outputs.recorded import Analysis, open_analysis
     from lean_merge.plan import Plan, plan
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lean_merge.recipe import Expert, MergeRecipe
     from lean_merge.studies.analyze import AnalysisResult, analyze
     from lean_merge.studies.prior import PriorResult, make_prior, prior_recipe
+    from lean_merge.studies.stream import stream
     from lean_merge.studies.sweep import (
         Evaluation,
         Grid,
@@ -92,7 +93,7 @@ _HOMES = {
         "OutputError",
         "RecipeError",
     ),
-    "merge": ("MergeResult", "merge", "stream"),
+    "merge": ("MergeResult", "merge"),
     "outputs.recorded": ("Analysis", "open_analysis"),
     "outputs.priorsettings": ("PriorSettings",),
     "plan": ("Plan", "plan"),
@@ -100,6 +101,7 @@ _HOMES = {
     "recipe": ("Expert", "MergeRecipe"),
     "studies.analyze": ("AnalysisResult", "analyze"),
     "studies.prior": ("PriorResult", "make_prior", "prior_recipe"),
+    "studies.stream": ("stream",),
     "studies.sweep": ("Evaluation", "Grid", "MethodGrid", "PointEvent", "SweepResult", "sweep"),
     "verify": ("Verification", "verify"),
     "version": ("__version__",),

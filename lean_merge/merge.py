@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from lean_merge import memory
 from lean_merge.checkpoints.identity import check_unchanged
 from lean_merge.checkpoints.jsonfile import read_object
-from lean_merge.engine import Event, RunResult, early_look, run, steps
+from lean_merge.engine import CREW, Event, early_look, run
 from lean_merge.errors import RecipeError
 from lean_merge.linalg.settings import Computing
 from lean_merge.outputs import (
@@ -22,7 +20,6 @@ from lean_merge.outputs import (
     RecordedEvidence,
     evidence_kind,
     output_of,
-    stream_kind,
 )
 from lean_merge.plan import Plan
 from lean_merge.plan import plan as make_plan
@@ -134,6 +131,9 @@ def carry_out(
     `sampler` is open, and was so when the plan was made. The other parameters, and what is raised,
     are those of `merge`.
     """
+    how: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "on_event": on_event}
+    if (crew := CREW.get()) is not None and not crew.at_work:
+        return crew.together(plan, out, partial(carry_out, plan, out, sampler, **how))
     facts = run_facts(plan, out)
     if resume:
         complete = find_complete(
@@ -226,37 +226,3 @@ def check_has_folder(recipe: MergeRecipe, out: str | Path | None) -> None:
         raise RecipeError(
             f"Output {recipe.output} needs a folder; give one with --out, or --output none."
         )
-
-
-def stream(
-    recipe: MergeRecipe, *, resources: Resources | None = None
-) -> Iterator[tuple[str, Tensor]]:
-    """Merge in memory, and yield the name and the finished tensor of each tensor of the MLLM.
-
-    They have the MLLM's own names and come in the order of its files, each as it is made. A tensor
-    is on the CPU, in memory of its own, and belongs to the caller from then on. `resources.memory`
-    covers the memory of the engine, including one tensor that is being made, but not the caller's
-    tensors. Nothing is written. Leaving the loop early, or closing the iterator, ends the merge.
-
-    Parameters
-    ----------
-    recipe
-        What to merge. The tensors are, byte for byte, those of its `checkpoint` output.
-    resources
-        Device, memory and threads.
-
-    Raises
-    ------
-    LeanMergeError
-        Errors that show in the headers are raised at once; all others when the tensor is made.
-    """
-    plan = make_plan(recipe, resources, output=stream_kind())
-    early_look(plan)
-    return _tensors(plan)
-
-
-def _tensors(plan: Plan) -> Generator[tuple[str, Tensor], None, None]:
-    sink = plan.output.sink(None)
-    with closing(steps(plan, sink, RunResult())) as events:
-        for event in events:
-            yield event.name, sink.take()

@@ -16,7 +16,7 @@ from typing import Any
 from lean_merge.checkpoints import TensorReader, identify
 from lean_merge.checkpoints.patterns import bounded_pattern
 from lean_merge.checkpoints.safepaths import resolved
-from lean_merge.engine import Event, run
+from lean_merge.engine import CREW, Event, run
 from lean_merge.errors import CheckpointError, LeanMergeError, shown
 from lean_merge.outputs import RECIPE, output_of
 from lean_merge.outputs.gathered import Gathered, found_thresholds
@@ -121,7 +121,14 @@ def verify(
     """
     folder = resolved(out)
     chosen = secrets.randbelow(2**32) if seed is None else seed
-    check = check_folder(folder, lambda count: None)
+    crew = CREW.get()
+    if crew is None:
+        check = check_folder(folder, lambda count: None)
+    else:
+        first = check_folder(folder, lambda count: None) if crew.leads else None
+        chosen, found = crew.gather((chosen, first))[0]
+        assert found is not None
+        check = found
     result = Verification(
         path=folder,
         differences=tuple(check.differences),
@@ -213,12 +220,12 @@ def _with_inputs(
     notes_of_merge = (from_note(each.get("result")) for each in records)
     merged = [weight for note in notes_of_merge if note is not None for weight in note[0]]
     elsewhere = _on_cpu_instead(merged) | _on_cpu_instead(found.weights)
+    differences = comparison.differences(set(in_scope) if notes else elsewhere)
+    if (crew := CREW.get()) is not None:
+        differences = [each for own in crew.gather(differences) for each in own]
     return replace(
         result,
-        differences=(
-            *result.differences,
-            *comparison.differences(set(in_scope) if notes else elsewhere),
-        ),
+        differences=(*result.differences, *differences),
         copied=sum(task.tensor.name in check.tensors for task in plan.copies),
         recomputed=tuple(name for name in in_scope if name in sampled),
         in_scope=len(in_scope),

@@ -7,6 +7,7 @@ what they compute with when they run, so that help and completion answer at once
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Annotated, Any
 
 import typer
@@ -57,8 +58,14 @@ def _root(
     pass
 
 
+SPEAKS: ContextVar[bool] = ContextVar("SPEAKS", default=True)
+"""Whether this process speaks to people; of several that share a merge, one does."""
+
+
 def echo(text: str, *, err: bool = False) -> None:
     """Print a text in which what would steer a terminal is escaped: names come from strangers."""
+    if not SPEAKS.get():
+        return
     try:
         typer.echo(plain(text), err=err)
     except BrokenPipeError:

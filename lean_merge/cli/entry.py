@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
 import typer
 
-from lean_merge.cli.app import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, app
+from lean_merge.cli.app import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, SPEAKS, app
 from lean_merge.errors import BudgetError, LeanMergeError, plain
 
 _SIGINT_OF_TYPER = 130
@@ -38,9 +39,10 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         # `verify` returns a code and other commands None; newer typers turn Ctrl-C into a code.
-        code = app(arguments, prog_name="lean-merge", standalone_mode=False)
-        if code == _SIGINT_OF_TYPER:
-            raise KeyboardInterrupt
+        with _job():
+            code = app(arguments, prog_name="lean-merge", standalone_mode=False)
+            if code == _SIGINT_OF_TYPER:
+                raise KeyboardInterrupt
         if code:
             sys.exit(code)
     except _CommandLineError as error:
@@ -59,6 +61,19 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(message, BudgetError.exit_code, arguments)
     except Exception as error:
         _fail(f"{type(error).__name__}: {error}", EXIT_FAILED, arguments)
+
+
+@contextmanager
+def _job() -> Iterator[None]:
+    """Join the other processes of this job, if a launcher such as torchrun has started several."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield
+        return
+    from lean_merge.studies.ranks import joined
+
+    with joined() as job:
+        SPEAKS.set(job.leads)
+        yield
 
 
 def _silence_output() -> None:

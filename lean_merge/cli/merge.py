@@ -153,7 +153,7 @@ def _show_plan(
     """Check the output folder, if there is one, and print the plan."""
     from lean_merge.cli import describe
     from lean_merge.plan.runfacts import run_facts
-    from lean_merge.store import check_output
+    from lean_merge.store.beforehand import check_output
 
     if out is not None:
         check_output(

@@ -536,16 +536,19 @@ def resources_of(
     device: str, memory: str | None, vram: str | None, threads: int | None, *, cuda: bool = False
 ) -> Resources:
     """Return the resources that the options ask for."""
+    from lean_merge.engine import CREW
     from lean_merge.plan.resources import Resources
 
     if cuda and device not in ("auto", "cuda"):
         raise RecipeError(f"--cuda and --device {device} contradict each other; give one of them.")
-    return Resources(
+    wanted = Resources(
         device="cuda" if cuda else device,
         memory=None if memory is None else parse_size(memory),
         vram=None if vram is None else parse_size(vram),
         threads=threads,
     )
+    crew = CREW.get()
+    return wanted if crew is None else crew.own(wanted)
 
 
 def _recipe(

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from lean_merge.cli.app import SPEAKS
 from lean_merge.engine import Event
 from lean_merge.plan import Plan
 from lean_merge.sizes import format_size
@@ -16,6 +17,7 @@ from lean_merge.sizes import format_size
 @contextmanager
 def progress(plan: Plan, quiet: bool) -> Iterator[Callable[[Event], None]]:
     """Show a bar of the bytes that are done, and yield the function that receives the events."""
+    quiet = quiet or not SPEAKS.get()
     total = sum(task.tensor.nbytes for task in plan.tasks)
     with tqdm(
         total=total,

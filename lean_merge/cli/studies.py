@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument
 
-from lean_merge.cli.app import app, echo
+from lean_merge.cli.app import SPEAKS, app, echo
 from lean_merge.cli.helping import OUTPUT, STUDYING
 from lean_merge.cli.options import (
     Debug,
@@ -68,7 +68,8 @@ def analyze_command(
         with downloads_shown(not quiet):
             plan = make_plan(recipe, resources, output=AnalysisOutput)
     except CoverageError as error:
-        _compare(recipe, resources, out, error, as_json=as_json, quiet=quiet)
+        if SPEAKS.get():
+            _compare(recipe, resources, out, error, as_json=as_json, quiet=quiet)
         raise
     if not (quiet or as_json):
         for line in describe.warnings_of(plan):

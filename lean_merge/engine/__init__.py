@@ -4,11 +4,14 @@
 rooms use what is named here and nothing else.
 """
 
+from lean_merge.engine.crew import CREW, Crew
 from lean_merge.engine.judging import EarlyLook, early_look
 from lean_merge.engine.loop import Event, RunResult, run, steps
 from lean_merge.engine.workers import Workers, worker_pool
 
 __all__ = [
+    "CREW",
+    "Crew",
     "EarlyLook",
     "Event",
     "RunResult",

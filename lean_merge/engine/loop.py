@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lean_merge.checkpoints.identity import check_unchanged
+from lean_merge.engine.crew import CREW
 from lean_merge.engine.scheduler import Scheduler
 from lean_merge.engine.survey import survey
 from lean_merge.errors import BudgetError
@@ -81,8 +82,11 @@ class RunResult:
 
 
 def run(plan: Plan, sink: Sink, on_event: Callable[[Event], None]) -> RunResult:
-    """Carry out every task of `plan` and give the results to `sink`."""
+    """Carry out every task of `plan` and give the results to `sink`, with the crew if any."""
     result = RunResult()
+    if (crew := CREW.get()) is not None:
+        shared: RunResult = crew.run(plan, sink, on_event)
+        return shared
     with closing(steps(plan, sink, result)) as events:
         for event in events:
             on_event(event)

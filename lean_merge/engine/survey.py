@@ -6,8 +6,9 @@ order of their canonical names, whatever files they are in, so that the sums are
 
 from __future__ import annotations
 
-from collections.abc import Container, Hashable, Sequence
+from collections.abc import Container, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from lean_merge.checkpoints import TensorReader, TensorSpec
 from lean_merge.checkpoints.elsewhere import Room
 from lean_merge.engine.background import ReadAhead
+from lean_merge.engine.crew import CREW
 from lean_merge.engine.scheduler import AHEAD_FILES, READ_AHEAD
 from lean_merge.engine.taskvectors import TaskVectors
 from lean_merge.engine.workers import Workers, worker_pool
@@ -64,8 +66,9 @@ def survey(plan: Plan, reused: Container[int]) -> tuple[dict[Hashable, Any], int
         Some number is NaN or Inf, or a difference overflows.
     """
     groups: dict[Hashable, _SharedSurvey] = {}
-    tasks = [each for each in enumerate(plan.tasks) if isinstance(each[1], WeightTask)]
-    if all(index in reused for index, _ in tasks):
+    weights = [n for n, task in enumerate(plan.tasks) if isinstance(task, WeightTask)]
+    crew = CREW.get()
+    if not (any(index not in reused for index in weights) if crew is None else crew.surveys):
         return {}, 0
     for task in plan.weights:
         for weight, method in zip(task.weight.slices, task.methods, strict=True):
@@ -90,21 +93,23 @@ def _carried_out(group: _SharedSurvey, reader: TensorReader, workers: Workers, r
     try:
         wanted = next(look)
         while True:
-            wanted = look.send(_sums(weights, wanted, reader, workers, room))
+            products = partial(_products, wanted, reader, workers, room)
+            crew = CREW.get()
+            found = products(weights) if crew is None else crew.spread(weights, products)
+            wanted = look.send(reduce(_sum, found))
     except StopIteration as end:
         return end.value
 
 
-def _sums(
-    weights: Sequence[_Surveyed],
+def _products(
     wanted: Sequence[Pass | None],
     reader: TensorReader,
     workers: Workers,
     room: Room,
-) -> list[Products | None]:
-    """Make one pass over all rows of all weights, and add up the weights' products."""
+    weights: Sequence[_Surveyed],
+) -> Iterator[Sequence[Products | None]]:
+    """Make one pass over all rows of each weight, and yield its products."""
     nothing = torch.empty(0, dtype=torch.uint8)
-    sums: list[Products | None] = []
     stored = [each.stored for each in weights]
     with (
         TensorReader(max_files=AHEAD_FILES) as apart,
@@ -124,12 +129,12 @@ def _sums(
                 dtype=dtype,
                 differences=each.method.differences,
             )
-            found = vectors.run(wanted)
-            sums = [_added(*pair) for pair in zip(sums, found, strict=True)] if sums else found
+            yield vectors.run(wanted)
             read_ahead.done(index)
             reader.done(index)
-    return sums
 
 
-def _added(first: Products | None, second: Products | None) -> Products | None:
-    return None if first is None or second is None else first + second
+def _sum(
+    one: Sequence[Products | None], other: Sequence[Products | None]
+) -> Sequence[Products | None]:
+    return [None if a is None or b is None else a + b for a, b in zip(one, other, strict=True)]

@@ -279,6 +279,9 @@ class Sink:
     class stores nothing at all.
     """
 
+    folder: OutputFolder | None = None
+    """The folder in which it stores, if there is one."""
+
     def writer(self, task: CopyTask | WeightTask) -> WriteBytes | None:
         """Return the function that writes the bytes of a tensor; None if they are not wanted.
 

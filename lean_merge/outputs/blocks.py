@@ -25,21 +25,21 @@ class BlockSink(Sink):
     """
 
     def __init__(self, folder: OutputFolder) -> None:
-        self._folder = folder
+        self.folder: OutputFolder = folder
 
     def put(self, name: str, shape: tuple[int, ...], parts: Iterable[Tensor]) -> None:
         """Write a block of the present task, as `BlockStore.put` does."""
-        self._folder.blocks.put(name, shape, parts)
+        self.folder.blocks.put(name, shape, parts)
 
     def finished(self, task: CopyTask | WeightTask) -> Any:
         """Return the note from the folder's journal."""
-        group = self._folder.blocks.groups.get(task.tensor.name)
+        group = self.folder.blocks.groups.get(task.tensor.name)
         return None if group is None else group.result
 
     def finish(self, task: CopyTask | WeightTask, note: Any) -> None:
         """Note the task in the folder's journal, once the blocks are on the disk."""
-        self._folder.blocks.finish(task.tensor.name, note)
+        self.folder.blocks.finish(task.tensor.name, note)
 
     def flush(self) -> None:
         """Send finished blocks to the disk."""
-        self._folder.flush()
+        self.folder.flush()

@@ -61,23 +61,23 @@ class CheckpointSink(Sink):
 
     def __init__(self, shards: Sequence[Shard], folder: OutputFolder) -> None:
         self._shards = shards
-        self._folder = folder
+        self.folder: OutputFolder = folder
 
     def writer(self, task: CopyTask | WeightTask) -> WriteBytes:
         """Return the function that writes at the tensor's place in its shard."""
-        return self._folder.writer(self._shards[task.shard], task.tensor.name)
+        return self.folder.writer(self._shards[task.shard], task.tensor.name)
 
     def finished(self, task: CopyTask | WeightTask) -> Any:
         """Return the note from the folder's journal."""
-        return self._folder.finished.get(task.tensor.name)
+        return self.folder.finished.get(task.tensor.name)
 
     def finish(self, task: CopyTask | WeightTask, note: Any) -> None:
         """Note the task in the folder's journal, once the bytes are on the disk."""
-        self._folder.finish_tensor(self._shards[task.shard], task.tensor.name, note)
+        self.folder.finish_tensor(self._shards[task.shard], task.tensor.name, note)
 
     def flush(self) -> None:
         """Send the written bytes to the disk."""
-        self._folder.flush()
+        self.folder.flush()
 
 
 class CheckpointComparison(Comparison):

@@ -7,8 +7,7 @@ from lean_merge.store.blocks import BlockGroup, BlockStore, StoredBlock
 from lean_merge.store.folder import OutputFolder, Spans, WriteBytes
 from lean_merge.store.journal import JOURNAL, Difference, Journal, read_journal
 from lean_merge.store.layout import OutputTensor, Shard, index_json, plan_shards
-from lean_merge.store.state import changed_input
-from lean_merge.store.workplace import check_output, checked_place, find_complete
+from lean_merge.store.workplace import checked_place, find_complete
 
 __all__ = [
     "JOURNAL",
@@ -22,8 +21,6 @@ __all__ = [
     "Spans",
     "StoredBlock",
     "WriteBytes",
-    "changed_input",
-    "check_output",
     "checked_place",
     "find_complete",
     "index_json",

@@ -189,8 +189,8 @@ def to_record(name: str, group: BlockGroup, *, sealed: bool = False) -> dict[str
     return {"record": "blocks", "name": name, "blocks": blocks, "result": group.result}
 
 
-def intact_groups(records: Mapping[str, Record], file: Path) -> dict[str, BlockGroup]:
-    """Return the groups whose blocks in `file` still have their digests. Raises OSError."""
+def stored_groups(records: Mapping[str, Record]) -> dict[str, BlockGroup]:
+    """Return the groups that the records of an unsealed journal tell of."""
     groups = {}
     for name, record in records.items():
         blocks = {
@@ -200,6 +200,12 @@ def intact_groups(records: Mapping[str, Record], file: Path) -> dict[str, BlockG
             for each in record["blocks"]
         }
         groups[name] = BlockGroup(blocks, record.get("result"))
+    return groups
+
+
+def intact_groups(records: Mapping[str, Record], file: Path) -> dict[str, BlockGroup]:
+    """Return the groups whose blocks in `file` still have their digests. Raises OSError."""
+    groups = stored_groups(records)
     if file.is_symlink() or not file.is_file():
         return {name: group for name, group in groups.items() if not group.blocks}
     buffer = memoryview(bytearray(_STEP))

@@ -11,11 +11,13 @@ from typing import Any
 
 from lean_merge.checkpoints.weightfiles import INDEX
 from lean_merge.errors import OutputError
-from lean_merge.store.journal import JOURNAL, Journal, read_journal
+from lean_merge.store.journal import JOURNAL, Journal, JournalWriter, read_journal
 
 PARTIAL = ".partial"
 UNSEALED = f"{JOURNAL}{PARTIAL}"
 """The journal of an unfinished output."""
+PARTS = f"lean_merge_journal.*.jsonl{PARTIAL}"
+"""The journals of other processes that write the same output; their lines belong to that one."""
 OWN_ANALYSIS = f"lean_merge_analysis{PARTIAL}"
 """The folder of the analysis that an unfinished output makes for itself."""
 DISCARDED = f"lean_merge_discarded{PARTIAL}"
@@ -63,6 +65,18 @@ def look(folder: Path) -> tuple[State, Journal | None]:
     if any(name.endswith((".safetensors" + PARTIAL, INDEX + PARTIAL)) for name in names):
         return State.UNFINISHED, None
     return State.OTHER, journal
+
+
+def join_parts(folder: Path) -> None:
+    """Move the lines of other processes' journals to the end of the output's. Raises OSError."""
+    for part in sorted(folder.glob(PARTS)):
+        whole, own = read_journal(folder / UNSEALED), read_journal(part)
+        if whole is not None and own is not None and own.start == whole.start:
+            journal = JournalWriter(folder / UNSEALED, whole.start)
+            journal.open(whole.length)
+            journal.save([part.read_bytes()[: own.length].partition(b"\n")[2]])
+            journal.close()
+        part.unlink()
 
 
 def _has_all(folder: Path, journal: Journal) -> bool:

@@ -29,12 +29,14 @@ from lean_merge.store.state import (
     DISCARDED,
     OWN_ANALYSIS,
     PARTIAL,
+    PARTS,
     UNSEALED,
     State,
     Step,
     choose,
     difference,
     is_complete,
+    join_parts,
     look,
 )
 from lean_merge.store.storage import (
@@ -84,7 +86,7 @@ class Workplace:
         Between the two renames by which another run replaces it, that place is empty. A folder that
         is made there at that moment is given up again.
         """
-        old = _beside(self.final)[1]
+        old = beside(self.final)[1]
         for _ in range(TRIES):
             # What vanishes at a look is another run's, and then the lock says so.
             with suppress(FileNotFoundError):
@@ -123,7 +125,7 @@ def checked_place(out: Path, inputs: Sequence[Path]) -> Path:
     if final.exists() and not final.is_dir():
         raise OutputError(f"{final}: is a file; choose a folder.")
     # The folders beside it may be deleted, so they must be no inputs either.
-    places = [(place, _upward(place)) for place in (final, *_beside(final))]
+    places = [(place, _upward(place)) for place in (final, *beside(final))]
     for given in inputs:
         source = _upward(given.resolve())
         for place, own in places:
@@ -131,7 +133,7 @@ def checked_place(out: Path, inputs: Sequence[Path]) -> Path:
     return final
 
 
-def _beside(final: Path) -> tuple[Path, Path]:
+def beside(final: Path) -> tuple[Path, Path]:
     """Return the folders through which `final` is replaced: the new one's, and the old one's."""
     hidden = f".{final.name}.lean-merge"
     return final.parent / f"{hidden}-new", final.parent / f"{hidden}-old"
@@ -171,18 +173,19 @@ def find_workplace(
     `disk` is the most that it takes, where that is more than the weight files that `start` lists.
     Raises OSError, LeanMergeError.
     """
-    place, (new, _) = Workplace(final, final), _beside(final)
+    place, (new, _) = Workplace(final, final), beside(final)
     try:
         place.hold_final()
         step = choose(final, start, overwrite=overwrite, resume=resume)
         if step is Step.REPLACE:
             place.path = new
             place.hold(new)
-            step = _step_beside(new, start, resume=resume)
+            step = _stepbeside(new, start, resume=resume)
         if step is Step.GO_ON:
+            join_parts(place.path)
             place.journal = look(place.path)[1]
         else:
-            _check_disk(place, start, disk)
+            check_disk(place, start, disk)
             _clear(place)
         if place.path == final:
             _delete(new)
@@ -193,21 +196,21 @@ def find_workplace(
     return place
 
 
-def _step_beside(folder: Path, start: Mapping[str, Any], *, resume: bool) -> Step:
+def _stepbeside(folder: Path, start: Mapping[str, Any], *, resume: bool) -> Step:
     state, journal = look(folder)
     if not resume or state is not State.UNFINISHED or journal is None:
         return Step.START_OVER
     return Step.START_OVER if difference(journal.start, start) else Step.GO_ON
 
 
-def _check_disk(place: Workplace, start: Mapping[str, Any], disk: int) -> None:
+def check_disk(place: Workplace, start: Mapping[str, Any], disk: int) -> None:
     """Raise BudgetError where the disk lacks the space for a whole new output. Raises OSError.
 
     An unfinished output that is continued is not checked: its weight files have their space
     already, and how much of the rest is still to be written is not known.
     """
     needed = max(disk, sum(each["size"] for each in start["shards"]))
-    leftovers = {place.path, _beside(place.final)[0]}
+    leftovers = {place.path, beside(place.final)[0]}
     check_free_space(place.path, needed, freed=sum(map(folder_bytes, leftovers)))
 
 
@@ -225,7 +228,8 @@ def _clear(place: Workplace) -> None:
     _, journal = look(folder)
     # The journal may come from a stranger, so nothing outside the folder is removed.
     ours = {INDEX, *(Path(name).name for name in (journal.shards if journal else ()))}
-    for name in (*(f"{name}{PARTIAL}" for name in sorted(ours)), BLOCKS, JOURNAL):
+    parts = (each.name for each in folder.glob(PARTS))
+    for name in (*(f"{name}{PARTIAL}" for name in sorted(ours)), BLOCKS, JOURNAL, *parts):
         (folder / name).unlink(missing_ok=True)
     discard_analysis(folder)
     sync_folder(folder)
@@ -272,7 +276,7 @@ def _rename(folder: Path, name: str) -> None:
 
 def switch(final: Path) -> None:
     """Put the new folder in the old one's place. Raises OSError; then the old one is back."""
-    new, old = _beside(final)
+    new, old = beside(final)
     if final.exists():
         os.replace(final, old)
     try:
@@ -290,7 +294,7 @@ def recover(final: Path) -> bool:
 
     Raises OSError, and OutputError if the run that renames is still alive.
     """
-    new, old = _beside(final)
+    new, old = beside(final)
     ended = False
     for folder in (final, new):
         state, journal = look(folder)
@@ -340,30 +344,6 @@ def _remove(folder: Path) -> None:
     # A half-deleted folder must not look like a sealed one.
     (folder / JOURNAL).unlink(missing_ok=True)
     shutil.rmtree(folder)
-
-
-def check_output(
-    out: Path,
-    shards: Sequence[Shard],
-    *,
-    inputs: Sequence[Path],
-    overwrite: bool,
-    run: Mapping[str, Any] | None = None,
-    resume: bool = True,
-    disk: int = 0,
-) -> None:
-    """Raise what `OutputFolder.create` would raise, but touch nothing; plans call this."""
-    final = checked_place(out, inputs)
-    start = start_record(run or {}, shards)
-    try:
-        if resume and not overwrite and is_complete(final, start):
-            return
-        step = choose(final, start, overwrite=overwrite, resume=resume)
-        if step is not Step.GO_ON:
-            new, _ = _beside(final)
-            _check_disk(Workplace(final, new if step is Step.REPLACE else final), start, disk)
-    except OSError as error:
-        raise explain(final, error) from error
 
 
 def find_complete(

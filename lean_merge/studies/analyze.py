@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lean_merge import memory
-from lean_merge.engine import Event
+from lean_merge.engine import CREW, Event
 from lean_merge.merge import carry_out
 from lean_merge.outputs.analysis import AnalysisOutput
 from lean_merge.outputs.recorded import Analysis, open_analysis
@@ -77,6 +77,7 @@ def analyze(
             plan, Path(out), sampler, overwrite=overwrite, resume=resume, on_event=on_event
         )
     analysis = open_analysis(made.path)
-    file = add_page("analysis", made.path, analysis.document) if page else None
+    leads = (crew := CREW.get()) is None or crew.leads
+    file = add_page("analysis", made.path, analysis.document) if page and leads else None
     complete = made.report is None
     return AnalysisResult(made.path, analysis, 0 if complete else made.reused, complete, file)

@@ -11,7 +11,8 @@ from lean_merge.checkpoints import Checkpoint, identify
 from lean_merge.checkpoints.jsonfile import to_json
 from lean_merge.plan.resources import Resources
 from lean_merge.recipe import MergeRecipe
-from lean_merge.store import JOURNAL, OutputFolder, check_output
+from lean_merge.store import JOURNAL, OutputFolder
+from lean_merge.store.beforehand import check_output
 from lean_merge.studies.compare.document import COMPARISON, compare, open_roles
 from lean_merge.studies.pages import PAGES, add_page
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lean_merge.engine import Event
-from lean_merge.errors import LeanMergeError
+from lean_merge.engine import CREW, Event
+from lean_merge.errors import LeanMergeError, RecipeError
 from lean_merge.merge import merge
 from lean_merge.outputs import output_of
 from lean_merge.outputs.checkpoint import CheckpointOutput
@@ -120,6 +120,11 @@ def sweep(
     LeanMergeError
         An error concerns all points; an error of a single point is in the table, under `error`.
     """
+    if CREW.get() is not None:
+        raise RecipeError(
+            "A sweep is made by one process; start it without torchrun, or make its points one by "
+            "one by merge."
+        )
     evaluation = Evaluation(evaluate) if isinstance(evaluate, str) else evaluate
     points = list(grid.points())
     plan = check(recipe, grid, points, evaluation, resources)
