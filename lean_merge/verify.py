@@ -18,7 +18,7 @@ from lean_merge.checkpoints.patterns import bounded_pattern
 from lean_merge.checkpoints.safepaths import resolved
 from lean_merge.engine import CREW, Event, run
 from lean_merge.errors import CheckpointError, LeanMergeError, shown
-from lean_merge.outputs import RECIPE, output_of
+from lean_merge.outputs import RECIPE, all_outputs, output_of
 from lean_merge.outputs.gathered import Gathered, found_thresholds
 from lean_merge.plan import Plan, plan_again
 from lean_merge.plan import plan as make_plan
@@ -156,17 +156,19 @@ def verify(
 
 def _repair(result: Verification, check: FolderCheck) -> str | None:
     """Return the command that makes an output anew, from its own recipe if that is whole."""
-    folder, flags = result.path, ["--out", str(result.path), "--overwrite"]
-    recipe, facts = folder / RECIPE, {}
-    if not recipe.is_file() or any(each.file == RECIPE for each in result.differences):
+    folder, file = result.path, result.path / RECIPE
+    if not file.is_file() or any(each.file == RECIPE for each in result.differences):
         return None
+    words = ["merge", str(file)]
     if check.journal is not None:
-        facts = check.journal.start["run"]
+        facts, moved = check.journal.start["run"], []
         try:
             found = _recipe(check.journal, folder)
-        except LeanMergeError:
+            named = MergeRecipe.from_dict(facts["recipe"])
+            called = facts.get("kind", "")
+            kind = next(each for each in all_outputs().values() if each.called == called)
+        except (LeanMergeError, StopIteration):
             return None
-        named = MergeRecipe.from_dict(facts["recipe"])
         mllm = found.mllm_model or ""
         # Paths in a recipe are those from the folder in which the merge was started.
         for flag, now, then in (
@@ -177,9 +179,10 @@ def _repair(result: Verification, check: FolderCheck) -> str | None:
                 for now, then in zip(found.experts, named.experts, strict=True)
             ),
         ):
-            flags += [flag, now] if now != then else []
-    command = "analyze" if facts.get("kind") else "merge"
-    return shlex.join(["lean-merge", command, str(recipe), *flags])
+            moved += [flag, now] if now != then else []
+        words = kind.command(file, found, moved, facts)
+    words[2:2] = ["--out", str(folder), "--overwrite"]
+    return shlex.join(["lean-merge", *words])
 
 
 def _with_inputs(

@@ -119,6 +119,17 @@ class Output(abc.ABC):
     compares: ClassVar[bool] = False
     """True if `comparison` can compare it with a merge that is made again."""
 
+    @classmethod
+    def command(
+        cls, file: Path, recipe: MergeRecipe, moved: Sequence[str], facts: Mapping[str, Any]
+    ) -> list[str]:
+        """Return the words of the command line that make an output anew, without its folder.
+
+        `file` holds its recipe, `moved` are options for models that have moved, `recipe` has all
+        models where they are now, and `facts` are those of the journal.
+        """
+        return ["analyze" if cls.called else "merge", str(file), *moved]
+
     def __init__(self, request: Request) -> None:
         self.request = request
         self.recipe = request.recipe

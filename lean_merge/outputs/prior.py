@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 from lean_merge.checkpoints.dtypes import tensor_nbytes
@@ -29,6 +30,7 @@ from lean_merge.outputs.cutting import cutting_bytes
 from lean_merge.outputs.priornumbers import Span
 from lean_merge.outputs.priorsettings import PriorSettings
 from lean_merge.outputs.priorsinks import FactorSink, WholeSink, factor_parts, write_factor
+from lean_merge.recipe import MergeRecipe
 from lean_merge.sizes import format_size
 from lean_merge.store import OutputFolder, OutputTensor, Shard, plan_shards
 from lean_merge.tasks import WeightTask
@@ -58,6 +60,27 @@ class PriorOutput(Output):
     done: ClassVar[str] = "kept"
     called: ClassVar[str] = "a prior"
     settings: ClassVar[PriorSettings] = PriorSettings()
+
+    @classmethod
+    def command(
+        cls, file: Path, recipe: MergeRecipe, moved: Sequence[str], facts: Mapping[str, Any]
+    ) -> list[str]:
+        """Return the words that make it anew; it has options in the place of a recipe."""
+        words = ["prior", "--no-resume", "--mllm", recipe.receiver]
+        if recipe.mllm_model is not None:
+            words += ["--base", recipe.base_model]
+        for expert in recipe.experts:
+            words += ["--expert", expert.model]
+        if any(expert.parameters for expert in recipe.experts):
+            for expert in recipe.experts:
+                words += ["--weight", f"{dict(expert.parameters).get('weight', 1.0):g}"]
+        for name, value in dict(facts["prior"]).items():
+            words += [f"--{name}", str(value)]
+        for name in ("include", "exclude"):
+            words += [each for pattern in getattr(recipe, name) for each in (f"--{name}", pattern)]
+        for name in ("allow_partial", "allow_text_mllm", "force"):
+            words += [f"--{name.replace('_', '-')}"] if getattr(recipe, name) else []
+        return [*words, "--seed", str(recipe.seed), "--shard-size", str(recipe.shard_size)]
 
     def __init__(self, request: Request) -> None:
         super().__init__(request)

@@ -27,7 +27,7 @@ from lean_merge.outputs.priornumbers import (
 from lean_merge.outputs.priorsettings import PriorSettings
 from lean_merge.store import OutputFolder, Shard, WriteBytes
 from lean_merge.store.blocks import StoredBlock
-from lean_merge.tasks import CopyTask, WeightTask
+from lean_merge.tasks import CopyTask, WeightTask, Written
 from lean_merge.tasks.tiles import STRIP_ELEMENTS
 
 
@@ -76,16 +76,19 @@ class WholeSink(Sink):
 
     def keep(
         self, task: WeightTask, weight: LogicalWeight, decision: Decision, read: ReadRows
-    ) -> None:
+    ) -> Written | None:
         """Write the rows of D a strip at a time, with their scales."""
         writers = {n: self._folder.writer(self._shards[n], n) for n in self._names(task)}
-        squared = lost = 0.0
+        squared = lost = along = 0.0
         for rows, values in difference_rows(weight, decision, read):
             encoded = Encoded.of(values, self._settings.dtype, task.tensor.name)
             squared += squared_norm(values)
-            lost += squared_norm(encoded.decoded - values)
+            decoded = encoded.decoded
+            along += float((decoded.double() * values).sum())
+            lost += squared_norm(decoded - values)
             write_rows(weight, rows, encoded, writers, task.tensor.name)
         self._notes.add(weight.canonical, squared=squared, lost=lost, rank=None)
+        return None if decision.update is None else Written(along, squared)
 
     def finished(self, task: CopyTask | WeightTask) -> Any:
         """Return the engine's note from the folder's journal, if all of D is there."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.families import contents
 from support.layouts import HEADS, INNER, PAIRS, SIZE, Layout, Where, stored_as
@@ -28,6 +31,7 @@ from lean_merge import (
 )
 from lean_merge.drift import Prior, PriorMatrix
 from lean_merge.outputs import approximating
+from lean_merge.outputs.priornumbers import Span
 from lean_merge.outputs.priorsettings import AUTO_SHARE, PriorSettings
 from lean_merge.studies.prior import PriorResult, make_prior, prior_recipe
 
@@ -319,14 +323,23 @@ def test_shards_have_an_index(tmp_path: Path, plain: Models):
     assert one.keys() == many.keys() and all(torch.equal(one[n], many[n]) for n in one)
 
 
-def test_verify_finds_a_changed_byte(tmp_path: Path, plain: Models):
-    plain.make(tmp_path / "p", EVERY["whole"])
+def test_verify_finds_a_changed_byte_and_tells_the_command_that_repairs(
+    tmp_path: Path, plain: Models
+):
+    experts = [str(each) for each in plain.experts]
+    plain.make(
+        tmp_path / "p", EVERY["whole"], experts=experts, weights=(0.5, 0.25), exclude=("k_proj",)
+    )
     assert verify(tmp_path / "p").ok
     file = tmp_path / "p" / "model.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
-    assert not verify(tmp_path / "p").ok
+    right = file.read_bytes()
+    file.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
+    found = verify(tmp_path / "p")
+    assert not found.ok and found.repair is not None
+    program, *words = shlex.split(found.repair)
+    assert program == "lean-merge"
+    cli.main([*words, "--quiet"])
+    assert file.read_bytes() == right and verify(tmp_path / "p").ok
 
 
 def test_an_expert_that_equals_the_mllm_is_told(tmp_path: Path, plain: Models):
@@ -371,6 +384,25 @@ def test_settings_that_make_no_sense_are_refused(what: str):
     given, message = SENSELESS[what]
     with pytest.raises(RecipeError, match=message):
         PriorSettings(**given)
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.sets(st.integers(1, 30), max_size=3))
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_strips_of_a_tensor_hold_the_rows_of_each_part(lengths: list[int], cut_at: set[int]):
+    """Runs of rows with gaps, cut anywhere, give each row of the part once and at its place."""
+    runs, at = [], 0
+    for gap, length in zip([*lengths[1:], 0], lengths, strict=True):
+        runs.append((at + gap, at + gap + length))
+        at += gap + length
+    rows = [row for start, stop in runs for row in range(start, stop)]
+    cuts = sorted(each for each in cut_at if each < at)
+    span = Span(None, 0, tuple(runs))
+    found = []
+    for first, last in zip([0, *cuts], [*cuts, at], strict=True):
+        for there, own in span.within(slice(first, last)):
+            assert first <= there.start < there.stop <= last
+            found += [*zip(range(own.start, own.stop), range(there.start, there.stop), strict=True)]
+    assert found == [*enumerate(rows)]
 
 
 def test_recipes_that_make_no_sense_are_refused():

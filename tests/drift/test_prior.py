@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lean_merge.drift import Prior, PriorFactors, PriorMatrix
@@ -138,3 +140,26 @@ def test_what_makes_no_sense_in_prior_json_is_refused(tmp_path, whole, fault):
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no folder"):
         Prior.open(tmp_path / "none")
+
+
+VALUES = st.sampled_from(
+    [None, True, -1, 0, 2, 1e300, float("nan"), "x", [], [[0, 9]], {}, [2**70]]
+)
+
+
+@given(st.sampled_from(["a", "b", "c"]), st.sampled_from([*ENTRY, "parts"]), VALUES)
+@settings(max_examples=60, deadline=None, suppress_health_check=[*HealthCheck])
+def test_any_fact_may_be_wrong_and_none_gives_another_error(whole, name, key, value):
+    changed = json.loads((whole / "prior.json").read_text())
+    changed["weights"][name][key] = value
+    file = whole / "prior.json"
+    before = file.read_text()
+    file.write_text(json.dumps(changed))
+    try:
+        prior = Prior.open(whole)
+        assert {*prior.weights} == {"a", "b", "c"}
+        prior.close()
+    except CheckpointError:
+        pass
+    finally:
+        file.write_text(before)
