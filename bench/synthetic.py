@@ -95,11 +95,18 @@ class Recipe:
 
 
 def write_triple(
-    folder: Path, shapes: Shapes, recipe: Recipe = Recipe(), *, text: bool = False
+    folder: Path,
+    shapes: Shapes,
+    recipe: Recipe = Recipe(),
+    *,
+    text: bool = False,
+    classes: bool = True,
 ) -> dict[str, Path]:
     """Write `base`, `mllm` and `expert` below `folder`; return their folders.
 
     With `text` there is a fourth, the MLLM's language model alone, with the names of the base.
+    Without `classes`, config.json names no class, so that a merge into an adapter starts no process
+    that asks transformers for the names of the class's modules.
     """
     wanted = ("base", "mllm", "expert", *(("text",) if text else ()))
     roles = {role: folder / role for role in wanted}
@@ -128,7 +135,7 @@ def write_triple(
         for writer in writers.values():
             writer.seal()
     for role, path in roles.items():
-        _write_config(path, role, shapes, recipe)
+        _write_config(path, role, shapes, recipe, classes=classes)
     return roles
 
 
@@ -276,7 +283,7 @@ class _Writer:
             self._folder.abort()
 
 
-def _write_config(path: Path, role: str, shapes: Shapes, recipe: Recipe) -> None:
+def _write_config(path: Path, role: str, shapes: Shapes, recipe: Recipe, *, classes: bool) -> None:
     text = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -295,6 +302,9 @@ def _write_config(path: Path, role: str, shapes: Shapes, recipe: Recipe) -> None
             "architectures": ["LlavaForConditionalGeneration"],
             "text_config": text,
         }
+    if not classes:
+        config.pop("architectures")
+        text.pop("architectures", None)
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,31 +27,34 @@ def scripts() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A triple with the MLLM's language model beside it."""
+    """A triple of one layer with the MLLM's language model beside it."""
     import synthetic
 
     folder = tmp_path_factory.mktemp("tiny")
-    synthetic.write_triple(folder, synthetic.SIZES["tiny"], text=True)
-    # Without its class no process is started that asks the loader for the names of modules.
-    config = folder / "mllm" / "config.json"
-    plain = json.loads(config.read_text())
-    del plain["architectures"]
-    config.write_text(json.dumps(plain))
+    synthetic.write_triple(folder, tiny_shapes(), text=True, classes=False)
     return folder
 
 
-def script(name: str, *options: object) -> str:
-    """What a benchmark prints; it must end well."""
-    command = [sys.executable, str(BENCH / f"{name}.py"), *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def tiny_shapes() -> Any:
+    """The sizes of `tiny`."""
+    import synthetic
+
+    return replace(synthetic.SIZES["tiny"], layers=1)
 
 
-def test_speed_measures_floors_and_checks_the_outputs(tiny: Path) -> None:
+def test_speed_measures_floors_and_checks_the_outputs(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import speed
+
     before = sorted(tiny.iterdir())
-    text = script("speed", "--size", "tiny", "--rounds", 1, "--no-targets", "--triple", tiny)
-    assert "| tiny, 2 layers | checkpoint |" in text
+    options = ["--size", "tiny", "--layers", "1", "--rounds", "1", "--triple", str(tiny)]
+    monkeypatch.setattr(sys, "argv", ["speed.py", *options, "--no-targets"])
+    with pytest.raises(SystemExit) as ended:
+        speed.main()
+    assert not ended.value.code
+    text = capsys.readouterr().out
+    assert "| tiny, 1 layers | checkpoint |" in text
     assert "Against the float64 oracle" in text and "not selected, by both" in text
     assert sorted(tiny.iterdir()) == before, "it was to clean up"
 
@@ -84,9 +87,9 @@ def test_what_is_planted_is_in_the_files_and_the_roles_share_their_base(tiny: Pa
     import synthetic
     import truth
 
-    shapes, recipe = synthetic.SIZES["tiny"], synthetic.Recipe()
+    shapes, recipe = tiny_shapes(), synthetic.Recipe()
     planted = {name: synthetic.is_planted(name, recipe) for name in shapes.weights}
-    assert len(planted) == 14 and 0 < sum(planted.values()) < 14
+    assert len(planted) == 7 and 0 < sum(planted.values()) < 7
     for name, is_planted in list(planted.items())[:4]:
         found = truth.expected(tiny, name)
         assert found.selected == is_planted
@@ -103,7 +106,7 @@ def test_a_wrong_output_fails_the_checks(tiny: Path) -> None:
     import synthetic
     import truth
 
-    shapes = synthetic.SIZES["tiny"]
+    shapes = tiny_shapes()
     name = next(n for n in shapes.weights if synthetic.is_planted(n, synthetic.Recipe()))
     found = truth.expected(tiny, name)
     update = torch.from_numpy(found.update)

@@ -23,29 +23,32 @@ def triple(tmp_path: Path) -> Triple:
     return write_triple(tmp_path / "in", SMALL)
 
 
-def loaded_by_a_plan(triple: Triple) -> set[str]:
-    """The forms that another process imports in order to plan a merge of a triple."""
+def loaded_by_plans(*mllms: Path, base: Path, expert: Path) -> list[set[str]]:
+    """The forms that another process has imported after the plan of a merge into each MLLM."""
     code = """
 import sys
 from lean_merge import MergeRecipe, plan
-base, mllm, *experts = sys.argv[1:]
-plan(MergeRecipe(base, mllm, tuple(experts)))
-loaded = [name for name in sys.modules if name.startswith("lean_merge.checkpoints.forms.")]
-print(*(name.split(".")[3] for name in loaded))
+base, expert, *mllms = sys.argv[1:]
+for mllm in mllms:
+    plan(MergeRecipe(base, mllm, (expert,)))
+    loaded = [name for name in sys.modules if name.startswith("lean_merge.checkpoints.forms.")]
+    print(*(name.split(".")[3] for name in loaded))
 """
-    folders = map(str, (triple.base, triple.mllm, *triple.experts))
-    command = [sys.executable, "-c", code, *folders]
-    return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    command = [sys.executable, "-c", code, *map(str, (base, expert, *mllms))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [set(line.split()) for line in done.stdout.splitlines()]
 
 
-def test_a_plan_of_plain_safetensors_loads_no_other_form(triple: Triple):
+def test_a_plan_of_plain_safetensors_loads_no_other_form(triple: Triple, tmp_path: Path):
+    other = tmp_path / "other"
+    shutil.copytree(triple.mllm, other)
     # What lies beside the weights makes them no less plain.
     torch.save({"step": torch.ones(1)}, triple.mllm / "training_args.bin")
-    assert loaded_by_a_plan(triple) == set()
-    tensors = load(triple.mllm)
-    (triple.mllm / "model.safetensors").unlink()
-    torch.save(tensors, triple.mllm / "pytorch_model.bin")
-    assert loaded_by_a_plan(triple) == {"fp8", "hub", "lora", "pytorch", "unsupported"}
+    (other / "model.safetensors").unlink()
+    torch.save(load(triple.mllm), other / "pytorch_model.bin")
+    (expert,) = triple.experts
+    found = loaded_by_plans(triple.mllm, other, base=triple.base, expert=expert)
+    assert found == [set(), {"fp8", "hub", "lora", "pytorch", "remote", "unsupported"}]
 
 
 NEW = """

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lean_merge import Grid, Resources, sweep
+from lean_merge import Grid, Resources, merge, sweep
 from lean_merge.demo.evaluate import evaluate
 from lean_merge.demo.run import FAMILY, family_recipe
 
@@ -19,18 +19,23 @@ def test_a_sweep_measures_what_the_models_can_do(tmp_path: Path, monkeypatch: py
     """Where nothing is selected, the MLLM's own skills; where all is, more sums in text."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     command = f"'{sys.executable}' '{ROOT / 'bench' / 'skills.py'}' {{path}} --problems {PROBLEMS}"
+    chosen, resources = {"scale": 0.5, "stages": ["select"]}, Resources(device="cpu", threads=1)
     result = sweep(
-        family_recipe(parameters={"scale": 0.5}),
-        Grid(thresholds=[0, 0.9, 0.95], stages="select"),
+        family_recipe(parameters=chosen),
+        Grid(thresholds=[0.9, 0.95]),
         tmp_path / "out",
         evaluate=command,
-        resources=Resources(device="cpu", threads=1),
+        resources=resources,
     )
     assert result.ok, result.table["points"]
-    everything, nothing, same = result.table["points"]
-    assert (everything["selected"], nothing["selected"]) == (28, 0)
+    nothing, same = result.table["points"]
+    assert nothing["selected"] == 0
     assert same["same_as"] == nothing["name"] and same["result"] == nothing["result"]
     own = evaluate(FAMILY / "mllm", problems=PROBLEMS)
     assert nothing["result"] == {task: accuracy.share for task, accuracy in own.items()}
-    assert everything["result"]["text_sums"] > nothing["result"]["text_sums"] + 0.05
-    assert everything["result"]["read"] > 0.9
+    recipe = family_recipe(parameters={**chosen, "threshold": 0.0})
+    everything = merge(recipe, tmp_path / "all", resources=resources)
+    assert [row["selected"] for row in everything.report["weights"]] == [True] * 28
+    found = evaluate(everything.path, problems=PROBLEMS)
+    assert found["text_sums"].share > nothing["result"]["text_sums"] + 0.05
+    assert found["read"].share > 0.9
