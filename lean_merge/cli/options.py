@@ -384,8 +384,8 @@ Threads = Annotated[
     option(
         RESOURCES,
         metavar="NUMBER",
-        help="The number of threads; more than 4 do not help. By default there is one for each "
-        "processor.",
+        help="The number of threads. By default there is one for each processor. More than 4 are "
+        "taken as far as memory has room for them.",
     ),
 ]
 FromAnalysis = Annotated[

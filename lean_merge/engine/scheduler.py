@@ -2,13 +2,9 @@
 
 The calling thread takes the plan's tensors in their order. It has tensors out of scope copied. For
 each logical weight of the others it waits for the decision, and then has the result stored. It
-reports each tensor that is stored completely, again in order. These threads work beside it:
-
-- one or two **analysis threads**, each of which brings one logical weight to its decision;
-- the **worker threads**, which compute the passes that analyses ask for, and otherwise write rows
-  and copy tensors, in order;
-- the **read-ahead**, a thread that brings the bytes of coming tensors into the page cache;
-- the **flusher**, a thread that sends written bytes to the disk.
+reports each tensor that is stored completely, again in order. Beside it, one or two analysis
+threads each bring one logical weight to its decision, and the workers compute the passes that
+analyses ask for, and otherwise write rows and copy tensors. docs/architecture.md lists all threads.
 
 Four rules say what may overlap:
 

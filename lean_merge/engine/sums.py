@@ -57,16 +57,14 @@ class Sums:
         def lanes(name: str, like: Tensor | None) -> list[Tensor]:
             if like is None:
                 return []
-            # Kernels multiply a strip from the left by few rows faster than from the right by few
-            # columns, so that the sums are stored in the order of [b, in].
+            # Few rows times a strip take less time than the strip times few columns.
             shape = like.shape[1], in_features
             return [
                 owner.buffer(f"{name} {role} {lane}", shape, torch.float32).T
                 for lane in owner.lanes
             ]
 
-        # Strips that stay in a cache are multiplied twice as fast as whole tiles. Other devices,
-        # and kernels that round every product, are faster with fewer calls.
+        # Strips that fit a cache are multiplied twice as fast; others do better with fewer calls.
         self._in_strips = device.type == "cpu" and self._dtype is torch.float32
         self._right = None if request.times is None else _padded(request.times)
         self._y = empty(out_features, request.gram, self._dtype)

@@ -142,11 +142,7 @@ class TaskVectors:
     def tile_strips(
         self, index: int, wanted: Sequence[bool]
     ) -> Iterator[tuple[slice, list[Tensor | None]]]:
-        """Yield the strips of one tile, each with its rows of the wanted task vectors.
-
-        Those are valid until the next strip, and in the processor's cache unless a whole tile must
-        be read.
-        """
+        """Yield one tile's strips with their rows of wanted task vectors, valid until the next."""
         tile, sources = self.tiles[index], (self.weight.base, *self.weight.others)
         turned = index < len(self._resident) or any(source.in_columns for source in sources)
         whole = any(wanted) and turned
@@ -278,7 +274,7 @@ class TaskVectors:
         sums = [Sums(self, role, request) for role, request in enumerate(wanted)]
         inner = InnerSums(self, [request is not None and request.inner for request in wanted])
         if self._uploader is None:
-            self._workers.map(lambda lane: self._run_lane(lane, sums, inner), self.lanes)
+            self._run_lanes(sums, inner)
         else:
             self._run_uploaded(self._uploader, sums, inner)
         finished = [one.finish(row) for one, row in zip(sums, inner.finish(), strict=True)]
@@ -318,59 +314,67 @@ class TaskVectors:
                 update.rows(rows, given, scratch, whole[at])
             sums.add(lane, tile, whole, first=index < LANES)
 
-    def _run_lane(self, lane: int, sums: list[Sums], inner: InnerSums) -> None:
+    def _run_lanes(self, sums: list[Sums], inner: InnerSums) -> None:
+        """Run every lane; with more threads, each task vector of a lane if all tiles stay.
+
+        Reductions count on one thread for each lane.
+        """
         wanted = [one.request is not None for one in sums]
-        for index in range(lane, len(self.tiles), LANES):
-            self._add(index, self.tile(index, wanted), sums, inner)
+        together: list[Sequence[int]] = [range(len(sums))]
+        reduces = any(one.request is not None and one.request.reduce is not None for one in sums)
+        if self._workers.count > len(self.lanes) and not reduces:
+            self._workers.map(lambda index: self.tile(index, wanted), range(len(self._resident)))
+            if len(self._resident) == len(self.tiles):
+                together = [[role] for role, is_wanted in enumerate(wanted) if is_wanted]
+
+        def run(job: tuple[int, Sequence[int]]) -> None:
+            lane, roles = job
+            for index in range(lane, len(self.tiles), LANES):
+                tile = self.tile(index, wanted)
+                self._add(index, tile, sums, roles)
+                if roles is together[0]:
+                    inner.add(lane, tile)
+
+        self._workers.map(run, [(lane, roles) for roles in together for lane in self.lanes])
 
     def _add(
-        self,
-        index: int,
-        tile: Sequence[Tensor | None],
-        sums: list[Sums],
-        inner: InnerSums,
+        self, index: int, tile: Sequence[Tensor | None], sums: list[Sums], roles: Sequence[int]
     ) -> None:
-        """Add one tile to the sums of its lane."""
+        """Add the task vectors of `roles` of one tile to the sums of its lane."""
         lane, rows = index % LANES, self.tiles[index]
-        for one, task_vector in zip(sums, tile, strict=True):
+        for role in roles:
+            task_vector = tile[role]
             if task_vector is not None:
-                one.add(lane, rows, task_vector, first=index < LANES)
-        inner.add(lane, tile)
+                sums[role].add(lane, rows, task_vector, first=index < LANES)
 
     def _run_uploaded(self, uploader: Sender, sums: list[Sums], inner: InnerSums) -> None:
         """Run all lanes together in the tiles' order, so that each lane gets its tiles in order."""
         wanted = [one.request is not None for one in sums]
-        parcels = [
-            self._parcel(index, wanted)
-            for index in range(len(self.tiles))
-            if index >= len(self._resident) or not self._formed[index]
-        ]
+        stay = len(self._resident)
+        # Of a tile that stays, all task vectors are uploaded, once.
+        sent = [[True] * len(sums)] * stay + [wanted] * (len(self.tiles) - stay)
+        coming = [n for n in range(len(self.tiles)) if n >= stay or not self._formed[n]]
+        parcels = [self._parcel(index, sent[index]) for index in coming]
         with closing(uploader.send(parcels, self._landing)) as arrivals:
             for index in range(len(self.tiles)):
-                resident = index < len(self._resident)
-                if resident and self._formed[index]:
+                if index < stay and self._formed[index]:
                     tile: list[Tensor | None] = [*self._resident[index]]
                 else:
-                    tile = self._by_role(next(arrivals), self._sent(index, wanted))
-                    if resident:
-                        self._formed[index] = True
-                self._add(index, tile, sums, inner)
+                    tile = _by_role(next(arrivals), sent[index])
+                    self._formed[index] = index < stay
+                self._add(index, tile, sums, range(len(sums)))
+                inner.add(index % LANES, tile)
 
-    def _sent(self, index: int, wanted: Sequence[bool]) -> Sequence[bool]:
-        """Tell which roles to upload for a tile: all if it stays resident, else the wanted ones."""
-        return [True] * len(wanted) if index < len(self._resident) else wanted
-
-    @staticmethod
-    def _by_role(task_vectors: Sequence[Tensor], sent: Sequence[bool]) -> list[Tensor | None]:
-        coming = iter(task_vectors)
-        return [next(coming) if is_sent else None for is_sent in sent]
-
-    def _parcel(self, index: int, wanted: Sequence[bool]) -> Parcel:
-        sent = self._sent(index, wanted)
+    def _parcel(self, index: int, sent: Sequence[bool]) -> Parcel:
         return Parcel(
-            fill=lambda views: self._form(index, self._by_role(views, sent)),
+            fill=lambda views: self._form(index, _by_role(views, sent)),
             count=sum(sent),
             shape=self._tile_shape(index),
             dtype=self.task_dtype,
             targets=self._resident[index] if index < len(self._resident) else (),
         )
+
+
+def _by_role(task_vectors: Sequence[Tensor], sent: Sequence[bool]) -> list[Tensor | None]:
+    coming = iter(task_vectors)
+    return [next(coming) if is_sent else None for is_sent in sent]

@@ -112,7 +112,10 @@ class RowWriter:
         torch.add(before, update, out=after)
         rounded = self._rounded(after, generator)
         change = self._workers.buffer("change", shape, torch.float32).copy_(rounded).sub_(before)
-        along, squared = _dot(change, update), _dot(update, update)
+        # The strips are so short that float32 suffices for their inner products.
+        along, squared = (
+            float(torch.dot(each.view(-1), update.view(-1))) for each in (change, update)
+        )
         # A NaN or Inf in the result makes this product NaN or Inf; otherwise it is finite, unless
         # it is huge.
         if not math.isfinite(along):
@@ -148,20 +151,8 @@ class RowWriter:
                 f"{source.file}: merging tensor {source.name} gives NaN or Inf; check its numbers, "
                 "and those of the same weight in the other checkpoints."
             )
+        name = str(self._output.dtype).removeprefix("torch.")
         raise DataError(
-            f"{source.file}: tensor {source.name} overflows {torch_name(self._output.dtype)}; "
+            f"{source.file}: tensor {source.name} overflows {name}; "
             "choose another --out-dtype, such as bfloat16 or float32."
         )
-
-
-def _dot(first: Tensor, second: Tensor) -> float:
-    """Return the inner product of two strips; they are so short that float32 suffices."""
-    return float(torch.dot(first.view(-1), second.view(-1)))
-
-
-def torch_name(dtype: torch.dtype) -> str:
-    """Return the name of a dtype as users write it, such as float16."""
-    return str(dtype).removeprefix("torch.")
-
-
-__all__ = ["OutputRows", "RowWriter"]

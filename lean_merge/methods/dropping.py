@@ -86,8 +86,8 @@ class DroppingMethod(SparseMethod[D], abc.ABC):
         """Return the cost; `l1` takes a pass over the rows."""
         if self.common.rescale != "l1":
             return super().cost(shape, item=item)
-        # The blocks of `_sums` in at most four threads, which get 2^17 numbers at once, or 4 rows.
-        workspace = 4 * (self.keeping + 3) * 4 * max(1 << 17, 4 * shape[1])
+        # The blocks of `_sums` in at most four threads, which get 2^18 numbers at once, or 4 rows.
+        workspace = 4 * (self.keeping + 3) * 4 * max(1 << 18, 4 * shape[1])
         return AnalysisCost(workspace, passes=1, usual_passes=1, scratch=self.scratch)
 
 

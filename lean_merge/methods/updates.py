@@ -99,8 +99,6 @@ class Combined(Update):
         for number, (coefficient, task_vector) in enumerate(terms):
             if number:
                 out.add_(task_vector, alpha=coefficient)
-            elif task_vector.dtype is torch.float32:
-                torch.mul(task_vector, coefficient, out=out)
             else:
                 out.copy_(task_vector).mul_(coefficient)
 

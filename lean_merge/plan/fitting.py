@@ -233,8 +233,10 @@ def fit(output: Output, machine: ResolvedResources) -> tuple[Footprint, tuple[st
 
     Where the device was not asked for and is too small, the CPU takes its place.
     """
-    workers = min(machine.threads, tiles.LANES)
-    held = memory.usage().anonymous + output.held_bytes + _decoding_bytes(output.mllm, workers)
+    # A pass has so many parts, and two weights may be analysed at a time.
+    useful = min(machine.threads, 2 * tiles.LANES * (len(output.recipe.experts) + 1))
+    workers = min(useful, tiles.LANES)
+    held = memory.usage().anonymous + output.held_bytes + _decoding_bytes(output.mllm, useful)
     logical = sum(len(weight.slices) for weight in output.weights)
     copied = len(output.tensors) if output.writes_rows else 0
     held += formulas.record_bytes(logical, copied, experts=len(output.recipe.experts))
@@ -251,7 +253,27 @@ def fit(output: Output, machine: ResolvedResources) -> tuple[Footprint, tuple[st
     most = max((found.fixed(weight)[0] for weight in found.weights), default=0)
     room = _arrivals(output, machine.memory - held - most, machine.remote_cache)
     found = dataclasses.replace(found, held=held + room.memory, arrivals=room, most=most)
+    if found.on_cpu and useful > workers:
+        found, more = _with_more_workers(found, useful)
+        notes += more
     return found, notes
+
+
+def _with_more_workers(found: Footprint, threads: int) -> tuple[Footprint, tuple[str, ...]]:
+    """Return the footprint with as many workers as fit, and a note if not all `threads` do.
+
+    The tiles of a weight go before further workers, since tiles that are read again cost more.
+    """
+    next_one = dataclasses.replace(found, workers=found.workers + 1)
+    each = max((next_one.fixed(one)[0] - found.fixed(one)[0] for one in found.weights), default=1)
+    shapes = map(found.shape, found.weights)
+    needed = found.held + found.most + max((s.tiles * s.resident_tile for s in shapes), default=0)
+    more = threads - found.workers
+    fitting = min(more, max(0, found.memory - needed) // each)
+    workers, all_in = found.workers + fitting, -(-(needed + more * each) >> 20)
+    note = f"{workers} of {threads} threads fit; --memory {all_in}MiB has room for all"
+    found = dataclasses.replace(found, workers=workers, most=found.most + fitting * each)
+    return found, () if fitting == more else (note,)
 
 
 def check_fits(tasks: Sequence[CopyTask | WeightTask], footprint: Footprint) -> None:

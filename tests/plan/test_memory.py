@@ -13,7 +13,7 @@ import psutil
 import pytest
 from support.families import check_reads
 
-from lean_merge import Expert, MergeRecipe, Resources, memory, plan
+from lean_merge import Expert, MergeRecipe, Plan, Resources, memory, plan
 from lean_merge.memory import usage
 
 BENCH = Path(__file__).parents[2] / "bench"
@@ -58,6 +58,29 @@ def predicted(folder: Path, output: str) -> int:
     base, mllm, expert = (str(folder / role) for role in ("base", "mllm", "expert"))
     recipe = MergeRecipe(base_model=base, mllm_model=mllm, experts=(Expert(expert),), output=output)
     return plan(recipe, Resources(device="cpu", threads=2)).prediction.peak_memory
+
+
+def test_as_many_threads_are_used_as_fit_beside_the_tiles(triples: dict[int, Path]) -> None:
+    """Four need no room; the note names the memory in which all of them fit, and no less does."""
+    base, mllm, expert = (str(triples[2] / role) for role in ("base", "mllm", "expert"))
+    recipe = MergeRecipe(base_model=base, mllm_model=mllm, experts=(Expert(expert),))
+
+    def planned(threads: int, limit: int) -> Plan:
+        return plan(recipe, Resources(device="cpu", threads=threads, memory=limit))
+
+    roomy, four = planned(12, 4096 * MIB), planned(4, 4096 * MIB)
+    assert (roomy.workers, four.workers) == (12, 4)
+    assert not any("threads fit" in note for note in roomy.notes)
+    assert roomy.prediction.peak_memory > four.prediction.peak_memory
+    assert planned(1000, 4096 * MIB).workers == 16
+    limit = (roomy.prediction.peak_memory + four.prediction.peak_memory) // 2
+    tight = planned(12, limit)
+    assert 4 <= tight.workers < 12
+    assert tight.prediction.peak_memory <= limit
+    [note] = [note for note in tight.notes if "threads fit" in note]
+    named = re.search(r"^(\d+) of 12 threads fit; --memory (\d+)MiB", note)
+    assert named is not None and int(named[1]) == tight.workers, note
+    assert planned(12, (int(named[2]) + 4) * MIB).workers == 12
 
 
 def smallest(folder: Path, *options: str) -> int:
