@@ -38,6 +38,12 @@ def ranks(prior, tmp_path_factory) -> list[dict]:
     return [torch.load(out / f"{rank}.pt") for rank in range(2)]
 
 
+def test_drift_alone_imports_no_trainer(ranks):
+    for each in ranks:
+        assert "lean_merge.drift.pull" in each["modules"]
+        assert not {"transformers", "accelerate", "peft", "trl"} & {*each["modules"]}
+
+
 @pytest.mark.parametrize("mode", ["absolute", "grad-norm", "adaptive"])
 @pytest.mark.parametrize("kind", ["whole", "lora"])
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
