@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -31,11 +32,16 @@ MODULES = {module_name(file): file for file in FILES}
 TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in MODULES.items()}
 
 
-def imported(name: str, *, at_import: bool = False) -> Iterator[tuple[str, str]]:
+@cache
+def imported(name: str, *, at_import: bool = False) -> tuple[tuple[str, str], ...]:
     """(module, symbol) of every import in a module; the symbol is "" for a whole module.
 
     `at_import` leaves out those inside functions.
     """
+    return tuple(_imported(name, at_import))
+
+
+def _imported(name: str, at_import: bool) -> Iterator[tuple[str, str]]:
     nodes = list(ast.walk(TREES[name]))
     if at_import:
         functions = (ast.FunctionDef, ast.AsyncFunctionDef)

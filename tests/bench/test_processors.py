@@ -10,11 +10,17 @@ import pytest
 BENCH = Path(__file__).parents[2] / "bench"
 
 
-def test_bars_hold_under_smaller_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "sets", [1, pytest.param(None, marks=pytest.mark.durability)], ids=["smallest", "all"]
+)
+def test_bars_hold_under_smaller_instruction_sets(
+    monkeypatch: pytest.MonkeyPatch, sets: int | None
+) -> None:
     monkeypatch.setattr(sys, "path", [str(BENCH), *sys.path])
     import processors
 
-    runs = {one.name: processors.run(one, processors.QUICK, 1) for one in processors.smaller()}
+    every = processors.smaller()[:sets]
+    runs = {one.name: processors.run(one, processors.QUICK, 1) for one in every}
     assert runs and all(each.passed for each in runs.values())
     rows = processors.margins(runs).splitlines()[2:]
     (row,) = [row for row in rows if "nuclear norm after six blocks" in row]

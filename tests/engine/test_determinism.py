@@ -119,7 +119,7 @@ def test_threads_change_no_byte(sketched: Callable[..., Triple], tmp_path: Path,
     triple, options = sketched(torch.float32), METHODS[method]
     outputs = [
         identity(triple.merge(tmp_path / str(threads), threads=threads, **options))
-        for threads in (1, 2, 4, 7)
+        for threads in (1, 2, 7)
     ]
     for other in outputs[1:]:
         assert other == outputs[0]

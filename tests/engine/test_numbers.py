@@ -26,6 +26,7 @@ from support.families import (
 )
 from support.layouts import Where
 from support.oracle import ip_merging
+from support.pairs import all_pairs
 from torch import Tensor
 
 from lean_merge import DataError
@@ -43,10 +44,11 @@ ARITHMETIC = dict.fromkeys(DTYPES, torch.float32) | {torch.bfloat16: torch.bfloa
 # --- NaN and Inf --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("threshold", [0.0, 1.0], ids=["selected", "unselected"])
-@pytest.mark.parametrize("streamed", [False, True], ids=["resident", "streamed"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("role", ["base", "mllm", "expert1"])
+@pytest.mark.parametrize(
+    ("role", "dtype", "streamed", "threshold"),
+    all_pairs(["base", "mllm", "expert1"], DTYPES, [False, True], [0.0, 1.0]),
+    ids=str,
+)
 def test_one_nan_stops_the_merge_and_is_named(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -173,9 +175,11 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(48, 40), (640, 576), (576, 640)], ids=str)
-@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize(
+    ("kind", "shape", "dtype"),
+    all_pairs(list(ODD), [(48, 40), (640, 576), (576, 640)], DTYPES),
+    ids=str,
+)
 def test_odd_task_vectors_agree_with_the_oracle(
     kind: str, shape: tuple[int, int], dtype: torch.dtype
 ):
@@ -198,10 +202,16 @@ def test_odd_task_vectors_agree_with_the_oracle(
         assert record.rank == expected.subspace
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(640, 576), (576, 640)], ids=str)
-@pytest.mark.parametrize("noise", [1e-4, 1e-3, 1e-2])
-@pytest.mark.parametrize("rank", [1, 4, 16])
+@pytest.mark.parametrize(
+    ("rank", "noise", "shape", "dtype"),
+    all_pairs(
+        [1, 4, 16],
+        [1e-4, 1e-3, 1e-2],
+        [(640, 576), (576, 640)],
+        [torch.float32, torch.bfloat16],
+    ),
+    ids=str,
+)
 def test_low_rank_tuning_under_storage_noise(
     rank: int, noise: float, shape: tuple[int, int], dtype: torch.dtype
 ):
