@@ -282,7 +282,7 @@ def test_ranks_of_different_commands_are_refused(scene: Scene, out: Path):
 
 
 @given(data=st.data())
-@settings(max_examples=3, deadline=None, phases=NO_SHRINKING, derandomize=True)
+@settings(max_examples=2, deadline=None, phases=NO_SHRINKING, derandomize=True)
 def test_any_number_of_ranks_goes_on_after_any(every_scene: Scene, data: st.DataObject):
     root = every_scene.folder / "resumed"
     shutil.rmtree(root, ignore_errors=True)
