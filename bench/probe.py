@@ -1,10 +1,11 @@
 """Merges a triple in a fresh process and prints what its report says of memory, bytes and time.
 
     python bench/probe.py FOLDER [--memory 400MiB] [--rlimit-data BYTES] [--threads 2]
-        [--output checkpoint] [--threshold 0.4] [--include REGEX] [--keep OUT]
+        [--output checkpoint] [--method ip_merging] [--threshold 0.4] [--include REGEX] [--keep OUT]
 
 FOLDER holds `base`, `mllm` and `expert`, as `bench/synthetic.py` writes them. `seconds.merge` is
 the whole of the merge inside the process: all but starting the interpreter and importing.
+`seconds.processor` is what the merge took of all processors, of the user and the system.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ def merge(arguments: argparse.Namespace) -> dict[str, Any]:
         base_model=str(folder / "base"),
         mllm_model=str(folder / "mllm"),
         experts=(lean_merge.Expert(str(folder / "expert")),),
+        merge_method=arguments.method,
         parameters=() if arguments.threshold is None else (("threshold", arguments.threshold),),
         include=tuple(arguments.include),
         output=arguments.output,
@@ -83,9 +85,10 @@ def merge(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     out = arguments.keep or folder / "out"
     shutil.rmtree(out, ignore_errors=True)
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     report = lean_merge.merge(recipe, out, resources=resources).report
     report["seconds"]["merge"] = time.perf_counter() - start
+    report["seconds"]["processor"] = time.process_time() - processor
     if not arguments.keep:
         shutil.rmtree(out)
     return {key: report[key] for key in ("memory", "bytes", "counts", "seconds", "weights")}
@@ -117,6 +120,7 @@ def main() -> None:
     parser.add_argument("--rlimit-data", type=int)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", default="checkpoint")
+    parser.add_argument("--method", default="ip_merging")
     parser.add_argument("--threshold", type=float)
     parser.add_argument("--include", action="append", default=[])
     parser.add_argument("--keep", type=Path, help="leave the output there")

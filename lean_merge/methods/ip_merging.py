@@ -46,6 +46,7 @@ from lean_merge.methods.spectra import (
     Verdict,
     find_spectra,
     finish_spectra,
+    outside,
 )
 from lean_merge.methods.updates import Combined, LowRank
 
@@ -158,8 +159,11 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
             aligned = align(self.parameters, facts(spectra))
             return self._judge(aligned, spectra, depth, may_grow)
 
+        def leaves(spectra: list[Spectrum]) -> bool:
+            return self._leaves(align(self.parameters, facts(spectra)), spectra, facts(spectra))
+
         effort = self._effort(weight.shape)
-        spectra = yield from find_spectra(weight, effort, judge)
+        spectra = yield from find_spectra(weight, effort, judge, leaves=leaves)
         aligned = align(self.parameters, facts(spectra))
         if not any(alignment.selected for alignment in aligned):
             return self._decision(facts(spectra), aligned)
@@ -302,6 +306,22 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
     def portrays(self, evidence: Evidence) -> tuple[Portrait | None, ...]:
         """Describe the update that each expert would give; None where a task vector is zero."""
         return portray(self.parameters, evidence)
+
+    def _leaves(self, aligned: list[Alignment], spectra: list[Spectrum], facts: Facts) -> bool:
+        """Return whether one Krylov block shows that no expert can reach its threshold.
+
+        The blocks hold the first directions but for small angles, so that these cannot be closer
+        than the blocks are by more than the sines of those angles.
+        """
+        if self.common.select_by == "max" or not all(a.subspace for a in aligned):
+            return False
+        sines = list(map(outside, spectra, facts.squared_norms))
+        return all(
+            not alignment.selected
+            and _largest_principal_cosine(spectra[0], spectra[k + 1]) + sines[0] + sines[k + 1]
+            < self.parameters[k].bound - CLEAR
+            for k, alignment in enumerate(aligned)
+        )
 
     def _judge(
         self, aligned: list[Alignment], spectra: list[Spectrum], depth: int, may_grow: bool

@@ -6,6 +6,7 @@ verdict is clear. `Effort` fixes beforehand how far they may go, and so what the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -63,6 +64,8 @@ Judge = Callable[[list["Spectrum"], int, bool], Verdict]
 
 It is given the spectra, the number of Krylov blocks, and whether the rank may still grow.
 """
+Leaves = Callable[[list["Spectrum"]], bool]
+"""A function that tells from the first Krylov block whether no expert has anything to give."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,11 +200,17 @@ class Effort:
         return AnalysisCost(self.roles * each, block, self._most_passes(), usual)
 
 
-def find_spectra(weight: WeightContext, effort: Effort, judge: Judge) -> PassesOf[list[Spectrum]]:
-    """Find the leading directions of every task vector, and the sums if the effort is exact."""
+def find_spectra(
+    weight: WeightContext, effort: Effort, judge: Judge, *, leaves: Leaves | None = None
+) -> PassesOf[list[Spectrum]]:
+    """Find the leading directions of every task vector, and the sums if the effort is exact.
+
+    `leaves`, if given, is asked after the first Krylov block; where it agrees, nothing more is
+    computed.
+    """
     if effort.exact:
         return (yield from _exact(weight, effort))
-    return (yield from _sketched(weight, effort, judge))
+    return (yield from _sketched(weight, effort, judge, leaves))
 
 
 def finish_spectra(
@@ -248,7 +257,9 @@ def _exact(weight: WeightContext, effort: Effort) -> PassesOf[list[Spectrum]]:
     return spectra
 
 
-def _sketched(weight: WeightContext, effort: Effort, judge: Judge) -> PassesOf[list[Spectrum]]:
+def _sketched(
+    weight: WeightContext, effort: Effort, judge: Judge, leaves: Leaves | None
+) -> PassesOf[list[Spectrum]]:
     """Advance block Krylov sketches of all task vectors together until the verdict is clear."""
     rank = effort.start
     while True:
@@ -256,9 +267,13 @@ def _sketched(weight: WeightContext, effort: Effort, judge: Judge) -> PassesOf[l
         verdict = Verdict.MORE
         while verdict is Verdict.MORE and _depth(sketches) < effort.depth_limit(rank):
             yield from _one_pass(weight, sketches)
-            if _depth(sketches) >= LOOK_DEPTH:
+            looks = leaves if _depth(sketches) == 1 else None
+            if looks is not None or _depth(sketches) >= LOOK_DEPTH:
                 found = weight.parallel(partial(_spectrum, rank, weight.shape), sketches)
                 spectra = _without_faint(found, weight.squared_norms())
+                if looks is not None:
+                    verdict = Verdict.LEFT if looks(spectra) else Verdict.MORE
+                    continue
                 may_grow = rank < effort.largest and _depth(sketches) == MIN_DEPTH
                 verdict = judge(spectra, _depth(sketches), may_grow)
         if verdict is Verdict.LEFT:
@@ -387,6 +402,22 @@ def _spectrum(rank: int, shape: tuple[int, int], sketch: Sketch) -> Spectrum:
         rank=min(shape) if numerical == sketch.krylov.columns else numerical,
         gap=_gap(found.sigma),
     )
+
+
+def outside(spectrum: Spectrum, squared_norm: float) -> float:
+    """Estimate the sine of the angle between the first direction and one Krylov block, from above.
+
+    A block of b random vectors holds v_1 but for a tangent whose square is about
+    sum_(j > k) sigma_j^4 / (sigma_1^4 (b - k)), for any k < b (Halko, Martinsson and Tropp 2011).
+    The sum is at most sigma_k^2 times the rest of the squared norm, which is known exactly.
+    """
+    theta = spectrum.sigma**2
+    count = theta.numel()
+    if count < 2 or float(theta[0]) == 0.0:
+        return 1.0
+    rest = (squared_norm - theta.cumsum(0)).clamp_min(0)
+    tangents = theta * rest / theta[0] ** 2
+    return math.sqrt(min(1.0, float((tangents[:-1] / torch.arange(count - 1, 0, -1)).min())))
 
 
 def _without_faint(spectra: Sequence[Spectrum], norms: Sequence[float]) -> list[Spectrum]:

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from support import bars, bfloat16, oracle
-from support.drive import drive
+from support.drive import drive, products
 from support.spectra import NOISE, triple
 
 from lean_merge.errors import RecipeError
+from lean_merge.linalg.sketch import Sketch
 from lean_merge.methods import Combined, alignment, ip_merging, spectra
 from lean_merge.methods.ip_merging import IPMerging, IPMergingParameters
 from lean_merge.methods.spectra import EXACT_BELOW
@@ -151,6 +152,52 @@ def test_unrelated_task_vectors_are_not_selected_and_cost_few_passes() -> None:
     assert not record.selected and decision.update is None
     assert "< threshold" in record.reason
     assert passes <= 6
+
+
+@pytest.mark.parametrize("cosine", [0.0, 0.37])
+def test_one_pass_is_enough_where_first_directions_are_clearly_apart(cosine: float) -> None:
+    """Near the threshold the first Krylov block decides nothing."""
+    generator = torch.Generator().manual_seed(0)
+    shape = 2304, 2048
+    rights = torch.linalg.qr(torch.randn(shape[1], 2, generator=generator))[0].T
+    rights = torch.stack([rights[0], cosine * rights[0] + math.sqrt(1 - cosine**2) * rights[1]])
+    vectors = []
+    for right in rights:
+        left = torch.randn(shape[0], 1, generator=generator) / math.sqrt(shape[0])
+        noise = torch.randn(shape, generator=generator) / 100
+        vectors.append(noise.add_(left * right, alpha=20.0))
+    decision, passes = drive(IPMerging([IPMergingParameters()]), vectors, dtype=torch.float32)
+    record = decision.experts[0]
+    assert not record.selected
+    assert (passes == 1) == (cosine == 0.0)
+    assert record.similarity_first == pytest.approx(cosine, abs=0.02)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
+def test_a_krylov_block_holds_the_first_direction_as_well_as_is_said(
+    decay: float, wide: bool
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    shape = (260, 300) if wide else (300, 260)
+    left, right = (torch.linalg.qr(torch.randn(n, 260, generator=generator))[0] for n in shape)
+    matrix = (left * (1 + torch.arange(260)) ** -decay) @ right.T
+    sketch = Sketch(
+        shape,
+        block=32,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        seed=0,
+        name="w",
+        role="mllm",
+    )
+    while sketch.depth == 0:
+        sketch.absorb(products(matrix, sketch.next_pass(), torch.float32))
+    triplets = sketch.krylov.singular_triplets(32)
+    found = spectra.Spectrum(triplets.sigma, triplets.vectors, triplets.angles, rank=32, gap=0.0)
+    block = torch.linalg.qr(sketch.krylov.z[0])[0]
+    sine = float((right[:, 0] - block @ (block.T @ right[:, 0])).norm())
+    assert sine <= spectra.outside(found, float(matrix.double().square().sum())) + 1e-6
 
 
 def test_an_ill_defined_first_direction_is_flagged() -> None:
