@@ -2,7 +2,7 @@
 
 Each round merges once by either tree, in a fresh process, with the inputs' bytes dropped from the
 page cache before; which tree comes first alternates. Printed are the seconds of every round, the
-median of the ratios NEW / OLD with its range, processor time and the same for each GB of the inputs,
+median of the ratios NEW / OLD with its range, processor time, the same for each GB of the inputs,
 and both peaks of anonymous memory. With --warm the inputs stay in the page cache, so that the
 processor decides.
 """
