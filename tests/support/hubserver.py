@@ -309,11 +309,12 @@ class _Store(_Handler):
                 stream.seek(first)
                 chunk = stream.read(min(_CHUNK, stop - first))
                 site.pace(len(chunk))
-                self.wfile.write(chunk)
-                first += len(chunk)
+                # It counts before it is sent, so that whoever has it finds it counted.
                 if is_weights:
                     with site.lock:
                         site.sent += len(chunk)
+                self.wfile.write(chunk)
+                first += len(chunk)
 
 
 def facts_of(file: Path) -> tuple[str, int, str, dict[str, Any] | None]:
