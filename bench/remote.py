@@ -58,17 +58,18 @@ def sent(plain: str) -> int:
     return found
 
 
-def merge_once(out: str) -> None:
+def merge_once(out: str, method: str) -> None:
     """Merge the models of the hub, and print what the run took."""
     from lean_merge import MergeRecipe, Resources, merge, plan
     from lean_merge.checkpoints.remote.client import TRAFFIC
 
     base, mllm, expert = (f"hf://org/{role}" for role in ROLES)
-    work = plan(MergeRecipe(base, mllm, (expert,)), Resources(device="cpu"))
-    opened, start = TRAFFIC.received, time.perf_counter()
+    work = plan(MergeRecipe(base, mllm, (expert,), merge_method=method), Resources(device="cpu"))
+    opened, start, used = TRAFFIC.received, time.perf_counter(), time.process_time()
     report = merge(work, out).report
     facts = {
         "seconds": time.perf_counter() - start,
+        "processor": time.process_time() - used,
         "received": TRAFFIC.received - opened,
         "planned": work.prediction.travels,
         "predicted": report["memory"]["predicted_anonymous"],
@@ -84,7 +85,7 @@ def merges(options: argparse.Namespace, root: Path) -> str:
         with served(root, options.delay / 1e3, options.rate * GBIT) as (hub, plain):
             out = root / "out"
             done = measure.watch(
-                [sys.executable, __file__, "--once", str(out)],
+                [sys.executable, __file__, "--once", str(out), options.method],
                 HF_ENDPOINT=hub,
                 HF_HOME=str(root / "home"),
                 PYTHONPATH=os.pathsep.join([str(measure.ROOT), *sys.path]),
@@ -99,13 +100,22 @@ def merges(options: argparse.Namespace, root: Path) -> str:
             [
                 number,
                 f"{facts['seconds']:.1f}",
+                f"{facts['processor']:.1f}",
                 f"{share:.1%}",
                 f"{came / 1e9:.3f}",
                 f"{came / facts['planned']:.4f}",
                 f"{facts['peak'] / 2**20:.0f} of {facts['predicted'] / 2**20:.0f}",
             ]
         )
-    header = ["round", "seconds", "of the link", "GB sent", "sent / planned", "MiB at most"]
+    header = [
+        "round",
+        "seconds",
+        "processor",
+        "of the link",
+        "GB sent",
+        "sent / planned",
+        "MiB at most",
+    ]
     table = measure.table(header, rows)
     return f"{table}\n\nMedian share of the link: {median(shares):.1%}"
 
@@ -221,11 +231,12 @@ def main() -> None:
     parser.add_argument("--triple", type=Path, help="an existing triple of these shapes")
     parser.add_argument("--scratch", type=Path, help="where to write")
     parser.add_argument("--clients", action="store_true")
-    parser.add_argument("--once", help=argparse.SUPPRESS)
+    parser.add_argument("--method", default="ip_merging")
+    parser.add_argument("--once", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--client", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.once:
-        return merge_once(options.once)
+        return merge_once(*options.once)
     if options.client:
         return fetch_once(*options.client)
     print(measure.machine())

@@ -349,8 +349,11 @@ def _arrivals(output: Output, free: int, disk: int) -> Room:
     if not is_far:
         return Room()
     largest = max(far, default=0)
-    on_disk = largest + ON_THE_WAY > free and largest <= disk
-    return Room(ON_THE_WAY + (0 if on_disk else largest), disk)
+    if largest + ON_THE_WAY > free and largest <= disk:
+        return Room(ON_THE_WAY, disk)
+    # Where there is memory, another weight may come while the largest is merged.
+    ahead = max(0, min(largest, (free - largest - ON_THE_WAY) // 2))
+    return Room(ON_THE_WAY + largest + ahead, disk)
 
 
 def _row_bytes(sources: Sequence[WeightSource]) -> int:

@@ -214,7 +214,8 @@ def test_memory_for_the_largest_weight_is_asked_for(
     assert least > alone + (100 << 20)
     # The process itself may grow a little between two plans.
     enough = replace(CPU, memory=least + (20 << 20))
-    assert plan(recipe(), enough).arrivals == Room((64 + 50) << 20)
+    assert (64 + 50) << 20 <= plan(recipe(), enough).arrivals.memory < (64 + 70) << 20
+    assert plan(recipe(), CPU).arrivals == Room((64 + 100) << 20)
     less = replace(CPU, memory=least - (25 << 20))
     with pytest.raises(BudgetError):
         plan(recipe(), less)
