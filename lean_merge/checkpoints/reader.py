@@ -56,6 +56,8 @@ class TensorReader:
     seen
         What `look_at` told of files before they were opened, which must still hold when they are
         read; a file that is not named may be any.
+    room
+        The memory and disk for what comes from other machines before it is read.
 
     Attributes
     ----------
@@ -69,12 +71,13 @@ class TensorReader:
         max_files: int = 64,
         files: DescriptorPool | None = None,
         seen: Mapping[Path, Mapping[str, Any]] | None = None,
+        room: Room | None = None,
     ) -> None:
         # Where a pipe has taken the place of a file, reading fails and does not wait.
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
         self._files = DescriptorPool(flags, limit=max_files) if files is None else files
         self._seen = seen or {}
-        self._arrivals = Arrivals()
+        self._arrivals, self._room = Arrivals(), room or Room()
         self._lock = threading.Lock()
         self._seek_lock = threading.Lock()
         self.bytes_read = 0
@@ -92,14 +95,14 @@ class TensorReader:
         return found
 
     @contextmanager
-    def expecting(self, tasks: Tasks, room: Room, *, again: bool = False) -> Iterator[None]:
+    def expecting(self, tasks: Tasks, *, again: bool = False) -> Iterator[None]:
         """Let bytes from other machines come ahead of the tasks; `again` as `FarFile.arrivals`."""
         far = next(
             (FAR_FILES[each.file] for task in tasks for each in task if each.file in FAR_FILES),
             None,
         )
         if far is not None:
-            self._arrivals = far.arrivals(tasks, room, again=again)
+            self._arrivals = far.arrivals(tasks, self._room, again=again)
         try:
             yield
         finally:

@@ -27,8 +27,6 @@ from lean_merge.methods import FAR
 from lean_merge.plan import Plan
 from lean_merge.tasks import kind_of
 
-LOOKERS = 16
-"""Threads that ask for rows of other machines."""
 SURELY_FAR = 0.6
 """A role is refused beyond this median of ||task vector|| / ||W_0||, since a sample errs."""
 ELSEWHERE = 0.25
@@ -85,8 +83,8 @@ def early_look(plan: Plan, *, refuse: bool = True) -> EarlyLook:
         A file cannot be read.
     """
     with Computing(), TensorReader() as reader:
-        # Rows from other machines are few bytes each, and most of the time is spent waiting.
-        with worker_pool(LOOKERS if plan.arrivals.memory else plan.workers) as workers:
+        # Most of the time that rows take from other machines is spent waiting.
+        with worker_pool(16 if plan.arrivals.memory else plan.workers) as workers:
             found = workers.map(lambda part: _read(*part, reader), plan.sample)
         seen = [each for each in found if each is not None]
         read = reader.bytes_read

@@ -124,7 +124,7 @@ class Scheduler:
         self._reused = reused
         self._surveyed = surveyed
         self._timed = timed
-        self._reader = TensorReader(seen=plan.seen)
+        self._reader = TensorReader(seen=plan.seen, room=plan.arrivals)
         self._readers: dict[int, TensorReader] = {}
         # These hold, in order: weights whose analysis has not begun, analyses in the arena, and
         # parts that are not stored yet.
@@ -160,7 +160,7 @@ class Scheduler:
             apart = stack.enter_context(TensorReader(max_files=AHEAD_FILES))
             sources = list(self._sources())
             self._read_ahead = stack.enter_context(ReadAhead(apart, sources, ahead=READ_AHEAD))
-            stack.enter_context(self._reader.expecting(sources, self._plan.arrivals))
+            stack.enter_context(self._reader.expecting(sources))
             decider = Decider(self._plan, self._workers, self._surveyed)
             self._decider = stack.enter_context(closing(decider))
             self._threads = stack.pop_all()

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from lean_merge.checkpoints import TensorReader, TensorSpec
-from lean_merge.checkpoints.elsewhere import Room
 from lean_merge.engine.background import ReadAhead
 from lean_merge.engine.crew import CREW
 from lean_merge.engine.scheduler import AHEAD_FILES, READ_AHEAD
@@ -79,21 +78,19 @@ def survey(plan: Plan, reused: Container[int]) -> tuple[dict[Hashable, Any], int
                 group.weights.append(_Surveyed(weight, method, stored))
     if not groups:
         return {}, 0
-    with TensorReader(seen=plan.seen) as reader, worker_pool(plan.workers) as workers:
-        found = {
-            key: _carried_out(group, reader, workers, plan.arrivals)
-            for key, group in groups.items()
-        }
+    own = TensorReader(seen=plan.seen, room=plan.arrivals)
+    with own as reader, worker_pool(plan.workers) as workers:
+        found = {key: _carried_out(group, reader, workers) for key, group in groups.items()}
         return found, reader.bytes_read
 
 
-def _carried_out(group: _SharedSurvey, reader: TensorReader, workers: Workers, room: Room) -> Any:
+def _carried_out(group: _SharedSurvey, reader: TensorReader, workers: Workers) -> Any:
     weights = sorted(group.weights, key=lambda each: each.weight.canonical)
     look = group.survey.look()
     try:
         wanted = next(look)
         while True:
-            products = partial(_products, wanted, reader, workers, room)
+            products = partial(_products, wanted, reader, workers)
             crew = CREW.get()
             found = products(weights) if crew is None else crew.spread(weights, products)
             wanted = look.send(reduce(_sum, found))
@@ -105,7 +102,6 @@ def _products(
     wanted: Sequence[Pass | None],
     reader: TensorReader,
     workers: Workers,
-    room: Room,
     weights: Sequence[_Surveyed],
 ) -> Iterator[Sequence[Products | None]]:
     """Make one pass over all rows of each weight, and yield its products."""
@@ -114,7 +110,7 @@ def _products(
     with (
         TensorReader(max_files=AHEAD_FILES) as apart,
         ReadAhead(apart, stored, ahead=READ_AHEAD) as read_ahead,
-        reader.expecting(stored, room, again=True),
+        reader.expecting(stored, again=True),
     ):
         for index, each in enumerate(weights):
             read_ahead.begin(index)
