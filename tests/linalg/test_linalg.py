@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -161,6 +162,14 @@ def test_a_sketch_knows_the_nuclear_norm_or_that_it_does_not(
     assert known or kind in ("exponential", "many alike"), "nothing was tested"
 
 
+@cache
+def rounded(kind: str, shape: tuple[int, int]) -> tuple[torch.Tensor, float]:
+    """A matrix in bfloat16 and its nuclear norm."""
+    matrix = matrix_of(kind, shape) if kind in NOISE else hard_matrix(kind, shape)
+    matrix = matrix.bfloat16().float()
+    return matrix, torch.linalg.svdvals(matrix.double()).sum().item()
+
+
 @pytest.mark.parametrize("arithmetic", bfloat16.KINDS)
 @pytest.mark.parametrize("shape", [(640, 600), (600, 640)], ids=str)
 @pytest.mark.parametrize("kind", ["flat power law", "half of full rank"])
@@ -168,9 +177,7 @@ def test_a_sketch_that_goes_on_gets_better_whatever_rounds_its_products(
     kind: str, shape: tuple[int, int], arithmetic: str
 ) -> None:
     """Directions in which only rounding is left do not pass for small singular values."""
-    matrix = matrix_of(kind, shape) if kind in NOISE else hard_matrix(kind, shape)
-    matrix = matrix.bfloat16().float()
-    nuclear = torch.linalg.svdvals(matrix.double()).sum().item()
+    matrix, nuclear = rounded(kind, shape)
     square = float(matrix.double().square().sum())
     multiply = bfloat16.KINDS[arithmetic]
     sketch = sketched(matrix, 5, dtype=torch.bfloat16, multiply=multiply)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +90,18 @@ OPTIONS = {
 def test_whatever_stays_resident(
     triple: Triple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ):
-    """The more tiles stay, the less may be read; the estimate is exact where all do."""
+    """The more tiles stay, the less may be read; the estimate is exact where all do.
+
+    Some stay in the middle, where tests/engine/test_determinism.py merges by every method.
+    """
     # Methods that make no pass over a weight, or one before any is decided, keep no tile.
     looks = all(options is not METHODS[name] for name in ONE_PASS)
     if options.get("merge_method") == "slerp":
         triple = replace(triple, experts=triple.experts[:1])
     estimates, bounds = [], []
-    for number, given_bytes in enumerate(memories(triple, **options)):
+    every = memories(triple, **options)
+    given = every[::2] if options and options in METHODS.values() else every
+    for number, given_bytes in enumerate(given):
         out = tmp_path / str(number)
         with counted(monkeypatch) as read:
             # Triple.merge asserts that this is within the bound.
@@ -104,9 +110,9 @@ def test_whatever_stays_resident(
         assert count["read"] == sum(read.values())
         estimates.append(count["read_predicted"])
         bounds.append(count["read_most"])
-    assert count["read"] == estimates[2] == bounds[2]
-    assert (estimates[0] > estimates[1] > estimates[2]) is looks
-    assert (bounds[0] > bounds[1] > bounds[2]) is looks
+    assert count["read"] == estimates[-1] == bounds[-1]
+    for found in (estimates, bounds):
+        assert all((more > less) is looks for more, less in pairwise(found))
 
 
 @pytest.mark.usefixtures("many_tiles")
@@ -196,7 +202,7 @@ def test_what_an_interrupted_run_with_other_memory_read(triple: Triple, tmp_path
 @pytest.mark.parametrize("select_by", ["first", "max"])
 def test_analyses(triple: Triple, tmp_path: Path, select_by: str):
     recipe = triple.recipe(select_by=select_by)
-    for number, given_bytes in enumerate(memories(triple, select_by=select_by)):
+    for number, given_bytes in enumerate(memories(triple, select_by=select_by)[::2]):
         # What is gathered takes more memory than one decision.
         memory = None if given_bytes is None else given_bytes + (8 << 20)
         resources = Resources(device="cpu", threads=2, memory=memory)

@@ -81,7 +81,8 @@ def cut_everywhere(
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_power_may_fail_now_and_then(scene: Scene, overwrite: bool):
     recorder = record(scene, overwrite=overwrite)
-    found = cut_everywhere(recorder, scene, overwrite=overwrite, every=31, chances=1)
+    every = len(recorder.changes) // 6
+    found = cut_everywhere(recorder, scene, overwrite=overwrite, every=every, chances=1)
     assert found["old" if overwrite else "unfinished"] > 5
     assert found["complete"] > 0
 

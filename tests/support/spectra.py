@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -53,6 +54,21 @@ def triple(
     expert_ratio: float = 1.7,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """base, MLLM, expert [out, in] in `dtype`, task vectors of `relative_norm` of the weight."""
+    made = _triple(shape, kind, seed, cosines, relative_norm, expert_ratio)
+    base, mllm, expert = (weight.to(dtype, copy=True) for weight in made)
+    return base, mllm, expert
+
+
+@lru_cache(maxsize=16)
+def _triple(
+    shape: tuple[int, int],
+    kind: str,
+    seed: int,
+    cosines: tuple[float, ...],
+    relative_norm: float,
+    expert_ratio: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in float32; many tests ask for the same ones."""
     generator = torch.Generator().manual_seed(seed)
     out_features, in_features = shape
     count = min(shape)
@@ -70,4 +86,4 @@ def triple(
     weight = 0.02 * torch.randn(shape, generator=generator)
     scale = relative_norm * float(weight.norm() / tasks[0].norm())
     mllm, expert = weight + scale * tasks[0], weight + scale * expert_ratio * tasks[1]
-    return weight.to(dtype), mllm.to(dtype), expert.to(dtype)
+    return weight, mllm, expert
