@@ -15,9 +15,11 @@ from lean_merge.page.frame import (
     escaped,
     figure,
     filled,
+    last_part,
     listed,
     rounded,
     size_text,
+    verdict,
 )
 from lean_merge.sizes import format_size
 
@@ -59,6 +61,7 @@ def analysis_content(analysis: dict[str, Any]) -> PageContent:
         lead=listed("roles", roles) + _LINKS,
         body=filled(
             "analysis.html",
+            verdict=_verdict(analysis, names),
             warnings=_warnings(analysis["warnings"]),
             overview="".join(_overview(analysis, n, name) for n, name in enumerate(names)),
             counted=counted,
@@ -75,9 +78,55 @@ _LINKS = (
 )
 
 
-def last_part(source: str) -> str:
-    """Return the last part of a path or hub id, which serves as a name."""
-    return source.replace("\\", "/").rstrip("/").rpartition("/")[2] or source
+_COMMAND = "lean-merge merge lean_merge_recipe.yml --analysis . {options}--out ../merged"
+_PLACE = "Run it in the folder of this page. It takes little more than copying the model."
+
+
+def _verdict(analysis: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Return what the analysis found, in sentences, and the command that merges accordingly."""
+    sentences = []
+    useful = False
+    for number, name in enumerate(names):
+        threshold = analysis["thresholds"][number]
+        entries = [entry_of(weight, number) for weight in analysis["weights"]]
+        similar = [s for each in entries if (s := each.get("similarity_first")) is not None]
+        chance = threshold["null"]["quantile_99"]
+        beyond = sum(s > chance for s in similar) if chance is not None else 0
+        subject = f"{name} and the multimodal model agree" if len(names) > 1 else "The two agree"
+        if not similar or not beyond:
+            sentences.append(f"{subject} in no weight more than unrelated models would.")
+            continue
+        sentences.append(
+            f"{subject} in {beyond} of {len(similar)} weights more than 99 % of unrelated models "
+            f"do ({figure(chance)})."
+        )
+        sentences.append(_choice(threshold, entries))
+        useful = useful or threshold["auto"] is not None
+    if not useful:
+        sentences.append(
+            "No threshold can be recommended. Try another expert, or a method that selects no "
+            "weights, such as TIES or Task Arithmetic at a small scale."
+        )
+        return verdict(sentences)
+    return verdict(sentences, _COMMAND.format(options="--threshold auto "), _PLACE)
+
+
+def _choice(threshold: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> str:
+    """Return a sentence that compares the recipe's threshold with the one that was found."""
+    auto, given = threshold["auto"], threshold["in_force"]
+    chosen = sum(bool(each.get("selected")) for each in entries)
+    said = (
+        "The recipe's thresholds select" if given is None else f"The recipe's {given:.2f} selects"
+    )
+    said += f" {chosen}"
+    if auto is None:
+        return f"{said}, and no threshold was found that does better than chance."
+    compared = "first" if threshold["select_by"] != "max" else "max"
+    values = [each.get(f"similarity_{compared}") for each in entries]
+    found = sum(value is not None and value >= auto for value in values)
+    if auto == given:
+        return f"{said}, and it is the threshold that was found."
+    return f"{said}; the threshold that was found, {auto:.2f}, selects {found}."
 
 
 def _warnings(lines: Sequence[str]) -> str:
@@ -95,17 +144,27 @@ def _overview(analysis: Mapping[str, Any], number: int, name: str) -> str:
     chosen = [each for each in entries if each.get("selected")]
     norm = math.hypot(*(each["update_norm"] or 0.0 for each in chosen)) if chosen else None
     tiles = [
-        ("Selected", f"{len(chosen)} of {len(entries)}"),
-        ("Threshold", figure(threshold["in_force"], "varies")),
+        ("Selected", f"{len(chosen)} of {len(entries)}", f"tile-selected-{number}"),
+        ("Threshold", figure(threshold["in_force"], "varies"), f"tile-threshold-{number}"),
         ("Auto threshold", figure(threshold["auto"], "none")),
-        ("Median s<sub>1</sub>", figure(statistics.median(similar) if similar else None)),
-        ("Largest s<sub>1</sub>", figure(max(similar, default=None))),
+        ("Median s<sub>1</sub>, of 1", figure(statistics.median(similar) if similar else None)),
+        ("Largest s<sub>1</sub>, of 1", figure(max(similar, default=None))),
         ("99 % of unrelated", figure(threshold["null"]["quantile_99"])),
-        ("Norm of the update", figure(norm)),
+        ("Norm of the update", figure(norm), f"tile-norm-{number}"),
+        ("Update / ‖λ ΔM‖", _share(chosen), f"tile-share-{number}"),
     ]
     title = f"<h3>{escaped(name)}</h3>" if len(analysis["experts"]) > 1 else ""
     said = f'<p class="hint">{escaped(threshold["explanation"])}</p>'
     return title + listed("tiles", tiles) + said
+
+
+def _share(chosen: Sequence[Mapping[str, Any]]) -> str:
+    """Return the updates' norm as a share of the rescaled task vectors of the same weights."""
+    pairs = [(each["update_norm"], each["update_relative"]) for each in chosen]
+    whole = math.hypot(*(norm / share for norm, share in pairs if norm and share))
+    return (
+        f"{100 * math.hypot(*(norm or 0.0 for norm, _ in pairs)) / whole:.3g} %" if whole else "—"
+    )
 
 
 def _made(analysis: Mapping[str, Any]) -> str:

@@ -13,15 +13,25 @@ from lean_merge.page.frame import (
     listed,
     rounded,
     size_text,
+    verdict,
 )
 
 _VERDICTS = {
     "one origin": "The weights of equal shape point the same way: the two are of one origin.",
     "something in common": "More weights than chance allows point the same way, but the two lie "
     "far apart.",
-    "unrelated": "The weights are to each other as unrelated ones would be.",
+    "unrelated": "The weights agree no more than those of unrelated models.",
     "not comparable": "No weight has the same shape in both, so that no distance can be told.",
 }
+_STEPS = {
+    "one origin": "it was tuned from this base. Keep both; what forbids the merge lies elsewhere, "
+    "in the differences that are marked below.",
+    "something in common": "it may be a distant relative of this base. Look for a base that lies "
+    "nearer, such as the generation that its model card names.",
+    "unrelated": "it was not tuned from this base. Exchange one of the two.",
+    "not comparable": "no weight of it has the base's shape. Take models of one family and size.",
+}
+"""What to do, by the verdict on a model and the base."""
 _TOKENIZERS = (
     ("tokens", "tokens"),
     ("shared", "in common with the base"),
@@ -38,6 +48,7 @@ def comparison_content(comparison: dict[str, Any]) -> PageContent:
         lead=listed("roles", [(escaped(_name(m["role"])), m["source"]) for m in models]),
         body=filled(
             "comparison.html",
+            verdict=verdict(_advice(comparison)),
             reason=_reason(comparison),
             facts=_facts(comparison),
             pairs="".join(map(_pair, comparison["pairs"])),
@@ -45,6 +56,22 @@ def comparison_content(comparison: dict[str, Any]) -> PageContent:
         ),
         data=_data(comparison),
     )
+
+
+def _advice(comparison: dict[str, Any]) -> list[str]:
+    """Return what to do, in sentences, from what was found of each model and the base."""
+    said = []
+    for pair in comparison["pairs"]:
+        roles = {pair["one"], pair["other"]}
+        if "base" not in roles or len(roles) == 1:
+            continue
+        (role,) = roles - {"base"}
+        said.append(f"The {_name(role)}: {_STEPS.get(pair['verdict'], _STEPS['not comparable'])}")
+    said.append(
+        "The base, the multimodal model and every expert must descend from one text model of one "
+        "size. The model cards name it, mostly as base_model; docs/pairs.md shows how to find it."
+    )
+    return said
 
 
 def _name(role: str) -> str:

@@ -104,10 +104,43 @@ def filled(asset: str, **parts: str) -> str:
     return Template(_asset(asset)).substitute(parts)
 
 
-def listed(style: str, pairs: Iterable[tuple[str, Any]]) -> str:
-    """Return an HTML list of terms with their texts, in the style "roles" or "tiles"."""
-    rows = "".join(f"<div><dt>{k}</dt><dd>{escaped(v)}</dd></div>" for k, v in pairs)
+def listed(style: str, pairs: Iterable[tuple[str, Any] | tuple[str, Any, str]]) -> str:
+    """Return an HTML list of terms with their texts, in the style "roles" or "tiles".
+
+    A third item names the text, so that scripts find it.
+    """
+    rows = "".join(
+        f"<div><dt>{term}</dt><dd{''.join(f' id={name}' for name in named)}>{escaped(said)}</dd>"
+        "</div>"
+        for term, said, *named in pairs
+    )
     return f'<dl class="{style}">{rows}</dl>'
+
+
+def verdict(sentences: Iterable[str], command: str | None = None, where: str = "") -> str:
+    """Return the section with which a page opens: what was found, and a command to copy.
+
+    Parameters
+    ----------
+    sentences
+        Plain text, a paragraph for each.
+    command
+        What to run, if anything; and `where`, a sentence on the place to run it.
+    """
+    said = "".join(f"<p>{escaped(each)}</p>" for each in sentences)
+    if command is not None:
+        said += (
+            f'<div class="command"><code id="command">{escaped(command)}</code>'
+            '<button type="button" id="copy">Copy</button></div>'
+            f'<p class="hint">{escaped(where)}</p>'
+        )
+    title = '<h2 id="verdict">In short</h2>'
+    return f'<section aria-labelledby="verdict" class="verdict">{title}{said}</section>'
+
+
+def last_part(source: str) -> str:
+    """Return the last part of a path or hub id, which serves as a name."""
+    return source.replace("\\", "/").rstrip("/").rpartition("/")[2] or source
 
 
 def figure(value: float | None, otherwise: str = "—") -> str:

@@ -274,3 +274,56 @@ def test_a_sweep_keeps_its_points_results_and_failures():
     assert list(page.data["axes"]) == ["threshold", "stages"]
     assert "There are 18 merges from the analysis in analysis." in page.text
     assert "2 of them are equal to another. 1 failed." in page.text
+
+
+@pytest.mark.usefixtures("small")
+def test_an_analysis_opens_with_what_it_means_and_a_command():
+    given_ = analysis(dense(32), experts=["meta/one"])
+    values = [row["experts"][0]["similarity_first"] for row in given_["weights"]]
+    chance = given_["thresholds"][0]["null"]["quantile_99"]
+    text = page_of("analysis", given_).text
+    beyond = sum(value > chance for value in values)
+    assert f"The two agree in {beyond} of 224 weights more than 99 % of unrelated" in text
+    assert "merge lean_merge_recipe.yml --analysis . --threshold auto --out ../merged" in text
+    given_["thresholds"][0]["auto"] = None
+    text = page_of("analysis", given_).text
+    assert "No threshold can be recommended." in text and "--threshold auto --out" not in text
+
+
+@pytest.mark.usefixtures("small")
+def test_a_sweep_tells_its_models_its_best_points_and_intervals_of_counts():
+    given_ = sweep()
+    given_["recipe"] = {
+        "base_model": "org/base",
+        "mllm_model": "org/eye",
+        "experts": [{"model": "a/b"}],
+    }
+    given_["receiver"] = {"result": {"sums.correct": 70, "sums.total": 100}}
+    for n, point in enumerate(given_["points"]):
+        point["result"] = {"sums.correct": 70 + (n == 4) * 25, "sums.total": 100, "read": 0.9}
+    page = page_of("sweep", given_)
+    assert "eye ← b" in page.text and "org/eye" in page.text
+    best = given_["points"][4]["name"]
+    assert (
+        f"sums is highest for {best}, 95.0% [88.8%, 97.8%]; the receiving model itself" in page.text
+    )
+    assert "may be chance" not in page.text
+    assert page.data["results"] == ["read", "sums"] and page.data["receiver"] == {"sums": 0.7}
+    low, high = page.data["points"][4]["bounds"]["sums"]
+    assert [low, high] == pytest.approx(proportion(95, 100), abs=1e-4)
+    given_["points"][4]["result"]["sums.correct"] = 72
+    assert "the intervals overlap, so that this may be chance" in page_of("sweep", given_).text
+
+
+def proportion(right: int, total: int) -> list[float]:
+    """Wilson's interval, as the solutions of (right / total - p)^2 = z^2 p (1 - p) / total."""
+    z2 = 1.959963984540054**2 / total
+    share = right / total
+    return sorted(np.roots([1 + z2, -(2 * share + z2), share**2]).real)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_comparison_says_what_to_do():
+    text = page_of("comparison", comparison(2)).text
+    assert "The expert 1: it was not tuned from this base. Exchange one of the two." in text
+    assert "The MLLM: it was tuned from this base." in text

@@ -34,8 +34,18 @@ const overOne = (words, most, marks) => ({
   yaxis: { range: [0, Math.max(1, most) * 1.05], title: { text: 'weights' } },
 });
 
+/** The thresholds that are marked in both plots. */
+function thresholdMarks() {
+  const { auto, in_force: inForce } = ours().threshold;
+  return [
+    { at: auto, text: `auto ${decimals(auto)}`, name: 'good', dash: 'dash' },
+    { at: inForce, text: `recipe ${decimals(inForce)}`, name: 'text' },
+    { at: state.threshold, text: `tried ${decimals(state.threshold)}`, name: 'accent' },
+  ];
+}
+
 function countsFigure() {
-  const { counts, auto, in_force: inForce } = ours().threshold;
+  const { counts } = ours().threshold;
   const selected = counts.map((pair) => pair[1]);
   const trace = {
     type: 'scatter', mode: 'lines', fill: 'tozeroy', fillcolor: `${colour('accent')}22`,
@@ -44,11 +54,7 @@ function countsFigure() {
     y: selected,
     hovertemplate: '%{y} weights at %{x:.2f}<extra></extra>',
   };
-  const layout = overOne('threshold', Math.max(...selected), [
-    { at: auto, text: `auto ${decimals(auto)}`, name: 'good', dash: 'dash' },
-    { at: inForce, text: `recipe ${decimals(inForce)}`, name: 'text' },
-    { at: state.threshold, text: `tried ${decimals(state.threshold)}`, name: 'accent' },
-  ]);
+  const layout = overOne('threshold', Math.max(...selected), thresholdMarks());
   return { traces: [trace], layout };
 }
 
@@ -70,7 +76,7 @@ function histogramFigure() {
     hovertemplate: '%{y:.1f} weights expected<extra></extra>',
   };
   const layout = {
-    ...overOne('s<sub>1</sub>', Math.max(...seen, ...expected), []),
+    ...overOne('s<sub>1</sub>', Math.max(...seen, ...expected), thresholdMarks()),
     bargap: 0,
     showlegend: true,
     legend: { x: 1, xanchor: 'right', y: 1, yanchor: 'top', bgcolor: 'transparent' },
@@ -190,6 +196,23 @@ const states = {
   'ill-defined v₁': (row) => ours().gap[row],
 };
 
+/** The figures of the overview, and the command, for the threshold in force. */
+function showTiles(tried) {
+  const { update, relative, threshold } = ours();
+  const chosen = rows.filter((row) => isSelected(row) && update[row] !== null);
+  const norm = Math.hypot(...chosen.map((row) => update[row]));
+  const whole = Math.hypot(...chosen.map((row) => (relative[row] ? update[row] / relative[row] : 0)));
+  const say = (name, text) => { byId(`tile-${name}-${state.expert}`).textContent = text; };
+  say('selected', `${chosenOf(rows)} of ${rows.length}`);
+  say('threshold', tried === null ? 'varies' : decimals(tried));
+  say('norm', chosen.length ? brief(norm) : '—');
+  say('share', whole ? `${brief((100 * norm) / whole)} %` : '—');
+  const command = byId('command');
+  if (!command) return;
+  const wanted = state.threshold === null ? 'auto' : decimals(state.threshold);
+  command.textContent = command.textContent.replace(/--threshold \S+/, `--threshold ${wanted}`);
+}
+
 /** Everything that depends on the threshold. */
 function showSelection() {
   const inForce = ours().threshold.in_force;
@@ -200,7 +223,9 @@ function showSelection() {
   byId('slider-count').textContent =
     state.threshold === null ? `${chosen} selected, as in the recipe` : `${chosen} would be selected`;
   byId('reset').hidden = state.threshold === null;
+  showTiles(tried);
   draw(byId('counts'), countsFigure);
+  draw(byId('histogram'), histogramFigure);
   showMap();
   table.show();
 }
@@ -211,9 +236,13 @@ function tryThreshold(value) {
 }
 
 function showExpert() {
+  // Another expert's tiles go back to the recipe with the threshold that was tried.
+  if (state.threshold !== null) {
+    state.threshold = null;
+    showTiles(ours().threshold.in_force);
+  }
   Object.assign(state, { expert: Number(byId('expert').value), threshold: null });
   showSelection();
-  draw(byId('histogram'), histogramFigure);
   showSpectra();
 }
 

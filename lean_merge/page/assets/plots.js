@@ -56,6 +56,19 @@ function element(tag, text, attributes) {
   return made;
 }
 
+/** Copies the command of the first section, or selects it where the browser does not let pages copy. */
+byId('copy')?.addEventListener('click', async () => {
+  const command = byId('command');
+  try {
+    await navigator.clipboard.writeText(command.textContent);
+    byId('copy').textContent = 'Copied';
+  } catch {
+    getSelection().selectAllChildren(command);
+    byId('copy').textContent = 'Selected';
+  }
+  setTimeout(() => { byId('copy').textContent = 'Copy'; }, 2000);
+});
+
 /** Fills a <select> with [value, text] pairs and calls `changed` whenever another is chosen. */
 function fill(id, pairs, changed) {
   for (const [value, text] of pairs) byId(id).append(element('option', text, { value }));

@@ -7,7 +7,12 @@ const isNumeric = (axis) => axes[axis].every((value) => typeof value === 'number
 const exact = (value) => (value === null || value === undefined ? '—' : String(Number(value.toPrecision(5))));
 const mebibytes = (count) => (count === null ? null : count / 2 ** 20);
 const measures = [
-  ...data.results.map((name) => ({ title: name, of: (point) => point.results[name] ?? null, text: exact })),
+  ...data.results.map((name) => ({
+    title: name,
+    of: (point) => point.results[name] ?? null,
+    bounds: (point) => point.bounds[name],
+    text: exact,
+  })),
   { title: 'selected', hint: 'Weights that are selected', of: (point) => point.selected, text: exact },
   { title: '‖update‖', hint: 'Root of the sum of all squared norms', of: (point) => point.update_norm },
   { title: 'own MiB', hint: 'Files that only this output holds', of: (point) => mebibytes(point.bytes_own) },
@@ -17,6 +22,20 @@ const measures = [
 const inks = ['accent', 'expert', 'good', 'warn', 'text', 'soft'];
 const dashes = ['solid', 'dash', 'dot', 'dashdot'];
 const symbols = ['circle', 'square', 'diamond', 'triangle-up', 'triangle-down'];
+
+/** A share as a percentage with its interval, as text. */
+const percent = (value) => (100 * value).toFixed(1);
+const withBounds = (text, bounds) => (bounds ? `${text} [${bounds.map(percent).join(', ')}] %` : text);
+
+/** The interval of every point of a line, as Plotly draws them; nothing where there is none. */
+function intervals(found, measure, ink) {
+  if (!measure.bounds || !found.some((point) => measure.bounds(point))) return {};
+  const reach = (side) => found.map((point) => {
+    const bounds = measure.bounds(point);
+    return bounds ? Math.abs(bounds[side] - measure.of(point)) : 0;
+  });
+  return { error_y: { type: 'data', symmetric: false, array: reach(1), arrayminus: reach(0), color: ink, width: 3, thickness: 1 } };
+}
 
 /** The points that have a value, by the values of all axes but one. */
 function seriesOf(measure, axis) {
@@ -45,6 +64,7 @@ function linesOf(measure, width) {
       x: found.map((point) => place(point.parameters[axis])),
       y: found.map(measure.of),
       text: found.map((point) => inLines(point.name)),
+      ...intervals(found, measure, ink),
       line: { color: ink, width: 2, dash: dashes[number % dashes.length] },
       marker: {
         size: 8, symbol: symbols[number % symbols.length], line: { color: ink, width: 1.5 },
@@ -59,11 +79,11 @@ function linesOf(measure, width) {
     traces.push({
       type: 'scatter',
       mode: 'lines',
-      name: 'the receiver itself',
+      name: 'the receiving model',
       x: [Math.min(...places), Math.max(...places)],
       y: [measured, measured],
       line: { color: colour('text'), width: 1, dash: 'dot' },
-      hovertemplate: 'the receiver itself<br>%{y:.4g}<extra></extra>',
+      hovertemplate: 'the receiving model<br>%{y:.4g}<extra></extra>',
     });
   }
   const room = Math.max(40, (0.6 * width) / axes[axis].length);
@@ -91,12 +111,15 @@ new BigTable({
   columns: [
     { title: 'Merge', value: (row) => points[row].name },
     ...varied.map((axis) => ({ title: axis, number: isNumeric(axis), value: (row) => points[row].parameters[axis] })),
-    ...measures.map(({ title, hint, of, text }) => ({
+    ...measures.map(({ title, hint, of, text, bounds }) => ({
       title,
       hint,
       number: true,
       value: (row) => of(points[row]),
-      text: (row) => (text || brief)(of(points[row])),
+      text: (row) => {
+        const known = bounds?.(points[row]);
+        return known ? withBounds(percent(of(points[row])), known) : (text || brief)(of(points[row]));
+      },
     })),
     { title: 'same as', value: (row) => points[row].same_as },
     { title: 'error', value: (row) => points[row].error },
@@ -115,7 +138,9 @@ const show = () => {
 };
 fill('measure', measures.map(({ title }) => title).entries(), show);
 fill('axis', Object.keys(axes).map((axis) => [axis, axis]), show);
-byId('axis').value = (overMethods && varied.find(isNumeric)) || varied[0] || Object.keys(axes)[0] || '';
+// Methods with different parameters stand side by side; an axis that all of them have joins them by lines.
+const shared = varied.find((axis) => isNumeric(axis) && points.every((point) => point.parameters[axis] !== undefined));
+byId('axis').value = (overMethods && (shared || 'method')) || varied[0] || Object.keys(axes)[0] || '';
 if (plots.length) byId('measure').value = data.results.length;
 if (byId('axis').value) show();
 document.documentElement.dataset.ready = 'yes';

@@ -77,6 +77,7 @@ class BigTable {
     const lines = this.shown.slice(start, stop).map((row, place) => this.line(row, start + place));
     this.table.setAttribute('aria-rowcount', total + 1);
     this.body.replaceChildren(this.gap(start), ...lines, this.gap(printing ? 0 : total - stop));
+    this.box.previousElementSibling.classList.toggle('needed', this.box.scrollWidth > this.box.clientWidth);
     if (printing && total > stop) this.body.append(element('tr', `${total - stop} more rows are not printed.`));
   }
 
