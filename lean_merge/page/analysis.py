@@ -143,7 +143,7 @@ def _overview(analysis: Mapping[str, Any], number: int, name: str) -> str:
     similar = [s for each in entries if (s := each.get("similarity_first")) is not None]
     chosen = [each for each in entries if each.get("selected")]
     norm = math.hypot(*(each["update_norm"] or 0.0 for each in chosen)) if chosen else None
-    tiles = [
+    tiles: list[tuple[str, Any] | tuple[str, Any, str]] = [
         ("Selected", f"{len(chosen)} of {len(entries)}", f"tile-selected-{number}"),
         ("Threshold", figure(threshold["in_force"], "varies"), f"tile-threshold-{number}"),
         ("Auto threshold", figure(threshold["auto"], "none")),
@@ -169,7 +169,7 @@ def _share(chosen: Sequence[Mapping[str, Any]]) -> str:
 
 def _made(analysis: Mapping[str, Any]) -> str:
     """Return how the analysis was made: time, memory, and what was asked for."""
-    tiles = [
+    tiles: list[tuple[str, Any] | tuple[str, Any, str]] = [
         ("time", f"{sum(analysis['seconds'].values()):.1f} s"),
         ("read", format_size(analysis["bytes"]["read"])),
         ("peak memory", format_size(analysis["memory"]["peak_anonymous"])),
