@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lean_merge.page.counted import Measured, measured_numbers
+from lean_merge.page.counted import Score, measured_numbers
 from lean_merge.page.frame import PageContent, filled, last_part, listed, rounded, verdict
 
 _MEASURES = ("selected", "update_norm", "seconds", "bytes_own", "bytes_shared")
@@ -54,7 +54,7 @@ def _models(recipe: Any) -> tuple[str, list[tuple[str, str]]]:
     return f"{last_part(receiver)} ← {given}", roles
 
 
-def _point(record: dict[str, Any], found: dict[str, Measured]) -> dict[str, Any]:
+def _point(record: dict[str, Any], found: dict[str, Score]) -> dict[str, Any]:
     return {
         **{field: record[field] for field in ("name", "same_as", "error")},
         **{measure: rounded(record[measure]) for measure in _MEASURES},
@@ -64,13 +64,13 @@ def _point(record: dict[str, Any], found: dict[str, Measured]) -> dict[str, Any]
     }
 
 
-def _results(result: Any) -> dict[str, Measured]:
+def _results(result: Any) -> dict[str, Score]:
     """Return the measured numbers of a model, by name."""
     named = result if isinstance(result, dict) else {} if result is None else {"result": result}
     return measured_numbers(named)
 
 
-def _bounds(found: dict[str, Measured]) -> dict[str, list[float | None]]:
+def _bounds(found: dict[str, Score]) -> dict[str, list[float | None]]:
     return {
         name: [rounded(each.low), rounded(each.high)]
         for name, each in found.items()
@@ -85,9 +85,9 @@ def _value(value: Any) -> Any:
 
 def _best(
     points: list[dict[str, Any]],
-    results: list[dict[str, Measured]],
+    results: list[dict[str, Score]],
     names: list[str],
-    receiver: dict[str, Measured],
+    receiver: dict[str, Score],
 ) -> list[str]:
     """Return a sentence for each measured number: where it is highest, and what the MLLM has."""
     said = []
@@ -112,7 +112,7 @@ def _best(
     return said
 
 
-def _number(measured: Measured) -> str:
+def _number(measured: Score) -> str:
     if measured.low is None or measured.high is None:
         return f"{measured.value:.4g}"
     return f"{measured.value:.1%} [{measured.low:.1%}, {measured.high:.1%}]"
