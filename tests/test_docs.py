@@ -25,7 +25,8 @@ from typer.models import ArgumentInfo, OptionInfo
 from lean_merge import MergeRecipe, cli
 from lean_merge.checkpoints import open_checkpoint
 from lean_merge.cli import app
-from lean_merge.cli.describe import inspect_dict, methods_list, plan_dict
+from lean_merge.cli.describe import inspect_dict, plan_dict
+from lean_merge.cli.methodtable import methods_list
 from lean_merge.demo.run import FAMILY, family_recipe
 from lean_merge.outputs.checkpoint import CheckpointOutput
 from lean_merge.plan import formulas
@@ -36,7 +37,7 @@ from lean_merge.tasks import tiles
 ROOT = Path(__file__).parents[1]
 MIB = 1 << 20
 CLI = ROOT / "docs" / "cli.md"
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("bench/**/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("bench/**/*.md")])
 EXIT_CODES = "[formats.md](formats.md#exit-codes)"
 TYPES = {"str": "text", "int": "whole number", "float": "number", "Path": "path"}
 
@@ -108,7 +109,7 @@ def cli_page() -> str:
     ]
     for name, callback in commands().items():
         rows = list(options(callback))
-        summary = (callback.__doc__ or "").strip()
+        summary = inspect.cleandoc(callback.__doc__ or "")
         lines += ["", f"## lean-merge {name}", "", summary, ""]
         lines += ["| option | value | default | meaning |", "|---|---|---|---|"]
         lines += [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
