@@ -1,7 +1,7 @@
 """Fine-tune an MLLM with TRL and DRIFT.
 
     pip install 'lean-merge[drift]' scikit-learn
-    python docs/examples/drift_sft.py --out /tmp/tuned
+    python docs/examples/drift_sft.py --out ./tuned
 
 Without other arguments it takes the family that comes with the package: it teaches a small MLLM to
 add numbers in pictures, and pulls its gradients towards an expert that adds numbers in text. It
