@@ -153,25 +153,30 @@ class WholeTarget(Target):
     def pull(
         self, brought: Iterator[Brought], pulling: Pulling, gradients: Sequence[Tensor]
     ) -> Iterator[Tensor]:
-        gradient, box = local(gradients[0]), box_of(self.parameter)
-        dtype = working_dtype(gradient)
-        for (match, _), strips in zip(self.parts, brought, strict=False):
-            sums = torch.zeros(3, dtype=torch.float64, device=gradient.device)
-            square = self._squares.get(match.name)
-            for block, first, stop, strip in strips:
-                own = _rows(block, gradient, box, first, stop).to(dtype)
-                sums[0] += (own * strip).sum()
-                sums[1] += (own * own).sum()
-                if square is None:
-                    sums[2] += (strip * strip).sum()
-            sums = add_up(sums, self.parameter)
+        # A difference that is done is let go before the next one is asked for.
+        for match, _ in self.parts:
+            yield self._pull_part(match, next(brought), pulling, local(gradients[0]))
+
+    def _pull_part(
+        self, match: Match, strips: Brought, pulling: Pulling, gradient: Tensor
+    ) -> Tensor:
+        box, dtype = box_of(self.parameter), working_dtype(gradient)
+        sums = torch.zeros(3, dtype=torch.float64, device=gradient.device)
+        square = self._squares.get(match.name)
+        for block, first, stop, strip in strips:
+            own = _rows(block, gradient, box, first, stop).to(dtype)
+            sums[0] += (own * strip).sum()
+            sums[1] += (own * own).sum()
             if square is None:
-                square = self._squares[match.name] = _checked_square(sums[2], match.source)
-            sums[2] = square
-            factor, figures = pulling.length(sums)
-            for block, first, stop, strip in strips:
-                _rows(block, gradient, box, first, stop).sub_(strip * factor.to(dtype))
-            yield figures
+                sums[2] += (strip * strip).sum()
+        sums = add_up(sums, self.parameter)
+        if square is None:
+            square = self._squares[match.name] = _checked_square(sums[2], match.source)
+        sums[2] = square
+        factor, figures = pulling.length(sums)
+        for block, first, stop, strip in strips:
+            _rows(block, gradient, box, first, stop).sub_(strip * factor.to(dtype))
+        return figures
 
 
 def _rows(block: Rectangle, tensor: Tensor, box: Box, first: int, stop: int) -> Tensor:
@@ -213,40 +218,53 @@ class PairTarget(Target):
     def pull(
         self, brought: Iterator[Brought], pulling: Pulling, gradients: Sequence[Tensor]
     ) -> Iterator[Tensor]:
-        dtype, s = working_dtype(gradients[0]), self.pair.scale
+        dtype = working_dtype(gradients[0])
         a, b = (whole(each.detach()).to(dtype) for each in (self.pair.a, self.pair.b))
         left, right = self._known_gradient(a, b, gradients)
-        gram = right.double() @ right.double().T
-        both = torch.cat([right, a]).T
         pull_a, pull_b = torch.zeros_like(a), torch.zeros_like(b)
-        for (match, _), strips in zip(self.parts, brought, strict=False):
-            sums = torch.zeros(3, dtype=torch.float64, device=a.device)
-            square = self._squares.get(match.name)
-            from_a, spans = torch.zeros_like(a), list[tuple[slice, Tensor]]()
-            for block, first, stop, strip in strips:
-                start = block.start + first - block.first
-                rows = slice(start, start + stop - first)
-                along = strip @ both
-                known = left[rows]
-                sums[0] += (known * along[:, : known.shape[1]]).sum()
-                sums[1] += ((known.double().T @ known.double()) * gram).sum()
-                if square is None:
-                    sums[2] += (strip * strip).sum()
-                from_a += b[rows].T @ strip
-                spans.append((rows, along[:, known.shape[1] :]))
-            if square is None:
-                square = self._squares[match.name] = _checked_square(sums[2], match.source)
-            sums[1], sums[2] = sums[1].clamp(min=0), square
-            factor, figures = pulling.length(sums)
-            step = (factor * s).to(dtype)
-            pull_a += step * from_a
-            for rows, from_b in spans:
-                pull_b[rows] = step * from_b
-            yield figures
+        for match, _ in self.parts:
+            yield self._pull_part(
+                match, next(brought), pulling, (a, b), (left, right), (pull_a, pull_b)
+            )
         for parameter, gradient in zip(self.trained, gradients, strict=True):
             pull = pull_a if parameter is self.pair.a else pull_b
             held = tuple(slice(*each) for each in box_of(parameter))
             local(gradient).sub_(pull[held])
+
+    def _pull_part(
+        self,
+        match: Match,
+        strips: Brought,
+        pulling: Pulling,
+        factors: tuple[Tensor, Tensor],
+        known: tuple[Tensor, Tensor],
+        pulls: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Add the pull of one logical weight to that of A, and put it into that of B."""
+        (a, b), (left, right), s = factors, known, self.pair.scale
+        gram, both = right.double() @ right.double().T, torch.cat([right, a]).T
+        sums = torch.zeros(3, dtype=torch.float64, device=a.device)
+        square = self._squares.get(match.name)
+        from_a, spans = torch.zeros_like(a), list[tuple[slice, Tensor]]()
+        for block, first, stop, strip in strips:
+            start = block.start + first - block.first
+            rows = slice(start, start + stop - first)
+            along, own = strip @ both, left[rows]
+            sums[0] += (own * along[:, : own.shape[1]]).sum()
+            sums[1] += ((own.double().T @ own.double()) * gram).sum()
+            if square is None:
+                sums[2] += (strip * strip).sum()
+            from_a += b[rows].T @ strip
+            spans.append((rows, along[:, own.shape[1] :]))
+        if square is None:
+            square = self._squares[match.name] = _checked_square(sums[2], match.source)
+        sums[1], sums[2] = sums[1].clamp(min=0), square
+        factor, figures = pulling.length(sums)
+        step = (factor * s).to(a.dtype)
+        pulls[0].add_(step * from_a)
+        for rows, from_b in spans:
+            pulls[1][rows] = step * from_b
+        return figures
 
     def _known_gradient(
         self, a: Tensor, b: Tensor, gradients: Sequence[Tensor]

@@ -489,16 +489,16 @@ def test_no_more_differences_are_held_than_were_asked_for(split, monkeypatch):
     """One that is used, and one that is brought ahead of it."""
     alive: list[weakref.ref[Tensor]] = []
     most = 0
-    load = Prior.load
+    bring = pieces.WeightDifference.bring
 
-    def watched(*given, **options):
+    def watched(*given):
         nonlocal most
-        found = load(*given, **options)
-        alive.append(weakref.ref(found.matrix))
+        found = bring(*given)
+        alive.extend(weakref.ref(each) for each in found.held)
         most = max(most, sum(each() is not None for each in alive))
         return found
 
-    monkeypatch.setattr(Prior, "load", watched)
+    monkeypatch.setattr(pieces.WeightDifference, "bring", watched)
     model = Toy()
     give_gradients(model)
     Drift(model, split[0], ahead=1).apply()
