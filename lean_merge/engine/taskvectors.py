@@ -238,7 +238,7 @@ class TaskVectors:
         wide = task_vector
         if task_vector.dtype is not torch.float32:
             # Widen first, in the cache, because reductions that widen take three times as long.
-            wide = self._workers.buffer("norm", tuple(task_vector.shape), torch.float32)
+            wide = self._workers.buffer("wide", tuple(task_vector.shape), torch.float32)
             wide.copy_(task_vector)
         square = float(torch.dot(wide.view(-1), wide.view(-1)))
         if square > _UNDERFLOWN and math.isfinite(square):

@@ -107,11 +107,11 @@ class RowWriter:
         update = self._workers.buffer("update", shape, torch.float32)
         scratch = self._workers.buffer("scratch", (of_weight.scratch, *shape), torch.float32)
         of_weight.rows(rows, task_vectors, scratch, update)
-        before = self._workers.buffer("before", shape, torch.float32).copy_(store.read(rows))
+        before = self._workers.buffer("wide", shape, torch.float32).copy_(store.read(rows))
         after = self._workers.buffer("after", shape, torch.float32)
         torch.add(before, update, out=after)
         rounded = self._rounded(after, generator)
-        change = self._workers.buffer("change", shape, torch.float32).copy_(rounded).sub_(before)
+        change = after.copy_(rounded).sub_(before)
         # The strips are so short that float32 suffices for their inner products.
         along, squared = (
             float(torch.dot(each.view(-1), update.view(-1))) for each in (change, update)
@@ -119,7 +119,7 @@ class RowWriter:
         # A NaN or Inf in the result makes this product NaN or Inf; otherwise it is finite, unless
         # it is huge.
         if not math.isfinite(along):
-            self._check_finite(after, rounded)
+            self._check_finite(torch.add(before, update, out=after), rounded)
         store.write(rows, rounded)
         return Written(along, squared)
 
@@ -127,7 +127,7 @@ class RowWriter:
         """Write the MLLM's rows as they are, or converted to another dtype."""
         weights = store.read(rows)
         if not self._seen or weights.dtype != self._output.dtype:
-            values = self._workers.buffer("before", tuple(weights.shape), torch.float32)
+            values = self._workers.buffer("wide", tuple(weights.shape), torch.float32)
             values.copy_(weights)
             rounded = self._rounded(values, None)
             if not math.isfinite(float(rounded.sum(dtype=torch.float32))):

@@ -68,7 +68,7 @@ class WeightShape:
     """Bytes that are kept beside the rows while the weight is merged, such as scales."""
     columns: bool = False
     """True if a role's rows are stored as columns, and so are read a tile at a time."""
-    written: int = 6
+    written: int = 5
     """Strips of 4-byte numbers that adding and rounding an update takes, from `written_strips`; 0
     where no rows are written."""
 
@@ -117,10 +117,10 @@ def worker_bytes(weight: WeightShape, widest: int) -> int:
 def written_strips(rounding: str) -> int:
     """Return the number of strips of 4-byte numbers that adding and rounding an update takes.
 
-    They are the update, the rows before and after, their change, and the rounded rows, which may
-    have 8 bytes a number. Stochastic rounding takes ten more to find each number's neighbour.
+    They are the update, the rows before and after, and the rounded rows, which may have 8 bytes a
+    number. Stochastic rounding takes ten more to find each number's neighbour.
     """
-    return 16 if rounding == "stochastic" else 6
+    return 15 if rounding == "stochastic" else 5
 
 
 def apply_bytes(weight: WeightShape) -> int:
