@@ -217,7 +217,8 @@ def verification_dict(result: Verification) -> dict[str, Any]:
 def verification_text(result: Verification) -> str:
     """Return a verification as text."""
     lines = [
-        f"{result.path}: {result.files} files read, {result.tensors} tensors as their digests say",
+        f"{result.path}: {result.files} files were read, and {result.tensors} tensors match their "
+        "digests",
         f"{result.copied} tensors out of scope compared with the MLLM's",
         f"{len(result.recomputed)} of {result.in_scope} tensors in scope merged again "
         f"(--seed {result.seed})",
@@ -227,7 +228,7 @@ def verification_text(result: Verification) -> str:
     if result.ok:
         return "\n".join([*lines, "nothing differs"])
     repair = result.repair or "the command that made it, with --overwrite"
-    return "\n".join([*lines, f"the output is not as written; this makes it anew: {repair}"])
+    return "\n".join([*lines, f"the output is damaged; this command makes it again: {repair}"])
 
 
 def sweep_text(table: dict[str, Any]) -> str:
