@@ -18,7 +18,7 @@ from lean_merge.checkpoints.patterns import bounded_pattern
 from lean_merge.checkpoints.safepaths import resolved
 from lean_merge.engine import CREW, Event, run
 from lean_merge.errors import CheckpointError, LeanMergeError, shown
-from lean_merge.outputs import RECIPE, all_outputs, output_of
+from lean_merge.outputs import RECIPE, Output, all_outputs, output_of
 from lean_merge.outputs.gathered import Gathered, found_thresholds
 from lean_merge.plan import Plan, plan_again
 from lean_merge.plan import plan as make_plan
@@ -165,9 +165,10 @@ def _repair(result: Verification, check: FolderCheck) -> str | None:
         try:
             found = _recipe(check.journal, folder)
             named = MergeRecipe.from_dict(facts["recipe"])
-            called = facts.get("kind", "")
-            kind = next(each for each in all_outputs().values() if each.called == called)
-        except (LeanMergeError, StopIteration):
+            kind = _kind(named, facts)
+        except LeanMergeError:
+            return None
+        if kind is None:
             return None
         mllm = found.mllm_model or ""
         # Paths in a recipe are those from the folder in which the merge was started.
@@ -196,12 +197,13 @@ def _with_inputs(
     facts = check.journal.start["run"]
     recipe = _recipe(check.journal, result.path)
     _check_patterns(recipe, result.path)
-    if "kind" in facts or not output_of(recipe.output).compares:
+    kind = _kind(recipe, facts)
+    if kind is None or not kind.compares:
         return replace(result, notes=("numbers alone are not compared with the inputs",))
     evidence = facts.get("analysis") or check.journal.analysis
     compiler = COMPILER.set(bounded_pattern)
     try:
-        plan, then = _plan(recipe, facts, evidence, resources)
+        plan, then = _plan(recipe, facts, evidence, resources, kind.again(facts))
     finally:
         COMPILER.reset(compiler)
     _check_inputs(plan, facts)
@@ -220,7 +222,9 @@ def _with_inputs(
         found = run(plan, comparison, on_event)
     # In either run, the CPU may have replaced a device that ran out of memory.
     records = (*check.journal.tensors.values(), *check.journal.groups.values())
-    notes_of_merge = (from_note(each.get("result")) for each in records)
+    results = [each.get("result") for each in records]
+    plain = [r["note"] if isinstance(r, dict) and "note" in r else r for r in results]
+    notes_of_merge = map(from_note, plain)
     merged = [weight for note in notes_of_merge if note is not None for weight in note[0]]
     elsewhere = _on_cpu_instead(merged) | _on_cpu_instead(found.weights)
     differences = comparison.differences(set(in_scope) if notes else elsewhere)
@@ -237,8 +241,20 @@ def _with_inputs(
     )
 
 
+def _kind(recipe: MergeRecipe, facts: Mapping[str, Any]) -> type[Output] | None:
+    """Return the kind of output that a journal tells; None if this version has no such kind."""
+    if "kind" not in facts:
+        return output_of(recipe.output)
+    kinds = all_outputs().values()
+    return next((each for each in kinds if each.called == facts["kind"]), None)
+
+
 def _plan(
-    recipe: MergeRecipe, facts: Mapping[str, Any], analysis: Any, resources: Resources | None
+    recipe: MergeRecipe,
+    facts: Mapping[str, Any],
+    analysis: Any,
+    resources: Resources | None,
+    kind: type[Output],
 ) -> tuple[Plan, Mapping[str, str]]:
     """Plan the merge again, and return the environment that it had.
 
@@ -246,7 +262,7 @@ def _plan(
     """
     then = facts.get("environment", {})
     if not isinstance(analysis, dict):
-        return make_plan(recipe, resources), then
+        return make_plan(recipe, resources, output=kind), then
     gathered = Gathered.from_dict(analysis.get("gathered"))
     thresholds = found_thresholds(analysis.get("thresholds"), len(recipe.experts))
     plan = plan_again(recipe, gathered, resources, thresholds=thresholds)

@@ -120,15 +120,17 @@ class Output(abc.ABC):
     """True if `comparison` can compare it with a merge that is made again."""
 
     @classmethod
-    def command(
-        cls, file: Path, recipe: MergeRecipe, moved: Sequence[str], facts: Mapping[str, Any]
-    ) -> list[str]:
-        """Return the words of the command line that make an output anew, without its folder.
+    def command(cls, file: Path, recipe: MergeRecipe, moved: list[str], facts: Any) -> list[str]:
+        """Return the words that make an output anew from its recipe's `file`.
 
-        `file` holds its recipe, `moved` are options for models that have moved, `recipe` has all
-        models where they are now, and `facts` are those of the journal.
+        `moved` are options for models that have moved, and `facts` are those of the journal.
         """
         return ["analyze" if cls.called else "merge", str(file), *moved]
+
+    @classmethod
+    def again(cls, facts: Mapping[str, Any]) -> type[Output]:
+        """Return this kind as it was set when the journal's `facts` were written."""
+        return cls
 
     def __init__(self, request: Request) -> None:
         self.request = request

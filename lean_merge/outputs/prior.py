@@ -5,39 +5,43 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence, Set
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lean_merge.checkpoints import TensorReader, TensorSpec
 from lean_merge.checkpoints.dtypes import tensor_nbytes
 from lean_merge.checkpoints.jsonfile import to_json
 from lean_merge.drift.prior import (
     PRIOR_DTYPES,
     PRIOR_FILE,
-    PRIOR_FORMAT,
-    PRIOR_VERSION,
     scale_shape,
     tensor_shapes,
 )
-from lean_merge.errors import DataError, RecipeError
+from lean_merge.errors import CheckpointError, DataError, RecipeError
 from lean_merge.mapping import MappedWeight
 from lean_merge.outputs.approximating import Approximating
 from lean_merge.outputs.base import Outcome, Output, Request, Sink, register_kind
 from lean_merge.outputs.companions import write_report
 from lean_merge.outputs.cutting import cutting_bytes
+from lean_merge.outputs.priorcheck import PriorComparison
+from lean_merge.outputs.priordocument import complete_report, described_prior, described_tensor
 from lean_merge.outputs.priornumbers import Span
 from lean_merge.outputs.priorsettings import PriorSettings
-from lean_merge.outputs.priorsinks import FactorSink, WholeSink, factor_parts, write_factor
+from lean_merge.outputs.priorsinks import (
+    FactorSink,
+    WholeSink,
+    factor_parts,
+    stored_block,
+    write_factor,
+)
 from lean_merge.recipe import MergeRecipe
 from lean_merge.sizes import format_size
 from lean_merge.store import OutputFolder, OutputTensor, Shard, plan_shards
-from lean_merge.tasks import WeightTask
+from lean_merge.tasks import CopyTask, WeightTask
 from lean_merge.tasks.tiles import TILE_ELEMENTS, TILE_ROWS
 
-LOW_SHARE = 0.5
-"""A prior that keeps less of a weight than this share of its squared norm says so."""
 _LARGEST_FLOAT8 = 448.0
 
 
@@ -59,12 +63,11 @@ class PriorOutput(Output):
     is_model: ClassVar[bool] = False
     done: ClassVar[str] = "kept"
     called: ClassVar[str] = "a prior"
+    compares: ClassVar[bool] = True
     settings: ClassVar[PriorSettings] = PriorSettings()
 
     @classmethod
-    def command(
-        cls, file: Path, recipe: MergeRecipe, moved: Sequence[str], facts: Mapping[str, Any]
-    ) -> list[str]:
+    def command(cls, file: Path, recipe: MergeRecipe, moved: list[str], facts: Any) -> list[str]:
         """Return the words that make it anew; it has options in the place of a recipe."""
         words = ["prior", "--no-resume", "--mllm", recipe.receiver]
         if recipe.mllm_model is not None:
@@ -85,7 +88,7 @@ class PriorOutput(Output):
     def __init__(self, request: Request) -> None:
         super().__init__(request)
         self.facts_of: dict[str, dict[str, Any]] = {}
-        self._spans = {
+        self.spans = {
             part.canonical: Span.of(part) for weight in self.weights for part in weight.slices
         }
         for weight in self.weights:
@@ -143,7 +146,7 @@ class PriorOutput(Output):
         """Return the files of a whole prior; those of factors depend on their ranks."""
         if not self.is_whole:
             return ()
-        dims = {w.mllm.name: self._spans[w.slices[0].canonical].dim for w in self.weights}
+        dims = {w.mllm.name: self.spans[w.slices[0].canonical].dim for w in self.weights}
         tensors = [
             each
             for name, tensor in self.tensors.items()
@@ -173,7 +176,7 @@ class PriorOutput(Output):
         tensors = [
             each
             for weight in self.weights
-            for name, shape in self._shapes(weight, self._ranks(weight, None)).items()
+            for name, shape in self.shapes_of(weight, self._ranks(weight, None)).items()
             for each in self._with_scale(name, shape)
         ]
         return sum(shard.size for shard in plan_shards(tensors, shard_size=self.recipe.shard_size))
@@ -235,16 +238,19 @@ class PriorOutput(Output):
             for part in weight.slices
         }
 
-    def _rank(self, weight: MappedWeight, ranks: Mapping[str, int]) -> int:
+    def rank_of(self, weight: MappedWeight, ranks: Mapping[str, int]) -> int:
         """Return the rank of a tensor's factors: those of the parts of one matrix add up."""
         sums: dict[int | None, int] = {}
         for part in weight.slices:
-            matrix = self._spans[part.canonical].matrix
+            matrix = self.spans[part.canonical].matrix
             sums[matrix] = sums.get(matrix, 0) + ranks[part.canonical]
         return max(sums.values())
 
-    def _shapes(self, weight: MappedWeight, ranks: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-        return tensor_shapes(weight.mllm.name, weight.mllm.shape, self._rank(weight, ranks))
+    def shapes_of(
+        self, weight: MappedWeight, ranks: Mapping[str, int]
+    ) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a tensor's factors by name, from the ranks of its parts."""
+        return tensor_shapes(weight.mllm.name, weight.mllm.shape, self.rank_of(weight, ranks))
 
     def lay_out(self, folder: OutputFolder, tasks: Sequence[WeightTask]) -> None:
         """Write the factors from their blocks, once all ranks are known."""
@@ -261,7 +267,7 @@ class PriorOutput(Output):
         tensors = [
             each
             for task in tasks
-            for name, shape in self._shapes(task.weight, every[task.tensor.name]).items()
+            for name, shape in self.shapes_of(task.weight, every[task.tensor.name]).items()
             for each in self._with_scale(name, shape)
         ]
         shards: dict[str, Shard] = {}
@@ -270,15 +276,16 @@ class PriorOutput(Output):
             shards |= dict.fromkeys(shard.offsets, shard)
         for task in tasks:
             ranks = every[task.tensor.name]
-            shapes = self._shapes(task.weight, ranks)
+            shapes = self.shapes_of(task.weight, ranks)
             for name, shape in shapes.items():
-                parts = factor_parts(folder, task, self._spans, ranks, side=name.rpartition(".")[2])
+                stored = partial(stored_block, folder, task.tensor.name, name.rpartition(".")[2])
+                parts = factor_parts(task, self.spans, ranks, stored)
                 writers = {
                     each: folder.writer(shards[each], each)
                     for each in (name, f"{name}.scale")
                     if each in shards
                 }
-                write_factor(folder, name, shape, parts, writers, self.settings.dtype)
+                write_factor(name, shape, parts, writers, self.settings.dtype)
 
     def _check_not_zero(self) -> None:
         """Raise DataError if D is zero everywhere, since a prior without a direction is none."""
@@ -295,83 +302,55 @@ class PriorOutput(Output):
     def end(self, folder: OutputFolder, outcome: Outcome) -> None:
         """Write prior.json, the recipe and the report, in which each weight has its kept share."""
         self._check_not_zero()
-        entries = {
-            weight.mllm.name: self._entry(weight)
-            for weight in sorted(self.weights, key=lambda each: each.mllm.name)
-        }
-        parts = {name: fact for facts in self.facts_of.values() for name, fact in facts.items()}
-        for row in outcome.report["weights"]:
-            found = parts[row["weight"]]
-            row |= {f"prior_{name}": value for name, value in found.items()}
-        outcome.report["warnings"].extend(self._warnings(parts))
-        self._add_summary(outcome, parts)
-        recipe = self.recipe
-        models: dict[str, Any] = {"mllm": recipe.receiver}
-        if recipe.mllm_model is not None:
-            models["base"] = recipe.base_model
-        models["experts"] = [
-            {"model": expert.model, "weight": dict(expert.parameters).get("weight", 1.0)}
-            for expert in recipe.experts
-        ]
-        document = {
-            "format": PRIOR_FORMAT,
-            "version": PRIOR_VERSION,
-            **self.settings.to_dict(),
-            "models": models,
-            "kept": _kept(parts.values()),
-            "weights": entries,
-        }
+        complete_report(outcome.report, self.settings, self.facts_of)
+        weights = {}
+        for weight in sorted(self.weights, key=lambda each: each.mllm.name):
+            facts = self.facts_of[weight.mllm.name]
+            rank = None if self.is_whole else self.rank_of(weight, self._ranks(weight, facts))
+            weights[weight.mllm.name] = described_tensor(weight, rank, facts, self.spans)
+        document = described_prior(self.recipe, self.settings, self.facts_of, weights)
         folder.write_file(PRIOR_FILE, to_json(document))
         write_report(self, folder, outcome)
 
-    def _add_summary(self, outcome: Outcome, parts: Mapping[str, Mapping[str, Any]]) -> None:
-        """Add to the report what all weights of the prior have in common."""
-        ranks = [each["rank"] or 0 for each in parts.values()]
-        report = outcome.report
-        report["prior"] = {  # type: ignore[index]
-            **self.settings.to_dict(),
-            "weights": len(parts),
-            "least_rank": min(ranks),
-            "largest_rank": max(ranks),
-            "kept": _kept(parts.values()),
-            "least_kept": min(each["kept"] for each in parts.values()),
-            "relative": report["changed"]["relative_update"],
-        }
+    def names(self, task: CopyTask | WeightTask) -> tuple[str, ...]:
+        """Return the names of the tensors that a task may make."""
+        name = task.tensor.name
+        found = [name] if self.is_whole else [f"{name}.left", f"{name}.right"]
+        if self.settings.dtype == "float8_e4m3fn":
+            found += [f"{each}.scale" for each in found]
+        return tuple(found)
 
-    def _entry(self, weight: MappedWeight) -> dict[str, Any]:
-        """Return what prior.json tells of one tensor."""
-        facts = self.facts_of[weight.mllm.name]
-        rank = None if self.is_whole else self._rank(weight, self._ranks(weight, facts))
-        entry: dict[str, Any] = {
-            "shape": list(weight.mllm.shape),
-            "rank": rank,
-            "norm": math.sqrt(math.fsum(each["norm"] ** 2 for each in facts.values())),
-            "kept": _kept(facts.values()),
+    def can_hold(self, names: Set[str]) -> bool:
+        """Return whether all are names of tensors that a prior of these weights may have."""
+        possible = {
+            f"{name}{side}{scale}"
+            for name in self.tensors
+            for side in ("", ".left", ".right")
+            for scale in ("", ".scale")
         }
-        if len(weight.slices) > 1 or len(weight.mllm.shape) > 2:
-            entry["parts"] = [
-                {
-                    "name": part.canonical,
-                    "norm": facts[part.canonical]["norm"],
-                    "kept": facts[part.canonical]["kept"],
-                    "matrix": self._spans[part.canonical].matrix,
-                    "dim": self._spans[part.canonical].dim,
-                    "runs": [list(run) for run in self._spans[part.canonical].runs],
-                }
-                for part in weight.slices
-            ]
-        return entry
+        return names <= possible
 
-    def _warnings(self, parts: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-        zero = [name for name, each in parts.items() if not each["norm"]]
-        if zero:
-            yield f"D is zero in {len(zero)} of {len(parts)} weights ({', '.join(zero[:4])})"
-        low = [each["kept"] for each in parts.values() if each["kept"] < LOW_SHARE]
-        if low:
-            yield (
-                f"the prior keeps less than {LOW_SHARE:.0%} of the squared norm of D in {len(low)} "
-                f"of {len(parts)} weights (least {min(low):.0%}); a larger --rank keeps more"
+    def comparison(
+        self,
+        tasks: Sequence[CopyTask | WeightTask],
+        *,
+        stored: Mapping[str, TensorSpec],
+        reader: TensorReader,
+        sampled: Set[str],
+    ) -> PriorComparison:
+        """Return what compares the differences of the sampled weights with those stored."""
+        return PriorComparison(self, stored=stored, reader=reader, sampled=sampled)
+
+    @classmethod
+    def again(cls, facts: Mapping[str, Any]) -> type[Output]:
+        """Return this kind with the settings that the journal's facts tell."""
+        told = facts.get("prior")
+        if not isinstance(told, dict) or {*told} != {"difference", "rank", "dtype"}:
+            raise CheckpointError(
+                "The journal does not tell the prior's settings as ours do, so it can only be "
+                "verified with --without-inputs."
             )
+        return prior_kind(PriorSettings(**told))
 
 
 def prior_kind(settings: PriorSettings) -> type[PriorOutput]:
@@ -381,14 +360,6 @@ def prior_kind(settings: PriorSettings) -> type[PriorOutput]:
         (PriorOutput,),
         {"settings": settings, "exact": settings.rank == "full"},
     )
-
-
-def _kept(facts: Any) -> float:
-    """Return the share of the squared norm that is kept of all these parts together."""
-    every = [(each["norm"] ** 2, each["kept"]) for each in facts]
-    whole = math.fsum(square for square, _ in every)
-    kept = math.fsum(square * share for square, share in every)
-    return min(1.0, kept / whole) if whole else 1.0
 
 
 __all__ = ["PriorOutput", "prior_kind"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,6 @@ from lean_merge.outputs.priornumbers import (
 )
 from lean_merge.outputs.priorsettings import PriorSettings
 from lean_merge.store import OutputFolder, Shard, WriteBytes
-from lean_merge.store.blocks import StoredBlock
 from lean_merge.tasks import CopyTask, WeightTask, Written
 from lean_merge.tasks.tiles import STRIP_ELEMENTS
 
@@ -107,6 +107,62 @@ class WholeSink(Sink):
         self._folder.flush()
 
 
+@dataclass(frozen=True, slots=True)
+class CutDifference:
+    """The difference of one logical weight in factors.
+
+    Attributes
+    ----------
+    left, right : Tensor [n, r], [r, m]
+        The factors in the orientation of the MLLM's tensor.
+    squared, lost
+        ||D||_F^2, and how much of it cutting and rounding lose.
+    """
+
+    left: Tensor
+    right: Tensor
+    squared: float
+    lost: float
+
+    @property
+    def rank(self) -> int:
+        """Return the rank r."""
+        return self.left.shape[1]
+
+
+def cut_difference(
+    name: str, weight: LogicalWeight, decision: Decision, settings: PriorSettings
+) -> CutDifference:
+    """Choose the rank of a decision's update, and share the singular values among its factors.
+
+    Raises
+    ------
+    DataError
+        The update of the tensor `name` is NaN or Inf.
+    """
+    update = decision.update
+    factors = None if update is None else update.factors()
+    if update is None or factors is None:
+        return CutDifference(torch.empty(weight.shape[0], 0), torch.empty(0, 0), 0.0, 0.0)
+    left, right = factors
+    # The columns of the left factor are orthogonal, and as long as the singular values.
+    energies = left.double().square().sum(0)
+    found = float(energies.sum())
+    total = found / max(1e-12, 1 - update.omitted**2) if found else 0.0
+    if not math.isfinite(total):
+        raise DataError(
+            f"The difference of {name} is NaN or Inf; check the numbers of this weight in both "
+            "checkpoints."
+        )
+    rank = settings.chosen(energies.tolist(), total) if found else 0
+    roots = energies[:rank].sqrt().sqrt().float()
+    pair = left[:, :rank] / roots, right[:rank].T * roots
+    lost = max(0.0, total - float(energies[:rank].sum()))
+    lost += lost_by_rounding(*pair, settings.dtype, name) if rank else 0.0
+    first, second = pair[::-1] if weight.place.width else pair
+    return CutDifference(first.contiguous(), second.T.contiguous(), total, lost)
+
+
 class FactorSink(BlockSink):
     """A sink that keeps the factors of D in blocks until their ranks are known.
 
@@ -122,34 +178,12 @@ class FactorSink(BlockSink):
     def keep(
         self, task: WeightTask, weight: LogicalWeight, decision: Decision, read: ReadRows
     ) -> None:
-        """Choose the rank, share the singular values among the factors, and put these."""
-        update = decision.update
-        factors = None if update is None else update.factors()
-        if update is None or factors is None:
-            self._notes.add(weight.canonical, squared=0.0, lost=0.0, rank=0)
-            return
-        left, right = factors
-        # The columns of the left factor are orthogonal, and as long as the singular values.
-        energies = left.double().square().sum(0)
-        found = float(energies.sum())
-        total = found / max(1e-12, 1 - update.omitted**2) if found else 0.0
-        if not math.isfinite(total):
-            raise DataError(
-                f"The difference of {task.tensor.name} is NaN or Inf; check the numbers of this "
-                "weight in both checkpoints."
-            )
-        settings = self._settings
-        rank = settings.chosen(energies.tolist(), total) if found else 0
-        roots = energies[:rank].sqrt().sqrt().float()
-        # Both are [n, rank]; the second is stored as [rank, n].
-        pair = left[:, :rank] / roots, right[:rank].T * roots
-        lost = max(0.0, total - float(energies[:rank].sum()))
-        lost += lost_by_rounding(*pair, settings.dtype, task.tensor.name) if rank else 0.0
-        first, second = pair[::-1] if weight.place.width else pair
-        if rank:
-            self.put(f"{weight.canonical}.left", tuple(first.shape), [first.contiguous()])
-            self.put(f"{weight.canonical}.right", tuple(second.T.shape), [second.T.contiguous()])
-        self._notes.add(weight.canonical, squared=total, lost=lost, rank=rank)
+        """Cut D to its rank, and put its factors."""
+        cut = cut_difference(task.tensor.name, weight, decision, self._settings)
+        if cut.rank:
+            for side, block in (("left", cut.left), ("right", cut.right)):
+                self.put(f"{weight.canonical}.{side}", tuple(block.shape), [block])
+        self._notes.add(weight.canonical, squared=cut.squared, lost=cut.lost, rank=cut.rank)
 
     def finished(self, task: CopyTask | WeightTask) -> Any:
         """Return the engine's note from the folder's journal."""
@@ -163,39 +197,54 @@ class FactorSink(BlockSink):
 
 @dataclass(frozen=True, slots=True)
 class FactorPart:
-    """One part's block of a factor [n, rank] or [rank, n], and its place in the whole factor.
+    """One part's block of a factor, and its place in the whole factor.
 
-    `first` is the number of its first direction among those of its matrix.
+    Attributes
+    ----------
+    read
+        A function that fills a tensor with the block's numbers from one of them on.
+    shape
+        The block's shape, [n, rank] or [rank, n].
+    span, first, rank
+        The place of the part, the number of its first direction among those of its matrix, and how
+        many it has.
     """
 
-    block: StoredBlock
+    read: Callable[[int, Tensor], None]
+    shape: tuple[int, ...]
     span: Span
     first: int
     rank: int
 
 
+Block = tuple[Callable[[int, Tensor], None], tuple[int, ...]]
+"""A function that reads a block of numbers, and its shape."""
+
+
 def factor_parts(
-    folder: OutputFolder,
     task: WeightTask,
     spans: Mapping[str, Span],
     ranks: Mapping[str, int],
-    *,
-    side: str,
+    block: Callable[[str], Block],
 ) -> dict[int, list[FactorPart]]:
     """Return the blocks of one side of a tensor's factors, by matrix."""
-    blocks = folder.blocks.groups[task.tensor.name].blocks
     found: dict[int, list[FactorPart]] = {}
     for part in task.weight.slices:
         span, rank = spans[part.canonical], ranks[part.canonical]
         own = found.setdefault(span.matrix or 0, [])
         if rank:
             first = sum(each.rank for each in own)
-            own.append(FactorPart(blocks[f"{part.canonical}.{side}"], span, first, rank))
+            own.append(FactorPart(*block(part.canonical), span, first, rank))
     return found
 
 
+def stored_block(folder: OutputFolder, tensor: str, side: str, canonical: str) -> Block:
+    """Return a factor of one part of a tensor, which waits in an unfinished output."""
+    block = folder.blocks.groups[tensor].blocks[f"{canonical}.{side}"]
+    return partial(folder.blocks.read, block), block.shape
+
+
 def write_factor(
-    folder: OutputFolder,
     name: str,
     shape: tuple[int, ...],
     parts: Mapping[int, Sequence[FactorPart]],
@@ -214,7 +263,7 @@ def write_factor(
             values = torch.zeros(rows.stop - rows.start, width, dtype=torch.float32)
             for part in parts[matrix]:
                 fill = _fill_left if is_left else _fill_right
-                fill(folder, part, rows, values)
+                fill(part, rows, values)
             encoded = Encoded.of(values, dtype, name)
             item, first = encoded.numbers.element_size(), matrix * height + rows.start
             writers[name](first * width * item, as_bytes(encoded.numbers))
@@ -222,24 +271,24 @@ def write_factor(
                 writers[f"{name}.scale"](first * 4, as_bytes(encoded.scales.contiguous()))
 
 
-def _fill_left(folder: OutputFolder, part: FactorPart, rows: slice, values: Tensor) -> None:
+def _fill_left(part: FactorPart, rows: slice, values: Tensor) -> None:
     """Add a part's rows of the left factor."""
-    every = Span(None, 0, ((0, part.block.shape[0]),)) if part.span.dim else part.span
+    every = Span(None, 0, ((0, part.shape[0]),)) if part.span.dim else part.span
     for there, own in every.within(rows):
         numbers = torch.empty(own.stop - own.start, part.rank, dtype=torch.float32)
-        folder.blocks.read(part.block, own.start * part.rank, numbers)
+        part.read(own.start * part.rank, numbers)
         at = slice(there.start - rows.start, there.stop - rows.start)
         values[at, part.first : part.first + part.rank] = numbers
 
 
-def _fill_right(folder: OutputFolder, part: FactorPart, rows: slice, values: Tensor) -> None:
+def _fill_right(part: FactorPart, rows: slice, values: Tensor) -> None:
     """Add a part's rows of the right factor."""
     first, last = max(rows.start, part.first), min(rows.stop, part.first + part.rank)
     if first >= last:
         return
-    width = part.block.shape[1]
+    width = part.shape[1]
     numbers = torch.empty(last - first, width, dtype=torch.float32)
-    folder.blocks.read(part.block, (first - part.first) * width, numbers)
+    part.read((first - part.first) * width, numbers)
     at = slice(first - rows.start, last - rows.start)
     if not part.span.dim:
         values[at] = numbers

@@ -30,7 +30,7 @@ from lean_merge import (
     verify,
 )
 from lean_merge.drift import Prior, PriorMatrix
-from lean_merge.outputs import approximating
+from lean_merge.outputs import approximating, priornumbers
 from lean_merge.outputs.priornumbers import Span
 from lean_merge.outputs.priorsettings import AUTO_SHARE, PriorSettings
 from lean_merge.studies.prior import PriorResult, make_prior, prior_recipe
@@ -323,6 +323,29 @@ def test_shards_have_an_index(tmp_path: Path, plain: Models):
     assert one.keys() == many.keys() and all(torch.equal(one[n], many[n]) for n in one)
 
 
+def verified(folder: Path) -> list[str]:
+    """The faults that verify finds where it forms every difference again."""
+    found = verify(folder, full=True, resources=Resources(device="cpu", threads=2))
+    assert len(found.recomputed) == found.in_scope > 0 and found.exact
+    return [each.fault for each in found.differences]
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_a_prior_of_other_numbers_is_not_what_the_models_give(
+    tmp_path: Path, models: Models, kind: str, monkeypatch: pytest.MonkeyPatch
+):
+    models.make(tmp_path / "p", EVERY[kind])
+    assert verified(tmp_path / "p") == []
+    form = priornumbers.Encoded.of.__func__
+    monkeypatch.setattr(
+        priornumbers.Encoded,
+        "of",
+        classmethod(lambda cls, values, *words: form(cls, 2 * values, *words)),
+    )
+    faults = verified(tmp_path / "p")
+    assert faults and all("bytes are not what the models give" in each for each in faults)
+
+
 def test_verify_finds_a_changed_byte_and_tells_the_command_that_repairs(
     tmp_path: Path, plain: Models
 ):
@@ -330,7 +353,7 @@ def test_verify_finds_a_changed_byte_and_tells_the_command_that_repairs(
     plain.make(
         tmp_path / "p", EVERY["whole"], experts=experts, weights=(0.5, 0.25), exclude=("k_proj",)
     )
-    assert verify(tmp_path / "p").ok
+    assert verified(tmp_path / "p") == []
     file = tmp_path / "p" / "model.safetensors"
     right = file.read_bytes()
     file.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
