@@ -121,10 +121,7 @@ class Output(abc.ABC):
 
     @classmethod
     def command(cls, file: Path, recipe: MergeRecipe, moved: list[str], facts: Any) -> list[str]:
-        """Return the words that make an output anew from its recipe's `file`.
-
-        `moved` are options for models that have moved, and `facts` are those of the journal.
-        """
+        """Return the words that make it anew; `moved` are options for models that have moved."""
         return ["analyze" if cls.called else "merge", str(file), *moved]
 
     @classmethod
