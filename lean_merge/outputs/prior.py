@@ -103,7 +103,7 @@ class PriorOutput(Output):
                         f"A prior holds matrices alone, and {part.canonical} is none; give --scope "
                         "matrices."
                     )
-        if not self.is_whole:
+        if not self.settings.is_whole:
             ranks = {
                 part.canonical: self.settings.largest_rank(part.shape)
                 for weight in self.weights
@@ -115,11 +115,6 @@ class PriorOutput(Output):
                 for name, method in self.methods.items()
                 if (rank := ranks.get(name)) is not None
             }
-
-    @property
-    def is_whole(self) -> bool:
-        """Return whether D is kept as it is."""
-        return self.settings.rank == "full"
 
     @cached_property
     def tensors(self) -> Mapping[str, OutputTensor]:
@@ -144,7 +139,7 @@ class PriorOutput(Output):
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
         """Return the files of a whole prior; those of factors depend on their ranks."""
-        if not self.is_whole:
+        if not self.settings.is_whole:
             return ()
         dims = {w.mllm.name: self.spans[w.slices[0].canonical].dim for w in self.weights}
         tensors = [
@@ -171,7 +166,7 @@ class PriorOutput(Output):
     @cached_property
     def bytes_written(self) -> int:
         """Return the most bytes of all weight files."""
-        if self.is_whole:
+        if self.settings.is_whole:
             return sum(shard.size for shard in self.shards)
         tensors = [
             each
@@ -184,7 +179,7 @@ class PriorOutput(Output):
     @property
     def bytes_on_disk(self) -> int:
         """Return the most bytes of those files, and of the blocks that they are made of."""
-        return self.bytes_written + (0 if self.is_whole else 4 * self._numbers)
+        return self.bytes_written + (0 if self.settings.is_whole else 4 * self._numbers)
 
     @property
     def held_bytes(self) -> int:
@@ -199,7 +194,7 @@ class PriorOutput(Output):
             default=0,
         )
         strips_of = 6 * 4 * max(TILE_ELEMENTS, TILE_ROWS * widest)
-        return strips_of if self.is_whole else max(strips_of, 40 * factors)
+        return strips_of if self.settings.is_whole else max(strips_of, 40 * factors)
 
     @staticmethod
     def storing_bytes(rank: int) -> int:
@@ -213,7 +208,7 @@ class PriorOutput(Output):
 
     def described(self, *, written: int, disk: int) -> str:
         """Return a description for people, in a few words."""
-        if self.is_whole:
+        if self.settings.is_whole:
             return f"prior, {format_size(written)} on disk"
         return (
             f"prior, at most {format_size(written)} on disk, and {format_size(disk)} while it is "
@@ -223,7 +218,7 @@ class PriorOutput(Output):
     def sink(self, folder: OutputFolder | None) -> Sink:
         """Return a sink that writes D, or keeps its factors, in `folder`."""
         assert folder is not None
-        if not self.is_whole:
+        if not self.settings.is_whole:
             return FactorSink(self.settings, folder)
         found = folder.finished
         self.facts_of = {name: found[name]["prior"] for name in self.tensors if name in found}
@@ -254,7 +249,7 @@ class PriorOutput(Output):
 
     def lay_out(self, folder: OutputFolder, tasks: Sequence[WeightTask]) -> None:
         """Write the factors from their blocks, once all ranks are known."""
-        if self.is_whole:
+        if self.settings.is_whole:
             return
         for task in tasks:
             result = folder.blocks.groups[task.tensor.name].result
@@ -306,7 +301,9 @@ class PriorOutput(Output):
         weights = {}
         for weight in sorted(self.weights, key=lambda each: each.mllm.name):
             facts = self.facts_of[weight.mllm.name]
-            rank = None if self.is_whole else self.rank_of(weight, self._ranks(weight, facts))
+            rank = (
+                None if self.settings.is_whole else self.rank_of(weight, self._ranks(weight, facts))
+            )
             weights[weight.mllm.name] = described_tensor(weight, rank, facts, self.spans)
         document = described_prior(self.recipe, self.settings, self.facts_of, weights)
         folder.write_file(PRIOR_FILE, to_json(document))
@@ -315,7 +312,7 @@ class PriorOutput(Output):
     def names(self, task: CopyTask | WeightTask) -> tuple[str, ...]:
         """Return the names of the tensors that a task may make."""
         name = task.tensor.name
-        found = [name] if self.is_whole else [f"{name}.left", f"{name}.right"]
+        found = [name] if self.settings.is_whole else [f"{name}.left", f"{name}.right"]
         if self.settings.dtype == "float8_e4m3fn":
             found += [f"{each}.scale" for each in found]
         return tuple(found)
@@ -339,7 +336,15 @@ class PriorOutput(Output):
         sampled: Set[str],
     ) -> PriorComparison:
         """Return what compares the differences of the sampled weights with those stored."""
-        return PriorComparison(self, stored=stored, reader=reader, sampled=sampled)
+        return PriorComparison(
+            self.settings,
+            self.spans,
+            self.names,
+            self.shapes_of,
+            stored=stored,
+            reader=reader,
+            sampled=sampled,
+        )
 
     @classmethod
     def again(cls, facts: Mapping[str, Any]) -> type[Output]:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lean_merge.checkpoints import TensorReader, TensorSpec, as_bytes
-from lean_merge.mapping import LogicalWeight
+from lean_merge.mapping import LogicalWeight, MappedWeight
 from lean_merge.methods import Decision
 from lean_merge.outputs.base import Comparison, ReadRows
 from lean_merge.outputs.differing import bytes_apart
-from lean_merge.outputs.priornumbers import Encoded, difference_rows, write_rows
+from lean_merge.outputs.priornumbers import Encoded, Span, difference_rows, write_rows
+from lean_merge.outputs.priorsettings import PriorSettings
 from lean_merge.outputs.priorsinks import (
-    Block,
     CutDifference,
+    FactorBlock,
     cut_difference,
     factor_parts,
     write_factor,
@@ -24,30 +25,35 @@ from lean_merge.outputs.priorsinks import (
 from lean_merge.store import Difference, Spans, WriteBytes
 from lean_merge.tasks import CopyTask, Note, WeightTask, to_note
 
-if TYPE_CHECKING:
-    from lean_merge.outputs.prior import PriorOutput
-
 
 class PriorComparison(Comparison):
     """A sink that compares the bytes of a prior with those that would be written now.
 
     Parameters
     ----------
-    output
-        The prior's output.
+    settings, spans
+        The settings of the prior, and the places of its logical weights.
+    names, shapes_of
+        Functions that return the names of a task's tensors, and the shapes of a tensor's factors
+        from the ranks of its parts.
     stored, reader, sampled
         As `Output.comparison` has them.
     """
 
     def __init__(
         self,
-        output: PriorOutput,
+        settings: PriorSettings,
+        spans: Mapping[str, Span],
+        names: Callable[[CopyTask | WeightTask], Sequence[str]],
+        shapes_of: Callable[[MappedWeight, Mapping[str, int]], Mapping[str, tuple[int, ...]]],
         *,
         stored: Mapping[str, TensorSpec],
         reader: TensorReader,
         sampled: Set[str],
     ) -> None:
-        self._output, self._stored, self._reader = output, stored, reader
+        self._settings, self._spans = settings, spans
+        self._names, self._shapes_of = names, shapes_of
+        self._stored, self._reader = stored, reader
         self._sampled = sampled
         self._cut: dict[str, CutDifference] = {}
         self._off: dict[str, int] = {}
@@ -62,20 +68,20 @@ class PriorComparison(Comparison):
         self, task: WeightTask, weight: LogicalWeight, decision: Decision, read: ReadRows
     ) -> None:
         """Compare the rows of a whole difference, or cut it and compare once all parts are cut."""
-        settings, name = self._output.settings, task.tensor.name
-        if not self._output.is_whole:
+        settings, name = self._settings, task.tensor.name
+        if not self._settings.is_whole:
             self._cut[weight.canonical] = cut_difference(name, weight, decision, settings)
             return
-        writers = {each: self._writer(each, name) for each in self._output.names(task)}
+        writers = {each: self._writer(each, name) for each in self._names(task)}
         for rows, values in difference_rows(weight, decision, read):
             write_rows(weight, rows, Encoded.of(values, settings.dtype, name), writers, name)
 
     def finish(self, task: CopyTask | WeightTask, note: Any) -> None:
         """Compare the factors of a tensor, whose parts were all cut."""
-        if self._output.is_whole or not isinstance(task, WeightTask) or not self._cut:
+        if self._settings.is_whole or not isinstance(task, WeightTask) or not self._cut:
             return
         ranks = {part.canonical: self._cut[part.canonical].rank for part in task.weight.slices}
-        for name, shape in self._output.shapes_of(task.weight, ranks).items():
+        for name, shape in self._shapes_of(task.weight, ranks).items():
             stored = self._stored.get(name)
             if stored is None or stored.shape != shape:
                 there = "is missing" if stored is None else f"is {[*stored.shape]}"
@@ -88,16 +94,14 @@ class PriorComparison(Comparison):
                 for each in (name, f"{name}.scale")
                 if each in self._stored
             }
-            parts = factor_parts(
-                task, self._output.spans, ranks, self._block(name.rpartition(".")[2])
-            )
-            write_factor(name, shape, parts, writers, self._output.settings.dtype)
+            parts = factor_parts(task, self._spans, ranks, self._block(name.rpartition(".")[2]))
+            write_factor(name, shape, parts, writers, self._settings.dtype)
         self._cut = {}
 
-    def _block(self, side: str) -> Callable[[str], Block]:
+    def _block(self, side: str) -> Callable[[str], FactorBlock]:
         """Return what gives the factors in memory as `stored_block` gives those on the disk."""
 
-        def block(canonical: str) -> Block:
+        def block(canonical: str) -> FactorBlock:
             factor: Tensor = getattr(self._cut[canonical], side)
 
             def read(first: int, out: Tensor) -> None:
@@ -128,7 +132,7 @@ class PriorComparison(Comparison):
 
         Factors that other arithmetic cut may differ in every byte, and are not compared.
         """
-        skipped = set() if self._output.is_whole else {*elsewhere}
+        skipped = set() if self._settings.is_whole else {*elsewhere}
         found = [fault for origin, fault in self._faults if origin not in skipped]
         for name, off in self._off.items():
             if self._origin[name] not in skipped:

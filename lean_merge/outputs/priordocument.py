@@ -1,4 +1,4 @@
-"""What a prior tells of itself: prior.json, and its part of the report."""
+"""Describe a prior: prior.json, and its part of the report."""
 
 from __future__ import annotations
 

@@ -51,6 +51,11 @@ class PriorSettings:
                 f"dtype must be one of {', '.join(PRIOR_DTYPES)}, not {shown(self.dtype)}."
             )
 
+    @property
+    def is_whole(self) -> bool:
+        """Return whether D is kept as it is."""
+        return self.rank == "full"
+
     def largest_rank(self, shape: tuple[int, int]) -> int:
         """Return the most directions that are computed for a weight [out, in]."""
         if isinstance(self.rank, int):

@@ -143,7 +143,8 @@ def cut_difference(
     update = decision.update
     factors = None if update is None else update.factors()
     if update is None or factors is None:
-        return CutDifference(torch.empty(weight.shape[0], 0), torch.empty(0, 0), 0.0, 0.0)
+        empty = torch.empty(0, 0, dtype=torch.float32)
+        return CutDifference(empty, empty, 0.0, 0.0)
     left, right = factors
     # The columns of the left factor are orthogonal, and as long as the singular values.
     energies = left.double().square().sum(0)
@@ -217,7 +218,7 @@ class FactorPart:
     rank: int
 
 
-Block = tuple[Callable[[int, Tensor], None], tuple[int, ...]]
+FactorBlock = tuple[Callable[[int, Tensor], None], tuple[int, ...]]
 """A function that reads a block of numbers, and its shape."""
 
 
@@ -225,7 +226,7 @@ def factor_parts(
     task: WeightTask,
     spans: Mapping[str, Span],
     ranks: Mapping[str, int],
-    block: Callable[[str], Block],
+    block: Callable[[str], FactorBlock],
 ) -> dict[int, list[FactorPart]]:
     """Return the blocks of one side of a tensor's factors, by matrix."""
     found: dict[int, list[FactorPart]] = {}
@@ -238,7 +239,7 @@ def factor_parts(
     return found
 
 
-def stored_block(folder: OutputFolder, tensor: str, side: str, canonical: str) -> Block:
+def stored_block(folder: OutputFolder, tensor: str, side: str, canonical: str) -> FactorBlock:
     """Return a factor of one part of a tensor, which waits in an unfinished output."""
     block = folder.blocks.groups[tensor].blocks[f"{canonical}.{side}"]
     return partial(folder.blocks.read, block), block.shape
