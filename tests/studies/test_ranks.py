@@ -110,7 +110,7 @@ def test_neighbours_stay_together_and_no_rank_gets_more_than_its_part(costs: lis
 def test_every_task_is_dealt_once(scene: Scene, data: st.DataObject, size: int):
     plan = make_plan(scene.triple.recipe(**OPTIONS), CPU)
     todo = [n for n in range(len(plan.tasks)) if data.draw(st.booleans())]
-    shares = deal(plan, todo, size)
+    shares = deal(plan, todo, size, data.draw(st.integers(1, 4)))
     assert sorted(n for own in shares for n in own) == todo
     assert all(own == sorted(own) for own in shares)
     owners = {plan.tasks[n].tensor.name: rank for rank, own in enumerate(shares) for n in own}

@@ -33,7 +33,7 @@ from lean_merge.plan.runfacts import environment
 from lean_merge.store.joining import JoinedFolder, share, take_over
 from lean_merge.store.state import OWN_ANALYSIS
 from lean_merge.studies.ranks.links import SILENCE, Links, RankError
-from lean_merge.studies.ranks.sharing import NoteSink, ShareSink, deal, dealt, edges
+from lean_merge.studies.ranks.sharing import RUNS, NoteSink, ShareSink, deal, dealt, edges
 from lean_merge.tasks import WeightTask
 
 T = TypeVar("T")
@@ -125,7 +125,9 @@ class Job:
         With a folder, rank 0 alone calls this; without one, every rank does.
         """
         todo = [n for n, task in enumerate(plan.tasks) if sink.finished(task) is None]
-        shares, folder = deal(plan, todo, self._links.size), sink.folder
+        one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+        shares = deal(plan, todo, self._links.size, RUNS if one_machine else 1)
+        folder = sink.folder
         if folder is None:
             shares = self.gather(shares)[0]
         else:
@@ -139,7 +141,8 @@ class Job:
         if folder is None:
             sink = NoteSink({k: note for each in every for k, note in each.notes.items()}, sink)
         else:
-            take_over(folder, edges(folder.shards, owners))
+            # Processes of one machine see what the others write, whatever the file system.
+            take_over(folder, set() if one_machine else edges(folder.shards, owners))
 
         def others(event: Event) -> None:
             if owners.get(event.name) != self._links.rank:

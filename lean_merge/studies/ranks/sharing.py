@@ -16,7 +16,12 @@ from lean_merge.tasks import CopyTask, Note, Stored, WeightTask, to_note
 _SKIPPED = to_note(Note([]))
 
 
-def deal(plan: Plan, todo: Sequence[int], size: int) -> list[list[int]]:
+RUNS = 8
+"""So many parts of the model each rank gets, if all are on one machine. Layers at other depths may
+take longer, because more of their weights are selected."""
+
+
+def deal(plan: Plan, todo: Sequence[int], size: int, runs: int = 1) -> list[list[int]]:
     """Deal tasks to `size` ranks, so that all read and write about as many bytes.
 
     A byte takes longer where a method decides than where a tensor is copied, so tasks of either
@@ -27,6 +32,8 @@ def deal(plan: Plan, todo: Sequence[int], size: int) -> list[list[int]]:
     ----------
     todo
         The places in the plan of the tasks to be dealt, in order.
+    runs
+        How many runs of neighbours each rank gets.
 
     Returns
     -------
@@ -39,8 +46,9 @@ def deal(plan: Plan, todo: Sequence[int], size: int) -> list[list[int]]:
     shares: list[list[int]] = [[] for _ in range(size)]
     for groups in kinds.values():
         costs = [sum(_bytes_moved(plan, index) for index in group) for group in groups]
-        for group, rank in zip(groups, dealt(costs, size), strict=True):
-            shares[rank] += group
+        for group, run in zip(groups, dealt(costs, size * runs), strict=True):
+            there, back = divmod(run, size)
+            shares[size - 1 - back if there % 2 else back] += group
     return [sorted(share) for share in shares]
 
 
