@@ -28,7 +28,7 @@ def progress(plan: Plan, quiet: bool) -> Iterator[Callable[[Event], None]]:
     ) as bar:
 
         def on_event(event: Event) -> None:
-            bar.set_postfix_str(f"{event.name[-40:]}{_come(plan)}", refresh=False)
+            bar.set_postfix_str(f"{event.name[-40:]}{come(plan)}", refresh=False)
             bar.update(event.nbytes)
             if not quiet:
                 for line in event.warnings:
@@ -37,7 +37,7 @@ def progress(plan: Plan, quiet: bool) -> Iterator[Callable[[Event], None]]:
         yield on_event
 
 
-def _come(plan: Plan) -> str:
+def come(plan: Plan) -> str:
     """Tell how much of what travels has come, and how fast; nothing if all inputs are local."""
     if not plan.prediction.travels:
         return ""

@@ -25,8 +25,11 @@ from support.scenes import Stop, stopping
 from lean_merge import MergeRecipe, MergeResult, Plan, Resources, merge, plan, verify
 from lean_merge.checkpoints.elsewhere import Room
 from lean_merge.checkpoints.remote import standins
+from lean_merge.cli.describe import plan_text
+from lean_merge.cli.progress import come
 from lean_merge.errors import BudgetError, CheckpointError
 from lean_merge.plan import fitting, formulas
+from lean_merge.sizes import format_size
 
 CPU = Resources(device="cpu", threads=2)
 
@@ -225,3 +228,11 @@ def test_memory_for_the_largest_weight_is_asked_for(
     assert work.arrivals == Room(64 << 20, 50 << 20)
     expected = local(triple, tmp_path / "local")
     assert weights(merge(work, tmp_path / "out").path) == weights(expected.path)
+
+
+def test_plan_and_progress_tell_what_travels(hub: HubServer, triple: Triple):
+    far, near = plan(recipe(), CPU), plan(localised(recipe(), triple), CPU)
+    size = format_size(far.prediction.travels)
+    assert f"travels   {size}" in plan_text(far) and "travels" not in plan_text(near)
+    assert re.fullmatch(rf", [\d.]+ \w+ of {size} came, [\d.]+ \w+/s", come(far))
+    assert come(near) == "" and near.prediction.travels == 0
