@@ -33,7 +33,7 @@ def ranks(prior, tmp_path_factory) -> list[dict]:
         check=True,
         env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         capture_output=True,
-        timeout=300,
+        timeout=1200,
     )
     return [torch.load(out / f"{rank}.pt") for rank in range(2)]
 

@@ -142,6 +142,7 @@ def test_the_example_fine_tunes_the_embedded_mllm_with_trl(tmp_path, monkeypatch
     assert spec is not None and spec.loader is not None
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *_, **__: None)
     few = ["--examples", "16", "--epochs", "2"]
     report = example.main(["--out", str(tmp_path / "whole"), *few])
     assert report["acts"] == 2 and len(report["weights"]) == 28 and not report["left"]
