@@ -42,7 +42,7 @@ from lean_merge.checkpoints.sidefiles import remote_code, side_files
 from lean_merge.errors import LeanMergeError, is_plain
 from lean_merge.mapping import map_roles
 from lean_merge.memory import usage
-from lean_merge.outputs.card import license_of
+from lean_merge.outputs.card import front_matter_of
 from lean_merge.plan.parameters import build_method
 from lean_merge.recipe import MergeRecipe, load_recipe_file
 
@@ -309,7 +309,7 @@ def targets(root: Path) -> dict[str, Target]:
         map_roles(ours, theirs, [ours], allow_partial=True)
         side_files(mllm)
         remote_code(theirs)
-        license_of(mllm)
+        front_matter_of(mllm)
         with TensorReader() as reader:
             for spec in list(theirs.tensors.values())[:2]:
                 buffer = torch.empty(min(spec.nbytes, 1 << 20), dtype=torch.uint8)

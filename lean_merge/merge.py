@@ -82,7 +82,8 @@ def merge(
     resume
         Whether to use the bytes of an interrupted run; else they are removed, and all is made anew.
     on_event
-        A function that is called after each tensor is written.
+        A function that is called after each tensor is written, and before a threshold is found
+        after each weight that is analysed for it.
 
     Raises
     ------
@@ -153,7 +154,7 @@ def carry_out(
     ) as folder:
         reused = len(folder.finished) or len(folder.blocks.groups)
         if not plan.is_settled:
-            plan = _settled(plan, folder)
+            plan = _settled(plan, folder, on_event)
         result = run(plan, plan.output.sink(folder), on_event or _ignore)
         with result.timed("write"), Computing():
             plan.output.lay_out(folder, plan.weights)
@@ -165,7 +166,7 @@ def carry_out(
     return Made(folder.final, reused, report)
 
 
-def _settled(plan: Plan, folder: OutputFolder) -> Plan:
+def _settled(plan: Plan, folder: OutputFolder, on_event: OnEvent | None) -> Plan:
     """Analyse inside the unfinished output, and return the plan with the thresholds found.
 
     The analysis is deleted when the output is sealed; until then, a merge that was interrupted
@@ -176,7 +177,7 @@ def _settled(plan: Plan, folder: OutputFolder) -> Plan:
     )
     with memory.PeakSampler() as sampler:
         looking = make_plan(plan.recipe, resources, output=evidence_kind(), like=plan)
-        made = carry_out(looking, folder.own_analysis(), sampler)
+        made = carry_out(looking, folder.own_analysis(), sampler, on_event=on_event)
     own = evidence_kind().open(made.path, own=True)
     found = make_plan(plan.recipe, resources, analysis=own, like=plan)
     assert found.evidence is not None

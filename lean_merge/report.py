@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -17,27 +16,6 @@ from lean_merge.tasks import Truncated, WeightResult, Written, decision_fields, 
 from lean_merge.version import __version__
 
 REPORT_VERSION = 1
-_ACCURACY = (
-    (
-        "omitted_share",
-        0.025,
-        "directions beyond the computed rank may carry up to {:.0%} of the update in {} weights; "
-        "--rank N computes more, --svd exact all",
-    ),
-    (
-        "lambda_doubt",
-        0.05,
-        "up to {:.0%} of a nuclear norm, and with it of lambda, may be rounding in {} weights "
-        "whose task vectors are nearly of low rank; --svd exact computes it",
-    ),
-    (
-        "angle_error",
-        0.1,
-        "directions that carry the update are known to a sine of {:.2f} only in {} weights; --svd "
-        "exact computes them fully",
-    ),
-)
-"""Fields of selected records, the values above which the report warns, and the warnings."""
 
 
 def build_report(
@@ -51,7 +29,7 @@ def build_report(
     """Return the content of `lean_merge_report.json`; docs/formats.md explains every field."""
     rows = [row for weight in result.weights for row in weight_rows(plan, weight)]
     merged = {weight.name for weight in result.weights if weight.merged}
-    code = remote_code(plan.mllm)
+    earlier = plan.evidence.source.warnings if plan.evidence and plan.evidence.source else []
     sampler.sample()
     measured = measures(plan, result, bytes_written=bytes_written, sampler=sampler)
     return {
@@ -76,13 +54,11 @@ def build_report(
         },
         "changed": total_change(plan, result, look),
         "warnings": [
-            *dict.fromkeys([*plan.coverage.warnings, *look.warnings, *_analysis_warnings(plan)]),
+            *dict.fromkeys([*plan.coverage.warnings, *look.warnings, *earlier]),
             *plan.notes,
             *plan.output.warnings(result.weights),
-            *accuracy_warnings(result),
             *plan.method.warnings([r for weight in result.weights for r in weight.experts]),
             *non_finite_warnings(result),
-            *(code_warnings(code) if plan.output.is_model else ()),
             *fallback_warnings(result),
         ],
         "fallbacks": [
@@ -93,16 +69,10 @@ def build_report(
         "analysis": _from_analysis(plan),
         "skipped": list(plan.coverage.left_out),
         "filtered": dict(plan.scope.filtered),
-        "remote_code": list(code),
+        "remote_code": list(remote_code(plan.mllm)),
         **measured,
         "weights": rows,
     }
-
-
-def _analysis_warnings(plan: Plan) -> list[str]:
-    """Return the warnings of the analysis that a merge was decided from."""
-    source = None if plan.evidence is None else plan.evidence.source
-    return [] if source is None else source.warnings
 
 
 def _from_analysis(plan: Plan) -> dict[str, Any] | None:
@@ -184,21 +154,28 @@ def weight_rows(plan: Plan, weight: WeightResult) -> list[dict[str, Any]]:
 
 
 def total_change(plan: Plan, result: RunResult, look: EarlyLook) -> dict[str, Any]:
-    """Tell how many weights were changed, and the norm of all updates over that of these weights.
+    """Tell how many weights were changed, and the update's length against two others.
 
-    The weights' norms are estimated from the rows of the early look.
+    They are the weights', estimated from the early look, and the experts' task vectors'.
     """
     shapes = {part.canonical: part.shape for task in plan.weights for part in task.weight.slices}
     usual = sum(look.squares.values()) / len(look.squares) if look.squares else 0.0
-    count, update, whole = 0, 0.0, 0.0
+    count, update, whole, tuned, along = 0, 0.0, 0.0, 0.0, 0.0
     for weight in result.weights:
         squared = _squared_update(weight)
         count += squared != 0
         if squared:
             mean = look.squares.get(kind_of(weight.canonical), usual)
             update, whole = update + squared, whole + mean * math.prod(shapes[weight.canonical])
-    relative = math.sqrt(update / whole) if whole else None
-    return {"weights": count, "of": len(result.weights), "relative_update": relative}
+            tuned += math.fsum(weight.squared_norms[1:])
+            along += weight.stored.along if isinstance(weight.stored, Written) else math.nan
+    return {
+        "weights": count,
+        "of": len(result.weights),
+        "relative_update": math.sqrt(update / whole) if whole else None,
+        "relative_to_experts": math.sqrt(update / tuned) if tuned > 0 else None,
+        "kept": None if math.isnan(along) or not update else along / update,
+    }
 
 
 def _squared_update(weight: WeightResult) -> float | None:
@@ -215,36 +192,14 @@ def _squared_update(weight: WeightResult) -> float | None:
     return None if math.isnan(squared) else squared
 
 
-def accuracy_warnings(result: RunResult) -> list[str]:
-    """Warn of weights whose sketches did not reach the accuracy that they aim at."""
-    warnings, selected = [], [r for w in result.weights for r in w.experts if r.selected]
-    for field, bar, text in _ACCURACY:
-        high = [value for r in selected if (value := getattr(r, field) or 0.0) > bar]
-        warnings += [text.format(max(high), len(high))] if high else []
-    return warnings
-
-
 def non_finite_warnings(result: RunResult) -> list[str]:
     """Warn of NaN or Inf in copied tensors; they are normal in a mask, but not in a weight."""
     names = result.non_finite
+    told = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
     return names and [
-        f"{len(names)} of the tensors that are copied from the MLLM hold NaN or Inf "
-        f"({_few(names)}); the output has them too"
+        f"{len(names)} of the tensors that are copied from the MLLM hold NaN or Inf ({told}); "
+        "the output has them too"
     ]
-
-
-def code_warnings(code: Sequence[str]) -> list[str]:
-    """Warn that the MLLM brings code, which this program has not checked."""
-    if not code:
-        return []
-    return [
-        f"the MLLM brings code of its own ({_few(code)}); it was copied as data and not run, and "
-        "is run by whoever loads the output with trust_remote_code=True"
-    ]
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def fallback_warnings(result: RunResult) -> list[str]:

@@ -572,11 +572,11 @@ def test_a_head_count_of_thousands_of_digits_is_no_count(tmp_path: Path, key: st
 
 
 def test_the_licence_of_a_card_cannot_swell(small: Triple, tmp_path: Path):
-    from lean_merge.outputs.card import license_of
+    from lean_merge.outputs.card import front_matter_of
 
     (tmp_path / "README.md").write_text(f"---\nlicense: mit\n{LAUGHS}---\n")
     began = time.thread_time()
-    assert license_of(tmp_path) == {"license": "mit"}
+    assert front_matter_of(tmp_path) == {"license": "mit"}
     assert time.thread_time() - began < 5
 
 

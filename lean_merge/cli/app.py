@@ -13,9 +13,12 @@ from typing import Annotated, Any
 import typer
 
 from lean_merge.cli.helping import FULL_WIDTH, GroupedCommand, GroupedProgram
+from lean_merge.cli.progress import LINE
 from lean_merge.errors import OutputError, plain
 from lean_merge.version import __version__
 
+COMMAND: list[str] = []
+"""The arguments of the command that runs; the first is its name."""
 EXIT_FAILED, EXIT_USAGE, EXIT_DIFFERENT, EXIT_INTERRUPTED = 1, 2, 3, 5
 
 
@@ -66,6 +69,7 @@ def echo(text: str, *, err: bool = False) -> None:
     """Print a text in which what would steer a terminal is escaped: names come from strangers."""
     if not SPEAKS.get():
         return
+    LINE.clear()
     try:
         typer.echo(plain(text), err=err)
     except BrokenPipeError:

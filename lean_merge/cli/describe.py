@@ -9,9 +9,13 @@ from typing import Any
 
 from lean_merge.checkpoints import open_checkpoint
 from lean_merge.cli.listing import table_lines
+from lean_merge.cli.nextsteps import after_analysis, after_merge, next_lines, program
+from lean_merge.cli.rounding import advice, foreseen
+from lean_merge.engine import EarlyLook
 from lean_merge.mapping import language_layout
-from lean_merge.outputs import REPORT, output_of
+from lean_merge.outputs import REPORT
 from lean_merge.outputs.document import ANALYSIS
+from lean_merge.outputs.summary import summary_lines
 from lean_merge.plan import Plan
 from lean_merge.sizes import format_size
 from lean_merge.studies.sweep import result_names, result_of
@@ -24,9 +28,14 @@ def warnings_of(plan: Plan) -> list[str]:
     return [*plan.coverage.warnings, *plan.notes, *skipped]
 
 
-def plan_dict(plan: Plan) -> dict[str, Any]:
-    """Return a plan as plain data, whose fields docs/formats.md explains."""
+def plan_dict(plan: Plan, seen: EarlyLook | None = None) -> dict[str, Any]:
+    """Return a plan as plain data, whose fields docs/formats.md explains.
+
+    `seen` is the early look, if there was one.
+    """
+    look = {} if seen is None else {"warnings": list(seen.warnings), "kept": seen.kept}
     return {
+        **({"look": look} if seen is not None else {}),
         "recipe": plan.recipe.to_dict(),
         "prefixes": dict(plan.coverage.prefixes),
         "natures": dict(plan.coverage.natures),
@@ -58,8 +67,8 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
     }
 
 
-def plan_text(plan: Plan) -> str:
-    """Return a plan as text."""
+def plan_text(plan: Plan, seen: EarlyLook | None = None) -> str:
+    """Return a plan as text, with what the early look found if there was one."""
     predicted = plan.prediction
     described = plan.output.described(written=predicted.bytes_written, disk=predicted.disk)
     leaves = Counter(
@@ -87,39 +96,37 @@ def plan_text(plan: Plan) -> str:
     ]
     if predicted.peak_vram:
         lines.append(f"vram      {format_size(predicted.peak_vram)}")
-    return "\n".join([*lines, *(f"warning: {line}" for line in warnings_of(plan))])
+    warnings = warnings_of(plan)
+    if seen is not None:
+        if seen.kept is not None:
+            lines.append(f"rounding  at most about {seen.kept:.0%} of the update will be kept")
+        warnings += [*seen.warnings, *filter(None, [advice(seen.kept, at_most=True)])]
+    return "\n".join([*lines, *(f"warning: {line}" for line in dict.fromkeys(warnings))])
 
 
-def result_text(path: Path | None, report: dict[str, Any]) -> str:
-    """Return a text that says what a finished merge did."""
-    counts, seconds, used = report["counts"], report["seconds"], report["memory"]
-    done = output_of(report["recipe"]["output"]).done
-    details = f"; details in {REPORT}" if path else "; --json prints the details"
-    analysis = report["analysis"]
-    if analysis is not None:
-        details = f"; {analysis['recalled']} weights decided from the analysis{details}"
-    lines = [
-        f"{path or 'analysis'}: {counts['merged']} weights {done}, {counts['unchanged']} in scope "
-        f"unchanged, {counts['copied']} tensors copied, {counts['skipped']} skipped",
-        f"{sum(seconds.values()):.1f} s, {format_size(report['bytes']['read'])} read, "
-        f"{format_size(report['bytes']['written'])} written, peak memory "
-        f"{format_size(used['peak_anonymous'])}{details}",
-    ]
-    lines += (f"warning: {line}" for line in report["warnings"])
-    return "\n".join([*lines, changed_text(report)])
+def result_text(path: Path | None, report: dict[str, Any], plan: Plan) -> str:
+    """Return a text that sums up a finished merge, and says what to do next."""
+    seconds, used = sum(report["seconds"].values()), report["memory"]
+    lines = summary_lines(report)
+    if report["analysis"] is not None:
+        lines.append(
+            f"{'analysis':<10} {report['analysis']['recalled']} weights were decided by it"
+        )
+    lines.append(f"{'time':<10} {_effort(seconds, report['bytes'], used)}")
+    if path is not None:
+        lines.append(f"{'files':<10} {path}; {REPORT} tells of every weight")
+    return "\n".join([*lines, *next_lines(after_merge(path, plan))])
 
 
-def changed_text(report: dict[str, Any]) -> str:
-    """Tell how many weights a merge changed, and by how much."""
-    changed = report["changed"]
-    if not changed["weights"]:
-        rows = report["weights"]
-        reasons = dict.fromkeys(row["reason"] for row in rows if not row["selected"])
-        why = "; ".join(reasons) or "every update is zero"
-        return f"no weight was changed, so the result equals the model that receives: {why}"
-    relative = changed["relative_update"]
-    size = "" if relative is None else f", by {relative:.2%} of their norm"
-    return f"changed {changed['weights']} of {changed['of']} weights{size}"
+def _line(word: str, told: object) -> str:
+    return f"{word:<10} {told}"
+
+
+def _effort(seconds: float, counted: dict[str, Any], used: dict[str, Any]) -> str:
+    return (
+        f"{seconds:.1f} s, {format_size(counted['read'])} read, {format_size(counted['written'])} "
+        f"written, {format_size(used['peak_anonymous'])} of memory at most"
+    )
 
 
 def analysis_dict(path: Path, document: dict[str, Any]) -> dict[str, Any]:
@@ -127,28 +134,28 @@ def analysis_dict(path: Path, document: dict[str, Any]) -> dict[str, Any]:
     return {"path": str(path)} | {k: v for k, v in document.items() if k != "weights"}
 
 
-def analysis_text(path: Path, document: dict[str, Any]) -> str:
-    """Return an analysis as text."""
+def analysis_text(path: Path, document: dict[str, Any], dtype: str) -> str:
+    """Return a text that sums up an analysis, and says what to do next."""
     looked = [row for row in document["weights"] if row["skipped"] is None]
-    lines = [
-        f"{path}: {len(looked)} weights analysed, {len(document['weights']) - len(looked)} skipped"
-    ]
+    told = f"{len(looked)} weights in {path / ANALYSIS}"
+    if skipped := len(document["weights"]) - len(looked):
+        told += f"; {skipped} could not be analysed"
+    lines = [_line("analysed", told)]
     for k, entry in enumerate(document["thresholds"]):
         chosen = sum(row["experts"][k]["selected"] for row in looked)
         counts = entry["counts"][::10]
         lines += [
-            f"{entry['expert']}: {chosen} selected as the recipe has it",
+            _line("expert", f"{entry['expert']}: the recipe's threshold selects {chosen}"),
             "  threshold  " + " ".join(f"{each['threshold']:>5.1f}" for each in counts),
             "  selected   " + " ".join(f"{each['selected']:>5}" for each in counts),
-            f"  auto: {entry['explanation']}",
+            _line("auto", entry["explanation"]),
         ]
-    seconds, used = document["seconds"], document["memory"]
-    lines.append(
-        f"{sum(seconds.values()):.1f} s, {format_size(document['bytes']['read'])} read, "
-        f"{format_size(document['bytes']['written'])} written, peak memory "
-        f"{format_size(used['peak_anonymous'])}; numbers in {ANALYSIS}"
-    )
-    return "\n".join([*lines, *(f"warning: {line}" for line in document["warnings"])])
+    if (kept := foreseen(document, dtype)) is not None:
+        lines.append(_line("rounding", f"{dtype} will keep about {kept:.0%} of the update"))
+        lines += [_line("", told) for told in [advice(kept, at_most=False)] if told]
+    seconds = sum(document["seconds"].values())
+    lines.append(_line("time", _effort(seconds, document["bytes"], document["memory"])))
+    return "\n".join([*lines, *next_lines(after_analysis(path, document))])
 
 
 def inspect_dict(source: str) -> dict[str, Any]:
@@ -215,20 +222,25 @@ def verification_dict(result: Verification) -> dict[str, Any]:
 
 
 def verification_text(result: Verification) -> str:
-    """Return a verification as text."""
+    """Return a text that says what a verification found, and what to do next."""
     lines = [
-        f"{result.path}: {result.files} files were read, and {result.tensors} tensors match their "
-        "digests",
-        f"{result.copied} tensors out of scope compared with the MLLM's",
-        f"{len(result.recomputed)} of {result.in_scope} tensors in scope merged again "
-        f"(--seed {result.seed})",
-        *(f"note: {note}" for note in result.notes),
-        *(f"different: {each}" for each in result.differences),
+        _line("read", f"{result.files} files of {result.path}"),
+        _line("bytes", f"{result.tensors} tensors have the bytes that were written"),
+        _line("copied", f"{result.copied} tensors out of scope were compared with the MLLM's"),
+        _line(
+            "merged",
+            f"{len(result.recomputed)} of {result.in_scope} weights in scope were merged again and "
+            f"compared (--seed {result.seed})",
+        ),
+        *(_line("note", note) for note in result.notes),
+        *(_line("different", each) for each in result.differences),
     ]
     if result.ok:
-        return "\n".join([*lines, "nothing differs"])
+        steps = [("push", program("push", result.path, "org/name"))]
+        return "\n".join([*lines, _line("result", "nothing differs"), *next_lines(steps)])
     repair = result.repair or "the command that made it, with --overwrite"
-    return "\n".join([*lines, f"the output is damaged; this command makes it again: {repair}"])
+    told = _line("result", "the output is damaged")
+    return "\n".join([*lines, told, *next_lines([("repair", repair)])])
 
 
 def sweep_text(table: dict[str, Any]) -> str:

@@ -12,7 +12,14 @@ from typing import Any
 
 import typer
 
-from lean_merge.cli.app import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, SPEAKS, app
+from lean_merge.cli.app import (
+    COMMAND,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    SPEAKS,
+    app,
+)
 from lean_merge.errors import BudgetError, LeanMergeError, plain
 
 _SIGINT_OF_TYPER = 130
@@ -37,6 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
         # It was closed before the start; what is written there is lost then, and nothing else.
         sys.stderr = open(os.devnull, "w")
     signal.signal(signal.SIGTERM, _terminate)
+    COMMAND[:] = arguments
     try:
         # `verify` returns a code and other commands None; newer typers turn Ctrl-C into a code.
         with _job():

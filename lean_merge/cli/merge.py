@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument
 
-from lean_merge.cli.app import EXIT_DIFFERENT, app, echo
+from lean_merge.cli.app import COMMAND, EXIT_DIFFERENT, app, echo
 from lean_merge.cli.helping import MERGING, OUTPUT, RUN
 from lean_merge.cli.options import (
     Cuda,
@@ -27,9 +27,11 @@ from lean_merge.cli.options import (
     shares_options_of_work,
     work_of,
 )
+from lean_merge.cli.progress import LINE
 from lean_merge.errors import RecipeError
 
 if TYPE_CHECKING:
+    from lean_merge.engine import EarlyLook
     from lean_merge.plan import Plan
     from lean_merge.plan.resources import Resources
     from lean_merge.recipe import MergeRecipe
@@ -78,6 +80,7 @@ def merge_command(
     recipe, resources = work_of(**work)
     from lean_merge.cli import describe
     from lean_merge.cli.progress import progress
+    from lean_merge.cli.warnings import Warnings
     from lean_merge.merge import check_has_folder, merge
 
     if dry_run:
@@ -86,11 +89,16 @@ def merge_command(
         return
     check_has_folder(recipe, out)
     plan = _planned(recipe, resources, analysis, quiet=quiet)
-    if not (quiet or as_json):
-        for line in describe.warnings_of(plan):
-            echo(f"warning: {line}", err=True)
-    with progress(plan, quiet) as on_event:
-        result = merge(plan, out, overwrite=overwrite, resume=not no_resume, on_event=on_event)
+    told = Warnings(quiet or as_json)
+    told.tell(describe.warnings_of(plan))
+    with progress(plan, quiet, told.warn) as shown:
+        result = merge(
+            plan,
+            out,
+            overwrite=overwrite,
+            resume=not no_resume,
+            on_event=shown,
+        )
     if not (quiet or as_json) and result.was_complete:
         echo(f"{result.path} is complete already; there is nothing to do.", err=True)
     elif not (quiet or as_json) and result.reused:
@@ -98,7 +106,8 @@ def merge_command(
     if as_json:
         echo(json.dumps(result.report))
     elif not quiet:
-        echo(describe.result_text(result.path, result.report))
+        told.tell(result.report["warnings"])
+        echo(describe.result_text(result.path, result.report, plan))
 
 
 def _refuse_without_folder(out: Path | None, **options: bool) -> None:
@@ -114,6 +123,7 @@ def _planned(
     from lean_merge.outputs.recorded import open_analysis
     from lean_merge.plan import plan
 
+    LINE.begin("reading the headers of all models", ticks=False)
     with downloads_shown(not quiet):
         opened = open_analysis(analysis.expanduser()) if analysis else None
         return plan(recipe, resources, analysis=opened)
@@ -137,6 +147,15 @@ def plan_command(
     ] = False,
     analysis: FromAnalysis = None,
     no_resume: NoResume = False,
+    look: Annotated[
+        bool,
+        option(
+            RUN,
+            "--look",
+            help="Read a few rows of every model too, as a merge does first: say whether the "
+            "models belong together, and what rounding will keep.",
+        ),
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -144,14 +163,36 @@ def plan_command(
     """Say what a merge would do, and what memory and disk it takes, from headers alone."""
     _refuse_without_folder(out, overwrite=overwrite, no_resume=no_resume)
     plan = _planned(*work_of(**work), analysis, quiet=quiet)
-    _show_plan(plan, out, overwrite=overwrite, resume=not no_resume, json_=as_json, quiet=quiet)
+    seen = None
+    if look:
+        from lean_merge.engine import early_look
+
+        LINE.begin("looking at a few rows of every model")
+        seen = early_look(plan, refuse=False)
+    _show_plan(
+        plan,
+        out,
+        overwrite=overwrite,
+        resume=not no_resume,
+        json_=as_json,
+        quiet=quiet,
+        seen=seen,
+    )
 
 
 def _show_plan(
-    plan: Plan, out: Path | None, *, overwrite: bool, resume: bool, json_: bool, quiet: bool
+    plan: Plan,
+    out: Path | None,
+    *,
+    overwrite: bool,
+    resume: bool,
+    json_: bool,
+    quiet: bool,
+    seen: EarlyLook | None = None,
 ) -> None:
     """Check the output folder, if there is one, and print the plan."""
     from lean_merge.cli import describe
+    from lean_merge.cli.nextsteps import after_plan, next_lines
     from lean_merge.plan.runfacts import run_facts
     from lean_merge.store.beforehand import check_output
 
@@ -165,8 +206,12 @@ def _show_plan(
             resume=resume,
             disk=plan.prediction.disk,
         )
-    if not quiet:
-        echo(json.dumps(describe.plan_dict(plan)) if json_ else describe.plan_text(plan))
+    LINE.rest()
+    if json_ and not quiet:
+        echo(json.dumps(describe.plan_dict(plan, seen)))
+    elif not quiet:
+        steps = after_plan(COMMAND[1:], has_out=out is not None)
+        echo("\n".join([describe.plan_text(plan, seen), *next_lines(steps)]))
 
 
 @app.command("verify", rich_help_panel=MERGING)

@@ -13,6 +13,7 @@ import typer
 
 from lean_merge.cli.helping import METHOD, MODELS, OUTPUT, RESOURCES, RUN
 from lean_merge.cli.methodtable import by_name, default_of
+from lean_merge.cli.progress import starting
 from lean_merge.errors import RecipeError
 from lean_merge.recipe import (
     OUT_DTYPES,
@@ -642,7 +643,8 @@ def shares_options_of_work(command: Callable[..., int | None]) -> Callable[..., 
 
     def wrapped(**arguments: Any) -> int | None:
         work = {parameter.name: arguments.pop(parameter.name) for parameter in shared}
-        return command(work=work, **arguments)
+        with starting(bool(arguments.get("quiet"))):
+            return command(work=work, **arguments)
 
     wrapped.__signature__ = inspect.Signature(order)  # type: ignore[attr-defined]
     wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__

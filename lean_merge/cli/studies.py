@@ -20,6 +20,7 @@ from lean_merge.cli.options import (
     shares_options_of_work,
     work_of,
 )
+from lean_merge.cli.progress import LINE
 from lean_merge.errors import CoverageError, LeanMergeError, OutputError
 
 if TYPE_CHECKING:
@@ -59,31 +60,41 @@ def analyze_command(
     from lean_merge.checkpoints import downloads_shown
     from lean_merge.cli import describe
     from lean_merge.cli.progress import progress
+    from lean_merge.cli.rounding import dtype_of
+    from lean_merge.cli.warnings import Warnings
     from lean_merge.outputs.analysis import AnalysisOutput
     from lean_merge.page import INSTALL_PLOTLY
     from lean_merge.plan import plan as make_plan
     from lean_merge.studies.analyze import analyze
 
     try:
+        LINE.begin("reading the headers of all models", ticks=False)
         with downloads_shown(not quiet):
             plan = make_plan(recipe, resources, output=AnalysisOutput)
     except CoverageError as error:
         if SPEAKS.get():
             _compare(recipe, resources, out, error, as_json=as_json, quiet=quiet)
         raise
-    if not (quiet or as_json):
-        for line in describe.warnings_of(plan):
-            echo(f"warning: {line}", err=True)
-    with progress(plan, quiet) as on_event:
-        result = analyze(plan, out, overwrite=overwrite, resume=not no_resume, on_event=on_event)
+    told = Warnings(quiet or as_json)
+    told.tell(describe.warnings_of(plan))
+    with progress(plan, quiet, told.warn) as shown:
+        result = analyze(
+            plan,
+            out,
+            overwrite=overwrite,
+            resume=not no_resume,
+            on_event=shown,
+        )
     document = result.analysis.document
     if as_json:
         echo(json.dumps(describe.analysis_dict(result.path, document)))
     elif not quiet:
         if result.was_complete:
             echo(f"{result.path} is complete already; there is nothing to do.", err=True)
-        echo(describe.analysis_text(result.path, document))
-        echo(f"report: {result.page or f'there is none, for it needs plotly; {INSTALL_PLOTLY}'}")
+        told.tell(document["warnings"])
+        page = result.page or f"there is none, for it needs plotly; {INSTALL_PLOTLY}"
+        echo(f"report: {page}")
+        echo(describe.analysis_text(result.path, document, dtype_of(plan)))
 
 
 def _compare(

@@ -5,12 +5,13 @@ rooms use what is named here and nothing else.
 """
 
 from lean_merge.engine.crew import CREW, Crew
-from lean_merge.engine.judging import EarlyLook, early_look
+from lean_merge.engine.judging import ON_LOOK, EarlyLook, early_look
 from lean_merge.engine.loop import Event, RunResult, run, steps
 from lean_merge.engine.workers import Workers, worker_pool
 
 __all__ = [
     "CREW",
+    "ON_LOOK",
     "Crew",
     "EarlyLook",
     "Event",

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from statistics import median
 
 import torch
 from torch import Tensor
 
-from lean_merge.checkpoints import TensorReader, WeightSource
+from lean_merge.checkpoints import TensorReader, WeightSource, torch_dtype
 from lean_merge.checkpoints.rows import DifferenceRows, fresh_buffer
 from lean_merge.engine.workers import worker_pool
 from lean_merge.errors import CoverageError
@@ -49,11 +50,15 @@ class EarlyLook:
         Bytes of tensors that were read.
     squares
         The mean square of the MLLM's numbers, by kind of weight.
+    kept
+        The share of updates, as large as foreseen, that rounding to the output's dtype would keep;
+        None if nothing is rounded to nearest.
     """
 
     warnings: tuple[str, ...]
     bytes_read: int
     squares: Mapping[str, float]
+    kept: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,11 @@ class _Seen:
     base: Tensor
     task_vectors: Sequence[Tensor]
     origins: Sequence[Tensor | None]
+
+
+_Listener = Callable[[EarlyLook], None]
+ON_LOOK: ContextVar[_Listener] = ContextVar("ON_LOOK", default=lambda look: None)
+"""A function that is given the early look of a merge, before anything is written."""
 
 
 def early_look(plan: Plan, *, refuse: bool = True) -> EarlyLook:
@@ -98,7 +108,9 @@ def early_look(plan: Plan, *, refuse: bool = True) -> EarlyLook:
         warnings += itertools.chain.from_iterable(
             _relations(seen, number) for number in range(1, len(plan.experts) + 1)
         )
-        return EarlyLook(tuple(warnings), read, _mean_squares(seen))
+        look = EarlyLook(tuple(warnings), read, _mean_squares(seen), _kept(plan, seen))
+    ON_LOOK.get()(look)
+    return look
 
 
 def _read(weight: LogicalWeight, blocks: Sequence[slice], reader: TensorReader) -> _Seen | None:
@@ -223,6 +235,22 @@ def _relations(seen: Sequence[_Seen], expert: int) -> Iterator[str]:
             f"{inner / math.sqrt(mllm * other):.2f}: both seem to be tuned from another model than "
             "this base."
         )
+
+
+def _kept(plan: Plan, seen: Sequence[_Seen]) -> float | None:
+    if not plan.output.writes_rows or plan.recipe.rounding != "nearest":
+        return None
+    along = squared = 0.0
+    for each in seen:
+        dtype = torch_dtype(plan.output.tensors[each.weight.mllm.name].dtype)
+        factors = plan.output.methods[each.weight.canonical].foreseen()
+        pairs = zip(factors, each.task_vectors, strict=True)
+        update = torch.stack([factor * rows for factor, rows in pairs]).sum(dim=0)
+        before = each.base + each.task_vectors[0]
+        change = (before + update).to(dtype).to(torch.float64) - before
+        along += float((change * update).sum())
+        squared += float((update**2).sum())
+    return along / squared if squared else None
 
 
 def _mean_squares(seen: Sequence[_Seen]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from lean_merge.errors import BudgetError
 from lean_merge.linalg.settings import Computing
 from lean_merge.outputs.base import Sink
 from lean_merge.plan import Plan
-from lean_merge.tasks import CopyTask, Note, WeightResult, WeightTask, from_note
+from lean_merge.tasks import CopyTask, Note, WeightResult, from_note
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Event:
     """The news that the output tensor `name` of `nbytes` bytes is written.
 
     `merged` tells that it got an update, and `reused` that an interrupted run wrote it. `warnings`
-    are sentences for people.
+    are sentences for people. `output` is the kind that is made; before a merge it may be analysis.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Event:
     merged: bool
     reused: bool = False
     warnings: tuple[str, ...] = ()
+    output: str = "checkpoint"
 
 
 @dataclass
@@ -125,7 +126,7 @@ def _steps(plan: Plan, sink: Sink, result: RunResult) -> Generator[Event, None, 
         scheduler = Scheduler(plan, sink, reused=reused, surveyed=surveyed, timed=result.timed)
         with scheduler:
             for index, note in scheduler.finished():
-                event = _finished(plan.tasks[index], note, reused=index in reused, result=result)
+                event = _finished(plan, index, note, result, reused=index in reused)
                 with computing.paused(idle=not scheduler.is_at_work):
                     yield event
             if on_cuda:
@@ -134,8 +135,9 @@ def _steps(plan: Plan, sink: Sink, result: RunResult) -> Generator[Event, None, 
             result.pinned = scheduler.pinned
 
 
-def _finished(task: CopyTask | WeightTask, note: Note, *, reused: bool, result: RunResult) -> Event:
+def _finished(plan: Plan, index: int, note: Note, result: RunResult, *, reused: bool) -> Event:
     """Add what happened to a task to the result, and return its event."""
+    task = plan.tasks[index]
     result.add(note, task.source.name if isinstance(task, CopyTask) else task.tensor.name)
     return Event(
         name=task.tensor.name,
@@ -143,6 +145,7 @@ def _finished(task: CopyTask | WeightTask, note: Note, *, reused: bool, result: 
         merged=any(weight.merged for weight in note.weights),
         reused=reused,
         warnings=_warnings(note.weights),
+        output=plan.output.name,
     )
 
 

@@ -249,6 +249,13 @@ class Method(abc.ABC, Generic[P]):
         """Tell for each task vector, the MLLM's first, whether an update may need its rows."""
         return (False,) * (len(self.parameters) + 1)
 
+    def foreseen(self) -> tuple[float, ...]:
+        """Return coefficients of task vectors whose sum is about as large as an update, or larger.
+
+        From them it is foreseen, before any weight is decided, what rounding will keep.
+        """
+        return (0.0, *(getattr(own, "scale", 1.0) for own in self.parameters))
+
     def beside_matrices(self) -> Method[Any]:
         """Return the method for norms, biases, embeddings, heads, and whatever else is no matrix.
 

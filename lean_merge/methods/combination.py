@@ -21,6 +21,10 @@ class LinearMethod(Method[P], abc.ABC):
     def coefficients(self) -> tuple[float, ...]:
         """Return the coefficient of each task vector in the update, the MLLM's first."""
 
+    def foreseen(self) -> tuple[float, ...]:
+        """Return the coefficients themselves, with which the update is known before it is made."""
+        return self.coefficients()
+
     def reads_task_vectors(self) -> tuple[bool, ...]:
         """Tell for each task vector, the MLLM's first, whether its coefficient is not zero."""
         return tuple(coefficient != 0.0 for coefficient in self.coefficients())

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lean_merge.linalg import Pass, Products
+from lean_merge.methods.accuracy import accuracy_warnings
 from lean_merge.methods.alignment import (
     Alignment,
     align,
@@ -143,6 +144,10 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
     @property
     def _projects(self) -> bool:
         return "project" in self.common.stages
+
+    def warnings(self, records: Sequence[ExpertRecord]) -> list[str]:
+        """Warn of sketches that did not become accurate."""
+        return accuracy_warnings(records)
 
     def analyze(
         self, weight: WeightContext

@@ -6,11 +6,20 @@ From the selective transfer of what reinforcement learning changed, 2026.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from lean_merge.errors import RecipeError, shown
-from lean_merge.methods.base import AnalysisCost, Method, Passes, WeightContext, per_expert
+from lean_merge.methods.accuracy import accuracy_warnings
+from lean_merge.methods.base import (
+    AnalysisCost,
+    ExpertRecord,
+    Method,
+    Passes,
+    WeightContext,
+    per_expert,
+)
 from lean_merge.methods.combination import LinearRule, added
 from lean_merge.methods.expertwise import add_parts
 from lean_merge.methods.leading import (
@@ -71,6 +80,10 @@ class RankOne(Method[RankOneParameters]):
     def largest_rank(self, shape: tuple[int, int]) -> int:
         """Return the given rank for each expert."""
         return len(self.parameters) * min(self.common.rank, *shape)
+
+    def warnings(self, records: Sequence[ExpertRecord]) -> list[str]:
+        """Warn of sketches that did not become accurate."""
+        return accuracy_warnings(records)
 
     def analyze(self, weight: WeightContext) -> Passes:
         """Find each expert's leading directions, and add them."""

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lean_merge.linalg.sketch import SingularSums
+from lean_merge.methods.accuracy import accuracy_warnings
 from lean_merge.methods.base import (
     AnalysisCost,
     Decision,
+    ExpertRecord,
     Method,
     Passes,
     WeightContext,
@@ -116,6 +118,10 @@ class Star(Method[StarParameters]):
     def largest_rank(self, shape: tuple[int, int]) -> int:
         """Return the most directions that are kept of all experts together."""
         return len(self.parameters) * self._most(shape)
+
+    def warnings(self, records: Sequence[ExpertRecord]) -> list[str]:
+        """Warn of sketches that did not become accurate."""
+        return accuracy_warnings(records)
 
     def analyze(self, weight: WeightContext) -> Passes:
         """Find how many singular values are kept, and their directions, and add them."""

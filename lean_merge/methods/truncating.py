@@ -6,6 +6,7 @@ import abc
 from collections.abc import Sequence
 from dataclasses import replace
 
+from lean_merge.methods.accuracy import accuracy_warnings
 from lean_merge.methods.base import AnalysisCost, ExpertRecord, WeightContext
 from lean_merge.methods.joint import JointMethod, P, product_bytes, with_core
 from lean_merge.methods.leading import Leading, effort_of, leading_cost
@@ -31,6 +32,10 @@ class TruncatingMethod(JointMethod[P], abc.ABC):
     def update_bytes(self, shape: tuple[int, int]) -> int:
         """Return the bytes of the merged task vector, in factors or whole."""
         return product_bytes(shape, self.rank(shape) * self.models)
+
+    def warnings(self, records: Sequence[ExpertRecord]) -> list[str]:
+        """Warn of sketches that did not become accurate."""
+        return accuracy_warnings(records)
 
     def records(self, weight: WeightContext, found: Sequence[Leading]) -> tuple[ExpertRecord, ...]:
         """Return what the report says of every expert; `found` begins with the MLLM's directions.

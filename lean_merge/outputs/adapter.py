@@ -16,7 +16,6 @@ from lean_merge.methods import Decision
 from lean_merge.outputs.adaptercheck import AdapterComparison
 from lean_merge.outputs.approximating import approximated
 from lean_merge.outputs.base import (
-    REPORT,
     Outcome,
     Output,
     ReadRows,
@@ -242,7 +241,7 @@ class AdapterOutput(Output):
 
     def end(self, folder: OutputFolder, outcome: Outcome) -> None:
         """Write the card, recipe and report."""
-        card = adapter_card(**card_facts(self), summary=_summary(outcome.report))
+        card = adapter_card(card_facts(self, outcome))
         folder.write_file("README.md", card.encode())
         write_report(self, folder, outcome)
 
@@ -286,16 +285,3 @@ class AdapterOutput(Output):
             stored=stored,
             reader=reader,
         )
-
-
-def _summary(report: Mapping[str, Any]) -> str:
-    """Return a few sentences for the adapter's card."""
-    counts = report["counts"]
-    ranks = [row["lora_rank"] for row in report["weights"] if row["lora_rank"]]
-    errors = [row["lora_error"] for row in report["weights"] if row["lora_rank"]]
-    return (
-        f"{counts['merged']} weights of the language model get an update, {counts['unchanged']} "
-        f"were in scope but stay as they are. The ranks are {min(ranks)} to {max(ranks)}; they cut "
-        f"off at most {max(errors):.1e} of an update's Frobenius norm. `{REPORT}` tells for each "
-        "weight what was decided and why."
-    )

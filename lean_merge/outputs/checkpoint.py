@@ -20,7 +20,6 @@ from lean_merge.checkpoints import (
 from lean_merge.checkpoints.sidefiles import left_out, missing_from_cache
 from lean_merge.outputs.base import (
     DECODED_DTYPE,
-    REPORT,
     Comparison,
     Outcome,
     Output,
@@ -28,7 +27,12 @@ from lean_merge.outputs.base import (
     register_kind,
 )
 from lean_merge.outputs.card import model_card
-from lean_merge.outputs.companions import card_facts, copy_side_files, write_report
+from lean_merge.outputs.companions import (
+    card_facts,
+    code_warnings,
+    copy_side_files,
+    write_report,
+)
 from lean_merge.outputs.differing import bytes_apart, numbers_apart
 from lean_merge.sizes import format_size
 from lean_merge.store import (
@@ -197,18 +201,19 @@ class CheckpointOutput(Output):
         return (*missing_from_cache(self.mllm), *left_out(self.mllm))
 
     def warnings(self, weights: Sequence[WeightResult]) -> list[str]:
-        """Warn if rounding to the output dtype lost a large part of an update."""
+        """Warn of code that was copied, and if rounding lost a large part of an update."""
         stored = [each.stored.kept for each in weights if isinstance(each.stored, Written)]
         kept = [share for share in stored if share is not None]
-        if kept and all(share < 0.01 for share in kept):
-            return [f"nothing of any update survives rounding to the output dtype; {KEEPING}"]
         low = [share for share in kept if share < KEPT_WARNING]
-        if not low:
-            return []
-        return [
-            f"rounding to the output dtype keeps less than {KEPT_WARNING:.0%} of the update in "
-            f"{len(low)} of {len(kept)} weights (worst {min(low):.0%}); {KEEPING}"
-        ]
+        told = code_warnings(self.mllm)
+        if kept and all(share < 0.01 for share in kept):
+            told.append(f"nothing of any update survives rounding to the output dtype; {KEEPING}")
+        elif low:
+            told.append(
+                f"rounding to the output dtype keeps less than {KEPT_WARNING:.0%} of the update in "
+                f"{len(low)} of {len(kept)} weights (worst {min(low):.0%}); {KEEPING}"
+            )
+        return told
 
     @property
     def bytes_on_disk(self) -> int:
@@ -242,7 +247,7 @@ class CheckpointOutput(Output):
             out_dtype=None if wanted == "auto" else wanted,
             decoded=safetensors_dtype(DECODED_DTYPE) if self.mllm.encodings else None,
         )
-        card = model_card(**card_facts(self), summary=_summary(outcome.report["counts"]))
+        card = model_card(card_facts(self, outcome))
         folder.write_file("README.md", card.encode())
         write_report(self, folder, outcome)
 
@@ -256,12 +261,3 @@ class CheckpointOutput(Output):
     ) -> CheckpointComparison:
         """Return what compares tensors out of scope, and those in scope that are sampled."""
         return CheckpointComparison(self.shards, tasks, stored, reader, sampled)
-
-
-def _summary(counts: Mapping[str, int]) -> str:
-    """Return a few sentences for the model card."""
-    return (
-        f"{counts['merged']} weights of the language model were merged, {counts['unchanged']} were "
-        f"in scope but kept as they were, and {counts['copied']} tensors out of scope are copied "
-        f"byte for byte. `{REPORT}` tells for each weight what was decided and why."
-    )

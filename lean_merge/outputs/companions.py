@@ -8,12 +8,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lean_merge.checkpoints import torch_dtype
+from lean_merge.checkpoints import Checkpoint, torch_dtype
 from lean_merge.checkpoints.jsonfile import read_object, to_json
 from lean_merge.checkpoints.safepaths import open_regular
+from lean_merge.checkpoints.sidefiles import remote_code
 from lean_merge.errors import CheckpointError
+from lean_merge.methods import all_methods, canonical_name
 from lean_merge.outputs.base import RECIPE, REPORT, Outcome, Output
-from lean_merge.outputs.card import license_of
+from lean_merge.outputs.card import CardFacts, front_matter_of
+from lean_merge.outputs.summary import SUMMARY, summary_lines
 from lean_merge.store import OutputFolder
 
 _QUANTISATION = ("quantization_config", "compression_config")
@@ -24,21 +27,46 @@ _PART = 1 << 20
 
 
 def write_report(output: Output, folder: OutputFolder, outcome: Outcome) -> None:
-    """Write recipe and report. Raises OutputError, BudgetError."""
+    """Write recipe and report, and for a merge its summary. Raises OutputError, BudgetError."""
     folder.write_file(RECIPE, output.recipe.to_yaml().encode())
+    if output.in_recipes:
+        folder.write_file(SUMMARY, ("\n".join(summary_lines(outcome.report)) + "\n").encode())
     folder.write_file(REPORT, to_json({**outcome.report}))
 
 
-def card_facts(output: Output) -> dict[str, Any]:
+def card_facts(output: Output, outcome: Outcome) -> CardFacts:
     """Return the facts that every card states. Raises CheckpointError."""
-    recipe = output.recipe
-    return {
-        "recipe_yaml": recipe.to_yaml(),
-        "base": recipe.base_model,
-        "mllm": recipe.receiver,
-        "experts": [expert.model for expert in recipe.experts],
-        "license_fields": license_of(output.mllm.path),
-    }
+    counts = outcome.report["counts"]
+    told = (
+        f"{counts['merged']} weights of the language model were merged, {counts['unchanged']} were "
+        f"in scope but kept as they were, and {counts['copied']} tensors out of scope are copied "
+        f"byte for byte. `{REPORT}` tells for each weight what was decided and why."
+        if output.writes_rows
+        else f"The adapter has an update for {counts['merged']} weights of the language model, and "
+        f"none for {counts['unchanged']} others in scope. `{REPORT}` tells for each weight what "
+        "was decided and why."
+    )
+    lines = "\n".join(summary_lines(outcome.report))
+    method = all_methods()[canonical_name(output.recipe.merge_method)]
+    return CardFacts(
+        recipe=output.recipe,
+        config=output.mllm.config or {},
+        front=front_matter_of(output.mllm.path),
+        reference=method.reference,
+        summary=f"{told}\n\n```text\n{lines}\n```",
+    )
+
+
+def code_warnings(mllm: Checkpoint) -> list[str]:
+    """Warn that the MLLM brings code, which this program has not checked."""
+    code = remote_code(mllm)
+    told = ", ".join(code[:4]) + (", ..." if len(code) > 4 else "")
+    if not code:
+        return []
+    return [
+        f"the MLLM brings code of its own ({told}); it was copied as data and not run, and is run "
+        "by whoever loads the output with trust_remote_code=True"
+    ]
 
 
 def copy_side_files(

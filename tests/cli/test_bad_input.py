@@ -779,13 +779,12 @@ def test_another_tokenizer_is_warned_of(
 def test_an_interrupt_leaves_a_visibly_unfinished_output(
     roles: Triple, fails: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ):
-    class Bar(showing.tqdm):  # type: ignore[misc]
-        def update(self, n: float | None = 1) -> None:
-            if how == "ctrl-c":
-                raise KeyboardInterrupt
-            os.kill(os.getpid(), signal.SIGTERM)
+    def receive(shown: object, event: object) -> None:
+        if how == "ctrl-c":
+            raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(showing, "tqdm", Bar)
+    monkeypatch.setattr(showing.Progress, "__call__", receive)
     assert "interrupted" in fails(code=INTERRUPTED)
     assert_unfinished(tmp_path / "out")
 

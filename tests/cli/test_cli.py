@@ -24,7 +24,6 @@ from lean_merge.methods import all_methods
 
 # The package's own names are the commands and the program, not the modules.
 planning = importlib.import_module("lean_merge.plan")
-showing = importlib.import_module("lean_merge.cli.progress")
 
 Call = Callable[..., tuple[str, str]]
 
@@ -80,9 +79,13 @@ def test_merge_prints_its_report_as_json(call: Call, small: Triple, tmp_path: Pa
 def test_merge_says_what_it_did(call: Call, small: Triple, tmp_path: Path):
     out, err = call("merge", *roles(small), "--out", tmp_path / "out")
     assert err == ""
-    assert "2 weights merged, 0 in scope unchanged, 1 tensors copied, 0 skipped" in out
-    assert str(tmp_path / "out") in out
+    assert "2 of 2 in scope were changed; 1 other tensors are the receiver's own" in out
+    assert "threshold  0.4" in out
+    summary = (tmp_path / "out" / "lean_merge_summary.txt").read_text()
+    assert out.startswith(summary) and len(summary.splitlines()) <= 10
     assert "lean_merge_report.json" in out
+    assert f"verify   lean-merge verify {tmp_path / 'out'}" in out
+    assert f'from_pretrained("{tmp_path / "out"}"' in out
 
 
 def test_quiet_prints_nothing(call: Call, small: Triple, tmp_path: Path):
@@ -344,27 +347,6 @@ def test_the_module_runs_and_tells_its_version():
     command = [sys.executable, "-m", "lean_merge", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert (done.stdout, done.stderr) == (f"lean-merge {__version__}\n", "")
-
-
-def test_the_progress_bar_shows_bytes_and_the_tensor_on_a_terminal_alone(
-    monkeypatch: pytest.MonkeyPatch, call: Call, small: Triple, tmp_path: Path
-):
-    bars = []
-
-    class Bar(showing.tqdm):  # type: ignore[misc]
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            bars.append((options, []))
-            super().__init__(*arguments, **options)
-
-        def set_postfix_str(self, text: str = "", refresh: bool = True) -> None:
-            bars[-1][1].append(text)
-
-    monkeypatch.setattr(showing, "tqdm", Bar)
-    call("merge", *roles(small), "--out", tmp_path / "out")
-    ((options, shown),) = bars
-    assert options["disable"] is True
-    assert options["total"] == sum(t.nbytes for t in load(small.mllm).values())
-    assert {name for name in load(small.mllm) if name[-40:] in shown} == load(small.mllm).keys()
 
 
 def test_plan_takes_the_arguments_of_merge_and_checks_the_output_without_writing(

@@ -310,7 +310,8 @@ def test_equal_models_are_named_and_the_result_says_that_nothing_changed(
     same = replace(triple, experts=(triple.base,))
     report = same.merge(tmp_path / "out", merge_method="task_arithmetic").report
     assert "The expert 1 equals the base in every row" in " ".join(report["warnings"])
-    assert report["changed"] == {"weights": 0, "of": 14, "relative_update": None}
+    nothing = dict.fromkeys(["relative_update", "relative_to_experts", "kept"])
+    assert report["changed"] == {"weights": 0, "of": 14, **nothing}
     assert not any("rounding" in line for line in report["warnings"])
     assert "MLLM's language model equals the base" in warnings_of(replace(triple, mllm=triple.base))
     assert "expert 1 equals the MLLM's" in warnings_of(replace(triple, experts=(triple.mllm,)))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from lean_merge import MergeRecipe
 from lean_merge.checkpoints.sidefiles import side_files
 from lean_merge.errors import CheckpointError
-from lean_merge.outputs.card import license_of, model_card
+from lean_merge.outputs.card import CardFacts, front_matter_of, model_card
 from lean_merge.outputs.companions import copy_side_files
 from lean_merge.store import OutputFolder, OutputTensor, plan_shards
 
@@ -108,38 +110,61 @@ def test_a_side_file_that_links_elsewhere_is_not_published(mllm: Path, tmp_path:
         side_files(mllm)
 
 
-def card(**changes: Any) -> tuple[dict[str, Any], str]:
-    text = model_card(
+def card(config: dict[str, Any] | None = None, **changes: Any) -> tuple[dict[str, Any], str]:
+    recipe = MergeRecipe(
         **{
-            "recipe_yaml": "merge_method: ip_merging\n",
-            "base": "org/base@main",
-            "mllm": "org/mllm",
+            "base_model": "org/base@main",
+            "mllm_model": "org/mllm",
             "experts": ["/data/models/math", "org/code"],
-            "license_fields": {"license": "other", "license_name": "x", "junk": "y"},
-            "summary": "224 weights merged.",
             **changes,
         }
     )
-    _, front, body = text.split("---\n", 2)
-    return yaml.safe_load(front), body
+    front = {"license": "other", "license_name": "x", "junk": "y", "language": ["en", "de"]}
+    shown = {"pipeline_tag": "image-text-to-text", **front}
+    facts = CardFacts(recipe, config or {}, shown, "arXiv:2510.14387", "224 weights merged.")
+    _, matter, body = model_card(facts).split("---\n", 2)
+    return yaml.safe_load(matter), body
 
 
-def test_the_card_says_what_was_merged():
-    front, body = card()
+def test_the_card_says_what_was_merged_and_how_it_is_loaded():
+    front, body = card({"architectures": ["LlavaForConditionalGeneration"]})
     assert front == {
-        "base_model": ["org/mllm", "org/base", "math", "org/code"],
+        "base_model": ["org/mllm", "org/base", "org/code"],
         "library_name": "transformers",
-        "tags": ["merge", "lean-merge"],
+        "tags": ["merge", "lean-merge", "arxiv:2510.14387"],
+        "pipeline_tag": "image-text-to-text",
+        "language": ["en", "de"],
         "license": "other",
         "license_name": "x",
     }
-    assert "```yaml\nmerge_method: ip_merging\n```" in body
     assert "224 weights merged." in body
+    assert "model = LlavaForConditionalGeneration.from_pretrained(folder" in body
+    assert "https://arxiv.org/abs/2510.14387" in body
+    # The recipe is there with ids and names of folders, but without their paths.
+    recipe = MergeRecipe.from_yaml(re.search(r"```yaml\n(.*?)\n```", body, re.DOTALL)[1])
+    assert recipe.base_model == "org/base@main"
+    assert [each.model for each in recipe.experts] == ["math", "org/code"]
     assert "/data" not in body
 
 
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        ({"auto_map": {"AutoModelForCausalLM": "x.Y"}}, "AutoModelForCausalLM.from_pretrained"),
+        ({"architectures": ["os; import x"]}, "AutoModelForImageTextToText.from_pretrained"),
+        ({}, "AutoModelForImageTextToText.from_pretrained"),
+    ],
+)
+def test_the_card_loads_a_model_by_the_class_that_its_config_names(
+    config: dict[str, Any], line: str
+):
+    _, body = card(config)
+    assert line in body and "import x" not in body
+    assert ("trust_remote_code=True" in body) is ("auto_map" in config)
+
+
 def test_a_recipe_cannot_end_its_block():
-    _, body = card(recipe_yaml="note: |\n  ```\n  # not a heading\n")
+    _, body = card(include=["```"])
     assert "````yaml\n" in body
     assert body.rstrip().endswith("````")
 
@@ -149,7 +174,14 @@ def test_a_local_folder_named_like_a_hub_id_is_not_a_hub_id(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "mllm").mkdir(parents=True)
-    assert card()[0]["base_model"][0] == "mllm"
+    assert card()[0]["base_model"] == ["org/base", "org/code"]
+
+
+def test_a_folder_of_the_hubs_cache_tells_its_id(tmp_path: Path):
+    folder = tmp_path / "hub" / "models--org--mllm-7b" / "snapshots" / "0123"
+    front, body = card(mllm_model=str(folder))
+    assert front["base_model"][0] == "org/mllm-7b"
+    assert str(tmp_path) not in body
 
 
 @pytest.mark.parametrize(
@@ -161,7 +193,11 @@ def test_a_local_folder_named_like_a_hub_id_is_not_a_hub_id(
             "---\nlicense: other\nlicense_name: n\nlicense_link: LICENSE\n---",
             {"license": "other", "license_name": "n", "license_link": "LICENSE"},
         ),
-        ("---\nlicense: [mit, apache-2.0]\n---\n", {}),
+        ("---\nlicense: {mit: 1}\n---\n", {}),
+        (
+            "---\nlanguage: [en, no]\npipeline_tag: image-text-to-text\nmodel-index: []\n---\n",
+            {"language": ["en", "no"], "pipeline_tag": "image-text-to-text"},
+        ),
         ("---\n- license\n---\n", {}),
         ("---\nlicense: !!python/object/apply:os.system [x]\n---\n", {}),
         ("---\nlicense: {\n---\n", {}),
@@ -174,8 +210,8 @@ def test_the_licence_is_read_from_the_front_matter(
     tmp_path: Path, readme: str, found: dict[str, str]
 ):
     (tmp_path / "README.md").write_bytes(readme.encode())
-    assert license_of(tmp_path) == found
+    assert front_matter_of(tmp_path) == found
 
 
 def test_a_model_without_readme_has_no_licence(tmp_path: Path):
-    assert license_of(tmp_path) == {}
+    assert front_matter_of(tmp_path) == {}

@@ -286,6 +286,7 @@ def test_an_analysis_alone_decides_the_same_and_writes_nothing(deep: Triple, tmp
         "lean_merge_journal.jsonl",
         "lean_merge_recipe.yml",
         "lean_merge_report.json",
+        "lean_merge_summary.txt",
     ]
     merge(recipe, tmp_path / "report", resources=CPU, overwrite=True)
 
