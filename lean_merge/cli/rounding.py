@@ -21,7 +21,7 @@ _BINADES = range(-12, 4)
 _STEPS = 40
 
 
-def kept_share(update: float, weight: float, bits: int) -> float:
+def predicted_share(update: float, weight: float, bits: int) -> float:
     """Predict the share <stored change, update> / ||update||^2 that rounding to nearest keeps.
 
     Entries of weights and of updates are taken as normal and independent. In a binade, numbers lie
@@ -76,7 +76,7 @@ def _mean(pairs: Iterable[tuple[float, float]], bits: int) -> float | None:
     kept = whole = 0.0
     for update, weight in pairs:
         if update:
-            kept += update * kept_share(math.sqrt(update), math.sqrt(weight), bits)
+            kept += update * predicted_share(math.sqrt(update), math.sqrt(weight), bits)
             whole += update
     return kept / whole if whole else None
 

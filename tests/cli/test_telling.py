@@ -17,7 +17,7 @@ from support.families import Triple, load, write_triple
 
 from lean_merge import cli, merge, plan
 from lean_merge.cli import progress
-from lean_merge.cli.rounding import kept_share
+from lean_merge.cli.rounding import predicted_share
 from lean_merge.engine import early_look
 
 SHAPES = {"layers.0.self_attn.q_proj": (64, 96), "layers.0.mlp.gate_proj": (96, 64)}
@@ -125,7 +125,7 @@ def test_the_share_that_rounding_keeps_is_predicted(dtype: torch.dtype, bits: in
     update = 0.03 * ratio * torch.randn(400, 500, generator=generator)
     change = ((weight + update).to(dtype).float() - weight).double()
     kept = float((change * update).sum() / (update.double() ** 2).sum())
-    assert kept_share(0.03 * ratio, 0.03, bits) == pytest.approx(kept, abs=0.02)
+    assert predicted_share(0.03 * ratio, 0.03, bits) == pytest.approx(kept, abs=0.02)
 
 
 def test_an_early_look_foresees_what_rounding_keeps(half: Triple, tmp_path: Path):
