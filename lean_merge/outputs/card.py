@@ -147,7 +147,8 @@ def _public_recipe(recipe: MergeRecipe) -> MergeRecipe:
     def named(source: str) -> str:
         found = hub_id(source)
         # A hub id keeps its revision.
-        return source if found and source.startswith(found) else public_name(source)
+        is_id = found is not None and source.removeprefix("hf://").startswith(found)
+        return source if is_id else public_name(source)
 
     experts = tuple(
         replace(each, model=named(each.model), parent=each.parent and named(each.parent))
@@ -176,10 +177,10 @@ def loading_class(config: Mapping[str, Any], *, is_text: bool) -> tuple[str, boo
 def hub_id(source: str) -> str | None:
     """Return the id of a model on the hub, without its revision; None for other sources.
 
-    A folder of the hub's cache tells its id.
+    A folder of the hub's cache tells its id, and so does hf://org/name.
     """
     path = Path(source).expanduser()
-    match = _HUB_ID.fullmatch(source)
+    match = _HUB_ID.fullmatch(source.removeprefix("hf://"))
     if match and not path.exists():
         return match[1]
     cached = [found for part in path.parts if (found := _CACHED.fullmatch(part))]
