@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from support.families import SKETCHED, SMALL, Triple, write_triple
 from support.family_table import build
 from support.family_table import family as entry
@@ -31,8 +32,10 @@ def pytest_configure() -> None:
 
     The digest of what the kernels compute is made once, but in tests/plan/test_probe.py. Nothing is
     synced, since no power fails here: tests/store asserts syncs by the calls. What processes import
-    is compiled once.
+    is compiled once. No example of hypothesis is judged by its time, which a busy machine decides.
     """
+    settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("busy")
     torch.set_num_threads(1)
     runfacts._probe = functools.cache(runfacts._probe)
     for name in ("fsync", "fdatasync"):
