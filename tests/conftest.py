@@ -116,7 +116,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 16 rows, read in strips of 8 and written in strips of 4."""
     monkeypatch.setattr(tiles, "TILE_ROWS", 16)
     monkeypatch.setattr(tiles, "TILE_ELEMENTS", 16 * 64)
-    for module in (tiles, sums, taskvectors, update):
+    for module in (tiles, sums, update):
         monkeypatch.setattr(module, "READ_ELEMENTS", 8 * 64)
     for module in (tiles, sums, taskvectors):
         monkeypatch.setattr(module, "STRIP_ELEMENTS", 4 * 64)

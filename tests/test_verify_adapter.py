@@ -324,5 +324,5 @@ def test_the_command_line_tells_of_an_adapter(
 ):
     cli.main(["verify", str(made["plain"]), "--seed", "3"])
     printed = capsys.readouterr().out
-    assert "2 of 2 tensors in scope merged again (--seed 3)" in printed
+    assert "2 of 2 weights in scope were merged again" in printed and "--seed 3" in printed
     assert "nothing differs" in printed

@@ -21,7 +21,7 @@ from lean_merge.errors import DataError
 from lean_merge.linalg import Pass, Products
 from lean_merge.mapping import LogicalWeight
 from lean_merge.methods import Update
-from lean_merge.tasks.tiles import LANES, READ_ELEMENTS, STRIP_ELEMENTS, row_tiles, strips
+from lean_merge.tasks.tiles import LANES, STRIP_ELEMENTS, row_tiles, strips
 
 _UNDERFLOWN = 1e-30
 """Below this, a squared norm in float32 may have lost terms that underflowed."""
@@ -186,7 +186,7 @@ class TaskVectors:
         """Write the task vectors' rows to `out` strip by strip, and return their squared norms."""
         squares = [0.0] * len(out)
         whole = self._turn(tile, out)
-        for rows in strips(tile, self.shape[1], READ_ELEMENTS):
+        for rows in strips(tile, self.shape[1], STRIP_ELEMENTS):
             base: Tensor | None = None
             for role, source in enumerate(self.weight.others):
                 into = out[role]

@@ -25,6 +25,7 @@ _MAX_TOKENIZER = 100_000_000
 _TOKENIZER_MEMORY = 1 << 30
 """Bytes that parsing a tokenizer may take; the largest real ones, of 33 MB, need three quarters."""
 _CHUNK = 1 << 20
+_LARGEST_ID = 1 << 62
 _LONGEST_ITEM = 1 << 16
 """Bytes of one token with its id, at most."""
 _STRING = rb'"((?:[^"\\]|\\.)*)"'
@@ -225,6 +226,8 @@ def _token_ids(checkpoint: Checkpoint) -> tuple[np.ndarray[Any, Any], np.ndarray
     found = {added: (array("Q"), array("q")) for added in (False, True)}
     with open_regular(checkpoint.path / "tokenizer.json") as stream:
         for token, place, added in _tokens(stream):
+            if abs(place) > _LARGEST_ID:
+                continue
             digest = hashlib.blake2b(token, digest_size=8).digest()
             found[added][0].append(int.from_bytes(digest, "little"))
             found[added][1].append(place)

@@ -318,7 +318,10 @@ class IPMerging(EvidenceMethod[IPMergingParameters]):
         The blocks hold the first directions but for small angles, so that these cannot be closer
         than the blocks are by more than the sines of those angles.
         """
-        if self.common.select_by == "max" or not all(a.subspace for a in aligned):
+        common = self.common
+        if common.rank != "auto" or common.select_by == "max":
+            return False
+        if not all(alignment.subspace for alignment in aligned):
             return False
         sines = list(map(outside, spectra, facts.squared_norms))
         return all(

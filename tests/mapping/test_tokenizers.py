@@ -81,3 +81,10 @@ def test_large_ones_take_little_memory(tmp_path: Path, monkeypatch: pytest.Monke
     finally:
         tracemalloc.stop()
     assert len(found[0]) == 5_000
+
+
+def test_an_id_that_no_model_can_have_is_no_token(tmp_path: Path):
+    vocab = {"b": 1, "c": -(10**20), "a": 10**30}
+    added = [{"content": "d", "id": 10**25}, {"content": "e", "id": 2}]
+    _, ids = kinship._token_ids(saved(tmp_path, {"model": {"vocab": vocab}, "added_tokens": added}))
+    assert sorted(ids.tolist()) == [1, 2]

@@ -498,10 +498,10 @@ def test_auto_without_an_analysis_makes_one_and_leaves_nothing(small: Triple, tm
     recipe = small.recipe(threshold="auto", shard_size="30KB")
     wanted = merged(recipe, tmp_path / "a" / "wanted", analysed(recipe, tmp_path / "analysis"))
     out = tmp_path / "b" / "out"
-    stop = stopping(2)
+    stop = stopping(2, of="checkpoint")
     with pytest.raises(Stop):
         # The analysis is done when the first tensor of the output is.
-        merged(recipe, out, on_event=lambda event: event.output == "analysis" or stop(event))
+        merged(recipe, out, on_event=stop)
     assert [each.name for each in out.parent.iterdir()] == ["out"]
     assert open_analysis(out / OWN_ANALYSIS).document["weights"]
     with pytest.raises(OutputError, match="cannot be resumed, because the recipe has changed"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.families import SMALL, Triple, write_triple
-from support.hubserver import HubServer
+from support.hubserver import HubServer, named
 
 from lean_merge.checkpoints.remote import standins
 
@@ -27,11 +27,6 @@ def site(triple: Triple, tmp_path_factory: pytest.TempPathFactory) -> Iterator[H
     server = HubServer(root)
     yield server
     server.close()
-
-
-def named(triple: Triple) -> dict[str, Path]:
-    experts = {f"expert-{number}": path for number, path in enumerate(triple.experts, 1)}
-    return {"base": triple.base, "mllm": triple.mllm, **experts}
 
 
 @pytest.fixture

@@ -14,12 +14,11 @@ from typing import Any
 from urllib.request import urlopen
 
 import pytest
-from remote.conftest import named
 from safetensors.torch import load_file, save_file
 from support import hubserver
 from support.adapters import by_hand
 from support.families import Triple, contents
-from support.hubserver import COMMIT, Fault, HubServer
+from support.hubserver import COMMIT, Fault, HubServer, named
 from support.scenes import Stop, stopping
 
 from lean_merge import MergeRecipe, MergeResult, Plan, Resources, merge, plan, verify

@@ -19,8 +19,11 @@ from dataclasses import dataclass, field
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+if TYPE_CHECKING:
+    from support.families import Triple
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REVISIONS = ("main", "v1.0", COMMIT)
@@ -342,3 +345,9 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def named(triple: Triple) -> dict[str, Path]:
+    """Return the folders of a triple by the names that they have at the hub."""
+    experts = {f"expert-{number}": path for number, path in enumerate(triple.experts, 1)}
+    return {"base": triple.base, "mllm": triple.mllm, **experts}

@@ -185,11 +185,13 @@ class Stop(BaseException):
     """As Ctrl-C is: no Exception."""
 
 
-def stopping(after: int) -> Callable[[Event], None]:
-    """Stops the merge once so many tensors were computed."""
+def stopping(after: int, *, of: str = "") -> Callable[[Event], None]:
+    """Stops the merge once so many tensors were computed, of one kind of output if it is given."""
     left = [after]
 
     def on_event(event: Event) -> None:
+        if of and event.output != of:
+            return
         left[0] -= not event.reused
         if left[0] <= 0:
             raise Stop
