@@ -28,6 +28,7 @@ from lean_merge.cli import app
 from lean_merge.cli.describe import inspect_dict, plan_dict
 from lean_merge.cli.methodtable import methods_list
 from lean_merge.demo.run import FAMILY, family_recipe
+from lean_merge.engine import early_look
 from lean_merge.outputs.checkpoint import CheckpointOutput
 from lean_merge.plan import formulas
 from lean_merge.plan import plan as make_plan
@@ -331,7 +332,9 @@ def test_every_field_of_a_row_is_explained_in_the_mathematics(report: dict[str, 
 
 def test_every_field_of_a_plan_is_documented():
     fields = documented(section("formats.md", "## `lean-merge plan --json`"))
-    assert fields == paths(plan_dict(make_plan(family_recipe())), {"counts", "predicted"})
+    work = make_plan(family_recipe())
+    told = plan_dict(work, early_look(work))
+    assert fields == paths(told, {"counts", "predicted", "look"})
 
 
 def test_every_field_of_a_sweep_is_documented_and_no_other(tmp_path: Path):

@@ -233,6 +233,7 @@ def deepseek_names() -> list[str]:
     return (names + [f"model.layers.{n}.input_layernorm.weight" for n in range(2000)])[:91_991]
 
 
+@pytest.mark.long
 def test_the_largest_real_headers_and_indexes_pass(tmp_path: Path):
     names = deepseek_names()
     tensors = [OutputTensor(name, "U8", (0, 7168), 0) for name in names]

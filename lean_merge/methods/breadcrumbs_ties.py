@@ -17,6 +17,6 @@ class BreadcrumbsTies(Breadcrumbs):
     """
 
     name: ClassVar[str] = "breadcrumbs_ties"
-    evidence: ClassVar[str] = "published"
+    evidence: ClassVar[str] = "published and here"
     parameters_type = BreadcrumbsTiesParameters
     elects: ClassVar[bool] = True

@@ -16,6 +16,6 @@ class DareTies(DareLinear):
     """
 
     name: ClassVar[str] = "dare_ties"
-    evidence: ClassVar[str] = "published"
+    evidence: ClassVar[str] = "published and here"
     parameters_type = DareParameters
     elects: ClassVar[bool] = True

@@ -25,6 +25,6 @@ class DellaLinear(Della):
     """
 
     name: ClassVar[str] = "della_linear"
-    evidence: ClassVar[str] = "published"
+    evidence: ClassVar[str] = "published and here"
     parameters_type = DellaLinearParameters
     elects: ClassVar[bool] = False

@@ -42,6 +42,7 @@ def tiny_shapes() -> Any:
     return replace(synthetic.SIZES["tiny"], layers=1)
 
 
+@pytest.mark.long
 def test_speed_measures_floors_and_checks_the_outputs(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

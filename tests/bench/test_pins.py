@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 CASES = ("defaults", "refused recipes")
 
 
+@pytest.mark.long
 def test_another_default_is_found_by_the_cases_that_depend_on_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

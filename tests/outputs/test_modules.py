@@ -154,6 +154,7 @@ def test_a_class_that_cannot_be_built_is_refused_before_anything_is_written(tmp_
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_a_process_of_its_own_gives_the_same_answer(tmp_path: Path):
     """It is asked where transformers was not imported before."""
     triple = write_triple(tmp_path, SMALL)

@@ -134,6 +134,7 @@ def test_memory_is_bounded_by_a_prediction_that_is_flat_in_layers(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells anonymous memory apart")
 @pytest.mark.parametrize(("output", "least"), [("checkpoint", False), ("lora", True)])
+@pytest.mark.long
 def test_the_prediction_holds_where_sketches_go_deep(deep: Path, output: str, least: bool) -> None:
     """With all the memory that is wanted, and with the least."""
     options = ("--memory", f"{smallest(deep, '--output', output)}MiB") if least else ()

@@ -186,7 +186,12 @@ def test_another_process_serves_and_another_merges(triple: Triple, tmp_path: Pat
         done = subprocess.run(
             [sys.executable, "-m", "lean_merge", *command, "--remote", "--out", "out"],
             cwd=tmp_path,
-            env={**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home")},
+            env={
+                **os.environ,
+                "HF_ENDPOINT": url,
+                "HF_HOME": str(tmp_path / "home"),
+                "HF_HUB_OFFLINE": "0",
+            },
             capture_output=True,
             text=True,
         )

@@ -143,7 +143,9 @@ def some_is_written(file: Path) -> bool:
         return any(stream.read(1 << 12))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGTERM]
+)
 def test_a_signal_leaves_with_5_and_nothing_behind(
     long_one: Triple, uncut: MergeResult, tmp_path: Path, number: signal.Signals
 ):

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 PROBLEMS = 20
 
 
+@pytest.mark.long
 def test_a_sweep_measures_what_the_models_can_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Where nothing is selected, the MLLM's own skills; where all is, more sums in text."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

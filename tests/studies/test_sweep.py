@@ -631,6 +631,7 @@ def test_the_exit_code_says_that_something_failed(call: Call, triple: Triple, tm
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")
+@pytest.mark.long
 def test_a_signal_ends_the_command_that_measures_and_leaves_with_5(triple: Triple, tmp_path: Path):
     """The point before it is kept with its result; the same command goes on."""
     pid = tmp_path / "pid"
