@@ -180,7 +180,7 @@ def find_workplace(
         if step is Step.REPLACE:
             place.path = new
             place.hold(new)
-            step = _stepbeside(new, start, resume=resume)
+            step = _step_beside(new, start, resume=resume)
         if step is Step.GO_ON:
             join_parts(place.path)
             place.journal = look(place.path)[1]
@@ -196,7 +196,7 @@ def find_workplace(
     return place
 
 
-def _stepbeside(folder: Path, start: Mapping[str, Any], *, resume: bool) -> Step:
+def _step_beside(folder: Path, start: Mapping[str, Any], *, resume: bool) -> Step:
     state, journal = look(folder)
     if not resume or state is not State.UNFINISHED or journal is None:
         return Step.START_OVER
