@@ -17,7 +17,6 @@ from lean_merge.outputs.adaptercheck import AdapterComparison
 from lean_merge.outputs.approximating import approximated
 from lean_merge.outputs.base import (
     Outcome,
-    Output,
     ReadRows,
     Request,
     dtype_named,
@@ -26,7 +25,7 @@ from lean_merge.outputs.base import (
 from lean_merge.outputs.blocks import BlockSink
 from lean_merge.outputs.card import adapter_card
 from lean_merge.outputs.companions import card_facts, write_report
-from lean_merge.outputs.cutting import cut_update, cutting_bytes
+from lean_merge.outputs.cutting import CuttingOutput, cut_update
 from lean_merge.outputs.modules import Modules, RowRuns, modules_of, rows_inside
 from lean_merge.outputs.peft import (
     AdapterModule,
@@ -73,7 +72,7 @@ class AdapterSink(BlockSink):
 
 
 @register_kind
-class AdapterOutput(Output):
+class AdapterOutput(CuttingOutput):
     """An adapter for the MLLM, without any of the MLLM's own tensors.
 
     Parameters
@@ -86,7 +85,6 @@ class AdapterOutput(Output):
     name: ClassVar[str] = "lora"
     may_be_empty: ClassVar[bool] = False
     exact: ClassVar[bool] = False
-    most_waiting: ClassVar[int] = 1
     compares: ClassVar[bool] = True
 
     def __init__(self, request: Request) -> None:
@@ -198,16 +196,6 @@ class AdapterOutput(Output):
         parts = [part for weight in self.weights for part in weight.slices]
         numbers = sum(sum(part.shape) * self._largest_rank(part) for part in parts)
         return self.bytes_written + 4 * numbers
-
-    @staticmethod
-    def storing_bytes(rank: int) -> int:
-        """Return how many bytes it takes to cut an update of at most `rank`."""
-        return cutting_bytes(rank)
-
-    @staticmethod
-    def waiting_bytes(update: int, rank: int, kept: int) -> int:
-        """Return the bytes of one update, and of cutting it."""
-        return update + cutting_bytes(rank)
 
     def described(self, *, written: int, disk: int) -> str:
         """Return a description for people, in a few words."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lean_merge.linalg.truncation import Truncation, truncate
 from lean_merge.methods import Decision
+from lean_merge.outputs.base import Output
 from lean_merge.tasks import Truncated
 from lean_merge.tasks.tiles import STRIP_ELEMENTS
 
@@ -91,3 +93,19 @@ def _strips(left: Tensor, right: Tensor) -> Iterator[Tensor]:
     height = max(1, STRIP_ELEMENTS // max(1, *right.shape))
     for first in range(0, left.shape[0], height):
         yield torch.mm(left[first : first + height], right)
+
+
+class CuttingOutput(Output):
+    """A kind of output that keeps the factors of updates, and so cuts each to its rank."""
+
+    most_waiting: ClassVar[int] = 1
+
+    @staticmethod
+    def storing_bytes(rank: int) -> int:
+        """Return how many bytes it takes to cut an update of at most `rank`."""
+        return cutting_bytes(rank)
+
+    @staticmethod
+    def waiting_bytes(update: int, rank: int, kept: int) -> int:
+        """Return the bytes of one update, and of cutting it."""
+        return update + cutting_bytes(rank)

@@ -24,7 +24,7 @@ from lean_merge.mapping import MappedWeight
 from lean_merge.outputs.approximating import Approximating
 from lean_merge.outputs.base import Outcome, Output, Request, Sink, register_kind
 from lean_merge.outputs.companions import write_report
-from lean_merge.outputs.cutting import cutting_bytes
+from lean_merge.outputs.cutting import CuttingOutput
 from lean_merge.outputs.priorcheck import PriorComparison
 from lean_merge.outputs.priordocument import complete_report, described_prior, described_tensor
 from lean_merge.outputs.priornumbers import Span
@@ -46,7 +46,7 @@ _LARGEST_FLOAT8 = 448.0
 
 
 @register_kind
-class PriorOutput(Output):
+class PriorOutput(CuttingOutput):
     """The difference D of every matrix in scope, in safetensors, with prior.json beside it.
 
     Parameters
@@ -59,7 +59,6 @@ class PriorOutput(Output):
     in_recipes: ClassVar[bool] = False
     forms_updates: ClassVar[bool] = True
     may_be_empty: ClassVar[bool] = False
-    most_waiting: ClassVar[int] = 1
     is_model: ClassVar[bool] = False
     done: ClassVar[str] = "kept"
     called: ClassVar[str] = "a prior"
@@ -195,16 +194,6 @@ class PriorOutput(Output):
         )
         strips_of = 6 * 4 * max(TILE_ELEMENTS, TILE_ROWS * widest)
         return strips_of if self.settings.is_whole else max(strips_of, 40 * factors)
-
-    @staticmethod
-    def storing_bytes(rank: int) -> int:
-        """Return how many bytes it takes to store an update of at most `rank`."""
-        return cutting_bytes(rank)
-
-    @staticmethod
-    def waiting_bytes(update: int, rank: int, kept: int) -> int:
-        """Return the bytes of one update, and of storing it."""
-        return update + cutting_bytes(rank)
 
     def described(self, *, written: int, disk: int) -> str:
         """Return a description for people, in a few words."""
